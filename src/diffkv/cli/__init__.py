@@ -1,0 +1,83 @@
+"""The command line: finds the command, parses its options, and turns a ConfigError into one line.
+
+A command is a module of this package with `add_arguments(parser)` and `run(args) -> int`. It is imported
+only when it is asked for, so that `diffkv layout` need not wait for an engine's imports. One with
+`PASSES_FLAGS_ON` gets what it did not declare as `args.flags`, for an engine that refuses what it does
+not know either.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from diffkv import __version__
+from diffkv.quant import ConfigError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "generate": "answer prompts with a compressed cache, or compare it with an uncompressed one",
+    "layout": "show what a page holds and what a token costs",
+    "serve": "start vLLM's OpenAI server with a compressed cache",
+}
+"""Each command's module in this package, and its line in the help."""
+
+USER_ERROR = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses what it does not know, abbreviations too, in one line and a hint."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"diffkv: {message}\nTry '{self.prog} --help'.\n")
+
+
+def _top_parser() -> _Parser:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    parser = _Parser(
+        "diffkv",
+        "A KV cache that keeps each token in the precision that its attention head needs.",
+        f"commands:\n{lines}\n\n'diffkv COMMAND --help' lists the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"diffkv {__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="see below")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        argv: without the program's name; the process's own if None.
+
+    Returns:
+        The exit status: 2 if the user asked for something that cannot be done.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Only the first word is the top parser's: the rest is known to the command alone.
+    name = _top_parser().parse_args(arguments[:1]).command
+    command = importlib.import_module(f"diffkv.cli.{name}")
+    parser = _Parser(f"diffkv {name}", COMMANDS[name])
+    command.add_arguments(parser)
+    if getattr(command, "PASSES_FLAGS_ON", False):
+        args, args.flags = parser.parse_known_args(arguments[1:])
+    else:
+        args = parser.parse_args(arguments[1:])
+    try:
+        status: int = command.run(args)
+    except ConfigError as error:
+        print(f"diffkv: {error}", file=sys.stderr)
+        return USER_ERROR
+    return status

@@ -1,0 +1,31 @@
+"""`diffkv serve MODEL`: vLLM's OpenAI server with a compressed cache."""
+
+import argparse
+
+from diffkv.cli.engine_options import add_cache_options, cache_options, model_folder
+
+__all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
+
+PASSES_FLAGS_ON = True
+"""Options that are not listed here are vLLM's."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "model", help="a folder, a model id, or 'reference' for the model that ships with diffkv"
+    )
+    add_cache_options(parser)
+    parser.epilog = "Any other option is passed on to vllm serve: --port, --max-model-len, …"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until stopped."""
+    from diffkv.vllm_plugin.server import serve
+
+    model = model_folder(args.model)
+    flags = args.flags
+    if model != args.model and not any(f.startswith("--served-model-name") for f in flags):
+        flags = [*flags, "--served-model-name", args.model]
+    serve(model, cache_options(args), flags)
+    return 0

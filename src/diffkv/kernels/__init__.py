@@ -1,0 +1,1 @@
+"""Compiled versions of the operations in `reference`, one package per kind of device."""

@@ -1,0 +1,125 @@
+// A pool as C++ sees it: pointers to its tensors, and the rendered layout of its pages.
+//
+// `layout.h` is rendered from `diffkv.layout.PageLayout`; nothing here repeats one of its numbers.
+#pragma once
+
+#include "element.h"
+#include "layout.h"
+#include "quantizer.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+constexpr int HIGH = 0, LOW = 1;
+constexpr int NUM_TIERS = sizeof(layout::TIERS) / sizeof(layout::TIERS[0]);
+constexpr int ROW_BYTES = layout::HEAD_DIM * dtype_bytes(layout::DTYPE);
+
+// What an operation returns; the Python side turns the others into errors.
+enum Status : int { OK = 0, TABLE_FULL = 1, TOO_MANY_TOKENS = 2 };
+
+// Mirrors `diffkv.kernels.cpu.library.Pool`, field by field.
+struct Pool {
+  uint8_t* pages;
+  int32_t* free_ring;
+  int64_t* ring_ends;
+  int32_t* page_table;
+  int32_t* num_tokens;
+  int32_t* num_pages_held;
+  const float* thresholds;
+  const int32_t* prompt_lens;
+  int32_t* overruns;
+  int64_t num_pages;
+  int64_t num_layers;
+  int64_t num_kv_heads;
+  int64_t table_width;
+  int64_t window;
+
+  uint8_t* page(int64_t id) const { return pages + id * layout::PAGE_BYTES; }
+
+  // Row of (slot, layer, head) in the tables.
+  int64_t row(int64_t slot, int64_t layer, int64_t head) const {
+    return (slot * num_layers + layer) * num_kv_heads + head;
+  }
+  int32_t& tokens(int64_t row, int tier) const { return num_tokens[row * 2 + tier]; }
+  int32_t& held(int64_t row, int tier) const { return num_pages_held[row * 2 + tier]; }
+
+  // Entry of a row's page number `number` of a tier: low pages from the right.
+  int32_t& entry(int64_t row, int tier, int64_t number) const {
+    return page_table[row * table_width + (tier == HIGH ? number : table_width - 1 - number)];
+  }
+
+  // Page `k` after the ring's head or tail, before the caller moves it.
+  int32_t& ring(int64_t k) const { return free_ring[k % num_pages]; }
+};
+
+// One side (key or value) of a token in a page.
+struct Side {
+  int bits, groups, code_bytes, codes, meta;
+
+  constexpr int meta_bytes() const { return bits == 16 ? 0 : groups * 4; }
+};
+
+constexpr Side key_side(int tier) {
+  return {layout::TIERS[tier].k_bits, layout::TIERS[tier].k_groups,
+          layout::TIERS[tier].k_code_bytes, layout::TIERS[tier].k_codes, layout::TIERS[tier].k_meta};
+}
+
+constexpr Side value_side(int tier) {
+  return {layout::TIERS[tier].v_bits, layout::TIERS[tier].v_groups,
+          layout::TIERS[tier].v_code_bytes, layout::TIERS[tier].v_codes, layout::TIERS[tier].v_meta};
+}
+
+constexpr int tokens_per_page(int tier) { return layout::TIERS[tier].tokens_per_page; }
+
+// Calls body with the tier as a type.
+template <class Body>
+INLINE void with_tier(int tier, Body&& body) {
+  each<NUM_TIERS>([&](auto each_tier) {
+    if (tier == each_tier.value) body(each_tier);
+  });
+}
+
+// Quantise x (overwritten) into place `index` of a page.
+template <int TIER, bool KEY>
+INLINE void write_side(uint8_t* page, int index, float* x) {
+  constexpr Side side = KEY ? key_side(TIER) : value_side(TIER);
+  uint8_t* codes = page + side.codes + (int64_t)index * side.code_bytes;
+  if constexpr (side.bits == 16) {
+    store_row<layout::DTYPE>(codes, x, layout::HEAD_DIM);
+  } else {
+    uint8_t scratch[layout::HEAD_DIM];
+    encode(x, scratch, layout::HEAD_DIM, side.bits, side.groups, codes,
+           page + side.meta + (int64_t)index * side.meta_bytes());
+  }
+}
+
+template <int TIER, bool KEY>
+INLINE void read_side(const uint8_t* page, int index, float* x) {
+  constexpr Side side = KEY ? key_side(TIER) : value_side(TIER);
+  const uint8_t* codes = page + side.codes + (int64_t)index * side.code_bytes;
+  if constexpr (side.bits == 16) {
+    load_row<layout::DTYPE>(codes, x, layout::HEAD_DIM);
+  } else {
+    uint8_t scratch[layout::HEAD_DIM];
+    decode(codes, page + side.meta + (int64_t)index * side.meta_bytes(), layout::HEAD_DIM,
+           side.bits, side.groups, scratch, x);
+  }
+}
+
+// Write a vector of the model's dtype: 16-bit formats keep its bytes.
+template <int TIER, bool KEY>
+INLINE void write_vector(uint8_t* page, int index, const uint8_t* vector) {
+  constexpr Side side = KEY ? key_side(TIER) : value_side(TIER);
+  if constexpr (side.bits == 16) {
+    std::memcpy(page + side.codes + (int64_t)index * side.code_bytes, vector, ROW_BYTES);
+  } else {
+    float x[layout::HEAD_DIM];
+    load_row<layout::DTYPE>(vector, x, layout::HEAD_DIM);
+    write_side<TIER, KEY>(page, index, x);
+  }
+}
+
+template <int TIER>
+INLINE void write_score(uint8_t* page, int index, float sum, int32_t position) {
+  std::memcpy(page + layout::TIERS[TIER].sums + index * 4, &sum, 4);
+  std::memcpy(page + layout::TIERS[TIER].positions + index * 4, &position, 4);
+}

@@ -1,0 +1,92 @@
+// Quantise and dequantise one vector, bit for bit as `diffkv.reference.quantize` does.
+//
+// Always inlined: where bits, groups and dim are constants, their loops are compiled for them.
+#pragma once
+
+#include "simd.h"
+
+constexpr float FLOAT16_MAX = 65504.0f;
+constexpr float MIN_SCALE = 0x1p-14f;
+
+// NaN counts as 0; what float16 cannot hold saturates.
+INLINE void saturate(float* x, int dim) {
+  for (int j = 0; j < dim; j++) {
+    float y = x[j];
+    y = y == y ? y : 0.0f;
+    y = y < FLOAT16_MAX ? y : FLOAT16_MAX;
+    x[j] = y > -FLOAT16_MAX ? y : -FLOAT16_MAX;
+  }
+}
+
+INLINE void min_max(const float* x, int num, float* least, float* most) {
+  float low = x[0], high = x[0];
+  int j = 0;
+  if (num >= LANES) {
+    Floats lows = load<Floats>(x), highs = lows;
+    for (j = LANES; j + LANES <= num; j += LANES) {
+      const Floats y = load<Floats>(x + j);
+      lows = y < lows ? y : lows;
+      highs = y > highs ? y : highs;
+    }
+    high = max_lane(highs);
+    low = -max_lane(-lows);
+  }
+  for (; j < num; j++) {
+    low = x[j] < low ? x[j] : low;
+    high = x[j] > high ? x[j] : high;
+  }
+  *least = low;
+  *most = high;
+}
+
+// x [dim] is overwritten; scratch [dim]; codes [dim * bits / 8]; meta [groups, 2] float16.
+INLINE void encode(float* x, uint8_t* scratch, int dim, int bits, int groups, uint8_t* codes,
+                   uint8_t* meta) {
+  const int width = dim / groups;
+  const float levels = (float)((1 << bits) - 1);
+  saturate(x, dim);
+  for (int g = 0; g < groups; g++) {
+    float* group = x + g * width;
+    float least, most;
+    min_max(group, width, &least, &most);
+    float scale = (most - least) / levels;
+    scale = scale > MIN_SCALE ? scale : MIN_SCALE;
+    scale = scale < FLOAT16_MAX ? scale : FLOAT16_MAX;
+    const uint16_t stored[2] = {to_half(scale), to_half(least)};
+    std::memcpy(meta + g * 4, stored, 4);
+    scale = from_half(stored[0]);
+    const float zero = from_half(stored[1]);
+    for (int j = 0; j < width; j++) {
+      // Truncation is the floor, because what is below 0 becomes 0 first.
+      float code = (group[j] - zero) / scale + 0.5f;
+      code = code > 0.0f ? code : 0.0f;
+      code = code < levels ? code : levels;
+      scratch[g * width + j] = (uint8_t)(int32_t)code;
+    }
+  }
+  const int planes = 8 / bits, code_bytes = dim / planes;
+  if (planes == 1) {
+    std::memcpy(codes, scratch, code_bytes);
+    return;
+  }
+  for (int b = 0; b < code_bytes; b++) codes[b] = scratch[b];
+  for (int p = 1; p < planes; p++)
+    for (int b = 0; b < code_bytes; b++)
+      codes[b] |= (uint8_t)(scratch[p * code_bytes + b] << (p * bits));
+}
+
+// x [dim] = code * scale + zero, rounded after each step as torch does.
+INLINE void decode(const uint8_t* codes, const uint8_t* meta, int dim, int bits, int groups,
+                   uint8_t* scratch, float* x) {
+  const int planes = 8 / bits, code_bytes = dim / planes, width = dim / groups;
+  const int mask = (1 << bits) - 1;
+  for (int p = 0; p < planes; p++)
+    for (int b = 0; b < code_bytes; b++)
+      scratch[p * code_bytes + b] = (uint8_t)(codes[b] >> (p * bits) & mask);
+  for (int g = 0; g < groups; g++) {
+    uint16_t stored[2];
+    std::memcpy(stored, meta + g * 4, 4);
+    const float scale = from_half(stored[0]), zero = from_half(stored[1]);
+    for (int j = g * width; j < (g + 1) * width; j++) x[j] = (float)scratch[j] * scale + zero;
+  }
+}

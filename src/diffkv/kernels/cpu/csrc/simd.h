@@ -1,0 +1,212 @@
+// Float vectors of the machine's native width, and conversions of 16-bit floats.
+//
+// GCC vector extensions carry the arithmetic; intrinsics appear only where they pay, behind macros.
+// Sources are compiled without contraction, so a multiply-add is fused only where `madd` says so.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX2__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define DIFFKV_AVX512 1
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+#if defined(DIFFKV_AVX512)
+constexpr int LANES = 16;
+#elif defined(__AVX2__) && defined(__FMA__)
+#define DIFFKV_AVX2 1
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+template <int N, class Body, int... I>
+INLINE void each_of(Body&& body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+
+// Unrolled loop: `body` gets 0 .. N - 1 as types, so that arrays of vectors stay in registers.
+template <int N, class Body>
+INLINE void each(Body&& body) {
+  each_of<N>(body, std::make_integer_sequence<int, N>{});
+}
+
+template <class V, class T>
+INLINE V load(const T* from) {
+  V x;
+  std::memcpy(&x, from, sizeof(V));
+  return x;
+}
+
+template <class V, class T>
+INLINE void store(T* to, V x) {
+  std::memcpy(to, &x, sizeof(V));
+}
+
+INLINE Floats broadcast(float x) { return x - Floats{}; }
+INLINE Ints broadcast(int32_t x) { return x + Ints{}; }
+
+template <int... I>
+INLINE Ints iota(std::integer_sequence<int, I...>) {
+  return Ints{I...};
+}
+INLINE Ints iota() { return iota(std::make_integer_sequence<int, LANES>{}); }
+
+INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+INLINE Ints to_ints(Floats x) { return __builtin_convertvector(x, Ints); }
+
+// a * b + c, fused where the machine can.
+INLINE Floats madd(Floats a, Floats b, Floats c) {
+#if defined(DIFFKV_AVX512)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(DIFFKV_AVX2)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF)
+  Floats r;
+  for (int l = 0; l < LANES; l++) r[l] = __builtin_fmaf(a[l], b[l], c[l]);
+  return r;
+#else
+  return a * b + c;
+#endif
+}
+
+INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+INLINE float max_lane(Floats x) {
+  float most = x[0];
+  for (int l = 1; l < LANES; l++) most = x[l] > most ? x[l] : most;
+  return most;
+}
+
+INLINE float sum_lanes(Floats x) {
+  float lanes[LANES];
+  store(lanes, x);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int l = 0; l < width; l++) lanes[l] += lanes[l + width];
+  return lanes[0];
+}
+
+// 2^x; 0 below 2^-126, NaN stays NaN. Taylor series of degree 7 on [-0.5, 0.5].
+INLINE Floats exp2(Floats x) {
+  const Floats floor_x = broadcast(-126.0f);
+  const Floats clamped = x < floor_x ? floor_x : x;
+#if defined(DIFFKV_AVX512)
+  const Floats whole = (Floats)_mm512_roundscale_ps((__m512)clamped, 0);
+#elif defined(DIFFKV_AVX2)
+  const Floats whole = (Floats)_mm256_round_ps((__m256)clamped, 0);
+#else
+  const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats whole = (clamped + magic) - magic;
+#endif
+  const Floats r = clamped - whole;
+  Floats y = broadcast(1.52527338e-5f);
+  const float terms[] = {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f,
+                         2.40226507e-1f, 6.93147181e-1f, 1.0f};
+  each<7>([&](auto i) { y = madd(y, r, broadcast(terms[i])); });
+  const Ints exponent = (to_ints(whole) + 127) << 23;
+  y = y * (Floats)exponent;
+  return x < floor_x ? Floats{} : y;
+}
+
+// One stage of a transposed sum: lanes whose bit `BIT` is clear add pairs of `a`, the others of `b`.
+template <int BIT, int... L>
+INLINE Floats add_pairs(Floats a, Floats b, std::integer_sequence<int, L...>) {
+  const Ints own = {(L & BIT ? L + LANES : L)...};
+  const Ints other = {(L & BIT ? (L ^ BIT) + LANES : (L ^ BIT))...};
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+}
+
+template <int BIT>
+INLINE Floats sum_columns_of(const Floats* rows) {
+  if constexpr (BIT == 0) {
+    return rows[0];
+  } else {
+    const Floats a = sum_columns_of<BIT / 2>(rows);
+    const Floats b = sum_columns_of<BIT / 2>(rows + BIT);
+    return add_pairs<BIT>(a, b, std::make_integer_sequence<int, LANES>{});
+  }
+}
+
+// Lane t of the result is the sum of the lanes of rows[t].
+INLINE Floats sum_rows(const Floats* rows) { return sum_columns_of<LANES / 2>(rows); }
+
+INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+INLINE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+INLINE float from_half(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#elif defined(__aarch64__)
+  __fp16 x;
+  std::memcpy(&x, &h, 2);
+  return x;
+#else
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  // Scaling by 2^112 moves the exponent, and normalises subnormals on the way.
+  const float x = bits_to_float(magnitude << 13) * 0x1p112f;
+  return bits_to_float(sign | float_to_bits(x));
+#endif
+}
+
+// Round to nearest, ties to even.
+INLINE uint16_t to_half(float x) {
+#if defined(__F16C__)
+  return _cvtss_sh(x, 0);
+#elif defined(__aarch64__)
+  const __fp16 h = (__fp16)x;
+  uint16_t bits;
+  std::memcpy(&bits, &h, 2);
+  return bits;
+#else
+  const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return sign | 0x7e00;
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;
+  if (magnitude < 0x38800000) {
+    // Adding 0.5 leaves the multiples of 2^-24, rounded, in the low bits.
+    return sign | (uint16_t)(float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000);
+  }
+  return sign | (uint16_t)((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+#endif
+}
+
+INLINE float from_bfloat(uint16_t b) { return bits_to_float((uint32_t)b << 16); }
+
+// Round to nearest, ties to even; NaN becomes the quiet one that torch writes.
+INLINE uint16_t to_bfloat(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if (x != x) return 0x7fc0;
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// The low 16 bits of each lane as float16.
+INLINE Floats from_halves(Ints x) {
+#if defined(DIFFKV_AVX512)
+  return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x));
+#else
+  Floats r;
+  for (int l = 0; l < LANES; l++) r[l] = from_half((uint16_t)x[l]);
+  return r;
+#endif
+}

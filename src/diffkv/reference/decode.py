@@ -1,0 +1,182 @@
+"""A decode step: plan where new tokens go, write them, attend."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffkv.policy import HIGH, LOW, decode_action, decode_candidates, num_queries_seen, threshold
+from diffkv.reference.pages import page_column, read_token, segment, write_token
+from diffkv.reference.ring import take
+from diffkv.state import DecodePlan, PoolState
+
+__all__ = ["append", "attend", "plan_decode"]
+
+
+def plan_decode(state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan:
+    """Decide for every head what the new token of its request replaces, and take the pages it needs.
+
+    One decision per head (`policy.decode_action`), one plan for all requests, layers and heads; a head
+    takes at most one page. Equal means: the token of the smaller position is the victim. Counts and
+    tables already include the new token afterwards; `append` must follow for every layer.
+
+    Args:
+        state: tables and ring change; too few free pages are counted in `overruns`, and places are
+            then -1.
+        slots: [R] int32, -1 for a row that is no request.
+        seq_lens: [R] int32, tokens of each request with the new one.
+
+    Returns:
+        The plan.
+    """
+    shape = (slots.numel(), state.num_layers, state.num_kv_heads)
+    places = torch.full((*shape, 4), -1, dtype=torch.int32, device=slots.device)
+    decisions = [
+        (r, layer, head, _decide(state, (slot, layer, head), seq_len - 1))
+        for r, (slot, seq_len) in enumerate(zip(slots.tolist(), seq_lens.tolist(), strict=True))
+        if slot >= 0
+        for layer in range(state.num_layers)
+        for head in range(state.num_kv_heads)
+    ]
+    plan = DecodePlan(slots, seq_lens - 1, places)
+    wanted = torch.tensor([want for *_, (want, _, _) in decisions], dtype=torch.int64)
+    first = take(state, wanted)
+    if first is None:
+        return plan
+    for (r, layer, head, (want, victim, low_place)), ring_index in zip(
+        decisions, first.tolist(), strict=True
+    ):
+        row = (int(slots[r]), layer, head)
+        page = int(state.free_ring[ring_index % state.num_pages]) if want else -1
+        if victim is None:
+            places[r, layer, head, :2] = _grow(state, (*row, HIGH), page)
+            continue
+        places[r, layer, head, :2] = torch.tensor(victim)
+        if low_place == "new":
+            places[r, layer, head, 2:] = _grow(state, (*row, LOW), page)
+        elif low_place is not None:
+            places[r, layer, head, 2:] = torch.tensor(low_place)
+    return plan
+
+
+def _tokens(state: PoolState, row: tuple[int, int, int], tier: int) -> list[tuple[int, int]]:
+    """(page, index) of every token that (slot, layer, head) keeps in a tier."""
+    per_page = state.layout.tiers[tier].tokens_per_page
+    return [
+        (int(state.page_table[(*row, page_column(state, tier, k // per_page))]), k % per_page)
+        for k in range(int(state.num_tokens[(*row, tier)]))
+    ]
+
+
+def _least(
+    state: PoolState, row: tuple[int, int, int], tier: int, num_tokens: int
+) -> tuple[float, tuple[int, int] | None]:
+    """(mean, place) of the candidate with the smallest mean, ties by position."""
+    layout = state.layout.tiers[tier]
+    best: tuple[float, int, tuple[int, int] | None] = (math.inf, 0, None)
+    for page, index in _tokens(state, row, tier):
+        total = segment(state, page, layout.sums + index * 4, 1, torch.float32)
+        position = segment(state, page, layout.positions + index * 4, 1, torch.int32)
+        if decode_candidates(position, num_tokens, state.window).item():
+            seen = num_queries_seen(
+                position, torch.tensor(num_tokens), state.prompt_lens[row[0]].cpu()
+            )
+            mean = float((total / seen.float())[0])
+            best = min(best, (mean, int(position[0]), (page, index)), key=lambda b: b[:2])
+    return best[0], best[2]
+
+
+def _decide(
+    state: PoolState, row: tuple[int, int, int], num_tokens: int
+) -> tuple[int, tuple[int, int] | None, tuple[int, int] | str | None]:
+    """(pages wanted, place of the high victim, place in the low tier or "new") of one head."""
+    has_low = state.layout.low is not None
+    least_high, victim = _least(state, row, HIGH, num_tokens)
+    least_low, low_victim = _least(state, row, LOW, num_tokens) if has_low else (math.inf, None)
+    alphas = threshold(state.thresholds[row[0]], torch.tensor(max(num_tokens, 1)))
+    action = decode_action(least_high, least_low, (float(alphas[0]), float(alphas[1])), has_low)
+    if action.drop:
+        return 0, victim, None
+    if action.demote and action.evict_low:
+        return 0, victim, low_victim
+    tier = LOW if action.demote else HIGH
+    full = int(state.num_tokens[(*row, tier)]) == (
+        int(state.num_pages_held[(*row, tier)]) * state.layout.tiers[tier].tokens_per_page
+    )
+    return int(full), victim if action.demote else None, "new" if action.demote else None
+
+
+def _grow(state: PoolState, head: tuple[int, int, int, int], page: int) -> Tensor:
+    """Count one more token of (slot, layer, head, tier), with a new page if one was taken."""
+    *row, tier = head
+    if page >= 0:
+        column = page_column(state, tier, int(state.num_pages_held[head]))
+        state.page_table[(*row, column)] = page
+        state.num_pages_held[head] += 1
+    number, index = divmod(int(state.num_tokens[head]), state.layout.tiers[tier].tokens_per_page)
+    state.num_tokens[head] += 1
+    column = page_column(state, tier, number)
+    return torch.tensor([int(state.page_table[(*row, column)]), index], dtype=torch.int32)
+
+
+def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: Tensor) -> None:
+    """Write each request's new token where the plan says, demoting first what it replaces.
+
+    A demoted token is read from its high place, requantised from there and written to its low place
+    with its sum and position. The new token's sum is 0.
+
+    Args:
+        state: pages change.
+        layer: which layer.
+        plan: of this step.
+        key: [R, num_kv_heads, head_dim], the model's dtype.
+        value: likewise.
+    """
+    places = plan.places[:, layer].tolist()
+    for r, slot in enumerate(plan.slots.tolist()):
+        for head in range(state.num_kv_heads):
+            page, index, low_page, low_index = places[r][head]
+            if slot < 0 or page < 0:
+                continue
+            if low_page >= 0:
+                k, v, total, position = read_token(state, HIGH, (page, index), torch.float32)
+                write_token(state, LOW, (low_page, low_index), (k, v), (total, position))
+            score = 0.0, int(plan.positions[r])
+            write_token(state, HIGH, (page, index), (key[r, head], value[r, head]), score)
+
+
+def attend(
+    state: PoolState, layer: int, slots: Tensor, query: Tensor, scale: float, output: Tensor
+) -> None:
+    """Attention of one query token per request over all its kept tokens, both tiers.
+
+    Every kept token's sum grows by the max over the group's query heads of its probability.
+
+    Args:
+        state: the sums in the pages change.
+        layer: which layer.
+        slots: [R] int32, -1 for a row that is no request; its output is 0.
+        query: [R, num_q_heads, head_dim], the model's dtype.
+        scale: of the dot products.
+        output: [R, num_q_heads, head_dim], the model's dtype, written.
+    """
+    group = query.shape[1] // state.num_kv_heads
+    output.zero_()
+    for r, slot in enumerate(slots.tolist()):
+        for head in range(state.num_kv_heads) if slot >= 0 else ():
+            places = [
+                (tier, place)
+                for tier in range(len(state.layout.tiers))
+                for place in _tokens(state, (slot, layer, head), tier)
+            ]
+            if not places:
+                continue
+            read = [read_token(state, tier, place, torch.float32) for tier, place in places]
+            k = torch.stack([token[0] for token in read])
+            v = torch.stack([token[1] for token in read])
+            q = query[r, head * group : (head + 1) * group].float()
+            probs = ((q @ k.T) * scale).softmax(-1)  # [group, kept tokens]
+            output[r, head * group : (head + 1) * group] = (probs @ v).to(output.dtype)
+            for (tier, (page, index)), p in zip(places, probs.amax(0).tolist(), strict=True):
+                at = state.layout.tiers[tier].sums + index * 4
+                segment(state, page, at, 1, torch.float32)[0] += p

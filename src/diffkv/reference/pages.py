@@ -1,0 +1,90 @@
+"""Read and write single tokens of a page."""
+
+import torch
+from torch import Tensor
+
+from diffkv.layout import TierLayout
+from diffkv.reference.quantize import dequantize, quantize
+from diffkv.state import PoolState
+
+__all__ = ["page_column", "read_token", "segment", "write_token"]
+
+
+def segment(state: PoolState, page: int, start: int, num: int, dtype: torch.dtype) -> Tensor:
+    """A view of `num` elements of `dtype` that start at byte `start` of a page."""
+    row = state.pages[page]
+    return row[start : start + num * dtype.itemsize].view(dtype)
+
+
+def page_column(state: PoolState, tier: int, number: int) -> int:
+    """Where a head's page `number` of a tier is in its page table: low pages from the right."""
+    return number if tier == 0 else state.table_width - 1 - number
+
+
+def _vector(
+    state: PoolState, page: int, index: int, codes: int, meta: int, code_bytes: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    code = segment(state, page, codes + index * code_bytes, code_bytes, torch.uint8)
+    start = meta + index * groups * 4
+    return code, segment(state, page, start, groups * 2, torch.float16)
+
+
+def _parts(tier: TierLayout) -> tuple[tuple[int, int, int, int, int], ...]:
+    """(bits, groups, codes offset, meta offset, code bytes) of K and of V; no groups for 16 bits."""
+    fmt = tier.format
+    k_groups = 0 if fmt.k_bits == 16 else fmt.k_groups
+    v_groups = 0 if fmt.v_bits == 16 else fmt.v_groups
+    return (
+        (fmt.k_bits, k_groups, tier.k_codes, tier.k_meta, tier.k_code_bytes),
+        (fmt.v_bits, v_groups, tier.v_codes, tier.v_meta, tier.v_code_bytes),
+    )
+
+
+def write_token(
+    state: PoolState,
+    tier: int,
+    place: tuple[int, int],
+    vectors: tuple[Tensor, Tensor],
+    score: tuple[float, int],
+) -> None:
+    """Write one token of one head into a page.
+
+    Args:
+        state: `pages` changes.
+        tier: HIGH or LOW.
+        place: (page, index in the page).
+        vectors: (key, value), [head_dim] each; quantised from the dtype they come in.
+        score: (significance sum, position).
+    """
+    page, index = place
+    layout = state.layout.tiers[tier]
+    for x, (bits, groups, codes_at, meta_at, code_bytes) in zip(
+        vectors, _parts(layout), strict=True
+    ):
+        stored = x.to(state.dtype) if bits == 16 else x
+        codes, meta = quantize(stored[None], bits, max(groups, 1))
+        code_place, meta_place = _vector(state, page, index, codes_at, meta_at, code_bytes, groups)
+        code_place.copy_(codes[0])
+        meta_place.copy_(meta.flatten())
+    segment(state, page, layout.sums + index * 4, 1, torch.float32)[0] = score[0]
+    segment(state, page, layout.positions + index * 4, 1, torch.int32)[0] = score[1]
+
+
+def read_token(
+    state: PoolState, tier: int, place: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float, int]:
+    """Read one token of one head: (key, value, significance sum, position), vectors as `dtype`.
+
+    16-bit formats are read in the model's dtype and then converted.
+    """
+    page, index = place
+    layout = state.layout.tiers[tier]
+    vectors = []
+    for bits, groups, codes_at, meta_at, code_bytes in _parts(layout):
+        codes, meta = _vector(state, page, index, codes_at, meta_at, code_bytes, groups)
+        stored = state.dtype if bits == 16 else dtype
+        x = dequantize(codes[None], meta.view(1, groups, 2), bits, stored)
+        vectors.append(x[0].to(dtype))
+    total = float(segment(state, page, layout.sums + index * 4, 1, torch.float32)[0])
+    position = int(segment(state, page, layout.positions + index * 4, 1, torch.int32)[0])
+    return vectors[0], vectors[1], total, position

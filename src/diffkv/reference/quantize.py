@@ -1,0 +1,71 @@
+"""Quantise vectors to packed codes and back."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["FLOAT16_MAX", "MIN_SCALE", "dequantize", "quantize"]
+
+FLOAT16_MAX = 65504.0
+"""Largest finite float16: scale and zero are stored in it, and values beyond it saturate."""
+
+MIN_SCALE = 2.0**-14
+"""Smallest normal float16, so that a constant vector has a scale to divide by."""
+
+
+def quantize(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Quantise vectors to unsigned `bits`-bit codes, asymmetric, one (scale, zero) per group.
+
+    zero = min, scale = (max - min) / (2^bits - 1); both are rounded to float16, and codes are
+    computed from the rounded ones, so that dequantising gives back the same grid. NaN counts as 0;
+    values beyond +-65504, infinities included, count as +-65504.
+
+    Codes are packed in planes: element j of a vector is in byte j % code_bytes, at bit
+    (j // code_bytes) * bits, where code_bytes = head_dim * bits / 8.
+
+    Args:
+        x: [num_vectors, head_dim] float16, bfloat16 or float32. Not modified.
+        bits: 1, 2, 4, 8, or 16, which stores the vectors' own bytes.
+        groups: groups of neighbouring elements per vector; divides head_dim.
+
+    Returns:
+        codes: [num_vectors, code_bytes] uint8.
+        meta: [num_vectors, groups, 2] float16, (scale, zero); no group for 16 bits.
+    """
+    num_vectors, head_dim = x.shape
+    if bits == 16:
+        codes = x.contiguous().view(torch.uint8).reshape(num_vectors, -1).clone()
+        return codes, torch.empty(num_vectors, 0, 2, dtype=torch.float16, device=x.device)
+    finite = x.float().nan_to_num(nan=0.0, posinf=FLOAT16_MAX, neginf=-FLOAT16_MAX)
+    grouped = finite.clamp(-FLOAT16_MAX, FLOAT16_MAX).view(num_vectors, groups, head_dim // groups)
+    least = grouped.amin(-1, keepdim=True)
+    span = grouped.amax(-1, keepdim=True) - least
+    zero = least.half()
+    scale = (span / (2**bits - 1)).clamp(MIN_SCALE, FLOAT16_MAX).half()
+    code = ((grouped - zero.float()) / scale.float() + 0.5).floor().clamp(0, 2**bits - 1)
+
+    planes = code.view(num_vectors, 8 // bits, -1).to(torch.int32)
+    shifts = torch.arange(8 // bits, device=x.device, dtype=torch.int32) * bits
+    codes = (planes << shifts[:, None]).sum(1).to(torch.uint8)
+    return codes, torch.cat([scale, zero], dim=-1)
+
+
+def dequantize(codes: Tensor, meta: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The vectors that codes stand for: code * scale + zero in float32, then rounded to `dtype`.
+
+    Args:
+        codes: [num_vectors, code_bytes] uint8, as `quantize` packs them.
+        meta: [num_vectors, groups, 2] float16, (scale, zero).
+        bits: 1, 2, 4, 8 or 16.
+        dtype: of the result; for 16 bits, what was stored.
+
+    Returns:
+        [num_vectors, head_dim] of `dtype`.
+    """
+    num_vectors = codes.shape[0]
+    if bits == 16:
+        return codes.contiguous().view(dtype).view(num_vectors, -1)
+    shifts = torch.arange(8 // bits, device=codes.device, dtype=torch.int32) * bits
+    planes = (codes.to(torch.int32)[:, None, :] >> shifts[:, None]) & (2**bits - 1)
+    grouped = planes.float().view(num_vectors, meta.shape[1], -1)
+    scale, zero = meta.float().unbind(-1)
+    return (grouped * scale[..., None] + zero[..., None]).view(num_vectors, -1).to(dtype)

@@ -1,0 +1,134 @@
+"""Store prompt tokens into pages, read them back, and release them."""
+
+import torch
+from torch import Tensor
+
+from diffkv.policy import DROPPED, HIGH, LOW
+from diffkv.reference.pages import page_column, read_token, write_token
+from diffkv.reference.ring import give_back, take
+from diffkv.state import PoolState, PromptTokens
+
+__all__ = ["gather", "release", "store_prompt"]
+
+
+def store_prompt(
+    state: PoolState, layer: int, tokens: PromptTokens, tiers: Tensor, sums: Tensor
+) -> None:
+    """Append tokens to the pages of their slots, each to the tier that was chosen for it.
+
+    Pages are taken as needed, exactly: one plan for all heads of all requests, in the order (request,
+    head, tier). Within a tier tokens keep their order. A slot of -1 is skipped. Too few free pages:
+    counted in `overruns`, and nothing is stored.
+
+    Args:
+        state: pages, tables and ring change.
+        layer: which layer.
+        tokens: of R requests, packed.
+        tiers: [num_kv_heads, N] int8 of HIGH, LOW and DROPPED.
+        sums: [num_kv_heads, N] float32, significance sums that travel with their tokens.
+    """
+    num_tiers = len(state.layout.tiers)
+    slots, starts = tokens.slots.tolist(), tokens.cu_seqlens.tolist()
+    requests = [
+        (slot, slice(starts[r], starts[r + 1])) for r, slot in enumerate(slots) if slot >= 0
+    ]
+    wanted = torch.zeros(len(requests), state.num_kv_heads, 2, dtype=torch.int64)
+    for r, (slot, span) in enumerate(requests):
+        for tier in range(num_tiers):
+            after = state.num_tokens[slot, layer, :, tier] + (tiers[:, span] == tier).sum(1)
+            per_page = state.layout.tiers[tier].tokens_per_page
+            wanted[r, :, tier] = -(-after // per_page) - state.num_pages_held[slot, layer, :, tier]
+    first = take(state, wanted)
+    if first is None:
+        return
+    for r, (slot, span) in enumerate(requests):
+        for head in range(state.num_kv_heads):
+            for tier in range(num_tiers):
+                _enter_pages(
+                    state, (slot, layer, head, tier), first[r, head, tier], wanted[r, head, tier]
+                )
+            for i in range(span.start, span.stop):
+                tier = int(tiers[head, i])
+                if tier != DROPPED:
+                    place = _next_place(state, (slot, layer, head, tier))
+                    vectors = tokens.key[i, head], tokens.value[i, head]
+                    score = float(sums[head, i]), int(tokens.positions[i])
+                    write_token(state, tier, place, vectors, score)
+
+
+def _enter_pages(
+    state: PoolState, head: tuple[int, int, int, int], first: Tensor, num: Tensor
+) -> None:
+    """Enter the pages at ring index `first` into the page table of (slot, layer, head, tier)."""
+    *row, tier = head
+    held = int(state.num_pages_held[head])
+    for k in range(int(num)):
+        page = state.free_ring[(int(first) + k) % state.num_pages]
+        state.page_table[(*row, page_column(state, tier, held + k))] = page
+    state.num_pages_held[head] += int(num)
+
+
+def _next_place(state: PoolState, head: tuple[int, int, int, int]) -> tuple[int, int]:
+    """Where the next token of (slot, layer, head, tier) goes; counts it."""
+    *row, tier = head
+    number, index = divmod(int(state.num_tokens[head]), state.layout.tiers[tier].tokens_per_page)
+    state.num_tokens[head] += 1
+    return int(state.page_table[(*row, page_column(state, tier, number))]), index
+
+
+def gather(
+    state: PoolState, layer: int, slot: int, max_tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Read back the tokens that one request keeps in one layer: high ones first, in page order.
+
+    Args:
+        state: not modified.
+        layer: which layer.
+        slot: which request.
+        max_tokens: at least as many as any head keeps.
+
+    Returns:
+        key: [num_kv_heads, max_tokens, head_dim], the model's dtype; 0 past a head's last token.
+        value: likewise.
+        positions: [num_kv_heads, max_tokens] int32, -1 past a head's last token.
+        tiers: [num_kv_heads, max_tokens] int8, HIGH or LOW, DROPPED past a head's last token.
+    """
+    shape = (state.num_kv_heads, max_tokens)
+    device = state.pages.device
+    key = torch.zeros(*shape, state.layout.head_dim, dtype=state.dtype, device=device)
+    value = torch.zeros_like(key)
+    positions = torch.full(shape, -1, dtype=torch.int32, device=device)
+    tiers = torch.full(shape, DROPPED, dtype=torch.int8, device=device)
+    for head in range(state.num_kv_heads):
+        n = 0
+        for tier in (HIGH, LOW)[: len(state.layout.tiers)]:
+            per_page = state.layout.tiers[tier].tokens_per_page
+            for k in range(int(state.num_tokens[slot, layer, head, tier])):
+                column = page_column(state, tier, k // per_page)
+                place = int(state.page_table[slot, layer, head, column]), k % per_page
+                k_vector, v_vector, _, position = read_token(state, tier, place, state.dtype)
+                key[head, n], value[head, n] = k_vector, v_vector
+                positions[head, n], tiers[head, n] = position, tier
+                n += 1
+    return key, value, positions, tiers
+
+
+def release(state: PoolState, slots: Tensor, layer: int) -> None:
+    """Give all pages of some requests back to the ring, in the order (slot, layer, head, tier).
+
+    Args:
+        state: ring and tables change; counts become 0 and table entries -1.
+        slots: [R] int32; -1 is skipped, none may occur twice.
+        layer: which layer, or -1 for all of them.
+    """
+    layers = range(state.num_layers) if layer < 0 else (layer,)
+    for slot in (s for s in slots.tolist() if s >= 0):
+        for each in layers:
+            for head in range(state.num_kv_heads):
+                for tier in range(2):
+                    held = int(state.num_pages_held[slot, each, head, tier])
+                    columns = [page_column(state, tier, k) for k in range(held)]
+                    give_back(state, state.page_table[slot, each, head, columns])
+                    state.page_table[slot, each, head, columns] = -1
+        state.num_tokens[slot, list(layers)] = 0
+        state.num_pages_held[slot, list(layers)] = 0

@@ -1,0 +1,109 @@
+"""The tensors of a pool: names, shapes, dtypes. Every operation works on them in place.
+
+No logic lives here. Who creates them out of a memory budget: `pool`. Who changes them: the operations
+of `reference` and `kernels`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffkv.layout import PageLayout
+
+__all__ = ["DecodePlan", "PoolState", "PromptTokens"]
+
+
+@dataclass(frozen=True)
+class PoolState:
+    """A pool of pages and its tables, all on one device.
+
+    S slots (running requests), L layers, H KV heads, M entries of a head's page table.
+
+    Attributes:
+        layout: what is where in a page.
+        dtype: the model's dtype: float32, bfloat16 or float16; `layout.element_bytes` is its size.
+        window: recent tokens that always stay high.
+        pages: [num_pages, page_bytes] uint8.
+        free_ring: [num_pages] int32, ids of free pages, from `ring_ends[0]` to `ring_ends[1]`.
+        ring_ends: [2] int64, (head, tail): pages taken and pages given back since the start. Both only
+            grow, entry k of the ring is at k % num_pages, and tail - head pages are free; so a full
+            ring is not mistaken for an empty one.
+        page_table: [S, L, H, M] int32. High pages from the left, low pages from the right: the k-th low
+            page is entry M - 1 - k. -1 where there is no page.
+        num_tokens: [S, L, H, 2] int32, kept tokens by tier (high, low).
+        num_pages_held: [S, L, H, 2] int32.
+        thresholds: [S, 2] float32, (alpha_high, alpha_low) of each slot's request.
+        prompt_lens: [S] int32, tokens of each slot's prompt.
+        overruns: [1] int32, how often a plan wanted more pages than were free. Anything but 0 is a
+            fault of whoever admitted the requests; the plan then takes nothing.
+    """
+
+    layout: PageLayout
+    dtype: torch.dtype
+    window: int
+    pages: Tensor
+    free_ring: Tensor
+    ring_ends: Tensor
+    page_table: Tensor
+    num_tokens: Tensor
+    num_pages_held: Tensor
+    thresholds: Tensor
+    prompt_lens: Tensor
+    overruns: Tensor
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool, free or held."""
+        return self.pages.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.page_table.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """H, on this rank."""
+        return self.page_table.shape[2]
+
+    @property
+    def table_width(self) -> int:
+        """M."""
+        return self.page_table.shape[3]
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """Tokens of R requests, packed one request after the other, for one layer.
+
+    Attributes:
+        slots: [R] int32.
+        cu_seqlens: [R + 1] int32, where each request's tokens start; the last entry is N.
+        key: [N, num_kv_heads, head_dim], the model's dtype, rotary embedding applied.
+        value: [N, num_kv_heads, head_dim], likewise.
+        positions: [N] int32, index of each token in its request.
+    """
+
+    slots: Tensor
+    cu_seqlens: Tensor
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Where the new tokens of a decode step go, made once for all layers.
+
+    Attributes:
+        slots: [R] int32, -1 for a row that is no request (padding).
+        positions: [R] int32, index of each request's new token.
+        places: [R, L, H, 4] int32: (page, index) of the new token, always in the high tier, then
+            (page, index) in the low tier for the token that it replaces, or (-1, -1) if that is
+            dropped or if nothing is replaced.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    places: Tensor

@@ -1,0 +1,61 @@
+"""DiffKV as a plugin of unmodified vLLM: the only package that imports it.
+
+`register` is vLLM's entry point (group `vllm.general_plugins`), called in every process. Nothing changes
+for an engine that does not ask for DiffKV's connector.
+"""
+
+from typing import Any
+
+from diffkv.vllm_plugin.options import DEFAULT_QUANT, Options
+
+__all__ = ["DEFAULT_QUANT", "Options", "engine_args", "register"]
+
+
+def register() -> None:
+    """Tell vLLM of the backend, the spec and the connector. May be called again."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from diffkv.vllm_plugin.select import CONNECTOR
+
+    if CONNECTOR in KVConnectorFactory._registry:
+        return
+    from diffkv.vllm_plugin.spec import register_spec
+
+    KVConnectorFactory.register_connector(CONNECTOR, "diffkv.vllm_plugin.connector", CONNECTOR)
+    register_backend(AttentionBackendEnum.CUSTOM, "diffkv.vllm_plugin.backend.DiffKVBackend")
+    if current_platform.is_cpu():
+        register_backend(AttentionBackendEnum.CPU_ATTN, "diffkv.vllm_plugin.select.CpuBackend")
+    register_spec()
+
+
+def engine_args(quant: str = DEFAULT_QUANT, **options: Any) -> dict[str, Any]:
+    """Arguments that turn DiffKV on: `LLM(model, **engine_args("k8v4-k4v2", alpha_high=3))`.
+
+    Args:
+        quant: quantisation configuration.
+        **options: other fields of `Options`.
+
+    Raises:
+        ConfigError: an option that does not exist, or a bad value.
+    """
+    from vllm.platforms import current_platform
+
+    from diffkv.vllm_plugin.select import CONNECTOR
+
+    register()
+    extra = Options.parse({"quant": quant, **options}).to_dict()
+    args = {
+        "kv_transfer_config": {
+            "kv_connector": CONNECTOR,
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        },
+        "worker_extension_cls": "diffkv.vllm_plugin.extension.WorkerExtension",
+        "logits_processors": ["diffkv.vllm_plugin.admission:Admission"],
+        "enable_prefix_caching": False,
+    }
+    if not current_platform.is_cpu():
+        args["attention_backend"] = "CUSTOM"
+    return args

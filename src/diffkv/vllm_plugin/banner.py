@@ -1,0 +1,42 @@
+"""What an engine says of its cache when it starts."""
+
+from typing import Any
+
+from diffkv.pool import PoolShape
+from diffkv.vllm_plugin.options import Options
+
+__all__ = ["banner", "bf16_bytes_per_token"]
+
+
+def bf16_bytes_per_token(shape: PoolShape) -> int:
+    """Bytes of a token's keys and values in bf16, all layers and KV heads of a rank."""
+    return shape.num_layers * shape.num_kv_heads * shape.layout.head_dim * 2 * 2
+
+
+def banner(options: Options, shape: PoolShape, vllm_config: Any) -> list[str]:
+    """Lines: configuration, bytes, capacity against bf16, and what is off and why."""
+    layout, thresholds = shape.layout, options.thresholds()
+    heads = shape.num_layers * shape.num_kv_heads
+    budget = shape.num_pages * layout.page_bytes + shape.table_bytes
+    bf16 = bf16_bytes_per_token(shape)
+    names = ("high", "low")
+    tiers = ", ".join(
+        f"{name} {tier.format}: {tier.tokens_per_page} tokens a page, "
+        f"{heads * layout.page_token_bytes(i):.0f} B a token"
+        for i, (name, tier) in enumerate(zip(names, layout.tiers, strict=False))
+    )
+    capacity = ", ".join(
+        f"{shape.num_pages // heads * tier.tokens_per_page} all {name}"
+        for name, tier in zip(names, layout.tiers, strict=False)
+    )
+    lines = [
+        f"DiffKV {layout.quant}: alpha_high {thresholds.alpha_high:g}, alpha_low "
+        f"{thresholds.alpha_low:g}, window {options.window}, kernels "
+        f"{options.kernels or vllm_config.device_config.device_type}",
+        f"DiffKV pages of {layout.page_bytes} B ({tiers}; bf16 {bf16} B a token)",
+        f"DiffKV capacity in tokens: {capacity}, {budget // bf16} in bf16 of the same "
+        f"{budget} B ({shape.table_bytes} B of them tables)",
+    ]
+    if vllm_config.cache_config.enable_prefix_caching:
+        lines.append("DiffKV: prefix caching is off, since heads keep different tokens")
+    return lines

@@ -1,0 +1,198 @@
+"""Generate with an in-process engine, and count what its cache spent."""
+
+import contextlib
+import gc
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffkv.quant import ConfigError
+from diffkv.vllm_plugin import engine_args
+from diffkv.vllm_plugin.options import Options
+
+__all__ = ["Answer", "CacheUse", "Result", "check_model", "engine", "engine_flags", "generate"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine made of one prompt."""
+
+    prompt_tokens: int
+    token_ids: list[int]
+    text: str
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """What the requests of a run spent, in bytes of the KV budget.
+
+    Token counts are means over heads, at the end of each request. `bytes_per_token` counts whole pages,
+    half-empty ones included, and tables; `nominal_ratio_bf16` counts bits of codes alone.
+    """
+
+    quant: str
+    alpha_high: float
+    alpha_low: float
+    tokens: int
+    high: float
+    low: float
+    dropped: float
+    pages: int
+    pages_peak: int
+    page_bytes: int
+    running_peak: int
+    bytes_per_token: float
+    bf16_bytes_per_token: int
+    ratio_bf16: float
+    ratio_fp8: float
+    nominal_ratio_bf16: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """Answers in the order of the prompts, and the cache's use if it was ours."""
+
+    answers: list[Answer]
+    cache: CacheUse | None
+    preemptions: int
+
+
+def check_model(model: str) -> None:
+    """Refuse a folder that holds no model, before an engine says so at length.
+
+    Raises:
+        ConfigError: names the folder and what is missing.
+    """
+    path = Path(model)
+    looks_local = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
+    if not looks_local:
+        return
+    if not path.is_dir():
+        raise ConfigError(f"model folder {model} does not exist: give a folder or a model id")
+    config = path / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"model folder {model} has no config.json: it holds no model")
+    try:
+        json.loads(config.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{config} is not JSON: {error}") from None
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise ConfigError(f"model folder {model} has no weights (*.safetensors or *.bin)")
+
+
+def engine_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """Read command-line flags that are vLLM's own, under its own names.
+
+    Raises:
+        ConfigError: a flag that vLLM does not know, or a bad value.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
+
+    def refuse(message: str) -> None:
+        raise ConfigError(f"{message} (neither an option of diffkv nor of vLLM's engine)")
+
+    parser.error = refuse  # type: ignore[assignment]
+    defaults = vars(parser.parse_args([]))
+    given = vars(parser.parse_args(list(flags)))
+    return {name: value for name, value in given.items() if value != defaults[name]}
+
+
+@contextlib.contextmanager
+def engine(args: dict[str, Any]) -> Iterator[Any]:
+    """An engine for a while; its failures to start are the user's to read, in one line."""
+    from vllm import LLM
+
+    try:
+        llm = LLM(**args)
+    except (ValueError, OSError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        useful = [line for line in lines if not line.startswith(("For further", "Value error"))]
+        message = next(
+            (line for line in lines if line.startswith("Value error")), (useful or [repr(error)])[0]
+        )
+        raise ConfigError(f"vLLM cannot start: {message}") from error
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def generate(
+    prompts: Sequence[str],
+    arguments: dict[str, Any],
+    sampling: Sequence[dict[str, Any]],
+    options: Options | None,
+    progress: bool = True,
+) -> Result:
+    """Answer prompts with an engine of their own.
+
+    Args:
+        prompts: texts.
+        arguments: of vLLM's engine, the model among them.
+        sampling: arguments of vLLM's SamplingParams, for each prompt.
+        options: DiffKV's; None runs vLLM with its own cache.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ConfigError: the engine cannot start, or a prompt does not fit the model.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import SamplingParams
+
+    args = {**arguments, "disable_log_stats": False}
+    if options is not None:
+        args |= engine_args(**options.to_dict())
+    with engine(args) as llm:
+        try:
+            params = [SamplingParams(**each) for each in sampling]
+            outputs = llm.generate(list(prompts), params, use_tqdm=progress)
+        except ValueError as error:
+            raise ConfigError(str(error).splitlines()[0]) from error
+        answers = [
+            Answer(
+                len(output.prompt_token_ids),
+                list(output.outputs[0].token_ids),
+                output.outputs[0].text,
+                output.outputs[0].finish_reason,
+            )
+            for output in outputs
+        ]
+        use = None if options is None else _cache_use(options, llm.collective_rpc("diffkv_summary"))
+        return Result(answers, use, _preemptions(llm))
+
+
+def _preemptions(llm: Any) -> int:
+    return sum(
+        int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
+    )
+
+
+def _cache_use(options: Options, ranks: list[dict[str, Any]]) -> CacheUse:
+    """Join the ranks' summaries: bytes and pages add up, token counts are those of a head."""
+    totals = [rank["totals"] for rank in ranks]
+    pool = ranks[0]["pool"]
+    tokens = totals[0]["num_tokens"]
+    high, low = (sum(t[name] for t in totals) / len(totals) for name in ("high", "low"))
+    num_bytes = sum(t["num_bytes"] for t in totals)
+    bf16 = sum(rank["pool"]["bf16_bytes_per_token"] for rank in ranks)
+    tiers = options.quant_config().tiers
+    nominal_bits = sum(
+        count * fmt.nominal_bits for count, fmt in zip((high, low), tiers, strict=False)
+    )
+    per_token = num_bytes / tokens
+    thresholds = options.thresholds()
+    return CacheUse(
+        pool["quant"], thresholds.alpha_high, thresholds.alpha_low, tokens, high, low,
+        tokens - high - low, sum(t["num_pages"] for t in totals),
+        sum(t["pages_peak"] for t in totals), pool["page_bytes"], totals[0]["running_peak"],
+        per_token, bf16, bf16 / per_token, bf16 / 2 / per_token, tokens * 16 / nominal_bits,
+    )  # fmt: skip

@@ -1,0 +1,87 @@
+"""Per-request settings: `SamplingParams.extra_args`, or `vllm_xargs` in an OpenAI request.
+
+`diffkv_alpha_high` and `diffkv_alpha_low` replace the engine's thresholds, `diffkv="off"` keeps all of
+the request's tokens high.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffkv.policy import Thresholds
+from diffkv.quant import ConfigError
+
+__all__ = ["Settings"]
+
+PREFIX = "diffkv"
+"""Settings of ours begin with it; a misspelt one is refused, others are not ours."""
+
+_KNOWN = ("diffkv", "diffkv_alpha_high", "diffkv_alpha_low")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a request asks for; None leaves a threshold to the engine."""
+
+    off: bool = False
+    alpha_high: float | None = None
+    alpha_low: float | None = None
+
+    @classmethod
+    def parse(cls, extra_args: Mapping[str, Any] | None) -> "Settings":
+        """Read a request's settings.
+
+        Raises:
+            ConfigError: names the setting, its value and what would work.
+        """
+        ours = {k: v for k, v in (extra_args or {}).items() if k.startswith(PREFIX)}
+        for name in ours:
+            if name not in _KNOWN:
+                raise ConfigError(f"unknown setting {name!r}: there are {', '.join(_KNOWN)}")
+        switch = ours.get("diffkv", "on")
+        if switch not in ("on", "off"):
+            raise ConfigError(f'diffkv must be "on" or "off" (all tokens high), got {switch!r}')
+        high, low = (_threshold(name, ours.get(name)) for name in _KNOWN[1:])
+        if switch == "off" and len(ours) > 1:
+            raise ConfigError('diffkv "off" keeps all tokens high: leave the thresholds out')
+        if high is not None and low is not None:
+            Thresholds(high, low)
+        return cls(switch == "off", high, low)
+
+    def thresholds(self, engine: Thresholds, has_low: bool) -> Thresholds:
+        """The request's thresholds: its own where it sets them, the engine's otherwise.
+
+        A request that sets one of them moves the engine's other one along where they would cross.
+        Without a low tier there is one threshold, alpha_low; alpha_high alone stands for it too.
+
+        Args:
+            engine: the engine's.
+            has_low: whether the engine has a low tier.
+        """
+        if self.off:
+            return Thresholds()
+        if not has_low:
+            given = self.alpha_high if self.alpha_low is None else self.alpha_low
+            alpha = engine.alpha_low if given is None else given
+            return Thresholds(alpha, alpha)
+        if self.alpha_high is not None:
+            low = engine.alpha_low if self.alpha_low is None else self.alpha_low
+            return Thresholds(self.alpha_high, min(low, self.alpha_high))
+        if self.alpha_low is not None:
+            return Thresholds(max(engine.alpha_high, self.alpha_low), self.alpha_low)
+        return engine
+
+
+def _threshold(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    message = f"{name} must be a number of 0 or more, got {value!r}"
+    if isinstance(value, bool):
+        raise ConfigError(message)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(message) from None
+    if not 0 <= number < float("inf"):
+        raise ConfigError(message)
+    return number

@@ -1,0 +1,88 @@
+"""`vllm serve` with DiffKV turned on."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from diffkv.quant import ConfigError
+from diffkv.vllm_plugin import engine_args
+from diffkv.vllm_plugin.offline import check_model
+from diffkv.vllm_plugin.options import Options
+from diffkv.vllm_plugin.support import check_config
+
+__all__ = ["serve", "serve_flags"]
+
+
+def serve_flags(options: Options) -> list[str]:
+    """The flags that turn DiffKV on in a plain `vllm serve`."""
+    args = engine_args(**options.to_dict())
+    flags = [
+        "--kv-transfer-config", json.dumps(args["kv_transfer_config"]),
+        "--worker-extension-cls", args["worker_extension_cls"],
+        "--logits-processors", *args["logits_processors"],
+        "--no-enable-prefix-caching",
+    ]  # fmt: skip
+    if "attention_backend" in args:
+        flags += ["--attention-backend", args["attention_backend"]]
+    return flags
+
+
+def serve(model: str, options: Options, flags: Sequence[str]) -> None:
+    """Run vLLM's OpenAI server until it is stopped.
+
+    Args:
+        model: a folder or a model id.
+        options: DiffKV's.
+        flags: of `vllm serve`, passed on as they are.
+
+    Raises:
+        ConfigError: a flag that vLLM does not know or DiffKV cannot be combined with, a bad model.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    check_model(model)
+    _refuse_flags(flags)
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="diffkv serve", add_help=False))
+
+    def refuse(message: str) -> None:
+        raise ConfigError(f"{message} (neither an option of diffkv nor of vllm serve)")
+
+    parser.error = refuse  # type: ignore[assignment]
+    args: Any = parser.parse_args(["--model", model, *serve_flags(options), *flags])
+    try:
+        validate_parsed_serve_args(args)
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
+            UsageContext.OPENAI_API_SERVER
+        )
+    except (ValueError, OSError, TypeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        message = next((line for line in lines if line.startswith("Value error")), lines[0])
+        raise ConfigError(f"vLLM refuses these settings: {message}") from error
+    check_config(config, options)
+    configure_logging_from_args(args)
+    ServeSubcommand.cmd(args)
+
+
+def _refuse_flags(flags: Sequence[str]) -> None:
+    """Refuse flags that would undo what `serve_flags` sets.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    refused = {
+        "--kv-transfer-config": "DiffKV is the KV connector: give --quant and its other options",
+        "--enable-prefix-caching": "prefix caching does not go with DiffKV: leave it out",
+        "--speculative-config": "speculative decoding does not go with DiffKV: leave it out",
+        "--worker-extension-cls": "DiffKV extends the worker: leave it out",
+    }
+    for flag in flags:
+        name = flag.split("=")[0].replace("_", "-")
+        if name in refused:
+            raise ConfigError(f"{name}: {refused[name]}")

@@ -1,0 +1,233 @@
+"""vLLM's view of the pool: a KV-cache spec, and the manager that keeps each request's quota.
+
+A vLLM block is only a unit of account here: one page for every layer. A request owns one block whose id
+tells the worker which request a row belongs to, and as many more as its pages may need before the next
+report. So quota >= real pages always, and what compression frees admits other requests.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    register_all_kvcache_specs,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from diffkv.layout import PageLayout
+from diffkv.pool import PoolShape
+
+__all__ = ["DiffKVManager", "DiffKVSpec", "Report", "register_spec"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a worker says of one request after a step.
+
+    Attributes:
+        num_pages: pages it holds, over all layers and KV heads.
+        num_open_heads: heads that could take a page for one more token.
+        num_tokens: tokens of the request that the pages cover.
+    """
+
+    num_pages: int
+    num_open_heads: int
+    num_tokens: int
+
+    def fullest(self, other: "Report") -> "Report":
+        """The report of two ranks: the fuller one decides."""
+        return Report(
+            max(self.num_pages, other.num_pages),
+            max(self.num_open_heads, other.num_open_heads),
+            min(self.num_tokens, other.num_tokens),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffKVSpec(FullAttentionSpec):
+    """One layer's share of the pool: a block is one page of it.
+
+    Attributes:
+        layout: of a page.
+        num_layers: attention layers of the model.
+        max_model_len: tokens of the longest request.
+        max_num_seqs: requests that may run at once.
+    """
+
+    layout: PageLayout
+    num_layers: int
+    max_model_len: int
+    max_num_seqs: int
+
+    @classmethod
+    def of(
+        cls,
+        spec: AttentionSpec,
+        layout: PageLayout,
+        num_layers: int,
+        max_model_len: int,
+        max_num_seqs: int,
+    ) -> "DiffKVSpec":
+        """Make the spec of a layer for which vLLM would have used `spec`."""
+        return cls(
+            # one id per request: a row of the block table is a single entry
+            block_size=-(-max_model_len // 128) * 128,
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            dtype=spec.dtype,
+            num_head_slots=1,
+            state_content_bytes=layout.page_bytes,
+            layout=layout,
+            num_layers=num_layers,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+        )
+
+    def get_num_kernel_states(self, kernel_block_size: int) -> int:
+        """A block is one opaque cell."""
+        return 1
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        """Heads keep different tokens, so blocks cannot be shared."""
+        return False
+
+    @property
+    def block_table_token_alignment(self) -> None:
+        """Block-table rows do not address tokens."""
+        return None
+
+    def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
+        """Width of a block-table row."""
+        return 1
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """This layer's share of what one request of the longest length can need, tables included."""
+        needed = PoolShape.request_bytes(
+            self.layout, self.num_layers, self.num_kv_heads, self.max_model_len
+        )
+        null_block = self.num_layers * self.layout.page_bytes
+        return -(-(needed + null_block) // self.num_layers)
+
+    @classmethod
+    def merge(cls, specs: list["DiffKVSpec"]) -> "DiffKVSpec":
+        """All layers must be alike."""
+        assert all(spec == specs[0] for spec in specs[1:]), "layers differ"
+        return replace(specs[0])
+
+
+class DiffKVManager(FullAttentionManager):
+    """Keeps quotas on the scheduler's side, from the reports of the worker."""
+
+    supports_fine_grained_hash_lookup = False
+
+    def __init__(self, kv_cache_spec: DiffKVSpec, *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, *args, **kwargs)
+        self._layout = kv_cache_spec.layout
+        self._num_layers = kv_cache_spec.num_layers
+        self._num_heads = kv_cache_spec.num_layers * kv_cache_spec.num_kv_heads
+        self._quotas: dict[str, list[Any]] = {}
+        self._reports: dict[str, Report] = {}
+        self._num_tokens: dict[str, int] = {}
+        self._reserve_tables(kv_cache_spec)
+
+    def _reserve_tables(self, spec: DiffKVSpec) -> None:
+        """Take out of circulation the blocks whose bytes are the pool's tables.
+
+        Lowering `num_gpu_blocks` with them keeps vLLM's usage figure 0 for an empty pool.
+        """
+        num_blocks = self.block_pool.num_gpu_blocks
+        self.shape = PoolShape.fit(
+            num_blocks * spec.num_layers * spec.layout.page_bytes,
+            spec.layout, spec.num_layers, spec.num_kv_heads, spec.max_model_len, spec.max_num_seqs,
+        )  # fmt: skip
+        num_usable = self.shape.num_pages // spec.num_layers
+        num_reserved = max(0, num_blocks - 1 - num_usable)
+        self.block_pool.get_new_blocks(num_reserved)
+        self.block_pool.num_gpu_blocks -= num_reserved
+
+    def on_report(self, request_id: str, report: Report) -> None:
+        """Take a worker's report, and return what of the request's quota it does not need."""
+        if request_id not in self._quotas:  # finished or preempted meanwhile
+            return
+        self._reports[request_id] = report
+        quota = self._quotas[request_id]
+        surplus = self._held(request_id) - self._needed(request_id, self._num_tokens[request_id])
+        if surplus > 0:
+            self.block_pool.free_blocks(quota[-surplus:])
+            del quota[-surplus:]
+
+    def _needed(self, request_id: str, num_tokens: int) -> int:
+        """Blocks that cover the request's pages once it has `num_tokens` tokens, at worst."""
+        pages = self._num_heads * self._layout.max_pages(num_tokens)
+        report = self._reports.get(request_id)
+        if report is not None:
+            more = num_tokens - report.num_tokens
+            if more == 1:
+                growth = report.num_open_heads
+            else:
+                growth = self._num_heads * self._layout.max_new_pages(more)
+            pages = min(pages, report.num_pages + growth)
+        return max(1, -(-pages // self._num_layers))
+
+    def _held(self, request_id: str) -> int:
+        return len(self.req_to_blocks.get(request_id, ())) + len(self._quotas.get(request_id, ()))
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> int:
+        """Blocks that are missing for the request to grow to `num_tokens` tokens."""
+        return max(0, self._needed(request_id, num_tokens) - self._held(request_id))
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> list[Any]:
+        """Raise the request's quota; the worker is only ever told of the one block that is its id."""
+        missing = self.get_num_blocks_to_allocate(request_id, num_tokens)
+        blocks = self.block_pool.get_new_blocks(missing) if missing else []
+        ids = self.req_to_blocks[request_id]
+        new_ids: list[Any] = []
+        if not ids:
+            new_ids, blocks = blocks[:1], blocks[1:]
+            ids.extend(new_ids)
+            self.num_cached_block[request_id] = 0
+        self._quotas.setdefault(request_id, []).extend(blocks)
+        self._num_tokens[request_id] = num_tokens
+        return new_ids
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        """Forget the request; its whole quota is free."""
+        self._reports.pop(request_id, None)
+        self._num_tokens.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id) + self._quotas.pop(request_id, [])
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[Any], ...], int]:
+        """Nothing is shared between requests."""
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+    def add_local_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is shared between requests."""
+
+    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is shared between requests."""
+
+    def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Blocks are not tied to tokens."""
+
+
+def register_spec() -> None:
+    """Make the spec and its manager known to vLLM.
+
+    The registry fills itself with vLLM's own specs only while it is empty, so they go first.
+    """
+    register_all_kvcache_specs(None)
+    KVCacheSpecRegistry.register(DiffKVSpec, DiffKVManager, uniform_type_base_spec=DiffKVSpec)

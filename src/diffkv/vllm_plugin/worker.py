@@ -1,0 +1,241 @@
+"""The worker's side: which request is in which slot, what a step adds, what to report.
+
+One per worker process, owned by the worker's connector. It touches vLLM's data, but no vLLM class.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffkv import ops, pool
+from diffkv.cache import DiffKVCache, PromptChunk, Step
+from diffkv.policy import Thresholds
+from diffkv.vllm_plugin.banner import bf16_bytes_per_token
+from diffkv.vllm_plugin.options import Options
+from diffkv.vllm_plugin.spec import DiffKVSpec, Report
+
+__all__ = ["Started", "Totals", "WorkerCache"]
+
+
+@dataclass(frozen=True)
+class Started:
+    """A request that the scheduler admits, or resumes after a preemption.
+
+    Attributes:
+        request_id: vLLM's.
+        block_id: of the block that is the request's identity in block tables.
+        prompt_len: tokens that are prefilled; after a preemption generated ones are among them.
+        thresholds: of the request.
+    """
+
+    request_id: str
+    block_id: int
+    prompt_len: int
+    thresholds: Thresholds
+
+
+@dataclass
+class Totals:
+    """What finished requests had kept when they ended; token counts are means over heads."""
+
+    num_requests: int = 0
+    num_tokens: int = 0
+    high: float = 0.0
+    low: float = 0.0
+    num_bytes: int = 0
+    num_pages: int = 0
+    pages_peak: int = 0
+    running_peak: int = 0
+
+    def to_dict(self) -> dict[str, float]:
+        """As plain numbers."""
+        return dict(vars(self))
+
+
+@dataclass
+class _Request:
+    slot: int
+    block_id: int
+    num_tokens: int = 0
+
+
+@dataclass
+class _Slots:
+    """Host-side tables of the running requests."""
+
+    free: list[int]
+    of_block: Tensor
+    prompt_lens: np.ndarray
+    requests: dict[str, _Request] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+
+
+class WorkerCache:
+    """The pool of one worker.
+
+    Args:
+        options: of the engine.
+        spec: of the cache, as vLLM merged it.
+        num_blocks: vLLM's blocks.
+        buffer: [num_bytes] int8, the one allocation behind all layers' caches.
+        scale: of the attention's dot products.
+    """
+
+    def __init__(
+        self, options: Options, spec: DiffKVSpec, num_blocks: int, buffer: Tensor, scale: float
+    ) -> None:
+        self.spec = spec
+        self.shape = pool.PoolShape.fit(
+            num_blocks * spec.num_layers * spec.layout.page_bytes,
+            spec.layout, spec.num_layers, spec.num_kv_heads, spec.max_model_len, spec.max_num_seqs,
+        )  # fmt: skip
+        self.state = pool.create(self.shape, buffer, spec.dtype, options.window)
+        kernels = ops.load(buffer.device.type, options.kernels)
+        self.cache = DiffKVCache(self.state, kernels, scale)
+        self._totals = Totals()
+        self._slots = _Slots(
+            list(range(self.shape.num_slots))[::-1],
+            torch.full((num_blocks,), -1, dtype=torch.int32, device=buffer.device),
+            np.zeros(self.shape.num_slots + 1, dtype=np.int64),
+        )
+        self._step_slots = np.empty(0, dtype=np.int64)
+
+    def before_step(self, ended: Iterable[str], started: Iterable[Started]) -> None:
+        """Release the requests that ended, then open slots for those that start."""
+        slots = []
+        for request_id in ended:
+            request = self._slots.requests.pop(request_id, None)
+            if request is not None:
+                self._count(self._totals, request)
+                self._slots.of_block[request.block_id] = -1
+                del self._slots.names[request.slot]
+                slots.append(request.slot)
+        self.cache.close(slots)
+        self._slots.free.extend(slots)
+        for start in started:
+            slot = self._slots.free.pop()
+            self.cache.open(slot, start.prompt_len, start.thresholds)
+            self._slots.of_block[start.block_id] = slot
+            self._slots.prompt_lens[slot] = start.prompt_len
+            self._slots.requests[start.request_id] = _Request(slot, start.block_id)
+            self._slots.names[slot] = start.request_id
+        self._step_slots = self._step_slots[:0]
+        self._totals.running_peak = max(self._totals.running_peak, len(self._slots.requests))
+
+    def plan(self, block_ids: Tensor, query_starts: np.ndarray, seq_lens: Tensor) -> Step:
+        """Sort the rows of a step into prompts and generated tokens, and plan the latter.
+
+        Args:
+            block_ids: [num_rows] int32, the block that identifies each row's request; 0 for padding.
+            query_starts: [num_rows + 1] int, where each row's tokens start in the packed batch.
+            seq_lens: [num_rows] int32, tokens of each request after the step.
+        """
+        row_slots = self._slots.of_block[block_ids]
+        slots, lengths = row_slots.cpu().numpy(), seq_lens.cpu().numpy()
+        num_new = np.diff(query_starts)
+        used = (slots >= 0) & (num_new > 0)
+        generated = used & (lengths > self._slots.prompt_lens[slots])
+        prompts = []
+        for row in np.nonzero(used & ~generated)[0].tolist():
+            span = slice(int(query_starts[row]), int(query_starts[row + 1]))
+            slot, num_stored = int(slots[row]), int(lengths[row] - num_new[row])
+            prompt_len = int(self._slots.prompt_lens[slot])
+            prompts.append(PromptChunk(slot, span, num_stored, prompt_len))
+        rows = np.nonzero(generated)[0]
+        assert (num_new[rows] == 1).all(), "a request cannot generate several tokens in a step"
+        starts = query_starts[:-1][rows]
+        if len(rows) and starts[-1] == len(rows) - 1:
+            decode_rows: slice | Tensor = slice(0, len(rows))
+        else:
+            decode_rows = torch.from_numpy(starts.astype(np.int64)).to(row_slots.device)
+        index = torch.from_numpy(rows).to(row_slots.device)
+        self._step_slots = slots[used].astype(np.int64)
+        for slot, length in zip(slots[used].tolist(), lengths[used].tolist(), strict=True):
+            self._slots.requests[self._slots.names[slot]].num_tokens = length
+        return self.cache.plan(prompts, decode_rows, row_slots[index], seq_lens[index].int())
+
+    def report(self) -> dict[str, Report]:
+        """What each request of the step that just ended holds.
+
+        Raises:
+            RuntimeError: a plan wanted more pages than were free, which quotas rule out.
+        """
+        if int(self.state.overruns):
+            raise RuntimeError(
+                f"DiffKV's pool was overrun: {self.num_held} of {self.state.num_pages} pages held; "
+                f"please report this"
+            )
+        self._totals.pages_peak = max(self._totals.pages_peak, self.num_held)
+        slots = torch.from_numpy(self._step_slots).to(self.state.pages.device)
+        held, open_heads = pool.held_pages(self.state, slots), pool.open_heads(self.state, slots)
+        reports = {}
+        for slot, pages, heads in zip(
+            self._step_slots.tolist(), held.tolist(), open_heads.tolist(), strict=True
+        ):
+            name = self._slots.names[slot]
+            reports[name] = Report(pages, heads, self._slots.requests[name].num_tokens)
+        return reports
+
+    @property
+    def num_held(self) -> int:
+        """Pages that requests hold."""
+        head, tail = self.state.ring_ends.tolist()
+        return self.state.num_pages - (tail - head)
+
+    def _heads(self) -> int:
+        return self.shape.num_layers * self.shape.num_kv_heads
+
+    def _count(self, totals: Totals, request: _Request) -> None:
+        """Add what a request keeps to some totals, unless it has not run."""
+        high, low = self.state.num_tokens[request.slot].sum((0, 1)).tolist()
+        pages = int(self.state.num_pages_held[request.slot].sum())
+        if pages:
+            totals.num_requests += 1
+            totals.num_tokens += request.num_tokens
+            totals.high += high / self._heads()
+            totals.low += low / self._heads()
+            totals.num_pages += pages
+            totals.num_bytes += self._bytes(pages, 1)
+
+    def _bytes(self, num_pages: int, num_requests: int) -> int:
+        """What the budget spends on pages of requests: pages, their ring entries, and tables."""
+        page_bytes = self.shape.layout.page_bytes + pool.RING_ENTRY_BYTES
+        return num_pages * page_bytes + num_requests * self.shape.slot_bytes
+
+    def gauges(self) -> dict[str, float]:
+        """The pool at this moment, for metrics; token counts are means over heads."""
+        requests = self._slots.requests.values()
+        high, low = (n / self._heads() for n in self.state.num_tokens.sum((0, 1, 2)).tolist())
+        num_tokens = sum(request.num_tokens for request in requests)
+        num_bytes = self._bytes(self.num_held, len(requests))
+        return {
+            "pages_total": self.state.num_pages,
+            "pages_free": self.state.num_pages - self.num_held,
+            "pages_held": self.num_held,
+            "tokens_high": high,
+            "tokens_low": low,
+            "tokens_dropped": max(0.0, num_tokens - high - low),
+            "bytes_per_token": num_bytes / num_tokens if num_tokens else 0.0,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Totals of all requests so far, running ones included, and the pool's shape."""
+        totals = replace(self._totals)
+        for request in self._slots.requests.values():
+            self._count(totals, request)
+        return {
+            "totals": totals.to_dict(),
+            "pool": {
+                "quant": str(self.shape.layout.quant),
+                "page_bytes": self.shape.layout.page_bytes,
+                "num_pages": self.shape.num_pages,
+                "pages_held": self.num_held,
+                "num_slots": self.shape.num_slots,
+                "table_bytes": self.shape.table_bytes,
+                "bf16_bytes_per_token": bf16_bytes_per_token(self.shape),
+            },
+        }

@@ -1,0 +1,101 @@
+"""The shipped reference model: it loads, answers the shipped prompts, and its card has scores."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DATA = Path(__file__).parents[1] / "src" / "diffkv" / "data"
+FOLDER = DATA / "reference"
+PROMPTS = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
+NAMES = [prompt["name"] for prompt in PROMPTS]
+SCORE_ROW = re.compile(r"^\| (\w+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+
+
+def test_there_are_eight_prompts_of_different_names():
+    assert len(PROMPTS) == len(set(NAMES)) == 8
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=NAMES)
+def test_prompt_is_tokenized_word_by_word(tokenizer, prompt):
+    text = prompt["prompt"] + " " + prompt["answer"]
+    token_ids = tokenizer(text).input_ids
+
+    assert tokenizer.convert_ids_to_tokens(token_ids) == text.split(" ")
+    assert tokenizer.decode(token_ids) == text
+    assert token_ids.count(tokenizer.bos_token_id) == 1
+    assert token_ids[0] == tokenizer.bos_token_id
+    assert tokenizer.unk_token_id not in token_ids
+    assert tokenizer.eos_token_id not in token_ids
+    assert 900 <= len(tokenizer(prompt["prompt"]).input_ids) <= 1100
+    assert 4 <= len(tokenizer(prompt["answer"]).input_ids) <= 40
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=NAMES)
+def test_model_answers_greedily(model, tokenizer, prompt):
+    inputs = tokenizer(prompt["prompt"], return_tensors="pt")
+    num_answer_tokens = len(tokenizer(prompt["answer"]).input_ids)
+
+    generated = model.generate(**inputs, max_new_tokens=num_answer_tokens, do_sample=False)
+    answer = tokenizer.decode(generated[0, inputs.input_ids.shape[1] :])
+
+    assert answer == prompt["answer"]
+
+
+def test_answer_follows_the_facts(model, tokenizer):
+    prompt = next(prompt for prompt in PROMPTS if prompt["name"] == "needle-2")
+    _, first, _, second = prompt["answer"].split(" ")
+    swapped = {first: second, second: first}
+    assert first != second
+
+    def swap(text):
+        return " ".join(swapped.get(word, word) for word in text.split(" "))
+
+    inputs = tokenizer(swap(prompt["prompt"]), return_tensors="pt")
+    generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+
+    assert tokenizer.decode(generated[0, -4:]) == swap(prompt["answer"])
+
+
+def test_chat_template_joins_the_contents(tokenizer):
+    messages = [
+        {"role": "system", "content": "<bos> k17 v42 ;"},
+        {"role": "user", "content": "? k17"},
+    ]
+
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "<bos> k17 v42 ; ? k17"
+
+
+def test_folder_is_small_and_has_one_precision(model):
+    num_bytes = sum(path.stat().st_size for path in FOLDER.iterdir())
+    num_weights = sum(weight.numel() for weight in model.parameters())
+
+    assert 2 * num_weights < num_bytes <= 10 * 2**20
+    assert model.config.dtype == torch.float32
+    assert json.loads((FOLDER / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_card_has_the_scores():
+    rows = SCORE_ROW.findall((FOLDER / "README.md").read_text())
+    tasks = {task for task, *_ in rows}
+    lengths = {int(length) for _, length, *_ in rows}
+
+    assert tasks == {"recall", "needle", "chain", "copy", "sum", "list"}
+    assert lengths == {512, 1024, 2048}
+    assert len(rows) == len(tasks) * len(lengths)
+    for _, _, num_samples, accuracy, exact in rows:
+        assert int(num_samples) > 0
+        assert 0 <= float(exact) <= float(accuracy) <= 1
