@@ -9,5 +9,8 @@ class Ops(Protocol):
 
 def load(device_type, backend=None):
     from diffkv import reference
+    if device_type == 'cpu' and backend is None:
+        from diffkv.kernels import cpu
+        return cpu
 
     return reference

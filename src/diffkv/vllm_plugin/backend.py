@@ -22,7 +22,7 @@ from diffkv.layout import PageLayout
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.select import options_of
 from diffkv.vllm_plugin.spec import DiffKVSpec
-from diffkv.vllm_plugin.support import check_layer
+from diffkv.vllm_plugin.support import check_config, check_layer
 
 __all__ = ["DiffKVBackend", "DiffKVBuilder", "DiffKVImpl", "DiffKVMetadata"]
 
@@ -138,7 +138,12 @@ _models: dict[int, _Model] = {}
 
 def _remember_model(vllm_config: Any, head_dim: int) -> None:
     options = options_of(vllm_config)
-    assert options is not None, "DiffKV's backend was chosen, but its connector was not"
+    if options is None:
+        raise ConfigError(
+            "the attention backend CUSTOM is DiffKV's, but --kv-transfer-config does not name its "
+            "connector: use diffkv serve, or the flags that it prints"
+        )
+    check_config(vllm_config, options)
     model = vllm_config.model_config
     _models[head_dim] = _Model(
         options.layout(head_dim, model.dtype.itemsize),

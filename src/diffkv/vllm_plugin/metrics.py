@@ -2,12 +2,15 @@
 
 from typing import Any
 
+from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
 )
 
 __all__ = ["GAUGES", "DiffKVPromMetrics", "DiffKVStats"]
+
+PREFIX = "diffkv_"
 
 GAUGES = {
     "pages_total": "Pages of the pool.",
@@ -52,6 +55,13 @@ class DiffKVStats(KVConnectorStats):
         return not self.data
 
 
+def _unregister() -> None:
+    """Forget the gauges of an earlier engine of this process, as vLLM does with its own."""
+    for collector in list(REGISTRY._collector_to_names):
+        if getattr(collector, "_name", "").startswith(PREFIX):
+            REGISTRY.unregister(collector)
+
+
 class DiffKVPromMetrics(KVConnectorPromMetrics):
     """Prometheus gauges `diffkv_...`."""
 
@@ -63,8 +73,9 @@ class DiffKVPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        _unregister()
         gauges = {
-            name: self._gauge_cls(name=f"diffkv_{name}", documentation=text, labelnames=labelnames)
+            name: self._gauge_cls(name=PREFIX + name, documentation=text, labelnames=labelnames)
             for name, text in GAUGES.items()
         }
         self._gauges = {

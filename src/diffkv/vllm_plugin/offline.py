@@ -192,7 +192,7 @@ def _cache_use(options: Options, ranks: list[dict[str, Any]]) -> CacheUse:
     thresholds = options.thresholds()
     return CacheUse(
         pool["quant"], thresholds.alpha_high, thresholds.alpha_low, tokens, high, low,
-        tokens - high - low, sum(t["num_pages"] for t in totals),
+        max(0.0, round(tokens - high - low, 6)), sum(t["num_pages"] for t in totals),
         sum(t["pages_peak"] for t in totals), pool["page_bytes"], totals[0]["running_peak"],
         per_token, bf16, bf16 / per_token, bf16 / 2 / per_token, tokens * 16 / nominal_bits,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from typing import Any
 
 import vllm
 
+from diffkv.pool import PoolShape
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.options import Options
 
@@ -78,7 +79,30 @@ def check_config(vllm_config: Any, options: Options) -> None:
     for refused, what in refusals:
         if refused:
             raise ConfigError(f"DiffKV does not support {what}")
-    options.layout(model.get_head_size(), model.dtype.itemsize)
+    _check_budget(vllm_config, options)
+
+
+def _check_budget(vllm_config: Any, options: Options) -> None:
+    """Refuse a KV budget that is given in bytes and cannot hold the longest request.
+
+    Raises:
+        ConfigError: says how many bytes there are and what to change.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    layout = options.layout(model.get_head_size(), model.dtype.itemsize)
+    budget = vllm_config.cache_config.kv_cache_memory_bytes
+    if budget is None:
+        return
+    num_layers = model.get_num_layers(parallel)
+    null_block = num_layers * layout.page_bytes  # vLLM gives its first block to nobody
+    PoolShape.fit(
+        budget - null_block,
+        layout,
+        num_layers,
+        model.get_num_kv_heads(parallel),
+        model.max_model_len,
+        vllm_config.scheduler_config.max_num_seqs,
+    )
 
 
 def check_layer(**features: Any) -> None:

@@ -18,6 +18,7 @@ namespace {
 constexpr int D = layout::HEAD_DIM;
 constexpr int ITEM_TOKENS = 512;   // tokens of a work item, rounded to whole pages
 constexpr int MAX_BLOCK = 8;       // query heads that share one pass
+constexpr int GROUP = layout::GROUP;
 constexpr float LOG2_E = 1.44269504f;
 
 constexpr int pages_per_item(int tier) {
@@ -49,7 +50,6 @@ struct Call {
   int64_t query_stride;
   uint8_t* output;
   int64_t output_stride;
-  int group;
   float scale;  // of the scores, which are logarithms to base 2
   // Per item: [item, group, item_stride], [item, group] twice, [item, group, D].
   float *scores, *largest, *total, *partial;
@@ -59,7 +59,7 @@ struct Call {
 // Query vectors of a block in the order of a tier's key chunks, and their sums by group.
 template <int TIER, int G>
 struct Queries {
-  static constexpr Side side = key_side(TIER);
+  static constexpr Side side = SIDE<TIER, true>;
   Floats chunks[num_chunks(side)][G];
   float sums[num_groups(side)][G];
 
@@ -69,7 +69,7 @@ struct Queries {
       float q[D];
       load_row<layout::DTYPE>(query + h * ROW_BYTES, q, D);
       each<num_chunks(side)>([&](auto c) {
-        constexpr Chunk chunk = chunk_of(side, c.value);
+        constexpr const Chunk& chunk = CHUNK<TIER, true, c.value>;
         Floats x{};
         std::memcpy(&x, q + chunk.element, chunk.count * 4);
         chunks[c][h] = x;
@@ -88,7 +88,7 @@ constexpr int tokens_at_once(int group) {
 template <int TIER, int G>
 INLINE void dot_codes(const uint8_t* codes, int count, const Queries<TIER, G>& queries,
                       Floats (*sums)[G][LANES]) {
-  constexpr Side side = key_side(TIER);
+  constexpr const Side& side = SIDE<TIER, true>;
   constexpr int NUM = num_chunks(side), TOKENS = tokens_at_once(G);
   for (int t = 0; t < count; t += TOKENS) {
     const uint8_t* rows[TOKENS];
@@ -97,7 +97,7 @@ INLINE void dot_codes(const uint8_t* codes, int count, const Queries<TIER, G>& q
     });
     Floats dots[G][TOKENS] = {};
     each<NUM>([&](auto c) {
-      constexpr Chunk chunk = chunk_of(side, c.value);
+      constexpr const Chunk& chunk = CHUNK<TIER, true, c.value>;
       Floats k[TOKENS];
       each<TOKENS>([&](auto i) {
         k[i] = unpack<side.bits, chunk.shift, chunk.count>(rows[i] + chunk.byte);
@@ -122,7 +122,7 @@ INLINE void dot_codes(const uint8_t* codes, int count, const Queries<TIER, G>& q
 template <int TIER, int G>
 INLINE void score_page(const uint8_t* page, int num, const Queries<TIER, G>& queries, float scale,
                        float* scores, Floats* most) {
-  constexpr Side side = key_side(TIER);
+  constexpr const Side& side = SIDE<TIER, true>;
   constexpr int GROUPS = num_groups(side);
   Floats sums[GROUPS][G][LANES] = {};
   for (int start = 0; start < num; start += LANES) {
@@ -159,7 +159,7 @@ constexpr int chunks_at_once(int group, int num) {
 template <int TIER, int G>
 INLINE void add_values(const uint8_t* page, int num, const float (*weights)[G][padded_tokens(TIER)],
                        const float* keep, Floats (*out)[num_chunks(value_side(TIER))]) {
-  constexpr Side side = value_side(TIER);
+  constexpr const Side& side = SIDE<TIER, false>;
   constexpr int NUM = num_chunks(side), AT_ONCE = chunks_at_once(G, NUM);
   each<(NUM + AT_ONCE - 1) / AT_ONCE>([&](auto block) {
     constexpr int FIRST = block * AT_ONCE, WIDTH = NUM - FIRST < AT_ONCE ? NUM - FIRST : AT_ONCE;
@@ -170,7 +170,7 @@ INLINE void add_values(const uint8_t* page, int num, const float (*weights)[G][p
     const uint8_t* codes = page + side.codes;
     for (int t = 0; t < num; t++, codes += side.code_bytes)
       each<WIDTH>([&](auto c) {
-        constexpr Chunk chunk = chunk_of(side, FIRST + c.value);
+        constexpr const Chunk& chunk = CHUNK<TIER, false, FIRST + c.value>;
         const Floats v = unpack<side.bits, chunk.shift, chunk.count>(codes + chunk.byte);
         each<G>([&](auto h) {
           sums[h][c] = madd(broadcast(weights[chunk.group][h][t]), v, sums[h][c]);
@@ -190,7 +190,7 @@ INLINE void weigh_page(const uint8_t* page, int num, const float* scores, const 
                        const float* keep, Floats* total,
                        float (*weights)[G][padded_tokens(TIER)],
                        Floats (*zeros)[num_groups(value_side(TIER))]) {
-  constexpr Side side = value_side(TIER);
+  constexpr const Side& side = SIDE<TIER, false>;
   constexpr int GROUPS = num_groups(side);
   each<G>([&](auto h) {
     total[h] *= keep[h];
@@ -218,10 +218,10 @@ INLINE void weigh_page(const uint8_t* page, int num, const float* scores, const 
 // One item for G query heads from `first_head` of its group on.
 template <int TIER, int G>
 void attend_item(const Call& call, const Item& item, int64_t number, int first_head) {
-  constexpr Side side = value_side(TIER);
+  constexpr const Side& side = SIDE<TIER, false>;
   constexpr int T = tokens_per_page(TIER), NUM = num_chunks(side), GROUPS = num_groups(side);
   const Pool& pool = call.pool;
-  const int64_t head = item.head * call.group + first_head, at = number * call.group + first_head;
+  const int64_t head = item.head * GROUP + first_head, at = number * GROUP + first_head;
   const Queries<TIER, G> queries(call.query + item.request * call.query_stride + head * ROW_BYTES);
   float largest[G], keep[G], weights[GROUPS][G][padded_tokens(TIER)];
   Floats total[G] = {}, zeros[G][GROUPS] = {}, out[G][NUM] = {};
@@ -254,44 +254,42 @@ void attend_item(const Call& call, const Item& item, int64_t number, int first_h
     float zero[GROUPS];
     for (int g = 0; g < GROUPS; g++) zero[g] = sum_lanes(zeros[h][g]);
     each<NUM>([&](auto c) {
-      constexpr Chunk chunk = chunk_of(side, c.value);
+      constexpr const Chunk& chunk = CHUNK<TIER, false, c.value>;
       const Floats x = out[h][c] + zero[chunk.group];
       std::memcpy(call.partial + (at + h) * D + chunk.element, &x, chunk.count * 4);
     });
   });
 }
 
-// Groups of more than MAX_BLOCK query heads are cut into equal blocks.
+// Groups of more than MAX_BLOCK query heads are cut into blocks of nearly equal size.
 template <int TIER>
 void attend_group(const Call& call, const Item& item, int64_t number) {
-  const int blocks = (call.group + MAX_BLOCK - 1) / MAX_BLOCK;
-  for (int b = 0; b < blocks; b++) {
-    const int first = call.group * b / blocks, size = call.group * (b + 1) / blocks - first;
-    each<MAX_BLOCK>([&](auto smaller) {
-      if (size == smaller + 1) attend_item<TIER, smaller.value + 1>(call, item, number, first);
-    });
-  }
+  constexpr int BLOCKS = (GROUP + MAX_BLOCK - 1) / MAX_BLOCK;
+  each<BLOCKS>([&](auto b) {
+    constexpr int FIRST = GROUP * b / BLOCKS, SIZE = GROUP * (b + 1) / BLOCKS - FIRST;
+    attend_item<TIER, SIZE>(call, item, number, FIRST);
+  });
 }
 
 // Merge the items [first, last) of one KV head, in order.
 void merge(const Call& call, int64_t request, int64_t head, int64_t first, int64_t last) {
-  for (int h = 0; h < call.group; h++) {
-    const int64_t q_head = head * call.group + h;
+  for (int h = 0; h < GROUP; h++) {
+    const int64_t q_head = head * GROUP + h;
     float largest = -std::numeric_limits<float>::infinity(), total = 0.0f;
     for (int64_t i = first; i < last; i++) {
-      const float x = call.largest[i * call.group + h];
+      const float x = call.largest[i * GROUP + h];
       largest = x > largest ? x : largest;
     }
     float out[D] = {};
     for (int64_t i = first; i < last; i++) {
-      const int64_t at = i * call.group + h;
+      const int64_t at = i * GROUP + h;
       const float share = std::exp2(call.largest[at] - largest);
       total += call.total[at] * share;
       for (int j = 0; j < D; j++) out[j] += call.partial[at * D + j] * share;
     }
     for (int j = 0; j < D && first < last; j++) out[j] /= total;
     store_row<layout::DTYPE>(call.output + request * call.output_stride + q_head * ROW_BYTES, out, D);
-    call.lse[(request * call.pool.num_kv_heads + head) * call.group + h] =
+    call.lse[(request * call.pool.num_kv_heads + head) * GROUP + h] =
         largest + std::log2(total);
   }
 }
@@ -300,15 +298,15 @@ void merge(const Call& call, int64_t request, int64_t head, int64_t first, int64
 template <int TIER>
 void add_sums(const Call& call, const Item& item, int64_t number) {
   constexpr int T = tokens_per_page(TIER);
-  const float* lse = call.lse + (item.request * call.pool.num_kv_heads + item.head) * call.group;
+  const float* lse = call.lse + (item.request * call.pool.num_kv_heads + item.head) * GROUP;
   for (int done = 0; done < item.num_tokens; done += T) {
     const int num = item.num_tokens - done < T ? item.num_tokens - done : T;
     uint8_t* page = call.pool.page(call.pool.entry(item.row, TIER, item.first_page + done / T));
     const int64_t offset = done / T * padded_tokens(TIER);
     for (int start = 0; start < num; start += LANES) {
-      const float* scores = call.scores + number * call.group * item_stride() + offset + start;
+      const float* scores = call.scores + number * GROUP * item_stride() + offset + start;
       Floats most = load<Floats>(scores) - lse[0];
-      for (int h = 1; h < call.group; h++)
+      for (int h = 1; h < GROUP; h++)
         most = maximum(most, load<Floats>(scores + (int64_t)h * item_stride()) - lse[h]);
       const Floats p = exp2(most);
       uint8_t* sums = page + layout::TIERS[TIER].sums + start * 4;
@@ -345,11 +343,10 @@ struct Scratch {
 
 }  // namespace
 
-// query, output: [R, heads * group, head_dim] with the given bytes from request to request.
+// query, output: [R, heads * GROUP, head_dim] with the given bytes from request to request.
 EXPORT int diffkv_attend(const Pool* pool_ptr, int64_t layer, const int32_t* slots,
                          int64_t num_requests, const uint8_t* query, int64_t query_stride,
-                         uint8_t* output, int64_t output_stride, int group, float scale,
-                         int threads) {
+                         uint8_t* output, int64_t output_stride, float scale, int threads) {
   static thread_local Scratch scratch;
   static thread_local std::vector<Item> items;
   static thread_local std::vector<int64_t> starts;
@@ -369,13 +366,13 @@ EXPORT int diffkv_attend(const Pool* pool_ptr, int64_t layer, const int32_t* slo
       starts.push_back((int64_t)items.size());
     }
 
-  const int64_t N = (int64_t)items.size(), num_heads = num_requests * heads, rows = N * group;
-  float* memory = scratch.get(rows * (item_stride() + 2 + D) + num_heads * group);
+  const int64_t N = (int64_t)items.size(), num_heads = num_requests * heads, rows = N * GROUP;
+  float* memory = scratch.get(rows * (item_stride() + 2 + D) + num_heads * GROUP);
   float* scores = memory;
   float* partial = scores + rows * item_stride();
   float* largest = partial + rows * D;
-  const Call call = {pool,   query,  query_stride, output,  output_stride, group,
-                     scale * LOG2_E, scores,       largest, largest + rows, partial,
+  const Call call = {pool,           query,  query_stride, output,         output_stride,
+                     scale * LOG2_E, scores, largest,      largest + rows, partial,
                      largest + 2 * rows};
   const Item* work = items.data();
   const int64_t* bounds = starts.data();

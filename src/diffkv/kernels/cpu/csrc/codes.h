@@ -42,6 +42,12 @@ constexpr Chunk chunk_of(Side side, int number) {
 
 constexpr int num_groups(Side side) { return side.bits == 16 ? 1 : side.groups; }
 
+// Of namespace scope, because GCC does not capture constexpr structs in nested lambdas.
+template <int TIER, bool KEY>
+constexpr Side SIDE = KEY ? key_side(TIER) : value_side(TIER);
+template <int TIER, bool KEY, int NUMBER>
+constexpr Chunk CHUNK = chunk_of(SIDE<TIER, KEY>, NUMBER);
+
 // Codes of a chunk as floats, lanes past `COUNT` undefined but finite; `from` is where they start.
 template <int BITS, int SHIFT, int COUNT>
 INLINE Floats unpack(const uint8_t* from) {
