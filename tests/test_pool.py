@@ -1,429 +1,253 @@
-"""The pool: budgets, the ring, and thousands of random operations against a dictionary."""
-
-import random
-from collections import Counter
-from dataclasses import dataclass
-from typing import ClassVar
+"""The pool: the budget, the ring, and sums that travel with their tokens."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
+from small_pool import (
+    HEAD_DIM,
+    NUM_KV_HEADS,
+    NUM_LAYERS,
+    NUM_SLOTS,
+    assert_only_counted,
+    make_state,
+    num_free,
+    read,
+    store,
+    tensors,
 )
 
-from diffkv import ops as operations
 from diffkv import pool, reference
+from diffkv.kernels import cpu
 from diffkv.layout import PageLayout
 from diffkv.policy import DROPPED, HIGH, LOW
 from diffkv.pool import PoolShape
 from diffkv.quant import ConfigError, QuantConfig
-from diffkv.state import PromptTokens
-
-NUM_SLOTS, NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 3, 2, 2, 8
-MAX_MODEL_LEN = 16
-WINDOW = 3
-GROUP = 2
-"""Query heads of a KV head."""
-
-ALPHAS = ((0.0, 0.0), (3.0, 0.0), (3.0, 1.0), (6.0, 2.0), (16.0, 0.5))
-SUMS = (0.0, 0.25, 0.25, 0.5, 1.0, 4.0)
-"""Few values, so that many tokens of a head are equal."""
-
-BACKENDS = ("reference", "cpu")
 
 
-def make_state(quant, page_bytes, num_pages, num_slots=NUM_SLOTS):
-    layout = PageLayout.derive(QuantConfig.parse(quant), HEAD_DIM, page_bytes, element_bytes=4)
-    width = layout.max_pages(MAX_MODEL_LEN)
-    shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, num_slots, width, num_pages)
-    buffer = torch.empty(shape.table_bytes + num_pages * page_bytes, dtype=torch.uint8)
-    return pool.create(shape, buffer, torch.float32, WINDOW)
+@pytest.fixture(params=[reference, cpu], ids=["reference", "cpu"])
+def ops(request):
+    return request.param
 
 
-def num_free(state):
-    head, tail = state.ring_ends.tolist()
-    return tail - head
-
-
-def tensors(state):
-    """Everything that an operation may change, but the counter of overruns."""
-    names = ("pages", "free_ring", "ring_ends", "page_table", "num_tokens", "num_pages_held")
-    return {name: getattr(state, name).clone() for name in names}
-
-
-def assert_only_counted(state, before):
-    """An overrun was counted, once, and nothing else happened. Resets the counter."""
-    assert int(state.overruns) == 1
-    for name, tensor in before.items():
-        assert torch.equal(getattr(state, name), tensor), f"{name} changed in an overrun"
-    state.overruns.zero_()
-
-
-def store(ops, state, layer, rows, tiers, sums, key=None):
-    """Store `rows` of (slot, positions); tiers and sums are [num_kv_heads][num_tokens]."""
-    positions = [position for _, row in rows for position in row]
-    lengths = [len(row) for _, row in rows]
-    if key is None:
-        key = torch.zeros(len(positions), NUM_KV_HEADS, HEAD_DIM)
-    tokens = PromptTokens(
-        slots=torch.tensor([slot for slot, _ in rows], dtype=torch.int32),
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        key=key,
-        value=-key,
-        positions=torch.tensor(positions, dtype=torch.int32),
-    )
-    tiers = torch.tensor(tiers, dtype=torch.int8)
-    ops.store_prompt(state, layer, tokens, tiers, torch.tensor(sums, dtype=torch.float32))
-
-
-def read(state):
-    """(slot, layer, head) -> tier -> (positions, sums, keys, values), straight from the bytes."""
-    raw = state.pages.numpy()
-    table, counts = state.page_table.numpy(), state.num_tokens.numpy()
-    views = [_views(state, raw, tier) for tier in range(len(state.layout.tiers))]
-    result = {}
-    for row in np.ndindex(table.shape[:3]):
-        result[row] = []
-        for tier, tier_views in enumerate(views):
-            number = np.arange(counts[(*row, tier)])
-            number, index = np.divmod(number, state.layout.tiers[tier].tokens_per_page)
-            column = number if tier == HIGH else state.table_width - 1 - number
-            result[row].append([view[table[(*row, column)], index] for view in tier_views])
-    return result
-
-
-def _views(state, raw, tier):
-    """[num_pages, tokens_per_page, ...] of positions, sums, keys and values."""
-    layout = state.layout.tiers[tier]
-    fmt, tokens = layout.format, layout.tokens_per_page
-
-    def segment(name, dtype):
-        offset, num_bytes = layout.segments[name]
-        return raw[:, offset : offset + num_bytes].copy().view(dtype).reshape(len(raw), tokens, -1)
-
-    def vectors(side, bits, groups):
-        codes = torch.from_numpy(segment(f"{side}_codes", np.uint8)).flatten(0, 1)
-        meta = torch.from_numpy(segment(f"{side}_meta", np.float16))
-        meta = meta.view(len(codes), 0 if bits == 16 else groups, 2)
-        x = reference.dequantize(codes, meta, bits, torch.float32)
-        return x.view(len(raw), tokens, HEAD_DIM).numpy()
-
-    positions, sums = segment("positions", np.int32)[..., 0], segment("sums", np.float32)[..., 0]
-    keys = vectors("k", fmt.k_bits, fmt.k_groups)
-    return positions, sums, keys, vectors("v", fmt.v_bits, fmt.v_groups)
-
-
-class Vectors:
-    """A few (key, value) pairs, and what they read as once stored high, low, or high and then low."""
-
-    def __init__(self, quant):
-        self.key = torch.randn(61, HEAD_DIM, generator=torch.Generator().manual_seed(0))
-        self.key[0] = 3.0
-        high, low = quant.high, quant.low or quant.high
-        pairs = self.key, -self.key
-        as_high = self._stored(pairs, high)
-        read = {
-            "high": as_high,
-            "low": self._stored(pairs, low),
-            "demoted": self._stored(as_high, low),
+def kept_sums(state, slot, layer):
+    """For each head: position -> (tier, sum)."""
+    contents = read(state)
+    return [
+        {
+            position: (tier, total)
+            for tier, (positions, totals, *_) in enumerate(contents[slot, layer, head])
+            for position, total in zip(positions.tolist(), totals.tolist(), strict=True)
         }
-        self.read = {name: (k.numpy(), v.numpy()) for name, (k, v) in read.items()}
-
-    @staticmethod
-    def _stored(pairs, fmt):
-        sides = zip(pairs, (fmt.k_bits, fmt.v_bits), (fmt.k_groups, fmt.v_groups), strict=True)
-        return tuple(
-            reference.dequantize(*reference.quantize(x, bits, groups), bits, torch.float32)
-            for x, bits, groups in sides
-        )
+        for head in range(NUM_KV_HEADS)
+    ]
 
 
-@dataclass
-class Token:
-    """What the dictionary knows of a kept token: its sum, and which vector it reads as."""
-
-    tier: int
-    total: np.float32
-    vector: int
-    stored_as: str
+def all_high(num_tokens):
+    return [[HIGH] * num_tokens] * NUM_KV_HEADS, [[0.0] * num_tokens] * NUM_KV_HEADS
 
 
-@dataclass
-class Request:
-    """A running request: (layer, head) -> position -> Token."""
+def test_full_is_not_empty(ops):
+    # Two pages of 2 tokens for each of two heads: four pages, the whole pool.
+    state = make_state("k8v4", 96, num_pages=4)
+    assert state.layout.high.tokens_per_page == 2
+    store(ops, state, 0, [(0, range(4))], *all_high(4))
+    assert num_free(state) == 0
+    pool.check_invariants(state)
 
-    prompt_len: int
-    num_tokens: int
-    alphas: tuple
-    kept: dict
+    before = tensors(state)
+    store(ops, state, 0, [(1, range(1))], *all_high(1))
+    assert_only_counted(state, before)
+
+    ops.release(state, torch.tensor([0], dtype=torch.int32), -1)
+    assert num_free(state) == 4
+    assert state.ring_ends.tolist() == [4, 8]
+    pool.check_invariants(state)
 
 
-class PoolMachine(RuleBasedStateMachine):
-    """Random operations on a small pool and on a dictionary; subclasses say with which kernels."""
+def test_a_plan_that_wants_too_much_takes_nothing(ops):
+    state = make_state("k8v4", 96, num_pages=4 * NUM_LAYERS + 1)
+    for layer in range(NUM_LAYERS):
+        store(ops, state, layer, [(0, range(4))], *all_high(4))
+    state.prompt_lens[0] = 4
+    before = tensors(state)
+    # Every head's last page is full, so four heads want one page each, and one is free.
+    plan = ops.plan_decode(
+        state, torch.tensor([0], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
+    )
+    assert (plan.places == -1).all()
+    key = torch.ones(1, NUM_KV_HEADS, HEAD_DIM)
+    ops.append(state, 0, plan, key, key)
+    assert_only_counted(state, before)
 
-    ops = reference
-    quant = "k8v4-k4v2"
-    page_bytes = 128
-    num_pages = 44
-    counts: ClassVar[Counter] = Counter()
 
-    def __init__(self):
-        super().__init__()
-        self.state = make_state(self.quant, self.page_bytes, self.num_pages)
-        self.vectors = Vectors(self.state.layout.quant)
-        self.has_low = self.state.layout.low is not None
-        self.per_page = [tier.tokens_per_page for tier in self.state.layout.tiers]
-        self.requests = {}
-        self.rnd = random.Random(0)
+def test_the_ring_wraps_around(ops):
+    state = make_state("k8v4", 96, num_pages=7)
+    wrapped = 0
+    for turn in range(40):
+        slot, num_tokens = turn % NUM_SLOTS, 1 + turn % 6
+        head = int(state.ring_ends[0])
+        store(ops, state, turn % 2, [(slot, range(num_tokens))], *all_high(num_tokens))
+        wrapped += head // 7 < int(state.ring_ends[0] - 1) // 7
+        pool.check_invariants(state)
+        assert num_free(state) == 7 - NUM_KV_HEADS * -(-num_tokens // 2)
+        ops.release(state, torch.tensor([slot], dtype=torch.int32), -1)
+        pool.check_invariants(state)
+        assert num_free(state) == 7
+    assert wrapped >= 10
+    assert state.ring_ends[0] > 10 * 7
 
-    # What may happen.
 
-    @rule(seed=st.integers(0, 2**16))
-    @precondition(lambda self: len(self.requests) < NUM_SLOTS)
-    def start(self, seed):
-        """Prompts of one or two requests, in one call for each layer, with a row that is padding."""
-        self.rnd.seed(seed)
-        free = [slot for slot in range(NUM_SLOTS) if slot not in self.requests]
-        slots = self.rnd.sample(free, min(len(free), self.rnd.choice((1, 1, 2))))
-        rows = [(slot, list(range(self.rnd.randint(1, 7)))) for slot in slots]
-        for slot, positions in rows:
-            alphas = self.rnd.choice(ALPHAS)
-            alphas = alphas if self.has_low else (alphas[1], alphas[1])
-            self.requests[slot] = Request(len(positions), len(positions), alphas, {})
-            self.state.thresholds[slot] = torch.tensor(alphas)
-            self.state.prompt_lens[slot] = len(positions)
-        if self.rnd.random() < 0.3:
-            rows.insert(self.rnd.randint(0, len(rows)), (-1, [0, 1]))
-        for layer in range(NUM_LAYERS):
-            self.store(layer, rows)
+def test_sums_travel_with_their_tokens_when_stored(ops):
+    state = make_state("k8v4-k4v2", 128, num_pages=20)
+    tiers = [[LOW, HIGH, DROPPED, LOW, HIGH], [DROPPED, LOW, HIGH, HIGH, HIGH]]
+    sums = [[0.5, 1.5, 2.5, 3.5, 4.5], [10.0, 11.0, 12.0, 13.0, 14.0]]
+    store(ops, state, 1, [(2, range(5))], tiers, sums)
+    assert kept_sums(state, 2, 1) == [
+        {0: (LOW, 0.5), 1: (HIGH, 1.5), 3: (LOW, 3.5), 4: (HIGH, 4.5)},
+        {1: (LOW, 11.0), 2: (HIGH, 12.0), 3: (HIGH, 13.0), 4: (HIGH, 14.0)},
+    ]
 
-    @rule(seed=st.integers(0, 2**16))
-    @precondition(lambda self: self.requests)
-    def restore(self, seed):
-        """One layer of a request is released and its tokens are tiered anew, sums and all."""
-        self.rnd.seed(seed)
-        slot = self.rnd.choice(sorted(self.requests))
-        layer = self.rnd.randrange(NUM_LAYERS)
-        self.release([slot], layer)
-        self.store(layer, [(slot, list(range(self.requests[slot].num_tokens)))])
 
-    @rule(seed=st.integers(0, 2**16))
-    @precondition(lambda self: any(r.num_tokens < MAX_MODEL_LEN for r in self.requests.values()))
-    def decode(self, seed):
-        """A step of some requests: one plan, and the new tokens of every layer."""
-        self.rnd.seed(seed)
-        able = [s for s, r in sorted(self.requests.items()) if r.num_tokens < MAX_MODEL_LEN]
-        slots = self.rnd.sample(able, self.rnd.randint(1, len(able)))
-        if self.rnd.random() < 0.3:
-            slots.insert(self.rnd.randint(0, len(slots)), -1)
-        lens = [self.requests[s].num_tokens + 1 if s >= 0 else 0 for s in slots]
-        heads = [
-            (s, head) for s in slots if s >= 0 for head in np.ndindex(NUM_LAYERS, NUM_KV_HEADS)
-        ]
-        decisions = [self.decide(self.requests[slot], head) for slot, head in heads]
-        before, overrun = tensors(self.state), sum(d[0] for d in decisions) > num_free(self.state)
+def test_sums_travel_with_their_tokens_when_demoted(ops):
+    state = make_state("k8v4-k4v2", 128, num_pages=40)
+    # After 5 tokens and with a window of 3, tokens 0, 1 and 2 may be demoted: means are sum / (5 - i).
+    sums = [[1.0, 0.4, 0.9, 0.0, 0.0], [0.5, 1.6, 0.6, 0.0, 0.0]]
+    tiers = [[HIGH] * 5] * NUM_KV_HEADS
+    for layer in range(NUM_LAYERS):
+        store(ops, state, layer, [(0, range(5))], tiers, sums)
+    state.prompt_lens[0] = 5
+    state.thresholds[0] = torch.tensor([5.0, 0.0])  # every mean below 1 is demoted, none is dropped
+    plan = ops.plan_decode(
+        state, torch.tensor([0], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
+    )
+    key = torch.ones(1, NUM_KV_HEADS, HEAD_DIM)
+    for layer in range(NUM_LAYERS):
+        ops.append(state, layer, plan, key, key)
+        first, second = kept_sums(state, 0, layer)
+        f32 = [[float(np.float32(x)) for x in row] for row in sums]
+        high = {3: (HIGH, 0.0), 4: (HIGH, 0.0), 5: (HIGH, 0.0)}
+        # Head 0: means 0.2, 0.1, 0.3. Head 1: 0.1, 0.4, 0.2.
+        assert first == high | {0: (HIGH, 1.0), 1: (LOW, f32[0][1]), 2: (HIGH, f32[0][2])}
+        assert second == high | {0: (LOW, 0.5), 1: (HIGH, f32[1][1]), 2: (HIGH, f32[1][2])}
 
-        int32 = {"dtype": torch.int32}
-        plan = self.ops.plan_decode(
-            self.state, torch.tensor(slots, **int32), torch.tensor(lens, **int32)
-        )
-        chosen = torch.tensor([self.rnd.randrange(61) for _ in slots])
-        key = self.vectors.key[chosen][:, None].expand(-1, NUM_KV_HEADS, -1).contiguous()
-        for layer in range(NUM_LAYERS):
-            self.ops.append(self.state, layer, plan, key, -key)
 
-        self.count("plan_decode", 1)
-        self.count("append", NUM_LAYERS)
-        padding = [r for r, slot in enumerate(slots) if slot < 0]
-        assert (plan.places[padding] == -1).all()
-        if overrun:
-            self.count("overrun", 1)
-            assert (plan.places == -1).all()
-            assert_only_counted(self.state, before)
-            return
-        vectors = dict(zip(slots, chosen.tolist(), strict=True))
-        for (slot, head), decision in zip(heads, decisions, strict=True):
-            self.apply(self.requests[slot], head, decision, vectors[slot])
-        for slot in slots:
-            if slot >= 0:
-                self.requests[slot].num_tokens += 1
+def test_sums_travel_with_their_tokens_when_stored_anew(ops):
+    state = make_state("k8v4-k4v2", 128, num_pages=20)
+    sums = [[0.5, 1.5, 2.5, 3.5], [4.5, 5.5, 6.5, 7.5]]
+    store(ops, state, 0, [(0, range(4))], [[HIGH] * 4] * NUM_KV_HEADS, sums)
+    ops.release(state, torch.tensor([0], dtype=torch.int32), 0)
+    tiers = [[LOW, DROPPED, HIGH, LOW], [LOW, LOW, LOW, HIGH]]
+    store(ops, state, 0, [(0, range(4))], tiers, sums)
+    assert kept_sums(state, 0, 0) == [
+        {0: (LOW, 0.5), 2: (HIGH, 2.5), 3: (LOW, 3.5)},
+        {0: (LOW, 4.5), 1: (LOW, 5.5), 2: (LOW, 6.5), 3: (HIGH, 7.5)},
+    ]
 
-    @rule(seed=st.integers(0, 2**16), layer=st.integers(0, NUM_LAYERS - 1))
-    @precondition(lambda self: self.requests)
-    def attend(self, seed, layer):
-        """One query of every request: sums grow by what a softmax over the dictionary's keys says."""
-        slots = [*sorted(self.requests), -1]
-        generator = torch.Generator().manual_seed(seed)
-        query = torch.randn(len(slots), NUM_KV_HEADS * GROUP, HEAD_DIM, generator=generator)
-        output = torch.full_like(query, torch.nan)
-        rows = torch.tensor(slots, dtype=torch.int32)
-        self.ops.attend(self.state, layer, rows, query, 0.5, output)
-        self.count("attend", 1)
-        assert (output[-1] == 0).all()
-        after = read(self.state)
-        for r, slot in enumerate(slots[:-1]):
-            for head in range(NUM_KV_HEADS):
-                group = slice(head * GROUP, (head + 1) * GROUP)
-                kept = self.requests[slot].kept.get((layer, head), {})
-                self.check_attention(query[r, group], kept, output[r, group])
-                for positions, totals, *_ in after[slot, layer, head]:
-                    for position, total in zip(positions.tolist(), totals, strict=True):
-                        assert total == pytest.approx(kept[position].total, rel=1e-5, abs=1e-6)
-                        kept[position].total = total  # equal up to rounding: go on from the same
 
-    @rule(seed=st.integers(0, 2**16))
-    @precondition(lambda self: self.requests)
-    def finish(self, seed):
-        """Some requests end."""
-        self.rnd.seed(seed)
-        slots = self.rnd.sample(sorted(self.requests), self.rnd.randint(1, len(self.requests)))
-        self.release([*slots, -1], -1)
-        for slot in slots:
-            del self.requests[slot]
+def test_held_pages_and_open_heads():
+    # Two tokens a page. Head 0 of each layer: a full high page and half a low one. Head 1: a full and
+    # a half high page, no low one.
+    state = make_state("k8v4-k8v2", 96, num_pages=20)
+    assert [tier.tokens_per_page for tier in state.layout.tiers] == [2, 2]
+    tiers = [[HIGH, HIGH, LOW, DROPPED], [HIGH, HIGH, HIGH, DROPPED]]
+    for layer in range(NUM_LAYERS):
+        store(reference, state, layer, [(1, range(4))], tiers, [[0.0] * 4] * 2)
+    slots = torch.tensor([0, 1])
+    assert pool.held_pages(state, slots).tolist() == [0, 8]
+    # Head 0 could open a high page, head 1 a low one (demoted); without tokens every head opens one.
+    assert pool.open_heads(state, slots).tolist() == [4, 4]
 
-    @rule(seed=st.integers(0, 2**16), layer=st.integers(0, NUM_LAYERS - 1))
-    @precondition(lambda self: self.requests)
-    def release_layer(self, seed, layer):
-        """One layer of a request is given back."""
-        self.rnd.seed(seed)
-        self.release([self.rnd.choice(sorted(self.requests))], layer)
-
-    # What must hold after each of them.
-
-    @invariant()
-    def the_pool_is_what_the_dictionary_says(self):
-        pool.check_invariants(self.state)
-        contents = read(self.state)
-        for (slot, layer, head), stored in contents.items():
-            kept = self.requests[slot].kept.get((layer, head), {}) if slot in self.requests else {}
-            assert sum(len(tier[0]) for tier in stored) == len(kept)
-            for tier, (positions, totals, keys, values) in enumerate(stored):
-                for i, position in enumerate(positions.tolist()):
-                    token = kept[position]
-                    k, v = self.vectors.read[token.stored_as]
-                    assert token.tier == tier
-                    assert token.total == totals[i]
-                    assert np.array_equal(k[token.vector], keys[i])
-                    assert np.array_equal(v[token.vector], values[i])
-
-    # The same in the dictionary.
-
-    def count(self, name, number):
-        self.counts[name] += number
-
-    def store(self, layer, rows):
-        num_tokens = sum(len(positions) for _, positions in rows)
-        choices = (HIGH, HIGH, LOW, DROPPED) if self.has_low else (HIGH, HIGH, DROPPED)
-        tiers = [self.rnd.choices(choices, k=num_tokens) for _ in range(NUM_KV_HEADS)]
-        sums = [self.rnd.choices(SUMS, k=num_tokens) for _ in range(NUM_KV_HEADS)]
-        chosen = [[self.rnd.randrange(61) for _ in range(NUM_KV_HEADS)] for _ in range(num_tokens)]
-        entered, wanted, start = [], 0, 0
-        for slot, positions in rows:
-            for head in range(NUM_KV_HEADS) if slot >= 0 else ():
-                tokens = {
-                    position: Token(
-                        tiers[head][i], np.float32(sums[head][i]), chosen[i][head], name
-                    )
-                    for i, position in enumerate(positions, start)
-                    if (name := ("high", "low", None)[tiers[head][i]])
-                }
-                entered.append((slot, head, tokens))
-                for tier, per_page in enumerate(self.per_page):
-                    wanted += -(-sum(t.tier == tier for t in tokens.values()) // per_page)
-            start += len(positions)
-        before, overrun = tensors(self.state), wanted > num_free(self.state)
-        store(
-            self.ops, self.state, layer, rows, tiers, sums, self.vectors.key[torch.tensor(chosen)]
-        )
-        self.count("store_prompt", 1)
-        if overrun:
-            self.count("overrun", 1)
-            assert_only_counted(self.state, before)
-            return
-        for slot, head, tokens in entered:
-            self.requests[slot].kept[layer, head] = tokens
-
-    def release(self, slots, layer):
-        self.ops.release(self.state, torch.tensor(slots, dtype=torch.int32), layer)
-        self.count("release", 1)
-        for slot in slots:
-            if slot >= 0:
-                kept = self.requests[slot].kept
-                self.requests[slot].kept = {
-                    key: tokens for key, tokens in kept.items() if key[0] != layer and layer >= 0
-                }
-
-    def decide(self, request, head):
-        """(pages wanted, action, high victim, low victim): the published rule, in plain Python."""
-        kept, n = request.kept.get(head, {}), request.num_tokens
-        least = [(np.float32(np.inf), -1), (np.float32(np.inf), -1)]
-        for position, token in kept.items():
-            first = max(position, request.prompt_len - 64)
-            first = first if position < request.prompt_len else position
-            if position <= n - WINDOW:
-                mean = token.total / np.float32(n - first)
-                least[token.tier] = min(least[token.tier], (mean, position))
-        (mean_high, high), (mean_low, low) = least
-        alpha_high, alpha_low = (min(np.float32(a) / np.float32(n), 1) for a in request.alphas)
-        if mean_high < alpha_low and mean_high < mean_low:
-            return 0, "drop", high, low
-        if self.has_low and mean_high < alpha_high:
-            if mean_low < alpha_low:
-                return 0, "demote and evict", high, low
-            return self.opens_page(kept, LOW), "demote", high, low
-        return self.opens_page(kept, HIGH), "append", high, low
-
-    def opens_page(self, kept, tier):
-        return int(sum(t.tier == tier for t in kept.values()) % self.per_page[tier] == 0)
-
-    def apply(self, request, head, decision, vector):
-        _, action, high, low = decision
-        kept = request.kept.setdefault(head, {})
-        self.count(action, 1)
-        if action == "demote and evict":
-            del kept[low]
-        if action == "drop":
-            del kept[high]
-        elif action != "append":
-            kept[high].tier, kept[high].stored_as = LOW, "demoted"
-        kept[request.num_tokens] = Token(HIGH, np.float32(0), vector, "high")
-
-    def check_attention(self, query, kept, output):
-        """Compare the output, and let the dictionary's sums grow."""
-        if not kept:
-            assert (output == 0).all()
-            return
-        pairs = [self.vectors.read[token.stored_as] for token in kept.values()]
-        chosen = [token.vector for token in kept.values()]
-        key = np.stack([k[vector] for (k, _), vector in zip(pairs, chosen, strict=True)])
-        value = np.stack([v[vector] for (_, v), vector in zip(pairs, chosen, strict=True)])
-        probs = (query @ torch.from_numpy(key).T * 0.5).softmax(-1)
-        torch.testing.assert_close(output, probs @ torch.from_numpy(value), rtol=1e-4, atol=1e-5)
-        for token, p in zip(kept.values(), probs.amax(0).tolist(), strict=True):
-            token.total += np.float32(p)
+    # One more low token for head 1: both its last pages are half full, the next token opens none.
+    for layer in range(NUM_LAYERS):
+        store(reference, state, layer, [(1, [4])], [[DROPPED], [LOW]], [[0.0]] * 2)
+    assert pool.held_pages(state, slots).tolist() == [0, 10]
+    assert pool.open_heads(state, slots).tolist() == [4, 2]
 
 
 @pytest.mark.parametrize(
-    ("quant", "page_bytes", "num_examples"), [("k8v4-k4v2", 128, 70), ("k16v16", 160, 20)]
+    ("name", "break_it"),
+    [
+        ("free \\+ .* held pages are not", lambda s: s.ring_ends[0].add_(1)),
+        ("free or held twice", lambda s: s.page_table[0, 0, 0, 0].fill_(int(s.page_table[0, 0, 1, 0]))),
+        ("than their tokens need", lambda s: s.num_tokens[0, 0, 0, 0].add_(9)),
+        ("not where the counts say", lambda s: s.page_table[0, 0].copy_(s.page_table[0, 0].flip(-1))),
+        ("plans wanted more", lambda s: s.overruns.add_(1)),
+        ("pages are free", lambda s: s.ring_ends[1].add_(100)),
+    ],
+)  # fmt: skip
+def test_a_broken_pool_is_noticed(name, break_it):
+    state = make_state("k8v4-k4v2", 128, num_pages=20)
+    store(reference, state, 0, [(0, range(4))], *all_high(4))
+    pool.check_invariants(state)
+    break_it(state)
+    with pytest.raises(AssertionError, match=name):
+        pool.check_invariants(state)
+
+
+layouts = st.sampled_from(["k8v4-k4v2", "k8v4", "k16v16", "k4v1"]).map(
+    lambda text: PageLayout.derive(QuantConfig.parse(text), 64)
 )
-def test_random_operations_agree_with_a_dictionary(quant, page_bytes, num_examples):
-    facts = {"quant": quant, "page_bytes": page_bytes, "counts": Counter()}
-    Machine = type("Machine", (PoolMachine,), facts)
-    run_state_machine_as_test(
-        Machine,
-        settings=settings(
-            max_examples=num_examples,
-            stateful_step_count=100,
-            deadline=None,
-            derandomize=True,  # the same operations everywhere: a red run can be repeated
-            suppress_health_check=list(HealthCheck),
-        ),
+
+
+@given(
+    budget_bytes=st.integers(0, 1 << 22),
+    layout=layouts,
+    num_layers=st.integers(1, 4),
+    num_kv_heads=st.integers(1, 4),
+    max_model_len=st.integers(1, 600),
+    max_num_seqs=st.integers(1, 64),
+)
+@settings(max_examples=200, deadline=None)
+def test_pages_and_tables_fit_the_budget(
+    budget_bytes, layout, num_layers, num_kv_heads, max_model_len, max_num_seqs
+):
+    sizes = (layout, num_layers, num_kv_heads, max_model_len)
+    heads = num_layers * num_kv_heads
+    try:
+        shape = PoolShape.fit(budget_bytes, *sizes, max_num_seqs)
+    except ConfigError as error:
+        assert f"a KV budget of {budget_bytes} bytes cannot hold one request" in str(error)
+        assert f"of {max_model_len} tokens uncompressed" in str(error)
+        # Refused only if a request does not fit beside the tables of as many slots as could be used.
+        slots = max(1, min(max_num_seqs, budget_bytes // (heads * layout.page_bytes)))
+        table = PoolShape(layout, num_layers, num_kv_heads, 1, layout.max_pages(max_model_len), 0)
+        needed = PoolShape.request_bytes(*sizes) + (slots - 1) * table.slot_bytes
+        assert budget_bytes < needed
+        return
+    pages_bytes = shape.num_pages * layout.page_bytes
+    assert pages_bytes + shape.table_bytes <= budget_bytes
+    another = layout.page_bytes + pool.RING_ENTRY_BYTES
+    assert pages_bytes + shape.table_bytes + another > budget_bytes, (
+        "one more page would have fitted"
     )
-    print(Machine.counts)
+    assert shape.num_pages >= heads * layout.max_pages(max_model_len)
+    assert 1 <= shape.num_slots <= max_num_seqs
+
+    buffer = torch.empty(budget_bytes, dtype=torch.uint8)
+    state = pool.create(shape, buffer, torch.bfloat16, window=64)
+    pool.check_invariants(state)
+    assert num_free(state) == shape.num_pages
+    assert state.pages.untyped_storage().data_ptr() == buffer.data_ptr()
+    assert state.page_table.shape == (shape.num_slots, num_layers, num_kv_heads, shape.table_width)
+
+
+def test_a_budget_that_is_too_small_says_what_would_do():
+    layout = PageLayout.derive(QuantConfig.parse("k8v4-k4v2"), 128)
+    needed = PoolShape.request_bytes(layout, 4, 2, 1000)
+    assert PoolShape.fit(needed, layout, 4, 2, 1000, max_num_seqs=1).num_slots == 1
+    with pytest.raises(ConfigError) as error:
+        PoolShape.fit(needed - 1, layout, 4, 2, 1000, max_num_seqs=1)
+    assert str(error.value) == (
+        f"a KV budget of {needed - 1} bytes cannot hold one request of 1000 tokens uncompressed "
+        f"({needed} bytes and tables for 1 requests): raise the budget, or lower max_model_len or "
+        f"max_num_seqs"
+    )
+
+
+def test_a_buffer_smaller_than_the_shape_is_refused():
+    layout = PageLayout.derive(QuantConfig.parse("k8v4"), 64)
+    shape = PoolShape.fit(1 << 20, layout, 1, 1, 100, 4)
+    with pytest.raises(ValueError, match="is too small for"):
+        pool.create(shape, torch.empty(1 << 19, dtype=torch.uint8), torch.bfloat16, window=64)

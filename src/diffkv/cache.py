@@ -110,6 +110,10 @@ class DiffKVCache:
                 self._carried_queries.pop((slot, layer), None)
         self._ops.release(self.state, self._slot_tensor(slots), -1)
 
+    def compresses(self, chunk: PromptChunk) -> bool:
+        """Whether a prompt's tokens are sorted into tiers with this chunk."""
+        return chunk.is_last and self._thresholds[chunk.slot] != Thresholds()
+
     def plan(
         self,
         prompts: Sequence[PromptChunk],
@@ -180,7 +184,7 @@ class DiffKVCache:
                 all_k = torch.cat([stored_k.transpose(0, 1), k])
                 all_v = torch.cat([stored_v.transpose(0, 1), v])
             output[chunk.span] = _causal_attention(q, all_k, all_v, self._scale)
-            if not chunk.is_last or self._thresholds[chunk.slot] == Thresholds():
+            if not self.compresses(chunk):
                 self._carry_queries(layer, chunk, q)
                 undecided.append((chunk, k, v))
             else:

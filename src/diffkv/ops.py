@@ -1,16 +1,106 @@
-"""Which kernels run on a device. (Being written.)"""
+"""Which kernels run on a device: chosen once, at start, and logged by whoever chooses."""
 
-from typing import Any, Protocol
+import importlib.util
+from importlib import import_module
+from typing import Protocol, cast
+
+from torch import Tensor, dtype
+
+from diffkv.quant import ConfigError
+from diffkv.state import DecodePlan, PoolState, PromptTokens
+
+__all__ = ["Ops", "load"]
 
 
 class Ops(Protocol):
-    def __getattr__(self, name: str) -> Any: ...
+    """The operations; their contracts are in `reference`."""
+
+    def quantize(self, x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
+        """See `reference.quantize`."""
+        ...
+
+    def dequantize(self, codes: Tensor, meta: Tensor, bits: int, dtype: dtype) -> Tensor:
+        """See `reference.dequantize`."""
+        ...
+
+    def significance(
+        self,
+        query: Tensor,
+        key: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        scale: float,
+        max_queries: int,
+    ) -> Tensor:
+        """See `reference.significance`."""
+        ...
+
+    def store_prompt(
+        self, state: PoolState, layer: int, tokens: PromptTokens, tiers: Tensor, sums: Tensor
+    ) -> None:
+        """See `reference.store_prompt`."""
+        ...
+
+    def gather(
+        self, state: PoolState, layer: int, slot: int, max_tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `reference.gather`."""
+        ...
+
+    def release(self, state: PoolState, slots: Tensor, layer: int) -> None:
+        """See `reference.release`."""
+        ...
+
+    def plan_decode(self, state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan:
+        """See `reference.plan_decode`."""
+        ...
+
+    def append(
+        self, state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: Tensor
+    ) -> None:
+        """See `reference.append`."""
+        ...
+
+    def attend(
+        self,
+        state: PoolState,
+        layer: int,
+        slots: Tensor,
+        query: Tensor,
+        scale: float,
+        output: Tensor,
+    ) -> None:
+        """See `reference.attend`."""
+        ...
 
 
-def load(device_type, backend=None):
-    from diffkv import reference
-    if device_type == 'cpu' and backend is None:
-        from diffkv.kernels import cpu
-        return cpu
+BACKENDS = {
+    "cpu": "diffkv.kernels.cpu",
+    "cuda": "diffkv.kernels.triton",
+    "reference": "diffkv.reference",
+}
+"""Modules by backend; a device's own backend has its name."""
 
-    return reference
+
+def load(device_type: str, backend: str | None = None) -> Ops:
+    """The operations for a device.
+
+    Args:
+        device_type: of the pool's tensors, "cpu" or "cuda".
+        backend: "reference" for plain torch; None for the device's kernels.
+
+    Raises:
+        ConfigError: there are no such kernels. Nothing else is chosen instead.
+    """
+    if backend not in (None, "reference", device_type):
+        raise ConfigError(
+            f"backend must be {device_type} or reference on {device_type}, got {backend}"
+        )
+    name = backend or device_type
+    if name not in BACKENDS:
+        raise ConfigError(f"DiffKV has kernels for cpu and cuda, not for {device_type}")
+    if name == "cuda" and importlib.util.find_spec(BACKENDS[name]) is None:
+        raise ConfigError(
+            "CUDA kernels are not part of this version: use the CPU, or the backend reference"
+        )
+    return cast(Ops, import_module(BACKENDS[name]))

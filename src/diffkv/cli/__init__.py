@@ -52,7 +52,7 @@ def _top_parser() -> _Parser:
         f"commands:\n{lines}\n\n'diffkv COMMAND --help' lists the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"diffkv {__version__}")
-    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="see below")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", choices=COMMANDS, help="see below")
     return parser
 
 
@@ -67,12 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Only the first word is the top parser's: the rest is known to the command alone.
-    name = _top_parser().parse_args(arguments[:1]).command
+    top_parser = _top_parser()
+    name = top_parser.parse_args(arguments[:1]).command
+    if name is None:
+        top_parser.error(f"name a command: {', '.join(COMMANDS)}")
     command = importlib.import_module(f"diffkv.cli.{name}")
     parser = _Parser(f"diffkv {name}", COMMANDS[name])
     command.add_arguments(parser)
     if getattr(command, "PASSES_FLAGS_ON", False):
-        args, args.flags = parser.parse_known_args(arguments[1:])
+        args, flags = parser.parse_known_args(arguments[1:])
+        args.flags = flags
     else:
         args = parser.parse_args(arguments[1:])
     try:

@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from diffkv.policy import Thresholds
@@ -176,7 +177,9 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> DiffKVStats | None:
         """The pool's gauges; the scheduler's side has none."""
-        return None if self._worker is None else DiffKVStats(self._worker.gauges())
+        if self._worker is None:
+            return None
+        return self._worker.stats(get_tensor_model_parallel_rank())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """No KV comes from outside."""

@@ -1,4 +1,8 @@
-"""DiffKV's gauges in vLLM's log line and /metrics."""
+"""DiffKV's figures in vLLM's log line and /metrics, with the prefix `diffkv_`.
+
+A worker sends what its pool holds after each step, by rank, and what it counted since the last one.
+Joining two messages keeps the later figures of a rank and adds counts up.
+"""
 
 from typing import Any
 
@@ -8,47 +12,77 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-__all__ = ["GAUGES", "DiffKVPromMetrics", "DiffKVStats"]
+__all__ = ["COUNTERS", "GAUGES", "DiffKVPromMetrics", "DiffKVStats", "join_ranks"]
 
 PREFIX = "diffkv_"
 
 GAUGES = {
-    "pages_total": "Pages of the pool.",
-    "pages_free": "Pages that no request holds.",
-    "pages_held": "Pages that running requests hold.",
+    "pages_total": "Pages of the pool, all ranks.",
+    "pages_free": "Pages that no request holds, all ranks.",
+    "pages_held": "Pages that running requests hold, all ranks.",
     "tokens_high": "Tokens of running requests kept in high precision, mean over heads.",
     "tokens_low": "Tokens of running requests kept in low precision, mean over heads.",
     "tokens_dropped": "Tokens of running requests that were dropped, mean over heads.",
-    "bytes_per_token": "Bytes of the KV budget per token of running requests, all layers and heads.",
+    "bytes_per_token": "Bytes of the KV budget per token of running requests, all layers, heads "
+    "and ranks; pages, half-empty ones included, and tables.",
+    "compression_ratio": "Bytes of the same tokens in bf16 over those bytes.",
 }
 
-_EXTREMES = {"pages_free": min}
-"""Ranks differ in what they hold: the fullest counts. All gauges but these take the maximum."""
+_SUMMED = ("pages_total", "pages_free", "pages_held", "bytes_per_token")
+"""Ranks hold different heads, so these add up; means over heads are averaged."""
+
+COUNTERS = {
+    "demotions": "Tokens requantised from high to low precision while generating, over all heads.",
+    "prompts_compressed": "Prompts whose tokens were sorted into tiers.",
+    "manager_seconds": "Time spent planning, releasing and reporting pages, first rank.",
+}
+
+_HISTOGRAM = "request_compression_ratio"
+_RATIO_BUCKETS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0, 12.0)
+
+
+def join_ranks(ranks: dict[str, dict[str, float]]) -> dict[str, float]:
+    """One set of gauges for an engine."""
+    joined = {}
+    for name in GAUGES:
+        values = [gauges[name] for gauges in ranks.values()]
+        joined[name] = sum(values) if name in _SUMMED else sum(values) / len(values)
+    return joined
 
 
 class DiffKVStats(KVConnectorStats):
-    """The pool at the end of a step."""
+    """Gauges by rank, counts, and ratios of ended requests."""
+
+    @classmethod
+    def of_rank(
+        cls, rank: int, gauges: dict[str, float], counters: dict[str, float], ratios: list[float]
+    ) -> "DiffKVStats":
+        """What one worker says after a step."""
+        return cls({"ranks": {str(rank): gauges}, "counters": counters, "ratios": ratios})
 
     def reset(self) -> None:
         """Forget."""
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        """Join another rank's or a later step's; gauges of the later step are the ones that count."""
-        self.data = dict(other.data) or self.data
-        return self
-
-    def fullest(self, other: "DiffKVStats") -> "DiffKVStats":
-        """Join another rank's of the same step."""
-        joined = {
-            name: _EXTREMES.get(name, max)(value, other.data.get(name, value))
-            for name, value in self.data.items()
+        """Join another rank's, or a later step's."""
+        if not self.data or not other.data:
+            self.data = self.data or other.data
+            return self
+        counters = dict(self.data["counters"])
+        for name, count in other.data["counters"].items():
+            counters[name] = counters.get(name, 0) + count
+        self.data = {
+            "ranks": {**self.data["ranks"], **other.data["ranks"]},
+            "counters": counters,
+            "ratios": [*self.data["ratios"], *other.data["ratios"]],
         }
-        return DiffKVStats(joined)
+        return self
 
     def reduce(self) -> dict[str, int | float]:
         """For the log line."""
-        return {name: round(value, 2) for name, value in self.data.items()}
+        figures = {**join_ranks(self.data["ranks"]), **self.data["counters"]}
+        return {PREFIX + name: round(value, 3) for name, value in figures.items()}
 
     def is_empty(self) -> bool:
         """Whether there is anything to log."""
@@ -56,14 +90,14 @@ class DiffKVStats(KVConnectorStats):
 
 
 def _unregister() -> None:
-    """Forget the gauges of an earlier engine of this process, as vLLM does with its own."""
+    """Forget the metrics of an earlier engine of this process, as vLLM does with its own."""
     for collector in list(REGISTRY._collector_to_names):
         if getattr(collector, "_name", "").startswith(PREFIX):
             REGISTRY.unregister(collector)
 
 
 class DiffKVPromMetrics(KVConnectorPromMetrics):
-    """Prometheus gauges `diffkv_...`."""
+    """Prometheus gauges, counters and a histogram."""
 
     def __init__(
         self,
@@ -74,16 +108,29 @@ class DiffKVPromMetrics(KVConnectorPromMetrics):
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         _unregister()
-        gauges = {
-            name: self._gauge_cls(name=PREFIX + name, documentation=text, labelnames=labelnames)
-            for name, text in GAUGES.items()
+        kinds = ((self._gauge_cls, GAUGES), (self._counter_cls, COUNTERS))
+        metrics = {
+            name: kind(name=PREFIX + name, documentation=text, labelnames=labelnames)
+            for kind, texts in kinds
+            for name, text in texts.items()
         }
-        self._gauges = {
-            engine: {name: gauge.labels(*values) for name, gauge in gauges.items()}
+        metrics[_HISTOGRAM] = self._histogram_cls(
+            name=PREFIX + _HISTOGRAM,
+            documentation="Bytes in bf16 over bytes spent, of each request when it ended.",
+            buckets=_RATIO_BUCKETS,
+            labelnames=labelnames,
+        )
+        self._metrics = {
+            engine: {name: metric.labels(*values) for name, metric in metrics.items()}
             for engine, values in per_engine_labelvalues.items()
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Set the gauges."""
-        for name, value in transfer_stats_data.items():
-            self._gauges[engine_idx][name].set(value)
+        """Set gauges, add counts."""
+        metrics = self._metrics[engine_idx]
+        for name, value in join_ranks(transfer_stats_data["ranks"]).items():
+            metrics[name].set(value)
+        for name, count in transfer_stats_data["counters"].items():
+            metrics[name].inc(count)
+        for ratio in transfer_stats_data["ratios"]:
+            metrics[_HISTOGRAM].observe(ratio)

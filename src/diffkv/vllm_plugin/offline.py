@@ -98,7 +98,7 @@ def engine_flags(flags: Sequence[str]) -> dict[str, Any]:
     def refuse(message: str) -> None:
         raise ConfigError(f"{message} (neither an option of diffkv nor of vLLM's engine)")
 
-    parser.error = refuse  # type: ignore[assignment]
+    parser.error = refuse
     defaults = vars(parser.parse_args([]))
     given = vars(parser.parse_args(list(flags)))
     return {name: value for name, value in given.items() if value != defaults[name]}

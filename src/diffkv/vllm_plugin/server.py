@@ -54,7 +54,7 @@ def serve(model: str, options: Options, flags: Sequence[str]) -> None:
     def refuse(message: str) -> None:
         raise ConfigError(f"{message} (neither an option of diffkv nor of vllm serve)")
 
-    parser.error = refuse  # type: ignore[assignment]
+    parser.error = refuse
     args: Any = parser.parse_args(["--model", model, *serve_flags(options), *flags])
     try:
         validate_parsed_serve_args(args)

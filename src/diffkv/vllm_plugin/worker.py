@@ -1,10 +1,10 @@
 """The worker's side: which request is in which slot, what a step adds, what to report.
 
-One per worker process, owned by the worker's connector. It touches vLLM's data, but no vLLM class.
+One per worker process, owned by the worker's connector. It knows vLLM's data, not its engine.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,12 @@ from torch import Tensor
 from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.policy import Thresholds
-from diffkv.vllm_plugin.banner import bf16_bytes_per_token
+from diffkv.vllm_plugin.accounting import Accounts, Request
+from diffkv.vllm_plugin.metrics import DiffKVStats
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.spec import DiffKVSpec, Report
 
-__all__ = ["Started", "Totals", "WorkerCache"]
+__all__ = ["Started", "WorkerCache"]
 
 
 @dataclass(frozen=True)
@@ -39,38 +40,13 @@ class Started:
 
 
 @dataclass
-class Totals:
-    """What finished requests had kept when they ended; token counts are means over heads."""
-
-    num_requests: int = 0
-    num_tokens: int = 0
-    high: float = 0.0
-    low: float = 0.0
-    num_bytes: int = 0
-    num_pages: int = 0
-    pages_peak: int = 0
-    running_peak: int = 0
-
-    def to_dict(self) -> dict[str, float]:
-        """As plain numbers."""
-        return dict(vars(self))
-
-
-@dataclass
-class _Request:
-    slot: int
-    block_id: int
-    num_tokens: int = 0
-
-
-@dataclass
 class _Slots:
     """Host-side tables of the running requests."""
 
     free: list[int]
     of_block: Tensor
     prompt_lens: np.ndarray
-    requests: dict[str, _Request] = field(default_factory=dict)
+    requests: dict[str, Request] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
 
 
@@ -96,7 +72,7 @@ class WorkerCache:
         self.state = pool.create(self.shape, buffer, spec.dtype, options.window)
         kernels = ops.load(buffer.device.type, options.kernels)
         self.cache = DiffKVCache(self.state, kernels, scale)
-        self._totals = Totals()
+        self.accounts = Accounts(self.shape, self.state)
         self._slots = _Slots(
             list(range(self.shape.num_slots))[::-1],
             torch.full((num_blocks,), -1, dtype=torch.int32, device=buffer.device),
@@ -106,25 +82,32 @@ class WorkerCache:
 
     def before_step(self, ended: Iterable[str], started: Iterable[Started]) -> None:
         """Release the requests that ended, then open slots for those that start."""
+        with self.accounts.managing():
+            self._end(ended)
+            self._start(started)
+        self._step_slots = self._step_slots[:0]
+        self.accounts.step_began(len(self._slots.requests))
+
+    def _end(self, ended: Iterable[str]) -> None:
         slots = []
         for request_id in ended:
             request = self._slots.requests.pop(request_id, None)
             if request is not None:
-                self._count(self._totals, request)
+                self.accounts.request_ended(request)
                 self._slots.of_block[request.block_id] = -1
                 del self._slots.names[request.slot]
                 slots.append(request.slot)
         self.cache.close(slots)
         self._slots.free.extend(slots)
+
+    def _start(self, started: Iterable[Started]) -> None:
         for start in started:
             slot = self._slots.free.pop()
             self.cache.open(slot, start.prompt_len, start.thresholds)
             self._slots.of_block[start.block_id] = slot
             self._slots.prompt_lens[slot] = start.prompt_len
-            self._slots.requests[start.request_id] = _Request(slot, start.block_id)
+            self._slots.requests[start.request_id] = Request(slot, start.block_id)
             self._slots.names[slot] = start.request_id
-        self._step_slots = self._step_slots[:0]
-        self._totals.running_peak = max(self._totals.running_peak, len(self._slots.requests))
 
     def plan(self, block_ids: Tensor, query_starts: np.ndarray, seq_lens: Tensor) -> Step:
         """Sort the rows of a step into prompts and generated tokens, and plan the latter.
@@ -156,7 +139,11 @@ class WorkerCache:
         self._step_slots = slots[used].astype(np.int64)
         for slot, length in zip(slots[used].tolist(), lengths[used].tolist(), strict=True):
             self._slots.requests[self._slots.names[slot]].num_tokens = length
-        return self.cache.plan(prompts, decode_rows, row_slots[index], seq_lens[index].int())
+        with self.accounts.managing():
+            step = self.cache.plan(prompts, decode_rows, row_slots[index], seq_lens[index].int())
+        places = None if step.plan is None else step.plan.places
+        self.accounts.step_planned(places, sum(map(self.cache.compresses, prompts)))
+        return step
 
     def report(self) -> dict[str, Report]:
         """What each request of the step that just ended holds.
@@ -166,10 +153,14 @@ class WorkerCache:
         """
         if int(self.state.overruns):
             raise RuntimeError(
-                f"DiffKV's pool was overrun: {self.num_held} of {self.state.num_pages} pages held; "
-                f"please report this"
+                f"DiffKV's pool was overrun: {self.accounts.num_held} of {self.state.num_pages} pages "
+                f"held; please report this"
             )
-        self._totals.pages_peak = max(self._totals.pages_peak, self.num_held)
+        self.accounts.step_ended()
+        with self.accounts.managing():
+            return self._reports()
+
+    def _reports(self) -> dict[str, Report]:
         slots = torch.from_numpy(self._step_slots).to(self.state.pages.device)
         held, open_heads = pool.held_pages(self.state, slots), pool.open_heads(self.state, slots)
         reports = {}
@@ -180,62 +171,14 @@ class WorkerCache:
             reports[name] = Report(pages, heads, self._slots.requests[name].num_tokens)
         return reports
 
-    @property
-    def num_held(self) -> int:
-        """Pages that requests hold."""
-        head, tail = self.state.ring_ends.tolist()
-        return self.state.num_pages - (tail - head)
-
-    def _heads(self) -> int:
-        return self.shape.num_layers * self.shape.num_kv_heads
-
-    def _count(self, totals: Totals, request: _Request) -> None:
-        """Add what a request keeps to some totals, unless it has not run."""
-        high, low = self.state.num_tokens[request.slot].sum((0, 1)).tolist()
-        pages = int(self.state.num_pages_held[request.slot].sum())
-        if pages:
-            totals.num_requests += 1
-            totals.num_tokens += request.num_tokens
-            totals.high += high / self._heads()
-            totals.low += low / self._heads()
-            totals.num_pages += pages
-            totals.num_bytes += self._bytes(pages, 1)
-
-    def _bytes(self, num_pages: int, num_requests: int) -> int:
-        """What the budget spends on pages of requests: pages, their ring entries, and tables."""
-        page_bytes = self.shape.layout.page_bytes + pool.RING_ENTRY_BYTES
-        return num_pages * page_bytes + num_requests * self.shape.slot_bytes
-
-    def gauges(self) -> dict[str, float]:
-        """The pool at this moment, for metrics; token counts are means over heads."""
-        requests = self._slots.requests.values()
-        high, low = (n / self._heads() for n in self.state.num_tokens.sum((0, 1, 2)).tolist())
-        num_tokens = sum(request.num_tokens for request in requests)
-        num_bytes = self._bytes(self.num_held, len(requests))
-        return {
-            "pages_total": self.state.num_pages,
-            "pages_free": self.state.num_pages - self.num_held,
-            "pages_held": self.num_held,
-            "tokens_high": high,
-            "tokens_low": low,
-            "tokens_dropped": max(0.0, num_tokens - high - low),
-            "bytes_per_token": num_bytes / num_tokens if num_tokens else 0.0,
-        }
+    def stats(self, rank: int) -> DiffKVStats:
+        """Metrics after a step; requests are counted once, by the first rank."""
+        counters, ratios = self.accounts.take()
+        if rank:
+            counters, ratios = {"demotions": counters["demotions"]}, []
+        gauges = self.accounts.gauges(list(self._slots.requests.values()))
+        return DiffKVStats.of_rank(rank, gauges, counters, ratios)
 
     def summary(self) -> dict[str, Any]:
         """Totals of all requests so far, running ones included, and the pool's shape."""
-        totals = replace(self._totals)
-        for request in self._slots.requests.values():
-            self._count(totals, request)
-        return {
-            "totals": totals.to_dict(),
-            "pool": {
-                "quant": str(self.shape.layout.quant),
-                "page_bytes": self.shape.layout.page_bytes,
-                "num_pages": self.shape.num_pages,
-                "pages_held": self.num_held,
-                "num_slots": self.shape.num_slots,
-                "table_bytes": self.shape.table_bytes,
-                "bf16_bytes_per_token": bf16_bytes_per_token(self.shape),
-            },
-        }
+        return self.accounts.summary(list(self._slots.requests.values()))

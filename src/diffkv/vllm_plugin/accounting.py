@@ -1,0 +1,177 @@
+"""What a worker counts: totals for a summary, and counters since the last step for metrics."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from diffkv import pool
+from diffkv.state import PoolState
+from diffkv.vllm_plugin.banner import bf16_bytes_per_token
+
+__all__ = ["Accounts", "Request", "Totals"]
+
+
+@dataclass
+class Request:
+    """A running request.
+
+    Attributes:
+        slot: of the pool.
+        block_id: of the vLLM block that identifies it.
+        num_tokens: tokens of it that the pool covers.
+    """
+
+    slot: int
+    block_id: int
+    num_tokens: int = 0
+
+
+@dataclass
+class Totals:
+    """What requests had kept when they ended; token counts are means over heads."""
+
+    num_requests: int = 0
+    num_tokens: int = 0
+    high: float = 0.0
+    low: float = 0.0
+    num_bytes: int = 0
+    num_pages: int = 0
+    pages_peak: int = 0
+    running_peak: int = 0
+
+
+@dataclass
+class _Since:
+    """Counted since they were last taken."""
+
+    demotions: int = 0
+    prompts_compressed: int = 0
+    manager_seconds: float = 0.0
+    ratios: list[float] = field(default_factory=list)
+
+
+class Accounts:
+    """Counts what one worker's pool spends.
+
+    Args:
+        shape: of the pool.
+        state: of the pool, which is only read.
+    """
+
+    def __init__(self, shape: pool.PoolShape, state: PoolState) -> None:
+        self._shape = shape
+        self._state = state
+        self._totals = Totals()
+        self._since = _Since()
+
+    @property
+    def num_held(self) -> int:
+        """Pages that requests hold."""
+        head, tail = self._state.ring_ends.tolist()
+        return self._state.num_pages - (tail - head)
+
+    @contextmanager
+    def managing(self) -> Iterator[None]:
+        """Time spent inside counts as the manager's."""
+        start = time.perf_counter()
+        yield
+        self._since.manager_seconds += time.perf_counter() - start
+
+    def step_began(self, num_running: int) -> None:
+        """Note how many requests run."""
+        self._totals.running_peak = max(self._totals.running_peak, num_running)
+
+    def step_planned(self, places: Tensor | None, num_compressed: int) -> None:
+        """Count demotions and compressed prompts of a step.
+
+        Args:
+            places: of the step's DecodePlan.
+            num_compressed: prompts that are decided in this step.
+        """
+        self._since.prompts_compressed += num_compressed
+        if places is not None and places.device.type == "cpu":
+            self._since.demotions += int((places[..., 2] >= 0).sum())
+
+    def step_ended(self) -> None:
+        """Note the pages held, which are most right after a step."""
+        self._totals.pages_peak = max(self._totals.pages_peak, self.num_held)
+
+    def request_ended(self, request: Request) -> None:
+        """Count what a request keeps, before it is released."""
+        before = self._totals.num_bytes
+        self._add(self._totals, request)
+        spent = self._totals.num_bytes - before
+        if spent:
+            bf16 = bf16_bytes_per_token(self._shape) * request.num_tokens
+            self._since.ratios.append(bf16 / spent)
+
+    def _add(self, totals: Totals, request: Request) -> None:
+        """Add what a request keeps to some totals, unless it has not run."""
+        num_heads = self._shape.num_layers * self._shape.num_kv_heads
+        high, low = self._state.num_tokens[request.slot].sum((0, 1)).tolist()
+        pages = int(self._state.num_pages_held[request.slot].sum())
+        if pages:
+            totals.num_requests += 1
+            totals.num_tokens += request.num_tokens
+            totals.high += high / num_heads
+            totals.low += low / num_heads
+            totals.num_pages += pages
+            totals.num_bytes += self._bytes(pages, 1)
+
+    def _bytes(self, num_pages: int, num_requests: int) -> int:
+        """What the budget spends on requests: pages, their ring entries, and tables."""
+        page_bytes = self._shape.layout.page_bytes + pool.RING_ENTRY_BYTES
+        return num_pages * page_bytes + num_requests * self._shape.slot_bytes
+
+    def gauges(self, requests: list[Request]) -> dict[str, float]:
+        """The pool at this moment; token counts are means over heads."""
+        num_heads = self._shape.num_layers * self._shape.num_kv_heads
+        high, low = (n / num_heads for n in self._state.num_tokens.sum((0, 1, 2)).tolist())
+        num_tokens = sum(request.num_tokens for request in requests)
+        held = self.num_held
+        per_token = self._bytes(held, len(requests)) / num_tokens if num_tokens else 0.0
+        return {
+            "pages_total": self._state.num_pages,
+            "pages_free": self._state.num_pages - held,
+            "pages_held": held,
+            "tokens_high": high,
+            "tokens_low": low,
+            "tokens_dropped": max(0.0, num_tokens - high - low),
+            "bytes_per_token": per_token,
+            "compression_ratio": bf16_bytes_per_token(self._shape) / per_token
+            if per_token
+            else 0.0,
+        }
+
+    def take(self) -> tuple[dict[str, float], list[float]]:
+        """Counters and compression ratios of ended requests since the last call."""
+        since, self._since = self._since, _Since()
+        ratios = since.ratios
+        counters = {
+            "demotions": since.demotions,
+            "prompts_compressed": since.prompts_compressed,
+            "manager_seconds": since.manager_seconds,
+        }
+        return counters, ratios
+
+    def summary(self, requests: list[Request]) -> dict[str, Any]:
+        """Totals of all requests so far, running ones included, and the pool's shape."""
+        totals = replace(self._totals)
+        for request in requests:
+            self._add(totals, request)
+        return {
+            "totals": dict(vars(totals)),
+            "pool": {
+                "quant": str(self._shape.layout.quant),
+                "page_bytes": self._shape.layout.page_bytes,
+                "num_pages": self._shape.num_pages,
+                "pages_held": self.num_held,
+                "num_slots": self._shape.num_slots,
+                "table_bytes": self._shape.table_bytes,
+                "bf16_bytes_per_token": bf16_bytes_per_token(self._shape),
+            },
+        }

@@ -1,0 +1,92 @@
+"""Significance sums agree with the reference."""
+
+import pytest
+import torch
+from make import DTYPES
+
+from diffkv import reference
+from diffkv.kernels import cpu
+
+
+def make_case(lens_q, lens_k, head_dim=64, kv_heads=2, group=3, dtype=torch.float32):
+    """Packed queries and keys of several requests."""
+    starts = [
+        torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32)
+        for lens in (lens_q, lens_k)
+    ]
+    query = torch.randn(sum(lens_q), kv_heads * group, head_dim).to(dtype)
+    key = torch.randn(sum(lens_k), kv_heads, head_dim).to(dtype)
+    return query, key, *starts, head_dim**-0.5
+
+
+def check(case, max_queries=64):
+    got = cpu.significance(*case, max_queries)
+    expected = reference.significance(*case, max_queries)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256])
+def test_head_dims_and_dtypes(head_dim, dtype):
+    check(make_case([70], [150], head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 7, 16])
+def test_groups(group):
+    check(make_case([70, 3], [150, 3], group=group))
+
+
+@pytest.mark.parametrize("num", [1, 2, 63, 64, 65, 127, 128, 129, 700])
+def test_lengths(num):
+    check(make_case([num], [num]))
+
+
+def test_ragged_requests_and_later_chunks():
+    check(make_case([1, 64, 5, 100, 13], [1, 64, 300, 1000, 13]))
+
+
+@pytest.mark.parametrize("max_queries", [1, 5, 1000])
+def test_max_queries(max_queries):
+    check(make_case([90, 7], [200, 7]), max_queries)
+
+
+def test_request_without_queries_gets_zeros():
+    case = make_case([0, 5], [10, 20])
+    check(case)
+    assert not cpu.significance(*case, 64)[:, :10].any()
+
+
+def test_large_scores():
+    query, key, *rest = make_case([64], [300])
+    check((query * 30, key * 3, *rest))
+
+
+def test_sums_of_a_head_are_its_queries():
+    query, key, *rest = make_case([64], [500], group=1)
+    sums = cpu.significance(query, key, *rest, 64)
+    torch.testing.assert_close(sums.sum(1), torch.full((2,), 64.0), rtol=1e-5, atol=0)
+
+
+def test_threads_do_not_change_a_bit():
+    case = make_case([80, 64], [900, 333], dtype=torch.bfloat16)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(cpu.significance(*case, 64))
+    assert torch.equal(*results)
+
+
+def test_rows_may_be_apart():
+    query, key, *rest = make_case([40], [40], group=1)
+    packed = torch.cat([query, key], dim=1)
+    got = cpu.significance(packed[:, :2], packed[:, 2:], *rest, 64)
+    assert torch.equal(got, cpu.significance(query, key, *rest, 64))
+
+
+def test_wrong_tensors_are_refused():
+    query, key, starts_q, starts_k, scale = make_case([4], [4])
+    with pytest.raises(ValueError, match="query"):
+        cpu.significance(query.half(), key, starts_q, starts_k, scale, 64)
+    with pytest.raises(ValueError, match="cu_seqlens_k"):
+        cpu.significance(query, key, starts_q, starts_k.long(), scale, 64)

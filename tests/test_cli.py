@@ -1,0 +1,184 @@
+"""The command line, as a user's shell sees it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from diffkv import __version__
+from diffkv.cli import COMMANDS, main
+from diffkv.layout import PageLayout
+from diffkv.quant import QuantConfig
+
+
+def diffkv(*arguments):
+    command = [sys.executable, "-m", "diffkv", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def layout_json(capsys, *arguments):
+    assert main(["layout", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_layout_prints_a_table():
+    result = diffkv("layout", "--quant", "k8v4-k4v2", "--head-dim", "128")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert lines[0] == "k8v4-k4v2 at head_dim 128, bfloat16: pages of 3584 bytes"
+    assert lines[3].split() == ["high", "k8v4", "17", "210.8", "208", "1.3%", "41.2%", "37.5%"]
+    assert lines[4].split() == ["low", "k4v2", "32", "112.0", "112", "0.0%", "21.9%", "18.8%"]
+
+
+def test_layout_json_is_one_object_with_every_fact():
+    result = diffkv("layout", "--json")
+    assert result.returncode == 0
+    assert result.stdout.count("\n") == 1
+    facts = json.loads(result.stdout)
+    assert list(facts) == ["quant", "head_dim", "page_bytes", "element_bytes", "tiers"]
+    assert [facts[k] for k in ("quant", "head_dim", "page_bytes", "element_bytes")] == [
+        "k8v4-k4v2", 128, 3584, 2,
+    ]  # fmt: skip
+    high, low = facts["tiers"]
+    segments = {
+        "k_codes": {"offset": 0, "bytes": 2048},
+        "k_meta": {"offset": 2048, "bytes": 128},
+        "v_codes": {"offset": 2176, "bytes": 1024},
+        "v_meta": {"offset": 3200, "bytes": 128},
+        "sums": {"offset": 3328, "bytes": 128},
+        "positions": {"offset": 3456, "bytes": 128},
+    }
+    assert low == {
+        "tier": "low",
+        "format": "k4v2",
+        "tokens_per_page": 32,
+        "bytes_per_token": 112.0,
+        "token_bytes": 112,
+        "unused_share": 0.0,
+        "ratio_bf16": 112 / 512,
+        "nominal_ratio_bf16": (4 + 2) / 32,
+        "segments": segments,
+    }
+    assert list(high) == list(low)
+    assert list(high["segments"]) == list(segments)
+    assert high["bytes_per_token"] == 3584 / 17
+
+
+@pytest.mark.parametrize("quant", ["k16v16", "k8v4", "k8v4g1x2-k4v2g2x4"])
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+def test_layout_json_agrees_with_the_layout(capsys, quant, head_dim):
+    facts = layout_json(capsys, "--quant", quant, "--head-dim", str(head_dim))
+    layout = PageLayout.derive(QuantConfig.parse(quant), head_dim)
+    assert facts["page_bytes"] == layout.page_bytes
+    assert [tier["tier"] for tier in facts["tiers"]] == ["high", "low"][: len(layout.tiers)]
+    for told, tier in zip(facts["tiers"], layout.tiers, strict=True):
+        assert told["format"] == str(tier.format)
+        assert told["tokens_per_page"] == tier.tokens_per_page
+        assert told["nominal_ratio_bf16"] == tier.format.nominal_bits / 16
+        last = told["segments"]["positions"]
+        assert last["offset"] + last["bytes"] == tier.end
+
+
+def test_layout_of_a_float32_model(capsys):
+    facts = layout_json(capsys, "--quant", "k16v16-k8v4", "--dtype", "float32")
+    assert facts["element_bytes"] == 4
+    assert facts["tiers"][0]["token_bytes"] == 2 * 128 * 4 + 8
+    assert facts["tiers"][0]["nominal_ratio_bf16"] == 2.0
+    assert facts["tiers"][1]["token_bytes"] == 208  # codes do not depend on the dtype
+
+
+def test_layout_takes_a_page_size(capsys):
+    facts = layout_json(capsys, "--page-bytes", "6784")
+    assert [tier["tokens_per_page"] for tier in facts["tiers"]] == [32, 60]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quant", "k8v4-k3v2"], "k_bits must be one of 1, 2, 4, 8, 16, got 3"),
+        (["--quant", "k8v4-k8v4"], "both tiers of k8v4-k8v4 are the same: write one format, k8v4"),
+        (["--head-dim", "100"], "head_dim must be a positive multiple of 8, got 100"),
+        (
+            ["--quant", "k8v8-k8v4", "--page-bytes", "256"],
+            "no k8v8 token fits a page of 256 bytes at head_dim 128: one token needs 296 bytes",
+        ),
+        (["--page-bytes", "7"], "page_bytes must be a multiple of 32 up to 1048576, got 7"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_status_2(arguments, message):
+    result = diffkv("layout", *arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == f"diffkv: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "command"),
+    [
+        (["layout", "--qant", "k8v4"], "unrecognized arguments: --qant k8v4", "diffkv layout"),
+        (["layout", "--qua", "k8v4"], "unrecognized arguments: --qua k8v4", "diffkv layout"),
+        (["layout", "k8v4"], "unrecognized arguments: k8v4", "diffkv layout"),
+        (
+            ["layout", "--head-dim", "x"],
+            "argument --head-dim: invalid int value: 'x'",
+            "diffkv layout",
+        ),
+        (["layout", "--quant"], "argument --quant: expected one argument", "diffkv layout"),
+        (["--versions"], "unrecognized arguments: --versions", "diffkv"),
+        ([], "name a command: generate, layout, serve", "diffkv"),
+    ],
+)
+def test_what_is_not_known_is_refused_with_a_hint(capsys, arguments, message, command):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [f"diffkv: {message}", f"Try '{command} --help'."]
+
+
+def test_an_unknown_command_is_refused_with_the_known_ones():
+    result = diffkv("lay")
+    assert result.returncode == 2
+    first, hint = result.stderr.splitlines()
+    assert "'lay'" in first
+    assert all(command in first for command in COMMANDS)
+    assert hint == "Try 'diffkv --help'."
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"diffkv {__version__}\n"
+
+
+def test_help_names_every_command():
+    result = diffkv("--help")
+    assert result.returncode == 0
+    for command, line in COMMANDS.items():
+        assert f"  {command} " in result.stdout
+        assert line in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    result = diffkv(command, "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: diffkv {command} ")
+    assert COMMANDS[command] in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["layout"], ["layout", "--json"], ["--help"], ["--version"]])
+def test_no_engine_is_imported_for_a_table(arguments):
+    script = (
+        "import sys; from diffkv.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'vllm', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", script, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
