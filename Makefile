@@ -9,8 +9,14 @@ INSTALLED := $(VENV)/.installed
 # What the caller's shell has set up for another Python must not leak into .venv.
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV CONDA_PREFIX UV_SYSTEM_PYTHON UV_PYTHON
 
-# uv does not read pip's settings. Where pip has been told of a folder that holds a torch wheel, uv is told
-# of it too; elsewhere uv takes PyTorch's own builds for CPU.
+# uv does not read pip's settings: what pip has been told, uv is told too. A folder with a torch wheel is
+# where torch comes from; without one uv takes PyTorch's own builds for CPU.
+ifneq ($(PIP_CERT),)
+export SSL_CERT_FILE ?= $(PIP_CERT)
+endif
+ifneq ($(PIP_INDEX_URL),)
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
 WHEELS := $(wildcard $(addsuffix /torch-*.whl,$(PIP_FIND_LINKS)))
 TORCH := $(if $(WHEELS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend cpu)
 

@@ -160,17 +160,19 @@ def main() -> None:
     seconds = measure(cases, args.repeats)
     best = cases[0].num_bytes / statistics.median(seconds[cases[0].name])
     rows = []
-    print(f"{'kernel':24} {'ms':>8} {'p20':>8} {'p80':>8} {'MB':>7} {'GB/s':>6} {'of read':>8}")
+    titles = ("ms", "best", "p20", "p80", "MB", "GB/s")
+    print(f"{'kernel':24}" + "".join(f"{title:>9}" for title in titles) + "  of read")
     for case in cases:
-        times = sorted(seconds[case.name])
-        median, low, high = (times[int(len(times) * q)] for q in (0.5, 0.2, 0.8))
-        rate = case.num_bytes / median
-        print(
-            f"{case.name:24} {median * 1e3:8.3f} {low * 1e3:8.3f} {high * 1e3:8.3f} "
-            f"{case.num_bytes / 1e6:7.1f} {rate / 1e9:6.1f} {rate / best:8.0%}"
-        )
-        rows.append({"kernel": case.name, "ms": median * 1e3, "p20_ms": low * 1e3,
-                     "p80_ms": high * 1e3, "bytes": case.num_bytes, "of_read": rate / best})  # fmt: skip
+        times = sorted(second * 1e3 for second in seconds[case.name])
+        low, median, high = (times[int(len(times) * q)] for q in (0.2, 0.5, 0.8))
+        rate = case.num_bytes / median * 1e3
+        row = (median, times[0], low, high, case.num_bytes / 1e6, rate / 1e9)
+        print(f"{case.name:24}" + "".join(f"{x:9.3f}" for x in row) + f"{rate / best:9.0%}")
+        names = ("ms", "best_ms", "p20_ms", "p80_ms")
+        rows.append(
+            {"kernel": case.name, **dict(zip(names, row, strict=False)),
+             "bytes": case.num_bytes, "of_read": rate / best}
+        )  # fmt: skip
     facts = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
     print(json.dumps({**vars(args), **facts, "results": rows}))
 

@@ -127,7 +127,7 @@ def test_what_cannot_be_done_is_one_line_and_status_2(arguments, message):
         ),
         (["layout", "--quant"], "argument --quant: expected one argument", "diffkv layout"),
         (["--versions"], "unrecognized arguments: --versions", "diffkv"),
-        ([], "name a command: generate, layout, serve", "diffkv"),
+        ([], f"name a command: {', '.join(COMMANDS)}", "diffkv"),
     ],
 )
 def test_what_is_not_known_is_refused_with_a_hint(capsys, arguments, message, command):

@@ -11,11 +11,16 @@ from diffkv.quant import QuantConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE_FORMAT = (DOCS / "page-format.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^```console\n\$ diffkv (?P<command>.*)\n(?P<output>.*?)^```\n", re.M | re.S)
+BLOCK = re.compile(
+    r"^```console\n\$ diffkv (?P<command>[^\n]*)\n(?P<output>.*?)^```\n", re.M | re.S
+)
 BLOCKS = [(match["command"], match["output"]) for match in BLOCK.finditer(PAGE_FORMAT)]
 
 # (high, low) tokens of a 6,784-byte page at head_dim 128 in the released DiffKV.
-ORIGINAL = [(24, 24), (32, 32), (32, 32), (37, 37), (32, 52), (32, 60), (46, 46), (52, 52), (60, 60), (69, 69)]  # fmt: skip
+ORIGINAL = [
+    (24, 24), (32, 32), (32, 32), (37, 37), (32, 52),
+    (32, 60), (46, 46), (52, 52), (60, 60), (69, 69),
+]  # fmt: skip
 
 
 def table(header):
@@ -58,10 +63,8 @@ def test_tokens_of_the_originals_page():
     assert sorted(tuple(map(int, row[1].split(", "))) for row in rows) == sorted(ORIGINAL)
     for text, _, here in rows:
         tiers = PageLayout.derive(QuantConfig.parse(text), 128, 6784).tiers
-        assert [int(n) for n in here.split(", ")] == [
-            tiers[0].tokens_per_page,
-            tiers[-1].tokens_per_page,
-        ]
+        tokens = [tiers[0].tokens_per_page, tiers[-1].tokens_per_page]
+        assert [int(number) for number in here.split(", ")] == tokens
     different = {row[0] for row in rows if row[1] != row[2]}
     assert different == {"k8v2", "k4v4", "k4v1"}
 
@@ -80,5 +83,5 @@ def test_numbers_of_the_text_are_in_a_checked_place():
         line for line in PAGE_FORMAT.splitlines(keepends=True) if line.startswith("|")
     )
     known = set(re.findall(r"\d+", checked)) | {str(HALF_EMPTY_CONTEXT)}
-    prose = BLOCK.sub("", PAGE_FORMAT).replace(",0", "0")
+    prose = re.sub(r"(\d),(\d{3})", r"\1\2", BLOCK.sub("", PAGE_FORMAT))
     assert set(re.findall(r"\b\d{3,}\b", prose)) <= known

@@ -19,16 +19,16 @@ from small_pool import (
 )
 
 from diffkv import pool, reference
-from diffkv.kernels import cpu
 from diffkv.layout import PageLayout
+from diffkv.ops import load
 from diffkv.policy import DROPPED, HIGH, LOW
 from diffkv.pool import PoolShape
 from diffkv.quant import ConfigError, QuantConfig
 
 
-@pytest.fixture(params=[reference, cpu], ids=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu"])
 def ops(request):
-    return request.param
+    return load("cpu", request.param)
 
 
 def kept_sums(state, slot, layer):
@@ -103,10 +103,10 @@ def test_sums_travel_with_their_tokens_when_stored(ops):
     state = make_state("k8v4-k4v2", 128, num_pages=20)
     tiers = [[LOW, HIGH, DROPPED, LOW, HIGH], [DROPPED, LOW, HIGH, HIGH, HIGH]]
     sums = [[0.5, 1.5, 2.5, 3.5, 4.5], [10.0, 11.0, 12.0, 13.0, 14.0]]
-    store(ops, state, 1, [(2, range(5))], tiers, sums)
+    store(ops, state, 1, [(2, range(20, 25))], tiers, sums)
     assert kept_sums(state, 2, 1) == [
-        {0: (LOW, 0.5), 1: (HIGH, 1.5), 3: (LOW, 3.5), 4: (HIGH, 4.5)},
-        {1: (LOW, 11.0), 2: (HIGH, 12.0), 3: (HIGH, 13.0), 4: (HIGH, 14.0)},
+        {20: (LOW, 0.5), 21: (HIGH, 1.5), 23: (LOW, 3.5), 24: (HIGH, 4.5)},
+        {21: (LOW, 11.0), 22: (HIGH, 12.0), 23: (HIGH, 13.0), 24: (HIGH, 14.0)},
     ]
 
 
@@ -146,7 +146,7 @@ def test_sums_travel_with_their_tokens_when_stored_anew(ops):
     ]
 
 
-def test_held_pages_and_open_heads():
+def test_held_pages_and_growth():
     # Two tokens a page. Head 0 of each layer: a full high page and half a low one. Head 1: a full and
     # a half high page, no low one.
     state = make_state("k8v4-k8v2", 96, num_pages=20)
@@ -157,13 +157,13 @@ def test_held_pages_and_open_heads():
     slots = torch.tensor([0, 1])
     assert pool.held_pages(state, slots).tolist() == [0, 8]
     # Head 0 could open a high page, head 1 a low one (demoted); without tokens every head opens one.
-    assert pool.open_heads(state, slots).tolist() == [4, 4]
+    assert pool.page_growth(state, slots, 1).tolist() == [4, 4]
 
     # One more low token for head 1: both its last pages are half full, the next token opens none.
     for layer in range(NUM_LAYERS):
         store(reference, state, layer, [(1, [4])], [[DROPPED], [LOW]], [[0.0]] * 2)
     assert pool.held_pages(state, slots).tolist() == [0, 10]
-    assert pool.open_heads(state, slots).tolist() == [4, 2]
+    assert pool.page_growth(state, slots, 1).tolist() == [4, 2]
 
 
 @pytest.mark.parametrize(

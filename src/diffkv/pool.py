@@ -13,7 +13,7 @@ from diffkv.layout import PageLayout
 from diffkv.quant import ConfigError
 from diffkv.state import PoolState
 
-__all__ = ["PoolShape", "check_invariants", "create", "held_pages", "open_heads"]
+__all__ = ["PoolShape", "check_invariants", "create", "held_pages", "page_growth"]
 
 TABLE_ALIGNMENT_BYTES = 64
 RING_ENTRY_BYTES = 4
@@ -140,18 +140,27 @@ def held_pages(state: PoolState, slots: Tensor) -> Tensor:
     return state.num_pages_held[slots].sum((1, 2, 3))
 
 
-def open_heads(state: PoolState, slots: Tensor) -> Tensor:
-    """Heads of each slot in which one more token could need a page: [R] int64.
+def page_growth(state: PoolState, slots: Tensor, num_tokens: int) -> Tensor:
+    """Most pages that `num_tokens` more tokens can add to each of some slots: [R] int64.
 
-    Those are the heads with a tier whose last page is full; each takes at most one page a step.
+    Each token goes to one tier of each head; a tier takes a page when its last one is full.
     """
-    per_page = torch.tensor(
-        [tier.tokens_per_page for tier in state.layout.tiers], device=state.pages.device
-    )
-    num_tiers = len(state.layout.tiers)
-    capacity = state.num_pages_held[slots][..., :num_tiers] * per_page
-    full = state.num_tokens[slots][..., :num_tiers] == capacity
-    return full.any(-1).sum((1, 2))
+    slots = slots.long()
+    room = [
+        state.num_pages_held[slots, :, :, i] * tier.tokens_per_page
+        - state.num_tokens[slots, :, :, i]
+        for i, tier in enumerate(state.layout.tiers)
+    ]
+    splits = range(num_tokens + 1) if len(room) > 1 else (num_tokens,)
+    worst = torch.zeros_like(room[0])
+    for to_high in splits:
+        added = torch.zeros_like(worst)
+        for count, free, tier in zip(
+            (to_high, num_tokens - to_high), room, state.layout.tiers, strict=False
+        ):
+            added += -(-(count - free).clamp(min=0) // tier.tokens_per_page)
+        worst = torch.maximum(worst, added)
+    return worst.sum((1, 2))
 
 
 def check_invariants(state: PoolState) -> None:

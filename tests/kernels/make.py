@@ -70,7 +70,9 @@ def make_tokens(
         torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32),
         torch.randn(num, heads, head_dim).to(state.dtype),
         torch.randn(num, heads, head_dim).to(state.dtype),
-        torch.cat([torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lens)]),
+        torch.cat(
+            [torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lens, strict=True)]
+        ),
     )
 
 

@@ -4,8 +4,17 @@ import itertools
 
 import pytest
 import torch
-from make import DTYPES, FORMATS, assert_same, copy_of, fill, make_state, make_sums, make_tiers
-from make import make_tokens
+from make import (
+    DTYPES,
+    FORMATS,
+    assert_same,
+    copy_of,
+    fill,
+    make_state,
+    make_sums,
+    make_tiers,
+    make_tokens,
+)
 from torch import Tensor
 
 from diffkv import reference
@@ -21,7 +30,9 @@ def tensors_of(state: PoolState, slot: int) -> tuple[Tensor, Tensor, Tensor]:
     return key, value, positions >= 0
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, scale: float) -> Tensor:
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, kept: Tensor, scale: float
+) -> Tensor:
     """Plain torch in the dtype of its arguments: query [Hq, D] to [Hq, D]."""
     group = query.shape[0] // key.shape[0]
     q = query.view(key.shape[0], group, -1)
@@ -74,7 +85,11 @@ def check(state: PoolState, slots: list[int], group: int) -> None:
         wide = plain_attention(query[r].double(), *exact(before, slot), scale)
         plain = plain_attention(query[r], key, value, kept, scale)
         ours, theirs = (output[r] - wide).abs().max(), (plain - wide).abs().max()
-        rounding = wide.abs().max() * torch.finfo(state.dtype).eps
+        # Of the output in its dtype, and of summands in float32
+        rounding = max(
+            wide.abs().max() * torch.finfo(state.dtype).eps,
+            value.abs().max() * torch.finfo(torch.float32).eps,
+        )
         assert ours <= 2 * theirs + rounding, f"{ours} against {theirs} of plain torch"
 
 
@@ -178,10 +193,12 @@ def test_long_ragged():
     for slot in range(4):
         key, value, kept = tensors_of(before, slot)
         wide = plain_attention(query[slot].float(), key.float(), value.float(), kept, 0.125)
+        wide = wide.nan_to_num(0.0)  # heads that keep no token
         assert (output[slot] - wide).abs().max() <= 0.01
     # Each of a token's probabilities is counted once, for the largest of its group
     grown = (sums_of(state) - sums_of(before)).nan_to_num(0).double().sum()
-    assert 12 <= grown <= 12 * 4
+    num_heads = int((state.num_tokens[:, 0].sum(-1) > 0).sum())
+    assert num_heads <= grown <= num_heads * 4
 
 
 def test_a_request_alone_is_the_same_as_in_a_batch():

@@ -68,7 +68,9 @@ def test_many_steps(quant, alphas):
     slots = torch.tensor([1, -1, 0], dtype=torch.int32)
     seen = torch.zeros(3, dtype=torch.bool)
     for step in range(40):
-        plan = step_both(state, expected, slots, torch.tensor([10, 1, 62], dtype=torch.int32) + step)
+        plan = step_both(
+            state, expected, slots, torch.tensor([10, 1, 62], dtype=torch.int32) + step
+        )
         add_random_sums(state)
         expected.pages.copy_(state.pages)
         check_invariants(state)
@@ -133,7 +135,10 @@ def test_overrun_changes_nothing():
     step_both(state, expected, fill_second, torch.ones(1, dtype=torch.int32))
 
     plan = step_both(
-        state, expected, torch.zeros(1, dtype=torch.int32), torch.tensor([num + 1], dtype=torch.int32)
+        state,
+        expected,
+        torch.zeros(1, dtype=torch.int32),
+        torch.tensor([num + 1], dtype=torch.int32),
     )
 
     assert (plan.places == -1).all()

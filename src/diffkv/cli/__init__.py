@@ -8,6 +8,7 @@ not know either.
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -18,8 +19,11 @@ from diffkv.quant import ConfigError
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
+    "doctor": "check what this machine has: versions, plugin, compiler, kernels",
     "generate": "answer prompts with a compressed cache, or compare it with an uncompressed one",
+    "inspect": "show what each layer and head kept of a prompt",
     "layout": "show what a page holds and what a token costs",
+    "plan": "show what fits a GPU's memory in each format, and whether compression pays",
     "serve": "start vLLM's OpenAI server with a compressed cache",
 }
 """Each command's module in this package, and its line in the help."""
@@ -71,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = top_parser.parse_args(arguments[:1]).command
     if name is None:
         top_parser.error(f"name a command: {', '.join(COMMANDS)}")
+    if "--verbose" not in arguments:
+        # Read when torch is loaded: its C++ warns of how vLLM binds memory, at every start
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     command = importlib.import_module(f"diffkv.cli.{name}")
     parser = _Parser(f"diffkv {name}", COMMANDS[name])
     command.add_arguments(parser)

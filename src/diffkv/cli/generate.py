@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import logging
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -109,14 +111,23 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
         "model": model,
         "enforce_eager": True,
         "kv_cache_memory_bytes": args.kv_memory,
+        "use_tqdm_on_load": args.verbose,
         **engine_flags(args.flags),
     }
+
+
+def _silence_engine() -> None:
+    """Keep off the console what every start of vLLM says, unless it is an error."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # vLLM looks for Triton before it has set up its log, and wraps deprecated names of torch
+    logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate, compare if asked to, and print."""
     if not args.verbose:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        _silence_engine()
     options = cache_options(args)
     questions = _questions(args)
     for name in ("max_tokens", "kv_memory"):

@@ -6,13 +6,26 @@ for an engine that does not ask for DiffKV's connector.
 
 from typing import Any
 
+from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.options import DEFAULT_QUANT, Options
 
 __all__ = ["DEFAULT_QUANT", "Options", "engine_args", "register"]
 
 
 def register() -> None:
-    """Tell vLLM of the backend, the spec and the connector. May be called again."""
+    """Tell vLLM of the backend, the spec and the connector. May be called again.
+
+    vLLM calls it wherever DiffKV is installed, so another version of vLLM is warned, not stopped.
+    """
+    from vllm.logger import init_logger
+
+    from diffkv.vllm_plugin.support import check_version
+
+    try:
+        check_version()
+    except ConfigError as error:
+        init_logger("vllm.diffkv").warning("DiffKV cannot be turned on: %s", error)
+        return
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -38,12 +51,14 @@ def engine_args(quant: str = DEFAULT_QUANT, **options: Any) -> dict[str, Any]:
         **options: other fields of `Options`.
 
     Raises:
-        ConfigError: an option that does not exist, or a bad value.
+        ConfigError: an option that does not exist, a bad value, or a vLLM that is not supported.
     """
     from vllm.platforms import current_platform
 
     from diffkv.vllm_plugin.select import CONNECTOR
+    from diffkv.vllm_plugin.support import check_version
 
+    check_version()
     register()
     extra = Options.parse({"quant": quant, **options}).to_dict()
     args = {

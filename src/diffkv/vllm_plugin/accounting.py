@@ -22,12 +22,19 @@ class Request:
     Attributes:
         slot: of the pool.
         block_id: of the vLLM block that identifies it.
-        num_tokens: tokens of it that the pool covers.
+        prompt_len: tokens that are prefilled.
+        num_tokens: tokens of it that the pool covers after the current step.
     """
 
     slot: int
     block_id: int
+    prompt_len: int
     num_tokens: int = 0
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the current step is part of its prompt."""
+        return self.num_tokens <= self.prompt_len
 
 
 @dataclass

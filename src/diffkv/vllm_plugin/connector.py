@@ -34,10 +34,17 @@ logger = init_logger("vllm.diffkv")
 
 @dataclass
 class StepMessage(KVConnectorMetadata):
-    """From the scheduler to every worker, before a step."""
+    """From the scheduler to every worker, before a step.
+
+    Attributes:
+        ended: requests that finished or were preempted.
+        started: requests that start, or resume.
+        num_tokens: tokens of each scheduled request after the step.
+    """
 
     ended: set[str] = field(default_factory=set)
     started: list[Started] = field(default_factory=list)
+    num_tokens: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -54,6 +61,15 @@ class ReportMessage(KVConnectorWorkerMetadata):
             for name, report in self.reports.items()
         }
         return ReportMessage({**other.reports, **joined})
+
+
+def _tokens_after(scheduler_output: Any) -> dict[str, int]:
+    """Tokens of each scheduled request after the step."""
+    computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+    cached = scheduler_output.scheduled_cached_reqs
+    computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    added = scheduler_output.num_scheduled_tokens
+    return {name: count + added[name] for name, count in computed.items() if name in added}
 
 
 class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
@@ -120,7 +136,7 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Tell the workers what ended and what starts with this step."""
         ended = set(scheduler_output.finished_req_ids)
         ended.update(scheduler_output.preempted_req_ids or ())
-        message = StepMessage(ended, self._started)
+        message = StepMessage(ended, self._started, _tokens_after(scheduler_output))
         self._started = []
         return message
 
@@ -169,7 +185,8 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """First call of a step, also of one without tokens: release what ended, open what starts."""
         assert isinstance(kv_connector_metadata, StepMessage)
-        self.worker.before_step(kv_connector_metadata.ended, kv_connector_metadata.started)
+        message = kv_connector_metadata
+        self.worker.before_step(message.ended, message.started, message.num_tokens)
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Last call of a step."""

@@ -9,11 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import engine_args
 from diffkv.vllm_plugin.options import Options
 
-__all__ = ["Answer", "CacheUse", "Result", "check_model", "engine", "engine_flags", "generate"]
+__all__ = [
+    "Answer",
+    "CacheUse",
+    "Result",
+    "check_model",
+    "engine",
+    "engine_flags",
+    "first_line",
+    "generate",
+]
+
+PYDANTIC_PREFIX = "Value error, "
+"""How pydantic begins the message of a check that failed."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +91,31 @@ def check_model(model: str) -> None:
     if not config.is_file():
         raise ConfigError(f"model folder {model} has no config.json: it holds no model")
     try:
-        json.loads(config.read_text())
+        settings = json.loads(config.read_text())
     except ValueError as error:
         raise ConfigError(f"{config} is not JSON: {error}") from None
-    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+    if not isinstance(settings, dict) or "model_type" not in settings:
+        raise ConfigError(f"{config} has no model_type: it is no configuration of a model")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights and not any(path.glob("*.bin")):
         raise ConfigError(f"model folder {model} has no weights (*.safetensors or *.bin)")
+    for file in weights:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ConfigError(
+                f"{file} is broken, copy or download it again: {first_line(error)}"
+            ) from None
+
+
+def first_line(error: Exception) -> str:
+    """The line of an engine's error that says what is wrong, without what libraries put around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    checked = [line for line in lines if line.startswith(PYDANTIC_PREFIX)]
+    if checked:
+        return checked[0].removeprefix(PYDANTIC_PREFIX).split(" [type=")[0]
+    return lines[0] if lines else repr(error)
 
 
 def engine_flags(flags: Sequence[str]) -> dict[str, Any]:
@@ -111,13 +145,10 @@ def engine(args: dict[str, Any]) -> Iterator[Any]:
 
     try:
         llm = LLM(**args)
+    except ConfigError:
+        raise
     except (ValueError, OSError, RuntimeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        useful = [line for line in lines if not line.startswith(("For further", "Value error"))]
-        message = next(
-            (line for line in lines if line.startswith("Value error")), (useful or [repr(error)])[0]
-        )
-        raise ConfigError(f"vLLM cannot start: {message}") from error
+        raise ConfigError(f"vLLM cannot start: {first_line(error)}") from error
     try:
         yield llm
     finally:
@@ -147,16 +178,23 @@ def generate(
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
 
+    from diffkv.vllm_plugin.support import check_version
+
+    check_version()
     args = {**arguments, "disable_log_stats": False}
     if options is not None:
         args |= engine_args(**options.to_dict())
+    try:
+        params = [SamplingParams(**each) for each in sampling]
+    except (ValueError, VLLMClientError) as error:
+        raise ConfigError(first_line(error)) from error
     with engine(args) as llm:
         try:
-            params = [SamplingParams(**each) for each in sampling]
             outputs = llm.generate(list(prompts), params, use_tqdm=progress)
-        except ValueError as error:
-            raise ConfigError(str(error).splitlines()[0]) from error
+        except (ValueError, VLLMClientError) as error:
+            raise ConfigError(first_line(error)) from error
         answers = [
             Answer(
                 len(output.prompt_token_ids),

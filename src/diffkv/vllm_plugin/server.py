@@ -6,9 +6,9 @@ from typing import Any
 
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import engine_args
-from diffkv.vllm_plugin.offline import check_model
+from diffkv.vllm_plugin.offline import check_model, first_line
 from diffkv.vllm_plugin.options import Options
-from diffkv.vllm_plugin.support import check_config
+from diffkv.vllm_plugin.support import check_config, check_version
 
 __all__ = ["serve", "serve_flags"]
 
@@ -38,6 +38,8 @@ def serve(model: str, options: Options, flags: Sequence[str]) -> None:
     Raises:
         ConfigError: a flag that vLLM does not know or DiffKV cannot be combined with, a bad model.
     """
+    check_version()
+    check_model(model)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -46,7 +48,6 @@ def serve(model: str, options: Options, flags: Sequence[str]) -> None:
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    check_model(model)
     _refuse_flags(flags)
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="diffkv serve", add_help=False))
@@ -62,9 +63,7 @@ def serve(model: str, options: Options, flags: Sequence[str]) -> None:
             UsageContext.OPENAI_API_SERVER
         )
     except (ValueError, OSError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        message = next((line for line in lines if line.startswith("Value error")), lines[0])
-        raise ConfigError(f"vLLM refuses these settings: {message}") from error
+        raise ConfigError(f"vLLM refuses these settings: {first_line(error)}") from error
     check_config(config, options)
     configure_logging_from_args(args)
     ServeSubcommand.cmd(args)

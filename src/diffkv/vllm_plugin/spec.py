@@ -18,7 +18,10 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from diffkv.layout import PageLayout
 from diffkv.pool import PoolShape
 
-__all__ = ["DiffKVManager", "DiffKVSpec", "Report", "register_spec"]
+__all__ = ["MAX_IN_FLIGHT", "DiffKVManager", "DiffKVSpec", "Report", "register_spec"]
+
+MAX_IN_FLIGHT = 3
+"""Generated tokens that a report may be behind: with asynchronous scheduling it lags by two steps."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +30,19 @@ class Report:
 
     Attributes:
         num_pages: pages it holds, over all layers and KV heads.
-        num_open_heads: heads that could take a page for one more token.
+        growth: most pages that 1, 2, … more tokens can add; see `pool.page_growth`.
         num_tokens: tokens of the request that the pages cover.
     """
 
     num_pages: int
-    num_open_heads: int
+    growth: tuple[int, ...]
     num_tokens: int
 
     def fullest(self, other: "Report") -> "Report":
         """The report of two ranks: the fuller one decides."""
         return Report(
             max(self.num_pages, other.num_pages),
-            max(self.num_open_heads, other.num_open_heads),
+            tuple(map(max, self.growth, other.growth)),
             min(self.num_tokens, other.num_tokens),
         )
 
@@ -164,8 +167,8 @@ class DiffKVManager(FullAttentionManager):
         report = self._reports.get(request_id)
         if report is not None:
             more = num_tokens - report.num_tokens
-            if more == 1:
-                growth = report.num_open_heads
+            if 0 < more <= len(report.growth):
+                growth = report.growth[more - 1]
             else:
                 growth = self._num_heads * self._layout.max_new_pages(more)
             pages = min(pages, report.num_pages + growth)

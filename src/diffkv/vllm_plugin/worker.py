@@ -3,7 +3,7 @@
 One per worker process, owned by the worker's connector. It knows vLLM's data, not its engine.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from diffkv.policy import Thresholds
 from diffkv.vllm_plugin.accounting import Accounts, Request
 from diffkv.vllm_plugin.metrics import DiffKVStats
 from diffkv.vllm_plugin.options import Options
-from diffkv.vllm_plugin.spec import DiffKVSpec, Report
+from diffkv.vllm_plugin.spec import MAX_IN_FLIGHT, DiffKVSpec, Report
 
 __all__ = ["Started", "WorkerCache"]
 
@@ -47,7 +47,6 @@ class _Slots:
     of_block: Tensor
     prompt_lens: np.ndarray
     requests: dict[str, Request] = field(default_factory=dict)
-    names: dict[int, str] = field(default_factory=dict)
 
 
 class WorkerCache:
@@ -78,14 +77,26 @@ class WorkerCache:
             torch.full((num_blocks,), -1, dtype=torch.int32, device=buffer.device),
             np.zeros(self.shape.num_slots + 1, dtype=np.int64),
         )
-        self._step_slots = np.empty(0, dtype=np.int64)
+        self._scheduled: dict[str, Request] = {}
 
-    def before_step(self, ended: Iterable[str], started: Iterable[Started]) -> None:
-        """Release the requests that ended, then open slots for those that start."""
+    def before_step(
+        self, ended: Iterable[str], started: Iterable[Started], num_tokens: Mapping[str, int]
+    ) -> None:
+        """Release the requests that ended, then open slots for those that start.
+
+        Args:
+            ended: finished or preempted requests; unknown ones are ignored.
+            started: new or resumed requests.
+            num_tokens: tokens of each scheduled request after the step.
+        """
         with self.accounts.managing():
             self._end(ended)
             self._start(started)
-        self._step_slots = self._step_slots[:0]
+        self._scheduled = {}
+        for name, count in num_tokens.items():
+            request = self._slots.requests[name]
+            request.num_tokens = count
+            self._scheduled[name] = request
         self.accounts.step_began(len(self._slots.requests))
 
     def _end(self, ended: Iterable[str]) -> None:
@@ -95,7 +106,6 @@ class WorkerCache:
             if request is not None:
                 self.accounts.request_ended(request)
                 self._slots.of_block[request.block_id] = -1
-                del self._slots.names[request.slot]
                 slots.append(request.slot)
         self.cache.close(slots)
         self._slots.free.extend(slots)
@@ -106,18 +116,35 @@ class WorkerCache:
             self.cache.open(slot, start.prompt_len, start.thresholds)
             self._slots.of_block[start.block_id] = slot
             self._slots.prompt_lens[slot] = start.prompt_len
-            self._slots.requests[start.request_id] = Request(slot, start.block_id)
-            self._slots.names[slot] = start.request_id
+            request = Request(slot, start.block_id, start.prompt_len)
+            self._slots.requests[start.request_id] = request
 
     def plan(self, block_ids: Tensor, query_starts: np.ndarray, seq_lens: Tensor) -> Step:
         """Sort the rows of a step into prompts and generated tokens, and plan the latter.
+
+        A step without prompts is planned from device tensors alone: the host waits for nothing.
 
         Args:
             block_ids: [num_rows] int32, the block that identifies each row's request; 0 for padding.
             query_starts: [num_rows + 1] int, where each row's tokens start in the packed batch.
             seq_lens: [num_rows] int32, tokens of each request after the step.
         """
-        row_slots = self._slots.of_block[block_ids]
+        slots = self._slots.of_block[block_ids]
+        prompts: list[PromptChunk] = []
+        rows: slice | Tensor = slice(0, len(slots))
+        if any(request.is_prompt for request in self._scheduled.values()):
+            prompts, generated, rows = self._split(slots, query_starts, seq_lens)
+            slots, seq_lens = slots[generated], seq_lens[generated]
+        with self.accounts.managing():
+            step = self.cache.plan(prompts, rows, slots, seq_lens.int())
+        places = None if step.plan is None else step.plan.places
+        self.accounts.step_planned(places, sum(map(self.cache.compresses, prompts)))
+        return step
+
+    def _split(
+        self, row_slots: Tensor, query_starts: np.ndarray, seq_lens: Tensor
+    ) -> tuple[list[PromptChunk], Tensor, slice | Tensor]:
+        """Prompt chunks; which rows are generated tokens; and where those are in the batch."""
         slots, lengths = row_slots.cpu().numpy(), seq_lens.cpu().numpy()
         num_new = np.diff(query_starts)
         used = (slots >= 0) & (num_new > 0)
@@ -126,24 +153,14 @@ class WorkerCache:
         for row in np.nonzero(used & ~generated)[0].tolist():
             span = slice(int(query_starts[row]), int(query_starts[row + 1]))
             slot, num_stored = int(slots[row]), int(lengths[row] - num_new[row])
-            prompt_len = int(self._slots.prompt_lens[slot])
-            prompts.append(PromptChunk(slot, span, num_stored, prompt_len))
+            prompts.append(PromptChunk(slot, span, num_stored, int(self._slots.prompt_lens[slot])))
         rows = np.nonzero(generated)[0]
         assert (num_new[rows] == 1).all(), "a request cannot generate several tokens in a step"
-        starts = query_starts[:-1][rows]
-        if len(rows) and starts[-1] == len(rows) - 1:
-            decode_rows: slice | Tensor = slice(0, len(rows))
-        else:
-            decode_rows = torch.from_numpy(starts.astype(np.int64)).to(row_slots.device)
+        starts = query_starts[:-1][rows].astype(np.int64)
         index = torch.from_numpy(rows).to(row_slots.device)
-        self._step_slots = slots[used].astype(np.int64)
-        for slot, length in zip(slots[used].tolist(), lengths[used].tolist(), strict=True):
-            self._slots.requests[self._slots.names[slot]].num_tokens = length
-        with self.accounts.managing():
-            step = self.cache.plan(prompts, decode_rows, row_slots[index], seq_lens[index].int())
-        places = None if step.plan is None else step.plan.places
-        self.accounts.step_planned(places, sum(map(self.cache.compresses, prompts)))
-        return step
+        if len(rows) == 0 or starts[-1] == len(rows) - 1:
+            return prompts, index, slice(0, len(rows))
+        return prompts, index, torch.from_numpy(starts).to(row_slots.device)
 
     def report(self) -> dict[str, Report]:
         """What each request of the step that just ended holds.
@@ -161,15 +178,17 @@ class WorkerCache:
             return self._reports()
 
     def _reports(self) -> dict[str, Report]:
-        slots = torch.from_numpy(self._step_slots).to(self.state.pages.device)
-        held, open_heads = pool.held_pages(self.state, slots), pool.open_heads(self.state, slots)
-        reports = {}
-        for slot, pages, heads in zip(
-            self._step_slots.tolist(), held.tolist(), open_heads.tolist(), strict=True
-        ):
-            name = self._slots.names[slot]
-            reports[name] = Report(pages, heads, self._slots.requests[name].num_tokens)
-        return reports
+        requests = self._scheduled
+        slots = torch.tensor([r.slot for r in requests.values()], dtype=torch.int64)
+        slots = slots.to(self.state.pages.device)
+        held = pool.held_pages(self.state, slots).tolist()
+        growth = torch.stack(
+            [pool.page_growth(self.state, slots, n) for n in range(1, MAX_IN_FLIGHT + 1)], -1
+        ).tolist()
+        return {
+            name: Report(held[i], tuple(growth[i]), request.num_tokens)
+            for i, (name, request) in enumerate(requests.items())
+        }
 
     def stats(self, rank: int) -> DiffKVStats:
         """Metrics after a step; requests are counted once, by the first rank."""

@@ -96,7 +96,9 @@ def _key(
     compiler: tuple[str, ...], sources: tuple[str, ...], header: str, runtime: Path | None
 ) -> str:
     digest = hashlib.sha256()
-    texts = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
+    texts = [
+        path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")
+    ]
     facts = (*FLAGS, *compiler, _version(compiler), _cpu(), str(runtime), *sources, header)
     for text in (*texts, *(fact.encode() for fact in facts)):
         digest.update(len(text).to_bytes(8, "little"))

@@ -35,9 +35,7 @@ def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: T
     check_layer(layer, num_layers)
     check_tensor("plan.slots", slots, torch.int32, num_requests)
     check_tensor("plan.positions", positions, torch.int32, num_requests)
-    check_tensor(
-        "plan.places", places, torch.int32, num_requests, num_layers, pool.num_kv_heads, 4
-    )
+    check_tensor("plan.places", places, torch.int32, num_requests, num_layers, pool.num_kv_heads, 4)
     shape = (num_requests, pool.num_kv_heads, pool.head_dim)
     key_stride = check_packed("key", key, pool.dtype, *shape)
     value_stride = check_packed("value", value, pool.dtype, *shape)

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import NamedTuple
 
@@ -122,7 +122,7 @@ def render(layout: PageLayout, dtype: torch.dtype, group: int | None = None) -> 
 
 
 def _declare(
-    library: ctypes.CDLL, functions: dict[str, tuple[type, ...]], restype: type | None
+    library: ctypes.CDLL, functions: Mapping[str, tuple[type, ...]], restype: type | None
 ) -> ctypes.CDLL:
     for name, argtypes in functions.items():
         function = getattr(library, f"diffkv_{name}")
@@ -188,7 +188,9 @@ def check_status(status: int) -> None:
 def _make_handle(state: PoolState) -> Handle:
     layout = state.layout
     if state.dtype not in DTYPES:
-        raise ValueError(f"state.dtype must be one of {', '.join(map(str, DTYPES))}, got {state.dtype}")
+        raise ValueError(
+            f"state.dtype must be one of {', '.join(map(str, DTYPES))}, got {state.dtype}"
+        )
     if state.dtype.itemsize != layout.element_bytes:
         raise ValueError(
             f"state.layout must be derived for elements of {state.dtype.itemsize} bytes "

@@ -3,8 +3,8 @@
 // A vector is code * scale + zero, so scale and zero stay outside the loops over elements:
 //   score = k_scale * (q . codes) + k_zero * sum(q)
 //   output = sum over tokens of (p * v_scale) * codes, plus sum over tokens of p * v_zero
-// both per group of elements. Work is cut into items of a fixed number of pages, whatever the number
-// of threads or requests, and merged in a fixed order: results are the same bit for bit.
+// both per group of elements. Work is cut into items of a fixed number of pages, whatever the
+// number of threads or requests, and merged in a fixed order: results are the same bit for bit.
 
 #include <algorithm>
 #include <cstdlib>
@@ -16,9 +16,10 @@
 namespace {
 
 constexpr int D = layout::HEAD_DIM;
-constexpr int ITEM_TOKENS = 512;   // tokens of a work item, rounded to whole pages
-constexpr int MAX_BLOCK = 8;       // query heads that share one pass
+constexpr int ITEM_TOKENS = 512;  // tokens of a work item, rounded to whole pages
+constexpr int MAX_BLOCK = 8;      // query heads that share one pass
 constexpr int GROUP = layout::GROUP;
+constexpr int LINE_BYTES = 64;  // of the machine's caches
 constexpr float LOG2_E = 1.44269504f;
 
 constexpr int pages_per_item(int tier) {
@@ -27,7 +28,9 @@ constexpr int pages_per_item(int tier) {
 }
 
 // Tokens of a page, rounded up to whole vectors.
-constexpr int padded_tokens(int tier) { return (tokens_per_page(tier) + LANES - 1) / LANES * LANES; }
+constexpr int padded_tokens(int tier) {
+  return (tokens_per_page(tier) + LANES - 1) / LANES * LANES;
+}
 
 constexpr int item_stride() {
   int most = 0;
@@ -79,12 +82,22 @@ struct Queries {
   }
 };
 
+// Ask for a part of the page that comes next. Two parts a page: all at once would fill the queue of
+// misses and hold up the arithmetic that should hide them.
+template <int PART, int PARTS>
+INLINE void prefetch(const uint8_t* page) {
+  constexpr int LINES = (layout::PAGE_BYTES + LINE_BYTES - 1) / LINE_BYTES;
+  for (int line = LINES * PART / PARTS; line < LINES * (PART + 1) / PARTS; line++)
+    __builtin_prefetch(page + line * LINE_BYTES);
+}
+
 constexpr int tokens_at_once(int group) {
   const int tokens = group == 1 ? 8 : group <= 4 ? 4 : 2;
   return tokens < LANES ? tokens : LANES;
 }
 
-// Dot products of LANES tokens' key codes with G queries: sums[group, G, LANES], lanes not yet added.
+// Dot products of LANES tokens' key codes with G queries: sums[group, G, LANES], lanes not yet
+// added.
 template <int TIER, int G>
 INLINE void dot_codes(const uint8_t* codes, int count, const Queries<TIER, G>& queries,
                       Floats (*sums)[G][LANES]) {
@@ -92,9 +105,8 @@ INLINE void dot_codes(const uint8_t* codes, int count, const Queries<TIER, G>& q
   constexpr int NUM = num_chunks(side), TOKENS = tokens_at_once(G);
   for (int t = 0; t < count; t += TOKENS) {
     const uint8_t* rows[TOKENS];
-    each<TOKENS>([&](auto i) {
-      rows[i] = codes + (t + i < count ? t + i : count - 1) * side.code_bytes;
-    });
+    each<TOKENS>(
+        [&](auto i) { rows[i] = codes + (t + i < count ? t + i : count - 1) * side.code_bytes; });
     Floats dots[G][TOKENS] = {};
     each<NUM>([&](auto c) {
       constexpr const Chunk& chunk = CHUNK<TIER, true, c.value>;
@@ -132,7 +144,8 @@ INLINE void score_page(const uint8_t* page, int num, const Queries<TIER, G>& que
     for (int g = 0; g < GROUPS; g++) {
       Floats k_scale{}, k_zero{};
       if constexpr (side.bits != 16)
-        load_meta<GROUPS>(page + side.meta + start * side.meta_bytes(), g, count, &k_scale, &k_zero);
+        load_meta<GROUPS>(page + side.meta + start * side.meta_bytes(), g, count, &k_scale,
+                          &k_zero);
       each<G>([&](auto h) {
         const Floats dots = sum_rows(sums[g][h]);
         if constexpr (side.bits == 16)
@@ -164,9 +177,8 @@ INLINE void add_values(const uint8_t* page, int num, const float (*weights)[G][p
   each<(NUM + AT_ONCE - 1) / AT_ONCE>([&](auto block) {
     constexpr int FIRST = block * AT_ONCE, WIDTH = NUM - FIRST < AT_ONCE ? NUM - FIRST : AT_ONCE;
     Floats sums[G][WIDTH];
-    each<G>([&](auto h) {
-      each<WIDTH>([&](auto c) { sums[h][c] = out[h][FIRST + c] * keep[h]; });
-    });
+    each<G>(
+        [&](auto h) { each<WIDTH>([&](auto c) { sums[h][c] = out[h][FIRST + c] * keep[h]; }); });
     const uint8_t* codes = page + side.codes;
     for (int t = 0; t < num; t++, codes += side.code_bytes)
       each<WIDTH>([&](auto c) {
@@ -180,15 +192,11 @@ INLINE void add_values(const uint8_t* page, int num, const float (*weights)[G][p
   });
 }
 
-void prefetch_page(const uint8_t* page) {
-  for (int byte = 0; byte < layout::PAGE_BYTES; byte += 64) __builtin_prefetch(page + byte);
-}
-
-// Softmax weights of a page from its scores, times each token's value scale; adds up p and p * zero.
+// Softmax weights of a page from its scores, times each token's value scale; adds up p and p *
+// zero.
 template <int TIER, int G>
 INLINE void weigh_page(const uint8_t* page, int num, const float* scores, const float* largest,
-                       const float* keep, Floats* total,
-                       float (*weights)[G][padded_tokens(TIER)],
+                       const float* keep, Floats* total, float (*weights)[G][padded_tokens(TIER)],
                        Floats (*zeros)[num_groups(value_side(TIER))]) {
   constexpr const Side& side = SIDE<TIER, false>;
   constexpr int GROUPS = num_groups(side);
@@ -206,7 +214,8 @@ INLINE void weigh_page(const uint8_t* page, int num, const float* scores, const 
     for (int g = 0; g < GROUPS; g++) {
       Floats v_scale = broadcast(1.0f), v_zero{};
       if constexpr (side.bits != 16)
-        load_meta<GROUPS>(page + side.meta + start * side.meta_bytes(), g, count, &v_scale, &v_zero);
+        load_meta<GROUPS>(page + side.meta + start * side.meta_bytes(), g, count, &v_scale,
+                          &v_zero);
       each<G>([&](auto h) {
         store(weights[g][h] + start, p[h] * v_scale);
         zeros[h][g] = madd(p[h], v_zero, zeros[h][g]);
@@ -232,8 +241,9 @@ void attend_item(const Call& call, const Item& item, int64_t number, int first_h
     const int page_number = item.first_page + done / T;
     const uint8_t* page = pool.page(pool.entry(item.row, TIER, page_number));
     const int num = item.num_tokens - done < T ? item.num_tokens - done : T;
-    if (num == T && done + T < item.num_tokens)
-      prefetch_page(pool.page(pool.entry(item.row, TIER, page_number + 1)));
+    const bool is_last = done + T >= item.num_tokens;
+    const uint8_t* next = is_last ? page : pool.page(pool.entry(item.row, TIER, page_number + 1));
+    prefetch<0, 2>(next);
     Floats most[G];
     each<G>([&](auto h) { most[h] = broadcast(largest[h]); });
     score_page<TIER, G>(page, num, queries, call.scale, scores, most);
@@ -243,6 +253,7 @@ void attend_item(const Call& call, const Item& item, int64_t number, int first_h
       keep[h] = page_largest == largest[h] ? 1.0f : std::exp2(largest[h] - page_largest);
       largest[h] = page_largest;
     }
+    prefetch<1, 2>(next);
     weigh_page<TIER, G>(page, num, scores, largest, keep, total, weights, zeros);
     add_values<TIER, G>(page, num, weights, keep, out);
     scores += padded_tokens(TIER);
@@ -288,9 +299,9 @@ void merge(const Call& call, int64_t request, int64_t head, int64_t first, int64
       for (int j = 0; j < D; j++) out[j] += call.partial[at * D + j] * share;
     }
     for (int j = 0; j < D && first < last; j++) out[j] /= total;
-    store_row<layout::DTYPE>(call.output + request * call.output_stride + q_head * ROW_BYTES, out, D);
-    call.lse[(request * call.pool.num_kv_heads + head) * GROUP + h] =
-        largest + std::log2(total);
+    store_row<layout::DTYPE>(call.output + request * call.output_stride + q_head * ROW_BYTES, out,
+                             D);
+    call.lse[(request * call.pool.num_kv_heads + head) * GROUP + h] = largest + std::log2(total);
   }
 }
 
@@ -371,9 +382,8 @@ EXPORT int diffkv_attend(const Pool* pool_ptr, int64_t layer, const int32_t* slo
   float* scores = memory;
   float* partial = scores + rows * item_stride();
   float* largest = partial + rows * D;
-  const Call call = {pool,           query,  query_stride, output,         output_stride,
-                     scale * LOG2_E, scores, largest,      largest + rows, partial,
-                     largest + 2 * rows};
+  const Call call = {pool,   query,   query_stride,   output,  output_stride,     scale * LOG2_E,
+                     scores, largest, largest + rows, partial, largest + 2 * rows};
   const Item* work = items.data();
   const int64_t* bounds = starts.data();
   const int useful = (int)std::max<int64_t>(1, std::min<int64_t>(threads, std::max(N, num_heads)));

@@ -1,7 +1,8 @@
 // How codes of a page become float lanes: a vector is cut into chunks of at most LANES elements.
 //
-// No chunk crosses a plane (bits of one position in a byte) or a group, so a chunk is a run of bytes,
-// one shift, and one (scale, zero). Chunks are in element order; all is known when this is compiled.
+// No chunk crosses a plane (bits of one position in a byte) or a group, so a chunk is a run of
+// bytes, one shift, and one (scale, zero). Chunks are in element order; all is known when this is
+// compiled.
 #pragma once
 
 #include "pool.h"

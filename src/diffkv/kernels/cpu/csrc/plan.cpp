@@ -23,9 +23,9 @@ struct Least {
 
 struct Decision {
   bool wants_page;
-  int grows;      // the tier that gains a token, or -1
-  Place victim;   // in the high tier: the new token's place, unless the high tier grows
-  Place low;      // the demoted token's place, unless the low tier grows
+  int grows;     // the tier that gains a token, or -1
+  Place victim;  // in the high tier: the new token's place, unless the high tier grows
+  Place low;     // the demoted token's place, unless the low tier grows
 };
 
 template <int TIER>
@@ -67,9 +67,8 @@ Least least_mean(const Pool& pool, int64_t row, int32_t num_tokens, int32_t prom
 
   int lane = 0;
   for (int l = 1; l < LANES; l++)
-    if (best_token[l] >= 0 &&
-        (best_token[lane] < 0 || best[l] < best[lane] ||
-         (best[l] == best[lane] && best_position[l] < best_position[lane])))
+    if (best_token[l] >= 0 && (best_token[lane] < 0 || best[l] < best[lane] ||
+                               (best[l] == best[lane] && best_position[l] < best_position[lane])))
       lane = l;
   const int32_t token = best_token[lane];
   if (token < 0) return {infinity, NOWHERE};

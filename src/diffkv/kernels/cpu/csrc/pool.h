@@ -60,12 +60,14 @@ struct Side {
 
 constexpr Side key_side(int tier) {
   return {layout::TIERS[tier].k_bits, layout::TIERS[tier].k_groups,
-          layout::TIERS[tier].k_code_bytes, layout::TIERS[tier].k_codes, layout::TIERS[tier].k_meta};
+          layout::TIERS[tier].k_code_bytes, layout::TIERS[tier].k_codes,
+          layout::TIERS[tier].k_meta};
 }
 
 constexpr Side value_side(int tier) {
   return {layout::TIERS[tier].v_bits, layout::TIERS[tier].v_groups,
-          layout::TIERS[tier].v_code_bytes, layout::TIERS[tier].v_codes, layout::TIERS[tier].v_meta};
+          layout::TIERS[tier].v_code_bytes, layout::TIERS[tier].v_codes,
+          layout::TIERS[tier].v_meta};
 }
 
 constexpr int tokens_per_page(int tier) { return layout::TIERS[tier].tokens_per_page; }

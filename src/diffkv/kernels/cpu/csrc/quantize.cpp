@@ -32,8 +32,8 @@ void decode_rows(const uint8_t* codes, const uint8_t* meta, int64_t num, int dim
     std::vector<uint8_t> scratch(dim);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < num; i++) {
-      decode(codes + i * (dim * BITS / 8), meta + i * groups * 4, dim, BITS, groups,
-             scratch.data(), row.data());
+      decode(codes + i * (dim * BITS / 8), meta + i * groups * 4, dim, BITS, groups, scratch.data(),
+             row.data());
       store_row<DTYPE>(x + i * dim * dtype_bytes(DTYPE), row.data(), dim);
     }
   }

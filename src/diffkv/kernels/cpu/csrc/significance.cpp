@@ -1,8 +1,9 @@
 // significance: attention of the last queries to every token, without keeping the score matrix.
 //
-// Two passes over items of a fixed number of tokens, each a small matrix product of a KV head's keys
-// with all scored queries of its group: the first finds every query's log-sum-exp, the second adds up
-// probabilities by token. Items are merged in a fixed order, so results do not depend on threads.
+// Two passes over items of a fixed number of tokens, each a small matrix product of a KV head's
+// keys with all scored queries of its group: the first finds every query's log-sum-exp, the second
+// adds up probabilities by token. Items are merged in a fixed order, so results do not depend on
+// threads.
 
 #include <algorithm>
 #include <limits>
@@ -15,12 +16,13 @@
 namespace {
 
 constexpr int ITEM_TOKENS = 128;
-constexpr int TILE = 2 * LANES;    // tokens of one tile of the product
-constexpr int TILE_QUERIES = 8;    // with TILE, as many accumulators as registers allow
+constexpr int TILE = 2 * LANES;  // tokens of one tile of the product
+constexpr int TILE_QUERIES = 8;  // with TILE, as many accumulators as registers allow
 constexpr float LOG2_E = 1.44269504f;
 
 struct Request {
-  int64_t first_query, first_token, num_tokens, first_row;  // rows: [request, kv head, group, query]
+  int64_t first_query, first_token, num_tokens,
+      first_row;  // rows: [request, kv head, group, query]
   int num_queries;
 };
 
@@ -77,9 +79,9 @@ void score_item(const Call& call, const Request& request, const Item& item, Buff
   for (int start = 0; start < item.num_tokens; start += TILE) {
     for (int t = 0; t < TILE; t++) {
       const int64_t token = item.start + std::min(start + t, item.num_tokens - 1);
-      load_row<DTYPE>(call.key + (request.first_token + token) * call.key_stride +
-                          item.head * dim * element,
-                      &buffers.rows[(size_t)t * dim], dim);
+      load_row<DTYPE>(
+          call.key + (request.first_token + token) * call.key_stride + item.head * dim * element,
+          &buffers.rows[(size_t)t * dim], dim);
     }
     for (int t = 0; t < TILE; t++)
       for (int d = 0; d < dim; d++) buffers.tile[d * TILE + t] = buffers.rows[t * dim + d];
@@ -107,7 +109,8 @@ void reduce_item(int num_rows, const float* scores, float* largest, float* total
     largest[row] = max_lane(most);
     total[row] = 0.0f;
     if (largest[row] == -std::numeric_limits<float>::infinity()) continue;
-    for (int t = 0; t < ITEM_TOKENS; t += LANES) sum += exp2(load<Floats>(scores + t) - largest[row]);
+    for (int t = 0; t < ITEM_TOKENS; t += LANES)
+      sum += exp2(load<Floats>(scores + t) - largest[row]);
     total[row] = sum_lanes(sum);
   }
 }
@@ -170,9 +173,10 @@ void run(const Call& call, const std::vector<Request>& requests, const std::vect
       const Request& request = requests[items[i].request];
       score_item<DTYPE>(call, request, items[i], buffers);
       const int rows = call.group * request.num_queries;
-      add_probabilities(call, request, items[i], buffers.scores.data(),
-                        lse.data() + request.first_row + items[i].head * rows,
-                        sums + items[i].head * num_all_tokens + request.first_token + items[i].start);
+      add_probabilities(
+          call, request, items[i], buffers.scores.data(),
+          lse.data() + request.first_row + items[i].head * rows,
+          sums + items[i].head * num_all_tokens + request.first_token + items[i].start);
     }
   }
 }
@@ -206,6 +210,7 @@ EXPORT void diffkv_significance(const uint8_t* query, int64_t query_stride, cons
   }
   each<3>([&](auto each_dtype) {
     if (dtype == each_dtype.value)
-      run<each_dtype.value>(call, requests, items, num_rows, num_kv_heads, num_tokens, sums, threads);
+      run<each_dtype.value>(call, requests, items, num_rows, num_kv_heads, num_tokens, sums,
+                            threads);
   });
 }

@@ -112,15 +112,21 @@ INLINE Floats exp2(Floats x) {
 #endif
   const Floats r = clamped - whole;
   Floats y = broadcast(1.52527338e-5f);
-  const float terms[] = {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f,
-                         2.40226507e-1f, 6.93147181e-1f, 1.0f};
+  const float terms[] = {1.54035304e-4f,
+                         1.33335581e-3f,
+                         9.61812911e-3f,
+                         5.55041087e-2f,
+                         2.40226507e-1f,
+                         6.93147181e-1f,
+                         1.0f};
   each<7>([&](auto i) { y = madd(y, r, broadcast(terms[i])); });
   const Ints exponent = (to_ints(whole) + 127) << 23;
   y = y * (Floats)exponent;
   return x < floor_x ? Floats{} : y;
 }
 
-// One stage of a transposed sum: lanes whose bit `BIT` is clear add pairs of `a`, the others of `b`.
+// One stage of a transposed sum: lanes whose bit `BIT` is clear add pairs of `a`, the others of
+// `b`.
 template <int BIT, int... L>
 INLINE Floats add_pairs(Floats a, Floats b, std::integer_sequence<int, L...>) {
   const Ints own = {(L & BIT ? L + LANES : L)...};
@@ -192,13 +198,6 @@ INLINE uint16_t to_half(float x) {
 }
 
 INLINE float from_bfloat(uint16_t b) { return bits_to_float((uint32_t)b << 16); }
-
-// Round to nearest, ties to even; NaN becomes the quiet one that torch writes.
-INLINE uint16_t to_bfloat(float x) {
-  const uint32_t bits = float_to_bits(x);
-  if (x != x) return 0x7fc0;
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 // The low 16 bits of each lane as float16.
 INLINE Floats from_halves(Ints x) {

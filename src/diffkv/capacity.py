@@ -1,0 +1,277 @@
+"""What a GPU's memory holds of a model's KV cache, in each format, and whether compressing it pays.
+
+Arithmetic on sizes only: nothing is loaded or measured. A rank of tensor parallelism is one GPU.
+"""
+
+import re
+from dataclasses import dataclass
+
+from diffkv.layout import PageLayout
+from diffkv.model_config import ModelConfig
+from diffkv.policy import WINDOW
+from diffkv.pool import FIXED_BYTES, RING_ENTRY_BYTES, PoolShape
+from diffkv.quant import ConfigError, QuantConfig
+
+__all__ = [
+    "DENSE_BITS",
+    "HIGH_SHARE",
+    "FormatPlan",
+    "Mix",
+    "Rank",
+    "Verdict",
+    "parse_bytes",
+    "parse_tokens",
+    "plan_dense",
+    "plan_format",
+    "rank_of",
+    "verdict",
+]
+
+DENSE_BITS = {"bf16": 16, "fp8": 8}
+"""Caches of vLLM itself, and bits of an element."""
+DENSE_BLOCK_TOKENS = 16
+
+HIGH_SHARE = 0.46
+"""Share of high tokens that the published 27.4 % (nominal bits, nothing dropped) of QwQ-32B at
+alpha_high 3 means for k8v4-k4v2: 0.274 * 16 bits = 0.46 * 6 + 0.54 * 3."""
+
+KV_BOUND = 0.5
+"""Share of a decode step's bytes from which KV is what binds it."""
+
+PAYS, PAYS_LITTLE = 1.3, 1.1
+"""Ratios of bytes read for a generated token, from which compression pays, or pays a little."""
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_BINARY_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """Read `141GiB`, `80G` or `80GB` (powers of 1000), or a number of bytes.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (match[3] and not match[2]) or float(match[1]) <= 0:
+        raise ConfigError(f"unknown size {text!r}: write a number and a unit, as in 141GiB or 80GB")
+    units = _BINARY_UNITS if match[3] else _UNITS
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def parse_tokens(text: str) -> int:
+    """Read `32K` (32 * 1024, as contexts are named) or a number of tokens.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[3] or match[4] or match[2].lower() not in ("", "k", "m"):
+        raise ConfigError(f"unknown number of tokens {text!r}: write 32768 or 32K")
+    tokens = float(match[1]) * _BINARY_UNITS[match[2].lower()]
+    if tokens < 1 or tokens != int(tokens):
+        raise ConfigError(f"a number of tokens must be a whole number of at least 1, got {text!r}")
+    return int(tokens)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One GPU's part of a model, and the memory it leaves for the cache.
+
+    Attributes:
+        model: the whole model.
+        num_kv_heads: KV heads of a layer on this rank.
+        weight_bytes: of this rank.
+        kv_bytes: KV budget, tables included.
+    """
+
+    model: ModelConfig
+    num_kv_heads: int
+    weight_bytes: int
+    kv_bytes: int
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Elements of a token's keys and values on this rank."""
+        return self.model.kv_elements_per_token // self.model.num_kv_heads * self.num_kv_heads
+
+    def weight_bytes_read(self, num_requests: int) -> int:
+        """Weights that a decode step reads: of a mixture, the experts that some request hits.
+
+        Each token picks `num_active_experts` of `num_experts`, taken as uniform and independent.
+        """
+        model = self.model
+        if not model.num_experts:
+            return self.weight_bytes
+        missed = (1 - model.num_active_experts / model.num_experts) ** num_requests
+        share = model.num_layers * model.num_experts * model.expert_parameters / model.num_parameters
+        return int(self.weight_bytes * (1 - share * missed))
+
+
+def rank_of(
+    model: ModelConfig, weight_bytes: int, tensor_parallel_size: int, usable_bytes: int
+) -> Rank:
+    """Split a model, and give the cache what its weights leave of a GPU's usable memory.
+
+    Raises:
+        ConfigError: a split that vLLM cannot make, or weights that do not fit.
+    """
+    heads, ranks = model.num_kv_heads, tensor_parallel_size
+    if ranks < 1 or model.num_q_heads % ranks or (heads % ranks and ranks % heads):
+        raise ConfigError(
+            f"--tensor-parallel-size must divide {model.num_q_heads} query heads and divide or be a "
+            f"multiple of {heads} KV heads, got {ranks}"
+        )
+    weights = -(-weight_bytes // ranks)
+    if weights >= usable_bytes:
+        raise ConfigError(
+            f"the weights of {model.name} need {weights / 2**30:.1f} GiB of each GPU, which leaves "
+            f"no KV cache in {usable_bytes / 2**30:.1f} GiB: more memory, a larger "
+            f"--tensor-parallel-size, or quantised weights"
+        )
+    return Rank(model, max(1, heads // ranks), weights, usable_bytes - weights)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Shares of a head's tokens outside the window: high, dropped, and the rest low."""
+
+    high: float = HIGH_SHARE
+    dropped: float = 0.0
+    window: int = WINDOW
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are none."""
+        for name in ("high", "dropped"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"--{name}-share must be in 0 .. 1, got {getattr(self, name)}")
+        if self.high + self.dropped > 1:
+            raise ConfigError(
+                f"--high-share and --dropped-share add up to more than 1: {self.high} and {self.dropped}"
+            )
+
+    def tokens(self, quant: QuantConfig, context: int) -> tuple[int, ...]:
+        """Kept tokens of a head by tier, the window among the high ones. One tier drops nothing."""
+        if quant.low is None:
+            return (context,)
+        old = max(0, context - self.window)
+        high, dropped = round(old * self.high), round(old * self.dropped)
+        return context - old + high, max(0, old - high - dropped)
+
+
+@dataclass(frozen=True)
+class FormatPlan:
+    """What one kind of cache costs, and how many requests of the context it holds.
+
+    Attributes:
+        name: bf16, fp8, or the text form of a configuration.
+        bytes_per_token: of one request of the whole context: pages, half-empty ones too, and tables.
+        num_requests: that fit at once; 0 where not even one does.
+        page_bytes: of a page; 0 for vLLM's own caches.
+        table_bytes: of the budget that is tables, with a slot for each of those requests.
+        starts: whether an engine would start: it wants room for one request that is all high.
+    """
+
+    name: str
+    bytes_per_token: float
+    num_requests: int
+    page_bytes: int = 0
+    table_bytes: int = 0
+    starts: bool = True
+
+
+def plan_dense(name: str, rank: Rank, context: int) -> FormatPlan:
+    """Plan one of vLLM's own caches, in its blocks of 16 tokens."""
+    token_bytes = rank.kv_elements_per_token * DENSE_BITS[name] // 8
+    request = -(-context // DENSE_BLOCK_TOKENS) * DENSE_BLOCK_TOKENS * token_bytes
+    num_requests = rank.kv_bytes // request
+    return FormatPlan(name, request / context, num_requests, starts=num_requests > 0)
+
+
+def plan_format(quant: QuantConfig, rank: Rank, context: int, mix: Mix) -> FormatPlan:
+    """Plan a pool of ours, its tables paid out of the budget.
+
+    All heads are taken to keep the same numbers of tokens; a prompt on its way in needs its all-high
+    size for the steps of its prefill, which is not set aside.
+    """
+    model = rank.model
+    layout = PageLayout.derive(quant, model.head_dim, element_bytes=model.element_bytes)
+    heads = model.num_layers * rank.num_kv_heads
+    pages = heads * sum(
+        -(-num // tier.tokens_per_page)
+        for num, tier in zip(mix.tokens(quant, context), layout.tiers, strict=True)
+    )
+    one = PoolShape(layout, model.num_layers, rank.num_kv_heads, 1, layout.max_pages(context), 0)
+    request = pages * (layout.page_bytes + RING_ENTRY_BYTES) + one.slot_bytes
+    num_requests = max(0, rank.kv_bytes - FIXED_BYTES) // request
+    try:
+        shape = PoolShape.fit(
+            rank.kv_bytes, layout, model.num_layers, rank.num_kv_heads, context,
+            max(1, num_requests),
+        )  # fmt: skip
+    except ConfigError:
+        return FormatPlan(str(quant), request / context, 0, layout.page_bytes, starts=False)
+    return FormatPlan(
+        str(quant), request / context, num_requests, layout.page_bytes, shape.table_bytes
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a format pays against bf16, judged by what a decode step must read.
+
+    Attributes:
+        name: of the format.
+        batch_bf16: requests at once in bf16: what fits, or what was asked for.
+        batch: likewise in the format.
+        kv_share_bf16: share of the bytes of a bf16 decode step that are KV.
+        kv_share: likewise of the format.
+        gain: bytes read for a generated token in bf16, over those of the format: the most that
+            decoding can gain where memory is its limit. Infinite where bf16 holds no request.
+        text: in words.
+    """
+
+    name: str
+    batch_bf16: int
+    batch: int
+    kv_share_bf16: float
+    kv_share: float
+    gain: float
+    text: str
+
+
+def verdict(
+    rank: Rank, bf16: FormatPlan, ours: FormatPlan, context: int, num_asked: int | None
+) -> Verdict:
+    """Compare a format with bf16 at the batches that fit, capped by the requests that there are."""
+    batch_bf16, batch = (
+        plan.num_requests if num_asked is None else min(plan.num_requests, num_asked)
+        for plan in (bf16, ours)
+    )
+    shares, costs = [], []
+    for plan, num in ((bf16, batch_bf16), (ours, batch)):
+        weights, kv = rank.weight_bytes_read(num), num * context * plan.bytes_per_token
+        shares.append(kv / (weights + kv))
+        costs.append((weights + kv) / num if num else float("inf"))
+    gain = costs[0] / costs[1] if batch else 0.0
+    return Verdict(
+        ours.name, batch_bf16, batch, shares[0], shares[1], gain,
+        _verdict_text(ours.name, batch_bf16, batch, shares[0], gain),
+    )  # fmt: skip
+
+
+def _verdict_text(name: str, batch_bf16: int, batch: int, kv_share: float, gain: float) -> str:
+    if not batch:
+        return f"no: {name} holds no request of this context either"
+    if not batch_bf16:
+        return f"yes: bf16 holds no request of this context, {name} holds {batch}"
+    bound = "KV" if kv_share >= KV_BOUND else "weights"
+    facts = (
+        f"a bf16 decode step is {bound}-bound ({kv_share:.0%} of its bytes are KV at {batch_bf16} "
+        f"requests); {name} reads {gain:.2f}x fewer bytes for a token, at {batch} requests"
+    )
+    if gain >= PAYS:
+        return f"yes: {facts}"
+    if gain >= PAYS_LITTLE:
+        return f"a little: {facts}"
+    return f"no: {facts}"

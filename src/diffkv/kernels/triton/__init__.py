@@ -1,0 +1,27 @@
+"""The operations for NVIDIA GPUs, in Triton.
+
+Contracts are in `reference`. The operations of a decode step neither wait for the device nor allocate
+once they have run at a size, so that a step can be captured in a CUDA graph. Results do not depend on
+which other requests are in a batch.
+"""
+
+from diffkv.kernels.triton.append import append
+from diffkv.kernels.triton.attend import attend
+from diffkv.kernels.triton.gather import gather
+from diffkv.kernels.triton.plan import plan_decode
+from diffkv.kernels.triton.quantize import dequantize, quantize
+from diffkv.kernels.triton.release import release
+from diffkv.kernels.triton.significance import significance
+from diffkv.kernels.triton.store import store_prompt
+
+__all__ = [
+    "append",
+    "attend",
+    "dequantize",
+    "gather",
+    "plan_decode",
+    "quantize",
+    "release",
+    "significance",
+    "store_prompt",
+]

@@ -1,0 +1,118 @@
+"""Write new tokens where a plan says, and demote what they replace."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffkv.kernels.triton.check import check_layer, check_packed, check_tensor
+from diffkv.kernels.triton.codes import (
+    code_pointers,
+    load_elements,
+    meta_pointers,
+    plane_elements,
+    store_vectors,
+)
+from diffkv.kernels.triton.workspace import workspace
+from diffkv.state import DecodePlan, PoolState
+
+__all__ = ["append"]
+
+
+@triton.jit
+def _demote_side(
+    page_ptr, index, low_ptr, low_index, mask, S: tl.constexpr, LOW: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Requantise token `index` of a high page into token `low_index` of a low one. All [1]."""
+    element, exists = plane_elements(LOW)
+    code_ptr = code_pointers(page_ptr, index, S)[:, None, None]
+    meta_ptr = meta_pointers(page_ptr, index, S)[:, None, None]
+    x = load_elements(code_ptr, meta_ptr, element, exists & mask[:, None, None], S, DTYPE)
+    low_code_ptr = code_pointers(low_ptr, low_index, LOW)
+    store_vectors(x, low_code_ptr, meta_pointers(low_ptr, low_index, LOW), mask, LOW, DTYPE)
+
+
+@triton.jit
+def _write_side(x_ptr, page_ptr, index, mask, S: tl.constexpr):
+    """Quantise the vector at `x_ptr` into token `index` of a page. All [1]."""
+    element, exists = plane_elements(S)
+    x = tl.load(x_ptr[:, None, None] + element, mask=exists & mask[:, None, None], other=0.0)
+    code_ptr = code_pointers(page_ptr, index, S)
+    meta_ptr = meta_pointers(page_ptr, index, S)
+    store_vectors(x, code_ptr, meta_ptr, mask, S, x_ptr.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _append_kernel(
+    slots_ptr,  # [R]
+    positions_ptr,  # [R]
+    places_ptr,  # [R, L, H, 4]
+    key_ptr,  # [R, H, D]
+    value_ptr,  # [R, H, D]
+    pages_ptr,  # [num_pages, PAGE]
+    key_stride,
+    value_stride,
+    layer,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    TIERS: tl.constexpr,
+):
+    """One program per request and head."""
+    DTYPE: tl.constexpr = key_ptr.dtype.element_ty
+    HIGH: tl.constexpr = TIERS[0]
+    r = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    one = tl.arange(0, 1)
+    place_ptr = places_ptr + ((r * L + layer) * H + head) * 4 + one
+    page = tl.load(place_ptr).to(tl.int64)
+    index = tl.load(place_ptr + 1)
+    mask = (tl.load(slots_ptr + r + one) >= 0) & (page >= 0)
+    page_ptr = pages_ptr + page * PAGE
+    sum_ptr = (page_ptr + HIGH.sums + index * 4).to(tl.pointer_type(tl.float32))
+    position_ptr = (page_ptr + HIGH.positions + index * 4).to(tl.pointer_type(tl.int32))
+    if len(TIERS) > 1:
+        LOW: tl.constexpr = TIERS[1]
+        low_page = tl.load(place_ptr + 2).to(tl.int64)
+        low_index = tl.load(place_ptr + 3)
+        demotes = mask & (low_page >= 0)
+        if tl.max(demotes.to(tl.int32), 0) > 0:
+            low_ptr = pages_ptr + low_page * PAGE
+            _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH.k, LOW.k, DTYPE)
+            _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH.v, LOW.v, DTYPE)
+            at = low_ptr + low_index * 4
+            total = tl.load(sum_ptr, mask=demotes, other=0.0)
+            position = tl.load(position_ptr, mask=demotes, other=0)
+            tl.store((at + LOW.sums).to(tl.pointer_type(tl.float32)), total, mask=demotes)
+            tl.store((at + LOW.positions).to(tl.pointer_type(tl.int32)), position, mask=demotes)
+            # The old token is read by other threads than those that overwrite it
+            tl.debug_barrier()
+    at = head * D + one
+    _write_side(key_ptr + r * key_stride + at, page_ptr, index, mask, HIGH.k)
+    _write_side(value_ptr + r * value_stride + at, page_ptr, index, mask, HIGH.v)
+    tl.store(sum_ptr, tl.zeros([1], tl.float32), mask=mask)
+    tl.store(position_ptr, tl.load(positions_ptr + r + one), mask=mask)
+
+
+def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: Tensor) -> None:
+    """Same contract as `reference.append`. Rows of key and value may be apart."""
+    work = workspace(state)
+    num_requests, heads, head_dim = plan.slots.numel(), state.num_kv_heads, state.layout.head_dim
+    device, i32 = work.device, torch.int32
+    check_layer(layer, state.num_layers)
+    check_tensor("plan.slots", plan.slots, device, i32, num_requests)
+    check_tensor("plan.positions", plan.positions, device, i32, num_requests)
+    places_shape = (num_requests, state.num_layers, heads, 4)
+    check_tensor("plan.places", plan.places, device, i32, *places_shape)
+    shape = (num_requests, heads, head_dim)
+    key_stride = check_packed("key", key, device, state.dtype, *shape)
+    value_stride = check_packed("value", value, device, state.dtype, *shape)
+    if not num_requests:
+        return
+    _append_kernel[(num_requests, heads)](
+        plan.slots, plan.positions, plan.places, key, value, state.pages,
+        key_stride, value_stride, layer,
+        L=state.num_layers, H=heads, D=head_dim, PAGE=state.layout.page_bytes, TIERS=work.tiers,
+        enable_fp_fusion=False, num_warps=1,
+    )  # fmt: skip

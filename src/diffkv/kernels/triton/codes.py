@@ -1,0 +1,105 @@
+"""Device functions: vectors to codes and back. Bit-exact, so launch with `enable_fp_fusion=False`.
+
+`S` is a `facts.Side`. A tile of vectors is [T, planes, padded]: element (p, c) of a vector is element
+p * width + c, so that all planes of a byte are added up along one axis.
+"""
+
+import triton
+import triton.language as tl
+
+from diffkv.reference.quantize import FLOAT16_MAX, MIN_SCALE
+
+__all__ = ["code_pointers", "load_elements", "meta_pointers", "plane_elements", "rounded", "store_vectors"]
+
+_MAX = tl.constexpr(FLOAT16_MAX)
+_MIN_SCALE = tl.constexpr(MIN_SCALE)
+
+
+@triton.jit
+def plane_elements(S: tl.constexpr):
+    """(element, whether there is one) of a tile, [1, planes, padded] each."""
+    plane = tl.arange(0, S.planes)[None, :, None]
+    column = tl.arange(0, S.padded)[None, None, :]
+    return plane * S.width + column, (plane >= 0) & (column < S.width)
+
+
+@triton.jit
+def code_pointers(page_ptr, index, S: tl.constexpr):
+    """Where the codes of token `index` of a page begin."""
+    return page_ptr + (S.codes + index * S.code_bytes)
+
+
+@triton.jit
+def meta_pointers(page_ptr, index, S: tl.constexpr):
+    """Where the (scale, zero) pairs of token `index` of a page begin."""
+    return (page_ptr + (S.meta + index * (S.groups * 4))).to(tl.pointer_type(tl.float16))
+
+
+@triton.jit
+def load_elements(code_ptr, meta_ptr, element, mask, S: tl.constexpr, DTYPE: tl.constexpr):
+    """Elements of stored vectors in float32, 0 outside the mask; all arguments broadcast."""
+    if S.bits == 16:
+        x = tl.load(code_ptr.to(tl.pointer_type(DTYPE)) + element, mask=mask, other=0.0)
+        x = x.to(tl.float32)
+    else:
+        byte = tl.load(code_ptr + element % S.width, mask=mask, other=0).to(tl.int32)
+        code = (byte >> (element // S.width * S.bits)) & ((1 << S.bits) - 1)
+        pair_ptr = meta_ptr + element // S.group_dim * 2
+        scale = tl.load(pair_ptr, mask=mask, other=0.0).to(tl.float32)
+        zero = tl.load(pair_ptr + 1, mask=mask, other=0.0).to(tl.float32)
+        x = code.to(tl.float32) * scale + zero
+    return x
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """float32 to the model's dtype, ties to even; spelt out because the interpreter's are not."""
+    if DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        half = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        half = tl.where(x == x, half, 0x7FC0)
+        y = half.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(DTYPE)
+    return y
+
+
+@triton.jit
+def store_vectors(x, code_ptr, meta_ptr, mask, S: tl.constexpr, DTYPE: tl.constexpr):
+    """Quantise a tile of vectors and store codes and meta.
+
+    x: [T, planes, padded], any dtype; code_ptr, meta_ptr, mask: [T].
+    """
+    element, exists = plane_elements(S)
+    if S.bits == 16:
+        at = code_ptr[:, None, None].to(tl.pointer_type(DTYPE)) + element
+        tl.store(at, x.to(DTYPE), mask=mask[:, None, None] & exists)
+    else:
+        LEVELS: tl.constexpr = (1 << S.bits) - 1.0
+        x = x.to(tl.float32)
+        x = tl.where(x == x, x, 0.0)
+        x = tl.minimum(tl.maximum(x, -_MAX), _MAX)
+        zeros = tl.zeros_like(x)
+        scales = zeros + 1.0
+        for group in tl.static_range(S.groups):
+            inside = exists & (element // S.group_dim == group)
+            least = tl.min(tl.min(tl.where(inside, x, float("inf")), axis=2), axis=1)
+            most = tl.max(tl.max(tl.where(inside, x, float("-inf")), axis=2), axis=1)
+            # div_rn, not /: codes must match the reference bit for bit
+            scale = tl.div_rn(most - least, tl.full(least.shape, LEVELS, tl.float32))
+            scale = tl.minimum(tl.maximum(scale, _MIN_SCALE), _MAX).to(tl.float16)
+            zero = least.to(tl.float16)
+            tl.store(meta_ptr + 2 * group, scale, mask=mask)
+            tl.store(meta_ptr + 2 * group + 1, zero, mask=mask)
+            scales = tl.where(inside, scale.to(tl.float32)[:, None, None], scales)
+            zeros = tl.where(inside, zero.to(tl.float32)[:, None, None], zeros)
+        code = tl.floor(tl.div_rn(x - zeros, scales) + 0.5)
+        code = tl.minimum(tl.maximum(code, 0.0), LEVELS).to(tl.int32)
+        shift = tl.arange(0, S.planes)[None, :, None] * S.bits
+        packed = tl.sum(tl.where(exists, code << shift, 0), axis=1)  # [T, padded]
+        column = tl.arange(0, S.padded)[None, :]
+        tl.store(
+            code_ptr[:, None] + column,
+            packed.to(tl.uint8),
+            mask=mask[:, None] & (column < S.width),
+        )

@@ -1,0 +1,143 @@
+"""What kernels know at compile time about a page: `PageLayout` in the form that they are given it.
+
+A fact that follows from others is computed here and not in a kernel.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from diffkv.layout import META_BYTES, PageLayout, TierLayout
+from diffkv.reference.quantize import FLOAT16_MAX
+
+__all__ = ["DTYPES", "Side", "Tier", "tiers_of", "tile_vectors", "vector_side"]
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+MIN_DOT = 16
+"""Fewest rows, columns and elements that a matrix product takes."""
+
+MAX_TILE_TOKENS = 64
+"""Tokens of a tile of attention: a page is padded to a power of two, or split, or joined by others."""
+
+TILE_COST_TOKENS = 16
+"""What a tile costs whatever is in it, in tokens."""
+
+TILE_ELEMENTS = 2048
+"""Elements that one program quantises at a time: 16 to 32 per thread."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """K or V of one tier.
+
+    Attributes:
+        bits: of an element.
+        groups: (scale, zero) pairs of a vector; 1 where bits is 16, and then unused.
+        head_dim: elements of a vector.
+        codes: offset in a page, bytes.
+        meta: likewise.
+        code_bytes: of a vector.
+        planes: elements that share a byte; 1 for 16 bits.
+        width: elements of a plane.
+        padded: width as a matrix product takes it.
+        group_dim: elements of a group.
+        split: groups of one plane where a plane has several, else 1.
+        boost: power of two that keeps probability times scale away from float16's subnormal range,
+            and below its maximum whatever the scale is.
+    """
+
+    bits: int
+    groups: int
+    head_dim: int
+    codes: int
+    meta: int
+    code_bytes: int
+    planes: int
+    width: int
+    padded: int
+    group_dim: int
+    split: int
+    boost: float
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One tier of a page.
+
+    Attributes:
+        k: keys.
+        v: values.
+        tokens: of a page.
+        sums: offset of the significance sums in a page, bytes.
+        positions: likewise.
+        tile: tokens of one page that one tile takes, a power of two.
+        parts: tiles of a page; more than 1 where `tile` is less than `tokens`.
+        pages: pages of a tile; more than 1 where `tile` is small.
+    """
+
+    k: Side
+    v: Side
+    tokens: int
+    sums: int
+    positions: int
+    tile: int
+    parts: int
+    pages: int
+
+
+def _boost(bits: int) -> float:
+    if bits == 16:
+        return 1.0
+    largest_scale = min(2 * FLOAT16_MAX / (2**bits - 1), FLOAT16_MAX)
+    boost = 1.0
+    while boost * 2 * largest_scale < FLOAT16_MAX:
+        boost *= 2
+    return boost
+
+
+def _side(
+    bits: int, groups: int, head_dim: int, codes: int, meta: int, code_bytes: int
+) -> Side:
+    planes = 1 if bits == 16 else 8 // bits
+    width = head_dim // planes
+    return Side(
+        bits, groups, head_dim, codes, meta, code_bytes, planes, width,
+        max(MIN_DOT, triton.next_power_of_2(width)),
+        head_dim // groups, max(1, groups // planes), _boost(bits),
+    )  # fmt: skip
+
+
+def vector_side(bits: int, groups: int, head_dim: int) -> Side:
+    """Facts of vectors that are in no page."""
+    return _side(bits, groups, head_dim, 0, 0, head_dim * bits // 8)
+
+
+def _tier(tier: TierLayout, head_dim: int) -> Tier:
+    fmt = tier.format
+    tiles = (MIN_DOT, MIN_DOT * 2, MAX_TILE_TOKENS)
+
+    def cost(tile: int) -> int:
+        return triton.cdiv(tier.tokens_per_page, tile) * (tile + TILE_COST_TOKENS)
+
+    tile = min(reversed(tiles), key=cost)
+    parts = triton.cdiv(tier.tokens_per_page, tile)
+    return Tier(
+        _side(fmt.k_bits, fmt.k_groups, head_dim, tier.k_codes, tier.k_meta, tier.k_code_bytes),
+        _side(fmt.v_bits, fmt.v_groups, head_dim, tier.v_codes, tier.v_meta, tier.v_code_bytes),
+        tier.tokens_per_page, tier.sums, tier.positions, tile, parts,
+        MAX_TILE_TOKENS // tile if parts == 1 else 1,
+    )  # fmt: skip
+
+
+def tiers_of(layout: PageLayout) -> tuple[Tier, ...]:
+    """Facts of a layout's tiers, high first."""
+    assert META_BYTES == 4, "kernels read scale and zero as one 4-byte word"
+    return tuple(_tier(tier, layout.head_dim) for tier in layout.tiers)
+
+
+def tile_vectors(head_dim: int) -> int:
+    """Vectors that one program quantises at a time."""
+    return max(1, TILE_ELEMENTS // triton.next_power_of_2(head_dim))

@@ -1,0 +1,291 @@
+"""Plan a decode step: one decision per head, and the pages that they need, for all layers at once."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffkv.kernels.triton.check import check_tensor
+from diffkv.kernels.triton.ring import table_column
+from diffkv.kernels.triton.workspace import workspace
+from diffkv.policy import SCORED_QUERIES
+from diffkv.state import DecodePlan, PoolState
+
+__all__ = ["plan_decode"]
+
+SEARCH_TOKENS = 512
+"""Tokens that a program looks at at a time for a victim."""
+
+APPLY_HEADS = 256
+COUNT_BLOCK = 4096
+
+_SCORED_QUERIES = tl.constexpr(SCORED_QUERIES)
+_NOWHERE = tl.constexpr(-1)
+_GROWS = tl.constexpr(-2)
+
+
+
+@triton.jit
+def _least(
+    pages_ptr,
+    table_ptr,
+    kept,
+    num_tokens,
+    prompt_len,
+    TIER: tl.constexpr,
+    T: tl.constexpr,
+    M: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    B: tl.constexpr,
+):
+    """(mean, page, index) of a head's candidate with the smallest mean, ties by position."""
+    best = tl.full([B], float("inf"), tl.float32)
+    best_position = tl.zeros([B], tl.int32)
+    best_token = tl.zeros([B], tl.int32)
+    for start in range(0, kept, B):
+        token = start + tl.arange(0, B)
+        mask = token < kept
+        column = table_column(token // T.tokens, TIER, M)
+        page = tl.load(table_ptr + column, mask=mask, other=0).to(tl.int64)
+        at = pages_ptr + page * PAGE + token % T.tokens * 4
+        total = tl.load((at + T.sums).to(tl.pointer_type(tl.float32)), mask=mask, other=0.0)
+        position_ptr = (at + T.positions).to(tl.pointer_type(tl.int32))
+        position = tl.load(position_ptr, mask=mask, other=0)
+        scored = tl.maximum(position, prompt_len - _SCORED_QUERIES)
+        first = tl.where(position < prompt_len, scored, position)
+        candidate = mask & (position <= num_tokens - WINDOW)
+        seen = tl.where(candidate, num_tokens - first, 1)
+        mean = tl.div_rn(total, seen.to(tl.float32))
+        better = (mean < best) | ((mean == best) & (position < best_position))
+        better = better & candidate
+        best = tl.where(better, mean, best)
+        best_position = tl.where(better, position, best_position)
+        best_token = tl.where(better, token, best_token)
+    least = tl.min(best, 0)
+    most = tl.full([B], 2147483647, tl.int32)
+    first_position = tl.min(tl.where(best == least, best_position, most), 0)
+    is_victim = (best == least) & (best_position == first_position)
+    victim = tl.min(tl.where(is_victim, best_token, most), 0)
+    page = tl.load(table_ptr + table_column(victim // T.tokens, TIER, M))
+    return least, page, victim % T.tokens
+
+
+@triton.jit
+def _threshold(alpha, num_tokens):
+    """`policy.threshold` of one head."""
+    threshold = tl.div_rn(alpha, tl.maximum(num_tokens, 1).to(tl.float32))
+    return tl.minimum(tl.maximum(threshold, 0.0), 1.0)
+
+
+@triton.jit
+def _decide_kernel(
+    slots_ptr,  # [R]
+    seq_lens_ptr,  # [R]
+    pages_ptr,  # [num_pages, PAGE]
+    page_table_ptr,  # [S, L, H, M]
+    num_tokens_ptr,  # [S, L, H, 2]
+    held_ptr,  # [S, L, H, 2]
+    thresholds_ptr,  # [S, 2]
+    prompt_lens_ptr,  # [S]
+    wants_ptr,  # [R, L, H] i8, out
+    places_ptr,  # [R, L, H, 4] out: _GROWS instead of a page where a tier grows
+    positions_ptr,  # [R] out
+    L: tl.constexpr,
+    H: tl.constexpr,
+    M: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TIERS: tl.constexpr,
+    B: tl.constexpr,
+):
+    """One program per head."""
+    HAS_LOW: tl.constexpr = len(TIERS) > 1
+    pid = tl.program_id(0)
+    r = pid // (L * H)
+    slot = tl.load(slots_ptr + r).to(tl.int64)
+    num_tokens = tl.load(seq_lens_ptr + r) - 1
+    if pid % (L * H) == 0:
+        tl.store(positions_ptr + r, num_tokens)
+    page = tl.full([], _NOWHERE, tl.int32)
+    index = tl.full([], _NOWHERE, tl.int32)
+    low_page = tl.full([], _NOWHERE, tl.int32)
+    low_index = tl.full([], _NOWHERE, tl.int32)
+    want = tl.zeros([], tl.int32)
+    if slot >= 0:
+        row = slot * (L * H) + pid % (L * H)
+        table_ptr = page_table_ptr + row * M
+        high = tl.load(num_tokens_ptr + row * 2)
+        high_threshold = _threshold(tl.load(thresholds_ptr + slot * 2), num_tokens)
+        low_threshold = _threshold(tl.load(thresholds_ptr + slot * 2 + 1), num_tokens)
+        prompt_len = tl.load(prompt_lens_ptr + slot)
+        # Sums are never negative, so without thresholds no mean is below one: nothing is searched
+        searched = (high_threshold > 0.0) | (low_threshold > 0.0)
+        least_high, page, index = _least(
+            pages_ptr, table_ptr, tl.where(searched, high, 0), num_tokens, prompt_len,
+            0, TIERS[0], M, PAGE, WINDOW, B,
+        )  # fmt: skip
+        may_drop = least_high < low_threshold
+        drop = may_drop
+        demote = may_drop & False
+        if HAS_LOW:
+            low = tl.load(num_tokens_ptr + row * 2 + 1)
+            may_demote = least_high < high_threshold
+            least_low, low_page, low_index = _least(
+                pages_ptr, table_ptr, tl.where(may_drop | may_demote, low, 0), num_tokens,
+                prompt_len, 1, TIERS[1], M, PAGE, WINDOW, B,
+            )  # fmt: skip
+            drop = may_drop & (least_high < least_low)
+            demote = may_demote & ~drop
+            evict = demote & (least_low < low_threshold)
+            low_page = tl.where(evict, low_page, tl.where(demote, _GROWS, _NOWHERE))
+            low_index = tl.where(evict, low_index, _NOWHERE)
+            full = low == tl.load(held_ptr + row * 2 + 1) * TIERS[1].tokens
+            want = (demote & ~evict & full).to(tl.int32)
+        grows = ~(drop | demote)
+        page = tl.where(grows, _GROWS, page)
+        index = tl.where(grows, _NOWHERE, index)
+        full = high == tl.load(held_ptr + row * 2) * TIERS[0].tokens
+        want = tl.where(grows, full.to(tl.int32), want)
+    tl.store(wants_ptr + pid, want.to(tl.int8))
+    at = places_ptr + pid.to(tl.int64) * 4
+    tl.store(at, page)
+    tl.store(at + 1, index)
+    tl.store(at + 2, low_page)
+    tl.store(at + 3, low_index)
+
+
+@triton.jit
+def _grow(
+    row,
+    grows,
+    new_page,
+    page_table_ptr,
+    num_tokens_ptr,
+    held_ptr,
+    TIER: tl.constexpr,
+    T: tl.constexpr,
+    M: tl.constexpr,
+):
+    """Count one more token of some heads, with the pages that they took; (page, index) of it."""
+    held = tl.load(held_ptr + row * 2 + TIER, mask=grows, other=0)
+    number = tl.load(num_tokens_ptr + row * 2 + TIER, mask=grows, other=0)
+    takes = grows & (new_page >= 0)
+    tl.store(page_table_ptr + row * M + table_column(held, TIER, M), new_page, mask=takes)
+    tl.store(held_ptr + row * 2 + TIER, held + 1, mask=takes)
+    tl.store(num_tokens_ptr + row * 2 + TIER, number + 1, mask=grows)
+    column = table_column(number // T.tokens, TIER, M)
+    page = tl.load(page_table_ptr + row * M + column, mask=grows & ~takes, other=0)
+    return tl.where(takes, new_page, page), number % T.tokens
+
+
+@triton.jit(do_not_specialize=["N"])
+def _apply_kernel(
+    slots_ptr,  # [R]
+    wants_ptr,  # [N] i8
+    free_ring_ptr,  # [num_pages]
+    ring_ends_ptr,  # [2]
+    page_table_ptr,  # [S, L, H, M]
+    num_tokens_ptr,  # [S, L, H, 2]
+    held_ptr,  # [S, L, H, 2]
+    places_ptr,  # [N, 4]
+    total_ptr,  # [1] i32, out
+    num_pages,
+    N,
+    HEADS: tl.constexpr,  # L * H
+    M: tl.constexpr,
+    TIERS: tl.constexpr,
+    B: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """B heads a program. Each finds by itself how many pages the heads before it want."""
+    start = tl.program_id(0) * B
+    before = tl.zeros([], tl.int32)
+    total = tl.zeros([], tl.int32)
+    for block in range(0, N, COUNT):
+        at = block + tl.arange(0, COUNT)
+        counts = tl.load(wants_ptr + at, mask=at < N, other=0).to(tl.int32)
+        total += tl.sum(counts)
+        before += tl.sum(tl.where(at < start, counts, 0))
+    if start == 0:
+        tl.store(total_ptr, total)
+    ring_head = tl.load(ring_ends_ptr)
+    fits = total <= tl.load(ring_ends_ptr + 1) - ring_head
+
+    i = start + tl.arange(0, B)
+    exists = i < N
+    slot = tl.load(slots_ptr + i // HEADS, mask=exists, other=-1).to(tl.int64)
+    row = slot * HEADS + i % HEADS
+    changes = (slot >= 0) & fits
+    want = tl.load(wants_ptr + i, mask=exists, other=0).to(tl.int32)
+    ring_index = ring_head + before + tl.cumsum(want, 0) - want
+    takes = changes & (want > 0)
+    new_page = tl.load(free_ring_ptr + ring_index % num_pages, mask=takes, other=-1)
+
+    place_ptr = places_ptr + i.to(tl.int64) * 4
+    page = tl.load(place_ptr, mask=exists, other=-1)
+    index = tl.load(place_ptr + 1, mask=exists, other=-1)
+    low_page = tl.load(place_ptr + 2, mask=exists, other=-1)
+    low_index = tl.load(place_ptr + 3, mask=exists, other=-1)
+    high_grows = changes & (page == _GROWS)
+    grown_page, grown_index = _grow(
+        row, high_grows, new_page, page_table_ptr, num_tokens_ptr, held_ptr, 0, TIERS[0], M
+    )
+    page = tl.where(high_grows, grown_page, page)
+    index = tl.where(high_grows, grown_index, index)
+    if len(TIERS) > 1:
+        low_grows = changes & (low_page == _GROWS)
+        grown_page, grown_index = _grow(
+            row, low_grows, new_page, page_table_ptr, num_tokens_ptr, held_ptr, 1, TIERS[1], M
+        )
+        low_page = tl.where(low_grows, grown_page, low_page)
+        low_index = tl.where(low_grows, grown_index, low_index)
+    tl.store(place_ptr, tl.where(changes, page, -1), mask=exists)
+    tl.store(place_ptr + 1, tl.where(changes, index, -1), mask=exists)
+    tl.store(place_ptr + 2, tl.where(changes, low_page, -1), mask=exists)
+    tl.store(place_ptr + 3, tl.where(changes, low_index, -1), mask=exists)
+
+
+@triton.jit
+def _finish_kernel(total_ptr, ring_ends_ptr, overruns_ptr):
+    """One program, after all others have read the ring."""
+    total = tl.load(total_ptr)
+    head = tl.load(ring_ends_ptr)
+    if total <= tl.load(ring_ends_ptr + 1) - head:
+        tl.store(ring_ends_ptr, head + total)
+    else:
+        tl.store(overruns_ptr, tl.load(overruns_ptr) + 1)
+
+
+def plan_decode(state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan:
+    """Same contract as `reference.plan_decode`. Three launches.
+
+    The plan's positions and places are scratch memory of the pool: the next plan overwrites them.
+    """
+    work = workspace(state)
+    num_requests, layers, heads = slots.numel(), state.num_layers, state.num_kv_heads
+    check_tensor("slots", slots, work.device, torch.int32, num_requests)
+    check_tensor("seq_lens", seq_lens, work.device, torch.int32, num_requests)
+    num, most = num_requests * layers * heads, work.num_slots * layers * heads
+    i32 = torch.int32
+    places = work.buffer("plan_places", i32, num_requests, layers, heads, 4, least=4 * most)
+    positions = work.buffer("plan_positions", i32, num_requests, least=work.num_slots)
+    wants = work.buffer("plan_wants", torch.int8, num, least=most)
+    total = work.buffer("plan_total", i32, 1)
+    plan = DecodePlan(slots, positions, places)
+    if not num_requests:
+        return plan
+    _decide_kernel[(num,)](
+        slots, seq_lens, state.pages, state.page_table, state.num_tokens, state.num_pages_held,
+        state.thresholds, state.prompt_lens, wants, places, positions,
+        L=layers, H=heads, M=state.table_width, PAGE=state.layout.page_bytes,
+        WINDOW=state.window, TIERS=work.tiers, B=SEARCH_TOKENS, num_warps=4,
+    )  # fmt: skip
+    _apply_kernel[(triton.cdiv(num, APPLY_HEADS),)](
+        slots, wants, state.free_ring, state.ring_ends, state.page_table, state.num_tokens,
+        state.num_pages_held, places, total, state.num_pages, num,
+        HEADS=layers * heads, M=state.table_width, TIERS=work.tiers, B=APPLY_HEADS,
+        COUNT=COUNT_BLOCK, num_warps=4,
+    )  # fmt: skip
+    _finish_kernel[(1,)](total, state.ring_ends, state.overruns, num_warps=1)
+    return plan

@@ -1,0 +1,107 @@
+"""Give the pages of requests back to the ring."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffkv.kernels.triton.check import check_layer, check_tensor
+from diffkv.kernels.triton.ring import scan_kernel, table_column
+from diffkv.kernels.triton.workspace import workspace
+from diffkv.state import PoolState
+
+__all__ = ["release"]
+
+SCAN_BLOCK = 2048
+PAGE_BLOCK = 128
+"""Pages that a program moves at a time."""
+
+
+@triton.jit(do_not_specialize=["first_layer", "num_layers"])
+def _count_kernel(
+    slots_ptr,  # [R]
+    held_ptr,  # [S, L, H, 2]
+    totals_ptr,  # [R, num_layers] i32, out
+    before_ptr,  # [R, num_layers, H, 2] i32, out: pages of the same layer that come before
+    first_layer,
+    num_layers,
+    L: tl.constexpr,
+    H2: tl.constexpr,
+    H2_PADDED: tl.constexpr,
+):
+    """One program per request and layer."""
+    pid = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + pid // num_layers).to(tl.int64)
+    layer = first_layer + pid % num_layers
+    each = tl.arange(0, H2_PADDED)
+    mask = (each < H2) & (slot >= 0)
+    held = tl.load(held_ptr + (slot * L + layer) * H2 + each, mask=mask, other=0)
+    tl.store(totals_ptr + pid, tl.sum(held))
+    tl.store(before_ptr + pid * H2 + each, tl.cumsum(held, 0) - held, mask=each < H2)
+
+
+@triton.jit(do_not_specialize=["first_layer", "num_layers"])
+def _give_back_kernel(
+    slots_ptr,  # [R]
+    first_ptr,  # [R, num_layers] i64
+    before_ptr,  # [R, num_layers, H, 2]
+    free_ring_ptr,  # [num_pages]
+    page_table_ptr,  # [S, L, H, M]
+    num_tokens_ptr,  # [S, L, H, 2]
+    held_ptr,  # [S, L, H, 2]
+    first_layer,
+    num_layers,
+    num_pages,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    M: tl.constexpr,
+    B: tl.constexpr,
+):
+    """One program per (request, layer) and (head, tier)."""
+    pid = tl.program_id(0).to(tl.int64)
+    each = tl.program_id(1)
+    slot = tl.load(slots_ptr + pid // num_layers).to(tl.int64)
+    if slot >= 0:
+        row = (slot * L + first_layer + pid % num_layers) * H + each // 2
+        tier = each % 2
+        held = tl.load(held_ptr + row * 2 + tier)
+        first = tl.load(first_ptr + pid) + tl.load(before_ptr + pid * (H * 2) + each)
+        for start in range(0, held, B):
+            number = start + tl.arange(0, B)
+            mask = number < held
+            column = tl.where(tier == 0, table_column(number, 0, M), table_column(number, 1, M))
+            page = tl.load(page_table_ptr + row * M + column, mask=mask, other=0)
+            tl.store(free_ring_ptr + (first + number) % num_pages, page, mask=mask)
+            tl.store(page_table_ptr + row * M + column, -1, mask=mask)
+        tl.store(held_ptr + row * 2 + tier, 0)
+        tl.store(num_tokens_ptr + row * 2 + tier, 0)
+
+
+def release(state: PoolState, slots: Tensor, layer: int) -> None:
+    """Same contract as `reference.release`. Three launches, whatever is released."""
+    work = workspace(state)
+    num_requests, heads = slots.numel(), state.num_kv_heads
+    if layer >= 0:
+        check_layer(layer, state.num_layers)
+    check_tensor("slots", slots, work.device, torch.int32, num_requests)
+    if not num_requests:
+        return
+    first_layer, num_layers = (layer, 1) if layer >= 0 else (0, state.num_layers)
+    most = work.num_slots * state.num_layers
+    rows = (num_requests, num_layers)
+    totals = work.buffer("release_totals", torch.int32, *rows, least=most)
+    before = work.buffer("release_before", torch.int32, *rows, heads, 2, least=most * heads * 2)
+    first = work.buffer("release_first", torch.int64, *rows, least=most)
+    _count_kernel[(num_requests * num_layers,)](
+        slots, state.num_pages_held, totals, before, first_layer, num_layers,
+        L=state.num_layers, H2=2 * heads, H2_PADDED=triton.next_power_of_2(2 * heads), num_warps=1,
+    )  # fmt: skip
+    scan_kernel[(1,)](
+        totals, first, state.ring_ends, state.overruns, num_requests * num_layers,
+        TAKE=False, B=SCAN_BLOCK, num_warps=8,
+    )  # fmt: skip
+    _give_back_kernel[(num_requests * num_layers, 2 * heads)](
+        slots, first, before, state.free_ring, state.page_table, state.num_tokens,
+        state.num_pages_held, first_layer, num_layers, state.num_pages,
+        L=state.num_layers, H=heads, M=state.table_width, B=PAGE_BLOCK, num_warps=1,
+    )  # fmt: skip

@@ -1,0 +1,237 @@
+"""Store prompt tokens into pages."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffkv.kernels.triton.check import check_layer, check_packed, check_tensor
+from diffkv.kernels.triton.codes import (
+    code_pointers,
+    meta_pointers,
+    plane_elements,
+    store_vectors,
+)
+from diffkv.kernels.triton.facts import tile_vectors
+from diffkv.kernels.triton.ring import scan_kernel, table_column
+from diffkv.kernels.triton.workspace import workspace
+from diffkv.policy import DROPPED
+from diffkv.state import PoolState, PromptTokens
+
+__all__ = ["store_prompt"]
+
+COUNT_BLOCK = 2048
+"""Tokens that a program counts at a time."""
+
+SCAN_BLOCK = 1024
+PAGE_BLOCK = 128
+
+_DROPPED = tl.constexpr(DROPPED)
+
+
+@triton.jit(do_not_specialize=["layer", "N"])
+def _count_kernel(
+    slots_ptr,  # [R]
+    starts_ptr,  # [R + 1]
+    tiers_ptr,  # [H, N] i8
+    num_tokens_ptr,  # [S, L, H, 2]
+    held_ptr,  # [S, L, H, 2]
+    token_ptr,  # [H, N] i32, out: number of the token in its head and tier, -1 if it is not kept
+    request_ptr,  # [N] i32, out
+    after_ptr,  # [R, H, 2] i32, out: tokens that each head will keep
+    wanted_ptr,  # [R, H, 2] i32, out: pages that this takes
+    layer,
+    N,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    TIERS: tl.constexpr,
+    B: tl.constexpr,
+):
+    """One program per request and head."""
+    r = tl.program_id(0)
+    head = tl.program_id(1)
+    slot = tl.load(slots_ptr + r).to(tl.int64)
+    start = tl.load(starts_ptr + r)
+    end = tl.load(starts_ptr + r + 1)
+    row = (slot * L + layer) * H + head
+    is_request = slot >= 0
+    tiers_ptr += head.to(tl.int64) * N
+    token_ptr += head.to(tl.int64) * N
+    high = tl.load(num_tokens_ptr + row * 2, mask=is_request, other=0)
+    low = tl.load(num_tokens_ptr + row * 2 + 1, mask=is_request, other=0)
+    for block in range(start, end, B):
+        i = block + tl.arange(0, B)
+        mask = i < end
+        tier = tl.load(tiers_ptr + i, mask=mask & is_request, other=_DROPPED)
+        is_high = (tier == 0).to(tl.int32)
+        is_low = (tier == 1).to(tl.int32)
+        high_number = high + tl.cumsum(is_high, 0) - is_high
+        low_number = low + tl.cumsum(is_low, 0) - is_low
+        number = tl.where(tier == 0, high_number, tl.where(tier == 1, low_number, -1))
+        tl.store(token_ptr + i, number, mask=mask)
+        if head == 0:
+            tl.store(request_ptr + i, tl.zeros_like(i) + r, mask=mask)
+        high += tl.sum(is_high)
+        low += tl.sum(is_low)
+    out = (r * H + head) * 2
+    tl.store(after_ptr + out, high)
+    tl.store(after_ptr + out + 1, low)
+    held = tl.load(held_ptr + row * 2, mask=is_request, other=0)
+    wanted = tl.cdiv(high, TIERS[0].tokens) - held
+    tl.store(wanted_ptr + out, tl.where(is_request, wanted, 0))
+    wanted = 0
+    if len(TIERS) > 1:
+        held = tl.load(held_ptr + row * 2 + 1, mask=is_request, other=0)
+        wanted = tl.where(is_request, tl.cdiv(low, TIERS[1].tokens) - held, 0)
+    tl.store(wanted_ptr + out + 1, wanted)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _enter_kernel(
+    slots_ptr,  # [R]
+    first_ptr,  # [R, H, 2] i64
+    after_ptr,  # [R, H, 2]
+    wanted_ptr,  # [R, H, 2]
+    free_ring_ptr,  # [num_pages]
+    page_table_ptr,  # [S, L, H, M]
+    num_tokens_ptr,  # [S, L, H, 2]
+    held_ptr,  # [S, L, H, 2]
+    layer,
+    num_pages,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    M: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Enter the pages that were taken into the tables. One program per request, head and tier."""
+    pid = tl.program_id(0)
+    slot = tl.load(slots_ptr + pid // (2 * H)).to(tl.int64)
+    first = tl.load(first_ptr + pid)
+    if (slot >= 0) & (first >= 0):
+        tier = pid % 2
+        row = (slot * L + layer) * H + pid // 2 % H
+        wanted = tl.load(wanted_ptr + pid)
+        held = tl.load(held_ptr + row * 2 + tier)
+        for start in range(0, wanted, B):
+            k = start + tl.arange(0, B)
+            mask = k < wanted
+            page = tl.load(free_ring_ptr + (first + k) % num_pages, mask=mask, other=0)
+            number = held + k
+            column = tl.where(tier == 0, table_column(number, 0, M), table_column(number, 1, M))
+            tl.store(page_table_ptr + row * M + column, page, mask=mask)
+        tl.store(held_ptr + row * 2 + tier, held + wanted)
+        tl.store(num_tokens_ptr + row * 2 + tier, tl.load(after_ptr + pid))
+
+
+@triton.jit
+def _write_side(x_ptr, page_ptr, index, mask, S: tl.constexpr):
+    """Quantise vectors at `x_ptr` [T] into tokens `index` [T] of pages `page_ptr` [T]."""
+    element, exists = plane_elements(S)
+    x = tl.load(x_ptr[:, None, None] + element, mask=mask[:, None, None] & exists, other=0.0)
+    code_ptr = code_pointers(page_ptr, index, S)
+    meta_ptr = meta_pointers(page_ptr, index, S)
+    store_vectors(x, code_ptr, meta_ptr, mask, S, x_ptr.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["layer", "N"])
+def _write_kernel(
+    slots_ptr,  # [R]
+    first_ptr,  # [R, H, 2] i64
+    token_ptr,  # [H, N]
+    request_ptr,  # [N]
+    key_ptr,  # [N, H, D]
+    value_ptr,  # [N, H, D]
+    positions_ptr,  # [N]
+    tiers_ptr,  # [H, N] i8
+    sums_ptr,  # [H, N] f32
+    pages_ptr,  # [num_pages, PAGE]
+    page_table_ptr,  # [S, L, H, M]
+    key_stride,
+    value_stride,
+    layer,
+    N,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    TIERS: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Quantise and write. One program per B tokens of a head."""
+    NUM_TIERS: tl.constexpr = len(TIERS)
+    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    head = tl.program_id(1).to(tl.int64)
+    exists = i < N
+    number = tl.load(token_ptr + head * N + i, mask=exists, other=-1)
+    r = tl.load(request_ptr + i, mask=exists, other=0).to(tl.int64)
+    kept = (number >= 0) & (tl.load(first_ptr + r * (2 * H), mask=exists, other=-1) >= 0)
+    tier_of = tl.load(tiers_ptr + head * N + i, mask=kept, other=_DROPPED)
+    slot = tl.load(slots_ptr + r, mask=kept, other=0).to(tl.int64)
+    table_ptr = page_table_ptr + ((slot * L + layer) * H + head) * M
+    score = tl.load(sums_ptr + head * N + i, mask=kept, other=0.0)
+    position = tl.load(positions_ptr + i, mask=kept, other=0)
+    for t in tl.static_range(NUM_TIERS):
+        mask = kept & (tier_of == t)
+        if tl.max(mask.to(tl.int32), 0) > 0:
+            column = table_column(number // TIERS[t].tokens, t, M)
+            page = tl.load(table_ptr + column, mask=mask, other=0).to(tl.int64)
+            page_ptr = pages_ptr + page * PAGE
+            index = number % TIERS[t].tokens
+            key_at = key_ptr + i * key_stride + head * D
+            value_at = value_ptr + i * value_stride + head * D
+            _write_side(key_at, page_ptr, index, mask, TIERS[t].k)
+            _write_side(value_at, page_ptr, index, mask, TIERS[t].v)
+            at = page_ptr + index * 4
+            tl.store((at + TIERS[t].sums).to(tl.pointer_type(tl.float32)), score, mask=mask)
+            tl.store((at + TIERS[t].positions).to(tl.pointer_type(tl.int32)), position, mask=mask)
+
+
+def store_prompt(
+    state: PoolState, layer: int, tokens: PromptTokens, tiers: Tensor, sums: Tensor
+) -> None:
+    """Same contract as `reference.store_prompt`. Rows of key and value may be apart.
+
+    The ring's order is (request, head, tier); lengths stay on the device.
+    """
+    work = workspace(state)
+    device, head_dim = work.device, state.layout.head_dim
+    num, heads, num_requests = tokens.key.shape[0], state.num_kv_heads, tokens.slots.numel()
+    check_layer(layer, state.num_layers)
+    check_tensor("tokens.slots", tokens.slots, device, torch.int32, num_requests)
+    check_tensor("tokens.cu_seqlens", tokens.cu_seqlens, device, torch.int32, num_requests + 1)
+    check_tensor("tokens.positions", tokens.positions, device, torch.int32, num)
+    check_tensor("tiers", tiers, device, torch.int8, heads, num)
+    check_tensor("sums", sums, device, torch.float32, heads, num)
+    shape = (num, heads, head_dim)
+    key_stride = check_packed("tokens.key", tokens.key, device, state.dtype, *shape)
+    value_stride = check_packed("tokens.value", tokens.value, device, state.dtype, *shape)
+    if not num or not num_requests:
+        return
+    token = work.buffer("store_token", torch.int32, heads, num)
+    request = work.buffer("store_request", torch.int32, num)
+    after = work.buffer("store_after", torch.int32, num_requests, heads, 2)
+    wanted = work.buffer("store_wanted", torch.int32, num_requests, heads, 2)
+    first = work.buffer("store_first", torch.int64, num_requests, heads, 2)
+    tables = {"L": state.num_layers, "H": heads}
+    _count_kernel[(num_requests, heads)](
+        tokens.slots, tokens.cu_seqlens, tiers, state.num_tokens, state.num_pages_held,
+        token, request, after, wanted, layer, num,
+        TIERS=work.tiers, B=COUNT_BLOCK, num_warps=8, **tables,
+    )  # fmt: skip
+    scan_kernel[(1,)](
+        wanted, first, state.ring_ends, state.overruns, wanted.numel(), TAKE=True, B=SCAN_BLOCK,
+        num_warps=4,
+    )  # fmt: skip
+    _enter_kernel[(num_requests * heads * 2,)](
+        tokens.slots, first, after, wanted, state.free_ring, state.page_table, state.num_tokens,
+        state.num_pages_held, layer, state.num_pages, M=state.table_width, B=PAGE_BLOCK,
+        num_warps=1, **tables,
+    )  # fmt: skip
+    block = tile_vectors(head_dim)
+    _write_kernel[(triton.cdiv(num, block), heads)](
+        tokens.slots, first, token, request, tokens.key, tokens.value, tokens.positions, tiers, sums,
+        state.pages, state.page_table, key_stride, value_stride, layer, num,
+        M=state.table_width, D=head_dim, PAGE=state.layout.page_bytes, TIERS=work.tiers, B=block,
+        enable_fp_fusion=False, **tables,
+    )  # fmt: skip

@@ -1,0 +1,177 @@
+"""Settings of a single request: what is read, what is refused, and that neighbours do not matter."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import stepping
+from conftest import engine
+from stepping import Request, check_empty, drive
+
+from diffkv.policy import Thresholds
+from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.requests import Settings
+
+ENGINE = Thresholds(3.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "settings"),
+    [
+        (None, Settings()),
+        ({}, Settings()),
+        ({"somebody_else": "x"}, Settings()),
+        ({"diffkv": "on"}, Settings()),
+        ({"diffkv": "off"}, Settings(off=True)),
+        ({"diffkv_alpha_high": 2}, Settings(alpha_high=2.0)),
+        ({"diffkv_alpha_low": "0.25"}, Settings(alpha_low=0.25)),
+        ({"diffkv_alpha_high": 1, "diffkv_alpha_low": 1}, Settings(alpha_high=1, alpha_low=1)),
+        ({"diffkv": "on", "diffkv_alpha_high": 0}, Settings(alpha_high=0.0)),
+    ],
+)
+def test_parse(extra_args: dict[str, Any] | None, settings: Settings) -> None:
+    assert Settings.parse(extra_args) == settings
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "message"),
+    [
+        ({"diffkv": "of"}, "diffkv must be \"on\" or \"off\" (all tokens high), got 'of'"),
+        ({"diffkv": False}, 'diffkv must be "on" or "off" (all tokens high), got False'),
+        ({"diffkv_alpha": 1}, "unknown setting 'diffkv_alpha': there are diffkv, diffkv_alpha_high"),
+        ({"diffkv_alpha_high": -1}, "diffkv_alpha_high must be a number of 0 or more, got -1"),
+        ({"diffkv_alpha_low": float("nan")}, "diffkv_alpha_low must be a number of 0 or more, got nan"),
+        ({"diffkv_alpha_low": float("inf")}, "diffkv_alpha_low must be a number of 0 or more, got inf"),
+        ({"diffkv_alpha_high": "a"}, "diffkv_alpha_high must be a number of 0 or more, got 'a'"),
+        ({"diffkv_alpha_high": True}, "diffkv_alpha_high must be a number of 0 or more, got True"),
+        ({"diffkv_alpha_high": [1]}, "diffkv_alpha_high must be a number of 0 or more, got [1]"),
+        (
+            {"diffkv_alpha_high": 1, "diffkv_alpha_low": 2},
+            "alpha_high must be at least alpha_low, got alpha_high 1.0 < alpha_low 2.0",
+        ),
+        ({"diffkv": "off", "diffkv_alpha_low": 1}, 'diffkv "off" keeps all tokens high: leave the'),
+    ],
+)
+def test_refused(extra_args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        Settings.parse(extra_args)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_low", "thresholds"),
+    [
+        (Settings(), True, ENGINE),
+        (Settings(off=True), True, Thresholds()),
+        (Settings(alpha_high=2), True, Thresholds(2, 0.5)),
+        (Settings(alpha_high=0.2), True, Thresholds(0.2, 0.2)),
+        (Settings(alpha_low=1), True, Thresholds(3, 1)),
+        (Settings(alpha_low=4), True, Thresholds(4, 4)),
+        (Settings(alpha_high=5, alpha_low=0), True, Thresholds(5, 0)),
+        (Settings(), False, Thresholds(0.5, 0.5)),
+        (Settings(off=True), False, Thresholds()),
+        (Settings(alpha_high=2), False, Thresholds(2, 2)),
+        (Settings(alpha_low=1), False, Thresholds(1, 1)),
+        (Settings(alpha_high=2, alpha_low=1), False, Thresholds(1, 1)),
+    ],
+)
+def test_thresholds(settings: Settings, has_low: bool, thresholds: Thresholds) -> None:
+    assert settings.thresholds(ENGINE, has_low) == thresholds
+
+
+MIXED: tuple[dict[str, Any] | None, ...] = (
+    None,
+    {"diffkv": "off"},
+    {"diffkv_alpha_low": 1.0},
+    {"diffkv_alpha_high": 6.0, "diffkv_alpha_low": 0.0},
+    {"diffkv_alpha_high": 0.7},
+    {"diffkv_alpha_low": 0.1},
+)
+NEW_TOKENS = 24
+
+
+def mixed() -> dict[str, Request]:
+    """Six shipped prompts, and one of them a second time, with settings of their own."""
+    prompts = stepping.shipped_prompts()
+    settings = zip(prompts, MIXED, strict=False)
+    requests = {f"r{i}": Request(p, NEW_TOKENS, s) for i, (p, s) in enumerate(settings)}
+    requests["again"] = Request(prompts[1], NEW_TOKENS, {"diffkv_alpha_low": 1.0})
+    return requests
+
+
+class TestOneEngine:
+    @pytest.fixture(scope="class")
+    def llm(self) -> Iterator[Any]:
+        with engine("k8v4-k4v2", {"alpha_high": 3, "alpha_low": 0.3}) as llm:
+            yield llm
+
+    @pytest.fixture(scope="class")
+    def together(self, llm: Any) -> stepping.Driven:
+        return drive(llm, mixed())
+
+    def test_each_alone_gives_the_same(self, llm: Any, together: stepping.Driven) -> None:
+        for name, request in mixed().items():
+            alone = drive(llm, {name: request})
+            assert alone.token_ids[name] == together.token_ids[name], name
+            # rounding of another batch size may move a token across a threshold, no more
+            for tier in (0, 1):
+                assert alone.kept[name][tier] == pytest.approx(together.kept[name][tier], abs=12)
+        check_empty(llm)
+
+    def test_settings_matter(self, together: stepping.Driven) -> None:
+        prompts = {name: request for name, request in mixed().items()}
+        heads = stepping.worker().shape.num_layers * stepping.worker().shape.num_kv_heads
+        dropped, high = {}, {}
+        for name, (num_high, num_low) in together.kept.items():
+            # the last new token is never fed back, and the step before is the last that is seen
+            total = heads * (len(prompts[name].prompt.split()) + NEW_TOKENS - 2)
+            dropped[name] = 1 - (num_high + num_low) / total
+            high[name] = num_high / total
+        assert high["r1"] == pytest.approx(1, abs=0.003), "off keeps everything high"
+        assert dropped["r3"] == pytest.approx(0, abs=0.003)
+        assert dropped["r2"] > dropped["r0"] > dropped["r5"] > 0.01
+        assert high["r4"] > high["r0"] > high["r3"]
+        assert dropped["again"] > 0.1
+        assert together.token_ids["again"] != []
+
+    def test_bad_settings_disturb_nobody(self, llm: Any, together: stepping.Driven) -> None:
+        requests = mixed()
+        good = {name: requests[name] for name in ("r0", "r1", "r2")}
+        refusals = []
+
+        def interfere(step: int) -> None:
+            for setting in ({"diffkv_alpha_low": -1}, {"diffkv": "maybe"}, {"diffkv_x": 1}):
+                if step in (0, 5):
+                    with pytest.raises(ValueError, match="diffkv") as refusal:
+                        stepping.add(llm, f"bad{step}", Request([1, 20], 4, setting))
+                    refusals.append(str(refusal.value))
+
+        driven = drive(llm, good, interfere)
+        assert len(refusals) == 6
+        assert driven.token_ids == {name: together.token_ids[name] for name in good}
+        check_empty(llm)
+
+    def test_a_bad_one_of_a_batch_is_refused(self, llm: Any) -> None:
+        from vllm import SamplingParams
+
+        prompts = [{"prompt_token_ids": [1, 20, 21]}] * 2
+        params = [SamplingParams(max_tokens=2, extra_args=e) for e in ({}, {"diffkv": "maybe"})]
+        with pytest.raises(ValueError, match='diffkv must be "on" or "off"'):
+            llm.generate(prompts, params, use_tqdm=False)
+        assert not llm.llm_engine.has_unfinished_requests()
+        llm.llm_engine.step()
+        check_empty(llm)
+
+
+def test_off_equals_an_engine_with_one_tier() -> None:
+    """Pages of the two differ in size, so attention is summed in another order: float32 noise."""
+    prompts = stepping.shipped_prompts()
+    off = {f"r{i}": Request(p, NEW_TOKENS, {"diffkv": "off"}) for i, p in enumerate(prompts)}
+    high = {f"r{i}": Request(p, NEW_TOKENS) for i, p in enumerate(prompts)}
+    with engine("k8v4-k4v2", {"alpha_high": 6, "alpha_low": 1}) as llm:
+        ours = drive(llm, off)
+    with engine("k8v4") as llm:
+        one_tier = drive(llm, high)
+    assert ours.token_ids == one_tier.token_ids
+    assert ours.kept == one_tier.kept
