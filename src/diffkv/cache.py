@@ -87,6 +87,26 @@ class DiffKVCache:
         self._thresholds: dict[int, Thresholds] = {}
         self._carried_queries: dict[tuple[int, int], Tensor] = {}
 
+    def warm_up(self, num_q_heads: int) -> None:
+        """Run every operation once on nothing, so that compiling does not delay the first request.
+
+        Args:
+            num_q_heads: query heads of a layer, on this rank.
+        """
+        nobody, one = self._slot_tensor([-1]), self._starts([1])
+        shape = (self.state.num_kv_heads, self.state.layout.head_dim)
+        device, dtype = self.state.pages.device, self.state.dtype
+        key = torch.zeros(1, *shape, dtype=dtype, device=device)
+        query = torch.zeros(1, num_q_heads, shape[1], dtype=dtype, device=device)
+        sums = self._ops.significance(query, key, one, one, self._scale, SCORED_QUERIES)
+        tiers = torch.full(sums.shape, HIGH, dtype=torch.int8, device=device)
+        tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
+        self._ops.store_prompt(self.state, 0, tokens, tiers, sums)
+        plan = self._ops.plan_decode(self.state, nobody, torch.ones_like(nobody))
+        self._ops.append(self.state, 0, plan, key, key)
+        self._ops.attend(self.state, 0, nobody, query, self._scale, torch.empty_like(query))
+        self._ops.release(self.state, nobody, -1)
+
     def open(self, slot: int, prompt_len: int, thresholds: Thresholds) -> None:
         """Begin a request in an empty slot.
 

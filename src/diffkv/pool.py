@@ -107,12 +107,14 @@ def create(shape: PoolShape, buffer: Tensor, dtype: torch.dtype, window: int) ->
     raw = buffer.view(torch.uint8)
     offset = 0
 
-    def region(dims: tuple[int, ...], kind: torch.dtype, fill: float) -> Tensor:
+    def region(dims: tuple[int, ...], kind: torch.dtype, fill: float | None) -> Tensor:
         nonlocal offset
         num_bytes = torch.Size(dims).numel() * kind.itemsize
         if offset + num_bytes > raw.numel():
             raise ValueError(f"buffer of {raw.numel()} bytes is too small for {shape}")
-        tensor = raw[offset : offset + num_bytes].view(kind).view(dims).fill_(fill)
+        tensor = raw[offset : offset + num_bytes].view(kind).view(dims)
+        if fill is not None:
+            tensor.fill_(fill)
         offset += -(-num_bytes // TABLE_ALIGNMENT_BYTES) * TABLE_ALIGNMENT_BYTES
         return tensor
 
@@ -128,7 +130,8 @@ def create(shape: PoolShape, buffer: Tensor, dtype: torch.dtype, window: int) ->
     page_table = region((*heads, shape.table_width), torch.int32, -1)
     free_ring = region((num_pages,), torch.int32, 0)
     free_ring.copy_(torch.arange(num_pages, dtype=torch.int32))
-    pages = region((num_pages, shape.layout.page_bytes), torch.uint8, 0)
+    # What a page holds before it is written does not matter; a host need not commit its memory yet.
+    pages = region((num_pages, shape.layout.page_bytes), torch.uint8, None)
     return PoolState(
         shape.layout, dtype, window, pages, free_ring, ring_ends, page_table, num_tokens,
         num_pages_held, thresholds, prompt_lens, overruns,

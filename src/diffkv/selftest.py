@@ -20,8 +20,8 @@ __all__ = ["SelfTest", "run"]
 
 QUANT = "k8v4-k4v2"
 HEAD_DIM, NUM_LAYERS, NUM_KV_HEADS, NUM_Q_HEADS = 64, 2, 2, 4
-PROMPT_LEN, NUM_NEW, NUM_PAGES = 96, 3, 64
-WINDOW = 16
+PROMPT_LEN, NUM_NEW, NUM_PAGES = 48, 2, 64
+WINDOW = 8
 SCALE = HEAD_DIM**-0.5
 MAX_ERROR = 1e-4
 """Largest allowed difference of two float32 attentions over the same codes, relative to the output."""

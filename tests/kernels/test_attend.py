@@ -135,8 +135,6 @@ def test_groups(group):
 @pytest.mark.parametrize("head_dim", [8, 72, 80, 96, 128, 256])
 @pytest.mark.parametrize("quant", ["k8v4-k4v2", "k8v2g1x4-k2v1g4x2"])
 def test_head_dims(quant, head_dim):
-    if head_dim == 8 and "g" in quant:
-        pytest.skip("2-bit codes of 8 elements are 2 bytes: covered by k8v4-k4v2")
     state = make_state(quant, head_dim)
     fill(cpu, state, [45])
     check(state, [0, -1], 4)

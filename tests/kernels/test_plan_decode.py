@@ -1,8 +1,10 @@
 """plan_decode and append do, step by step, exactly what the reference does."""
 
+import dataclasses
+
 import pytest
 import torch
-from make import DTYPES, assert_same, copy_of, fill, make_state
+from make import DTYPES, assert_same, copy_of, fill, make_state, make_tiers, make_tokens
 
 from diffkv import reference
 from diffkv.kernels import cpu
@@ -103,6 +105,21 @@ def test_window(window):
     slots = torch.tensor([0, 1], dtype=torch.int32)
     for step in range(8):
         step_both(state, expected, slots, torch.tensor([71, 31], dtype=torch.int32) + step)
+
+
+@pytest.mark.parametrize("alphas", [(1e6, 0.0), (1e6, 1e6)])
+def test_equal_means_go_by_position(alphas):
+    state = make_state("k8v4-k4v2", window=2, max_tokens=160)
+    tokens, tiers = make_tokens(state, [0], [90]), make_tiers(state, 90, high=0.5, dropped=0.0)
+    positions = tokens.positions.flip(0).contiguous()  # places go against positions
+    tokens = dataclasses.replace(tokens, positions=positions)
+    cpu.store_prompt(state, 0, tokens, tiers, torch.zeros(2, 90))
+    set_requests(state, [alphas], [90])
+    expected = copy_of(state)
+    slots = torch.zeros(1, dtype=torch.int32)
+    for step in range(6):
+        plan = step_both(state, expected, slots, torch.tensor([91 + step], dtype=torch.int32))
+        assert (plan.places[..., 2] >= 0).all()
 
 
 def test_from_the_first_token_on():

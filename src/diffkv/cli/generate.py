@@ -21,7 +21,7 @@ __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
 PASSES_FLAGS_ON = True
 """Options that are not listed here are those of vLLM's engine."""
 
-DEFAULT_KV_MEMORY_BYTES = 256 << 20
+REFERENCE_KV_MEMORY_BYTES = 256 << 20
 DEFAULT_MAX_TOKENS = 64
 
 
@@ -40,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--ignore-eos", action="store_true", help="always make --max-tokens tokens")
     parser.add_argument(
-        "--kv-memory", type=int, metavar="BYTES", default=DEFAULT_KV_MEMORY_BYTES,
-        help="KV budget, tables included (vLLM: --kv-cache-memory-bytes; default: 256 MiB)",
+        "--kv-memory", type=int, metavar="BYTES",
+        help="KV budget, tables included (vLLM: --kv-cache-memory-bytes; default: 256 MiB for the "
+        "shipped model, vLLM's own choice for others)",
     )  # fmt: skip
     parser.add_argument(
         "--compare", action="store_true", help="answer with vLLM's own cache too, and compare"
@@ -107,10 +108,11 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
 
     model = model_folder(args.model)
     check_model(model)
+    default_memory = REFERENCE_KV_MEMORY_BYTES if args.model == REFERENCE else None
     return {
         "model": model,
         "enforce_eager": True,
-        "kv_cache_memory_bytes": args.kv_memory,
+        "kv_cache_memory_bytes": args.kv_memory or default_memory,
         "use_tqdm_on_load": args.verbose,
         **engine_flags(args.flags),
     }

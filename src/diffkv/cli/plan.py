@@ -120,8 +120,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+def _size(num_bytes: float) -> str:
+    unit, name = (1 << 30, "GiB") if num_bytes >= 1 << 30 else (1 << 20, "MiB")
+    return f"{num_bytes / unit:.2f} {name}"
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -132,13 +133,13 @@ def _print(facts: dict[str, Any]) -> None:
     console.print(
         f"{facts['model']}: {facts['architecture']}, {facts['num_layers']} layers, "
         f"{facts['num_kv_heads']} KV heads of {facts['head_dim']}\n"
-        f"weights {_gib(facts['weight_bytes'])} ({facts['weight_source']}), on each of "
-        f"{facts['tensor_parallel_size']} GPU {_gib(facts['weight_bytes_per_gpu'])}; "
-        f"KV budget of a GPU {_gib(facts['kv_bytes_per_gpu'])}"
+        f"weights {_size(facts['weight_bytes'])} ({facts['weight_source']}), on each of "
+        f"{facts['tensor_parallel_size']} GPU {_size(facts['weight_bytes_per_gpu'])}; "
+        f"KV budget of a GPU {_size(facts['kv_bytes_per_gpu'])}; requests of {facts['context']:,} "
+        f"tokens"
     )
-    table = Table(
-        "cache", "KB a token", "of bf16", f"requests of {facts['context']:,}", "of bf16", "tables"
-    )
+    table = Table("cache", "KB a token", "of bf16", "requests", "of bf16", "tables")
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     bf16 = facts["formats"][0]
@@ -150,12 +151,12 @@ def _print(facts: dict[str, Any]) -> None:
             f"{plan['bytes_per_token'] / bf16['bytes_per_token']:.1%}",
             f"{plan['num_requests']}" if plan["starts"] else "does not start",
             "-" if times is None else f"{times:.2f}x",
-            f"{plan['table_bytes'] / 2**20:.1f} MiB" if plan["page_bytes"] else "",
+            _size(plan["table_bytes"]) if plan["page_bytes"] else "",
         )
     console.print(table)
     console.print(
         f"Per GPU. Assumed for pairs: {facts['high_share']:.0%} of the tokens outside the window "
-        f"high, {facts['dropped_share']:.0%} dropped; {_gib(facts['reserve_bytes'])} for activations "
+        f"high, {facts['dropped_share']:.0%} dropped; {_size(facts['reserve_bytes'])} for activations "
         f"and CUDA graphs."
     )
     if facts["max_model_len"] and facts["context"] > facts["max_model_len"]:

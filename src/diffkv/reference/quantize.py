@@ -33,17 +33,22 @@ def quantize(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
     """
     num_vectors, head_dim = x.shape
     if bits == 16:
-        codes = x.contiguous().view(torch.uint8).reshape(num_vectors, -1).clone()
+        codes = (
+            x.contiguous()
+            .view(torch.uint8)
+            .reshape(num_vectors, head_dim * x.element_size())
+            .clone()
+        )
         return codes, torch.empty(num_vectors, 0, 2, dtype=torch.float16, device=x.device)
     finite = x.float().nan_to_num(nan=0.0, posinf=FLOAT16_MAX, neginf=-FLOAT16_MAX)
     grouped = finite.clamp(-FLOAT16_MAX, FLOAT16_MAX).view(num_vectors, groups, head_dim // groups)
-    least = grouped.amin(-1, keepdim=True)
+    least = grouped.amin(-1, keepdim=True) + 0.0  # -0.0 becomes 0.0: equal values, equal bytes
     span = grouped.amax(-1, keepdim=True) - least
     zero = least.half()
     scale = (span / (2**bits - 1)).clamp(MIN_SCALE, FLOAT16_MAX).half()
     code = ((grouped - zero.float()) / scale.float() + 0.5).floor().clamp(0, 2**bits - 1)
 
-    planes = code.view(num_vectors, 8 // bits, -1).to(torch.int32)
+    planes = code.view(num_vectors, 8 // bits, head_dim * bits // 8).to(torch.int32)
     shifts = torch.arange(8 // bits, device=x.device, dtype=torch.int32) * bits
     codes = (planes << shifts[:, None]).sum(1).to(torch.uint8)
     return codes, torch.cat([scale, zero], dim=-1)

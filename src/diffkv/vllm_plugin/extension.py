@@ -4,6 +4,8 @@ from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from diffkv.vllm_plugin.insight import read_pool
+
 __all__ = ["WorkerExtension"]
 
 
@@ -13,3 +15,7 @@ class WorkerExtension:
     def diffkv_summary(self) -> dict[str, Any]:
         """Totals of this worker's pool, see `WorkerCache.summary`."""
         return get_kv_transfer_group().worker.summary()
+
+    def diffkv_insight(self) -> list[dict[str, Any]]:
+        """What requests keep that have not been released yet, see `insight.read_pool`."""
+        return read_pool(get_kv_transfer_group().worker.state)

@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-__all__ = ["COUNTERS", "GAUGES", "DiffKVPromMetrics", "DiffKVStats", "join_ranks"]
+__all__ = ["COUNTERS", "GAUGES", "HISTOGRAM", "PREFIX", "DiffKVPromMetrics", "DiffKVStats", "join_ranks"]
 
 PREFIX = "diffkv_"
 
@@ -37,7 +37,7 @@ COUNTERS = {
     "manager_seconds": "Time spent planning, releasing and reporting pages, first rank.",
 }
 
-_HISTOGRAM = "request_compression_ratio"
+HISTOGRAM = "request_compression_ratio"
 _RATIO_BUCKETS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0, 12.0)
 
 
@@ -114,8 +114,8 @@ class DiffKVPromMetrics(KVConnectorPromMetrics):
             for kind, texts in kinds
             for name, text in texts.items()
         }
-        metrics[_HISTOGRAM] = self._histogram_cls(
-            name=PREFIX + _HISTOGRAM,
+        metrics[HISTOGRAM] = self._histogram_cls(
+            name=PREFIX + HISTOGRAM,
             documentation="Bytes in bf16 over bytes spent, of each request when it ended.",
             buckets=_RATIO_BUCKETS,
             labelnames=labelnames,
@@ -133,4 +133,4 @@ class DiffKVPromMetrics(KVConnectorPromMetrics):
         for name, count in transfer_stats_data["counters"].items():
             metrics[name].inc(count)
         for ratio in transfer_stats_data["ratios"]:
-            metrics[_HISTOGRAM].observe(ratio)
+            metrics[HISTOGRAM].observe(ratio)

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,12 +139,37 @@ def engine_flags(flags: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value != defaults[name]}
 
 
+def _check_before_workers(args: dict[str, Any]) -> None:
+    """Refuse what DiffKV cannot do while a refusal is still one line, not a worker's traceback.
+
+    Raises:
+        ConfigError: names what to change.
+    """
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from diffkv.vllm_plugin.select import options_of
+    from diffkv.vllm_plugin.support import check_config
+
+    transfer = args.get("kv_transfer_config")
+    if transfer is None or args.get("data_parallel_size", 1) > 1:  # the latter LLM refuses itself
+        return
+    if isinstance(transfer, dict):
+        args = {**args, "kv_transfer_config": KVTransferConfig(**transfer)}
+    config = EngineArgs(**args).create_engine_config(UsageContext.LLM_CLASS)
+    options = options_of(config)
+    if options is not None:
+        check_config(config, options)
+
+
 @contextlib.contextmanager
 def engine(args: dict[str, Any]) -> Iterator[Any]:
     """An engine for a while; its failures to start are the user's to read, in one line."""
     from vllm import LLM
 
     try:
+        _check_before_workers(args)
         llm = LLM(**args)
     except ConfigError:
         raise
@@ -194,6 +220,8 @@ def generate(
         try:
             outputs = llm.generate(list(prompts), params, use_tqdm=progress)
         except (ValueError, VLLMClientError) as error:
+            if progress:
+                print(file=sys.stderr)  # ends the line of the bar
             raise ConfigError(first_line(error)) from error
         answers = [
             Answer(

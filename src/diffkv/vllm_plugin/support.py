@@ -1,4 +1,4 @@
-"""What DiffKV can be combined with in vLLM; everything else is refused at start, in one line."""
+"""Checks at start: of vLLM's version, of what is asked of it (the table of `matrix`), of the budget."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import vllm
 from diffkv.layout import PageLayout
 from diffkv.pool import PoolShape
 from diffkv.quant import ConfigError
+from diffkv.vllm_plugin import matrix
 from diffkv.vllm_plugin.options import Options
 
 __all__ = ["SUPPORTED_VLLM", "check_config", "check_layer", "check_version"]
@@ -36,50 +37,7 @@ def check_config(vllm_config: Any, options: Options) -> None:
         ConfigError: names what to change.
     """
     check_version()
-    model, parallel, cache = (
-        vllm_config.model_config,
-        vllm_config.parallel_config,
-        vllm_config.cache_config,
-    )
-    refusals = (
-        (
-            vllm_config.speculative_config is not None,
-            "speculative decoding (rejected tokens would have to be taken back): "
-            "leave out --speculative-config",
-        ),
-        (
-            model.use_mla,
-            "MLA models (their cache is compressed already): serve them without DiffKV",
-        ),
-        (
-            cache.cache_dtype != "auto",
-            f"--kv-cache-dtype {cache.cache_dtype}: leave it at auto, formats are set by quant",
-        ),
-        (
-            parallel.pipeline_parallel_size > 1,
-            "pipeline parallelism: use --tensor-parallel-size instead",
-        ),
-        (
-            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-            "context parallelism: leave its sizes at 1",
-        ),
-        (model.is_encoder_decoder, "encoder-decoder models: serve them without DiffKV"),
-        (model.runner_type != "generate", "models that do not generate: serve them without DiffKV"),
-        (
-            model.is_hybrid,
-            "hybrid models (layers with a recurrent state): serve them without DiffKV",
-        ),
-        (
-            getattr(model.hf_text_config, "sliding_window", None) is not None
-            and not model.disable_sliding_window
-            and getattr(model.hf_text_config, "use_sliding_window", True),
-            "sliding-window layers: pass --disable-sliding-window, which limits the context to the "
-            "window, or serve the model without DiffKV",
-        ),
-    )
-    for refused, what in refusals:
-        if refused:
-            raise ConfigError(f"DiffKV does not support {what}")
+    matrix.refuse(vllm_config)
     _check_budget(vllm_config, options)
 
 
@@ -140,9 +98,10 @@ def check_layer(**features: Any) -> None:
     Raises:
         ConfigError: names the feature.
     """
+    changes = {row.layer_argument: row.change for row in matrix.MATRIX}
     for name, value in features.items():
         if value:
             raise ConfigError(
                 f"DiffKV does not support attention layers with {name} ({value!r}): "
-                f"serve this model without DiffKV"
+                f"{changes.get(name, matrix.WITHOUT)}"
             )

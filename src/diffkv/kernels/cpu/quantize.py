@@ -16,7 +16,7 @@ def quantize(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
     _check_format(x.dtype, bits, groups, head_dim)
     check_tensor("x", x, x.dtype, num_vectors, head_dim)
     if bits == 16:
-        codes = x.view(torch.uint8).reshape(num_vectors, -1).clone()
+        codes = x.view(torch.uint8).reshape(num_vectors, head_dim * x.element_size()).clone()
         return codes, torch.empty(num_vectors, 0, 2, dtype=torch.float16)
     codes = torch.empty(num_vectors, head_dim * bits // 8, dtype=torch.uint8)
     meta = torch.empty(num_vectors, groups, 2, dtype=torch.float16)

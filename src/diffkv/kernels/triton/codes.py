@@ -76,12 +76,13 @@ def store_vectors(x, code_ptr, meta_ptr, mask, S: tl.constexpr, DTYPE: tl.conste
         tl.store(at, x.to(DTYPE), mask=mask[:, None, None] & exists)
     else:
         LEVELS: tl.constexpr = (1 << S.bits) - 1.0
+        GROUPS: tl.constexpr = S.groups
         x = x.to(tl.float32)
         x = tl.where(x == x, x, 0.0)
         x = tl.minimum(tl.maximum(x, -_MAX), _MAX)
         zeros = tl.zeros_like(x)
         scales = zeros + 1.0
-        for group in tl.static_range(S.groups):
+        for group in tl.static_range(GROUPS):
             inside = exists & (element // S.group_dim == group)
             least = tl.min(tl.min(tl.where(inside, x, float("inf")), axis=2), axis=1)
             most = tl.max(tl.max(tl.where(inside, x, float("-inf")), axis=2), axis=1)

@@ -45,6 +45,7 @@ class Side:
         padded: width as a matrix product takes it.
         group_dim: elements of a group.
         split: groups of one plane where a plane has several, else 1.
+        unit: what a code counts for in a product: codes of fewer bits are moved to the top of a byte.
         boost: power of two that keeps probability times scale away from float16's subnormal range,
             and below its maximum whatever the scale is.
     """
@@ -60,6 +61,7 @@ class Side:
     padded: int
     group_dim: int
     split: int
+    unit: float
     boost: float
 
 
@@ -106,7 +108,8 @@ def _side(
     return Side(
         bits, groups, head_dim, codes, meta, code_bytes, planes, width,
         max(MIN_DOT, triton.next_power_of_2(width)),
-        head_dim // groups, max(1, groups // planes), _boost(bits),
+        head_dim // groups, max(1, groups // planes),
+        1.0 if bits == 16 else float(2 ** (8 - bits)), _boost(bits),
     )  # fmt: skip
 
 

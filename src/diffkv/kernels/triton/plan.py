@@ -21,7 +21,8 @@ COUNT_BLOCK = 4096
 
 _SCORED_QUERIES = tl.constexpr(SCORED_QUERIES)
 _NOWHERE = tl.constexpr(-1)
-_GROWS = tl.constexpr(-2)
+_NO_SLOT = tl.constexpr(2**31 - 1)
+_GROWS = tl.constexpr(-2)  # in place of a page: the tier grows by a token, and maybe by a page
 
 
 
@@ -216,7 +217,7 @@ def _apply_kernel(
     exists = i < N
     slot = tl.load(slots_ptr + i // HEADS, mask=exists, other=-1).to(tl.int64)
     row = slot * HEADS + i % HEADS
-    changes = (slot >= 0) & fits
+    changes = slot >= tl.where(fits, 0, _NO_SLOT)
     want = tl.load(wants_ptr + i, mask=exists, other=0).to(tl.int32)
     ring_index = ring_head + before + tl.cumsum(want, 0) - want
     takes = changes & (want > 0)

@@ -34,7 +34,7 @@ def _count_kernel(
     slot = tl.load(slots_ptr + pid // num_layers).to(tl.int64)
     layer = first_layer + pid % num_layers
     each = tl.arange(0, H2_PADDED)
-    mask = (each < H2) & (slot >= 0)
+    mask = each < tl.where(slot >= 0, H2, 0)
     held = tl.load(held_ptr + (slot * L + layer) * H2 + each, mask=mask, other=0)
     tl.store(totals_ptr + pid, tl.sum(held))
     tl.store(before_ptr + pid * H2 + each, tl.cumsum(held, 0) - held, mask=each < H2)

@@ -55,6 +55,7 @@ def _count_kernel(
     end = tl.load(starts_ptr + r + 1)
     row = (slot * L + layer) * H + head
     is_request = slot >= 0
+    last = tl.where(is_request, end, start)
     tiers_ptr += head.to(tl.int64) * N
     token_ptr += head.to(tl.int64) * N
     high = tl.load(num_tokens_ptr + row * 2, mask=is_request, other=0)
@@ -62,7 +63,7 @@ def _count_kernel(
     for block in range(start, end, B):
         i = block + tl.arange(0, B)
         mask = i < end
-        tier = tl.load(tiers_ptr + i, mask=mask & is_request, other=_DROPPED)
+        tier = tl.load(tiers_ptr + i, mask=i < last, other=_DROPPED)
         is_high = (tier == 0).to(tl.int32)
         is_low = (tier == 1).to(tl.int32)
         high_number = high + tl.cumsum(is_high, 0) - is_high

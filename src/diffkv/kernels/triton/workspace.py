@@ -15,10 +15,30 @@ from diffkv.kernels.triton.check import check_tensor
 from diffkv.kernels.triton.facts import DTYPES, Tier, tiers_of
 from diffkv.state import PoolState
 
-__all__ = ["Workspace", "workspace"]
+__all__ = ["Tuning", "Workspace", "workspace"]
 
 INTERPRETED_MULTIPROCESSORS = 2
 """Stands in for the number of multiprocessors where there is no GPU."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How `attend` is launched; no result depends on it beyond rounding.
+
+    Attributes:
+        num_warps: of a program.
+        num_stages: tiles in flight.
+        programs: per multiprocessor.
+        fast: convert codes with `prmt`, which the interpreter does not know.
+        score_pages: pages of one layer whose probabilities are kept between the passes; those of
+            further pages are computed twice. None: a share of the pool.
+    """
+
+    num_warps: int = 4
+    num_stages: int = 3
+    programs: int = 4
+    fast: bool = True
+    score_pages: int | None = None
 
 
 @dataclass(eq=False)
@@ -30,8 +50,7 @@ class Workspace:
         device: of every tensor.
         num_slots: S of the state.
         multiprocessors: of the device.
-        score_pages: pages of one layer whose probabilities `attend` may keep between its passes; those
-            of further pages are computed twice. None: a share of the pool.
+        tuning: of `attend`.
         buffers: by name, flat.
         outgrown: former buffers.
     """
@@ -40,7 +59,7 @@ class Workspace:
     device: torch.device
     num_slots: int
     multiprocessors: int
-    score_pages: int | None = None
+    tuning: Tuning
     buffers: dict[str, Tensor] = field(default_factory=dict)
     outgrown: list[Tensor] = field(default_factory=list)
 
@@ -107,4 +126,5 @@ def _make(state: PoolState) -> Workspace:
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     else:
         multiprocessors = INTERPRETED_MULTIPROCESSORS
-    return Workspace(tiers_of(state.layout), device, num_slots, multiprocessors)
+    tuning = Tuning(fast=device.type == "cuda")
+    return Workspace(tiers_of(state.layout), device, num_slots, multiprocessors, tuning)

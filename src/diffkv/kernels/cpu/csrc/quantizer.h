@@ -35,7 +35,7 @@ INLINE void min_max(const float* x, int num, float* least, float* most) {
     low = x[j] < low ? x[j] : low;
     high = x[j] > high ? x[j] : high;
   }
-  *least = low;
+  *least = low + 0.0f;  // -0.0 becomes 0.0: equal values, equal bytes
   *most = high;
 }
 

@@ -1,0 +1,220 @@
+"""Load a server with concurrent streaming clients that come, go and hang up; then count what is left.
+
+Clients send prompts of random lengths, some hang up mid-stream. The pool is small enough to force
+preemptions. At the end: no unexpected error, no page held, and the greedy tokens of every answer that
+was read to its end are compared with those that the same prompt got alone. With k16v16 they must all
+be equal; with a lossy cache a preempted request is prefilled anew, decides anew, and may differ, so
+there the share of equal answers is printed. The last line is one JSON object; exit status 1 if a
+check fails.
+
+    python benchmarks/load.py --seconds 300
+    python benchmarks/load.py --seconds 60 --quant k8v4-k4v2 --clients 64
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import httpx
+
+MODEL = "reference"
+START_SECONDS = 240
+DRAIN_SECONDS = 30
+WORDS = [f"k{i}" for i in range(200)] + [f"v{i}" for i in range(100)] + [";", "w1", "w2", "."]
+
+
+@dataclass
+class Outcome:
+    """What the clients saw."""
+
+    finished: int = 0
+    hung_up: int = 0
+    equal: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt and how many tokens are asked for."""
+
+    prompt: str
+    max_tokens: int
+
+
+def make_jobs(num: int, longest: int, most_tokens: int, seed: int) -> list[Job]:
+    """Prompts of random lengths."""
+    rng = random.Random(seed)
+    return [
+        Job(
+            " ".join(["<bos>", *rng.choices(WORDS, k=rng.randint(4, longest))]),
+            rng.randint(4, most_tokens),
+        )
+        for _ in range(num)
+    ]
+
+
+@asynccontextmanager
+async def server(args: argparse.Namespace) -> AsyncIterator[str]:
+    """A server of its own for the run, or the one at --url."""
+    if args.url:
+        yield args.url
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "diffkv", "serve", MODEL, "--quant", args.quant,
+        "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "1024", "--max-num-seqs", str(args.clients),
+        "--kv-cache-memory-bytes", str(args.kv_memory), "--disable-uvicorn-access-log",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        await _wait_until_up(url, process)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+async def _wait_until_up(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    async with httpx.AsyncClient() as client:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise SystemExit(f"the server ended with status {process.returncode}")
+            try:
+                if (await client.get(f"{url}/health")).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            await asyncio.sleep(1)
+    raise SystemExit(f"the server was not up after {START_SECONDS} s")
+
+
+async def ask(
+    client: httpx.AsyncClient, url: str, job: Job, stop_after: int | None = None
+) -> str | None:
+    """Stream an answer; hang up after `stop_after` pieces, which returns None."""
+    body = {
+        "model": MODEL,
+        "prompt": job.prompt,
+        "max_tokens": job.max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    text, pieces = "", 0
+    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            raise RuntimeError(f"HTTP {response.status_code}: {(await response.aread())[:200]!r}")
+        async for line in response.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            text += json.loads(line[6:])["choices"][0]["text"]
+            pieces += 1
+            if stop_after is not None and pieces >= stop_after:
+                return None
+    return text
+
+
+async def metric(url: str, name: str) -> float:
+    """A figure of /metrics, summed over its labels."""
+    async with httpx.AsyncClient() as client:
+        lines = (await client.get(f"{url}/metrics")).text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
+
+
+async def run_client(
+    number: int, url: str, jobs: list[Job], alone: list[str], until: float, abort_share: float,
+    outcome: Outcome,
+) -> None:  # fmt: skip
+    """Send jobs one after the other until the time is up."""
+    rng = random.Random(number)
+    async with httpx.AsyncClient(timeout=600) as client:
+        while time.monotonic() < until:
+            index = rng.randrange(len(jobs))
+            stop_after = rng.randint(0, 8) if rng.random() < abort_share else None
+            try:
+                text = await ask(client, url, jobs[index], stop_after)
+            except (RuntimeError, httpx.HTTPError) as error:
+                outcome.errors.append(f"{type(error).__name__}: {error}")
+                continue
+            if text is None:
+                outcome.hung_up += 1
+            else:
+                outcome.finished += 1
+                outcome.equal += text == alone[index]
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Everything; the exit status."""
+    jobs = make_jobs(args.prompts, args.longest, args.most_tokens, args.seed)
+    outcome = Outcome()
+    async with server(args) as url:
+        async with httpx.AsyncClient(timeout=600) as client:
+            alone = [await ask(client, url, job) or "" for job in jobs]
+        until = time.monotonic() + args.seconds
+        before = await metric(url, "vllm:num_preemptions_total")
+        await asyncio.gather(
+            *(
+                run_client(n, url, jobs, alone, until, args.abort_share, outcome)
+                for n in range(args.clients)
+            )
+        )
+        preemptions = await metric(url, "vllm:num_preemptions_total") - before
+        held = await _held_at_last(url)
+    lossless = args.quant == "k16v16"
+    result = {
+        "quant": args.quant, "clients": args.clients, "seconds": args.seconds,
+        "kv_memory": args.kv_memory, "finished": outcome.finished, "hung_up": outcome.hung_up,
+        "equal_to_alone": outcome.equal, "preemptions": preemptions, "pages_held_at_end": held,
+        "errors": outcome.errors[:5], "num_errors": len(outcome.errors),
+    }  # fmt: skip
+    passed = not outcome.errors and held == 0 and outcome.finished > 0
+    passed &= outcome.equal == outcome.finished or not lossless
+    print(json.dumps({**result, "passed": passed}))
+    return 0 if passed else 1
+
+
+async def _held_at_last(url: str) -> float:
+    """Pages held once nothing runs: requests that hung up are released within seconds."""
+    held = -1.0
+    for _ in range(DRAIN_SECONDS):
+        held = await metric(url, "diffkv_pages_held")
+        if held == 0:
+            break
+        await asyncio.sleep(1)
+    return held
+
+
+def main() -> int:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--url", help="a running server; default: start one on the shipped model")
+    parser.add_argument("--quant", default="k16v16")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--prompts", type=int, default=24, help="different prompts")
+    parser.add_argument("--longest", type=int, default=500, help="tokens of the longest prompt")
+    parser.add_argument("--most-tokens", type=int, default=96, help="of the longest answer")
+    parser.add_argument("--abort-share", type=float, default=0.2)
+    parser.add_argument("--kv-memory", type=int, default=16 << 20, help="bytes")
+    parser.add_argument("--seed", type=int, default=0)
+    return asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""Decode attention over both tiers: list the work, attend to every chunk, merge and add significance."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffkv.kernels.triton.check import check_layer, check_tensor
+from diffkv.kernels.triton.facts import DTYPES, MIN_DOT
+from diffkv.kernels.triton.finish import finish_kernel, most_index
+from diffkv.kernels.triton.tile import load_query, tile_places, tile_scores, tile_values
+from diffkv.kernels.triton.workspace import Workspace, workspace
+from diffkv.kernels.triton.worklist import (
+    ITEM_FIELDS,
+    MAX_CHUNKS,
+    item_of,
+    list_kernel,
+    min_chunk_pages,
+)
+from diffkv.state import PoolState
+
+__all__ = ["attend"]
+
+LOG2_E = math.log2(math.e)
+
+LIST_ROWS = 32
+LIST_COUNT = 1024
+
+SCORE_SHARE = 64
+"""One part in so many of the pool's bytes is what kept probabilities may take, beside MIN_SCORE_BYTES."""
+
+MIN_SCORE_BYTES = 32 << 20
+
+
+@triton.jit
+def _attend_item(
+    item, row, slot, first_page, num_pages, num_tokens, score_page,
+    q_ptr, pages_ptr, page_table_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, layer, scale,
+    score_pages,
+    TIER: tl.constexpr, T: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    GROUP: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr, SCORE_TOKENS: tl.constexpr,
+    PARTS: tl.constexpr, RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """One chunk: partial output, log-sum-exp, and probabilities relative to the tile's maximum."""
+    K: tl.constexpr = T.k
+    V: tl.constexpr = T.v
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    K_DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
+    V_DOT: tl.constexpr = RAW_DOT if V.bits == 16 else CODE_DOT
+    TOKENS: tl.constexpr = T.tile * T.pages
+    PLANES: tl.constexpr = V.planes
+    GROUPS: tl.constexpr = V.groups
+    SPLITS: tl.constexpr = V.split
+    head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
+    operands, totals, factor = load_query(head_ptr, G, GROUP, K, K_DOT)
+    table_ptr = page_table_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * M
+    g = tl.arange(0, GROUP)
+    keeps_scores = score_page + num_pages <= score_pages
+
+    most = tl.full([GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP, TOKENS], tl.float32)
+    sums = ()
+    for plane in tl.static_range(PLANES):
+        sums = sums + (tl.zeros([GROUP, V.padded], tl.float32),)
+    offsets = ()
+    for group in tl.static_range(GROUPS):
+        offsets = offsets + (tl.zeros([GROUP, TOKENS], tl.float32),)
+    for tile in range(0, tl.cdiv(num_pages, T.pages) * T.parts):
+        page_ptr, index, valid, number, within = tile_places(
+            pages_ptr, table_ptr, first_page, tile, num_pages, num_tokens, TIER, T, M, PAGE
+        )
+        scores = tile_scores(
+            operands, totals, factor, page_ptr, index, valid, scale, K, GROUP, DTYPE, K_DOT, FAST
+        )
+        new_most = tl.maximum(most, tl.max(scores, 1))
+        decay = tl.exp2(most - new_most)
+        most = new_most
+        p = tl.exp2(scores - most[:, None])
+        total = total * decay[:, None] + p
+        kept = (score_page + number).to(tl.int64)
+        in_group = (g < tl.where(keeps_scores, G, 0))[:, None]
+        at = probs_ptr + (kept[None, :] * G + g[:, None]) * SCORE_TOKENS + within[None, :]
+        tl.store(at, p.to(probs_ptr.dtype.element_ty), mask=in_group & valid[None, :])
+        at = most_ptr + most_index(score_page, tile, T, PARTS) * G + g
+        tl.store(at, most, mask=g < tl.where(keeps_scores, G, 0))
+        sums, offsets = tile_values(
+            sums, offsets, decay, p, page_ptr, index, valid, V, DTYPE, V_DOT, FAST
+        )
+
+    total_p = tl.sum(total, 1)
+    at = (item * G + g).to(tl.int64)
+    tl.store(lse_ptr + at, most + tl.log2(total_p), mask=g < G)
+    column = tl.arange(0, V.padded)
+    for plane in tl.static_range(PLANES):
+        out = sums[plane] * (1.0 / (V.boost * V.unit))
+        if V.bits < 16:
+            if V.split == 1:
+                out += tl.sum(offsets[plane * V.groups // V.planes], 1)[:, None]
+            else:
+                for u in tl.static_range(SPLITS):
+                    inside = column // V.group_dim == u
+                    offset = tl.sum(offsets[plane * V.split + u], 1)
+                    out += tl.where(inside[None, :], offset[:, None], 0.0)
+        out_ptr = partial_ptr + at[:, None] * V.head_dim + plane * V.width + column[None, :]
+        mask = (g < G)[:, None] & (column < V.width)[None, :]
+        tl.store(out_ptr, out / total_p[:, None], mask=mask)
+
+
+@triton.jit(do_not_specialize=["layer", "score_pages"])
+def _attend_kernel(
+    q_ptr,  # [R, H * G, D]
+    pages_ptr,  # [num_pages, PAGE]
+    page_table_ptr,  # [S, L, H, M]
+    items_ptr,  # [., ITEM_FIELDS]
+    num_items_ptr,  # [1]
+    partial_ptr,  # [items, G, D] f32, out
+    lse_ptr,  # [items, G] f32, out, to base 2
+    probs_ptr,  # [score_pages, G, SCORE_TOKENS] out
+    most_ptr,  # [score_pages * PARTS, G] f32, out
+    layer,
+    scale,
+    score_pages,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    M: tl.constexpr,
+    PAGE: tl.constexpr,
+    SCORE_TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TIERS: tl.constexpr,
+    RAW_DOT: tl.constexpr,
+    CODE_DOT: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Programs go through the work list side by side."""
+    num_items = tl.load(num_items_ptr)
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        row, tier, slot, first_page, num_pages, num_tokens, score_page = item_of(items_ptr, item)
+        if tier == 0:
+            _attend_item(
+                item, row, slot, first_page, num_pages, num_tokens, score_page,
+                q_ptr, pages_ptr, page_table_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, layer,
+                scale, score_pages, 0, TIERS[0], L, H, G, GROUP, M, PAGE, SCORE_TOKENS, PARTS,
+                RAW_DOT, CODE_DOT, FAST,
+            )  # fmt: skip
+        elif len(TIERS) > 1:
+            _attend_item(
+                item, row, slot, first_page, num_pages, num_tokens, score_page,
+                q_ptr, pages_ptr, page_table_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, layer,
+                scale, score_pages, 1, TIERS[1], L, H, G, GROUP, M, PAGE, SCORE_TOKENS, PARTS,
+                RAW_DOT, CODE_DOT, FAST,
+            )  # fmt: skip
+
+
+def _score_pages(state: PoolState, work: Workspace, page_bytes: int) -> int:
+    """Pages of one layer whose probabilities are kept: all that it can have, or what they may take."""
+    if work.tuning.score_pages is not None:
+        return work.tuning.score_pages
+    budget = max(MIN_SCORE_BYTES, state.pages.numel() // SCORE_SHARE)
+    return min(_most_pages(state, work), budget // page_bytes)
+
+
+def _most_pages(state: PoolState, work: Workspace) -> int:
+    return min(work.num_slots * state.num_kv_heads * state.table_width, state.num_pages)
+
+
+def attend(
+    state: PoolState, layer: int, slots: Tensor, query: Tensor, scale: float, output: Tensor
+) -> None:
+    """Same contract as `reference.attend`. Three launches.
+
+    Significance is deterministic: probabilities are kept from the first pass, relative to their tile's
+    maximum and in float16 unless the model is in float32, and added up in the last.
+    """
+    work = workspace(state)
+    device, f32, i32, tuning = work.device, torch.float32, torch.int32, work.tuning
+    num_requests, num_q_heads, head_dim = query.shape
+    heads, tiers = state.num_kv_heads, work.tiers
+    check_layer(layer, state.num_layers)
+    if num_q_heads % heads:
+        raise ValueError(f"query must have a multiple of {heads} heads, got {num_q_heads}")
+    check_tensor("slots", slots, device, i32, num_requests)
+    shape = (num_requests, num_q_heads, state.layout.head_dim)
+    check_tensor("query", query, device, state.dtype, *shape)
+    check_tensor("output", output, device, state.dtype, *shape)
+    if not num_requests:
+        return
+
+    group, rows = num_q_heads // heads, num_requests * heads
+    least_pages = min_chunk_pages(tiers)
+    real_rows = work.num_slots * heads
+    most_items = min(
+        real_rows * MAX_CHUNKS, _most_pages(state, work) // least_pages + 2 * real_rows
+    )
+    items = work.buffer("items", i32, most_items, ITEM_FIELDS)
+    row_items = work.buffer("row_items", i32, rows, 2, least=2 * real_rows)
+    num_items = work.buffer("num_items", i32, 1)
+    partial = work.buffer("partial", f32, most_items, group, head_dim)
+    lse = work.buffer("lse", f32, most_items, group)
+    score_tokens = max(tier.tile * tier.parts for tier in tiers)
+    parts = max(tier.parts for tier in tiers)
+    score_dtype = f32 if state.dtype is f32 else torch.float16
+    score_bytes = group * (score_tokens * score_dtype.itemsize + parts * f32.itemsize)
+    score_pages = _score_pages(state, work, score_bytes)
+    probs = work.buffer("probs", score_dtype, score_pages, group, score_tokens)
+    most = work.buffer("most", f32, score_pages * parts, group)
+
+    tables = {"L": state.num_layers, "H": heads, "TIERS": tiers}
+    list_kernel[(triton.cdiv(rows, LIST_ROWS),)](
+        slots, state.num_tokens, items, row_items, num_items, layer, rows,
+        MIN=least_pages, MAX=MAX_CHUNKS, ROWS=LIST_ROWS, COUNT=LIST_COUNT, num_warps=4, **tables,
+    )  # fmt: skip
+    dtype = DTYPES[state.dtype]
+    # The interpreter has no products of bfloat16
+    raw_dot = dtype if tuning.fast or dtype is not tl.bfloat16 else tl.float32
+    shared = {
+        "G": group, "GROUP": max(MIN_DOT, triton.next_power_of_2(group)), "M": state.table_width,
+        "PAGE": state.layout.page_bytes, "SCORE_TOKENS": score_tokens, "PARTS": parts,
+        "RAW_DOT": raw_dot, "CODE_DOT": tl.float32 if dtype is tl.float32 else tl.float16,
+        "FAST": tuning.fast, **tables,
+    }  # fmt: skip
+    programs = min(rows * MAX_CHUNKS, work.multiprocessors * tuning.programs)
+    _attend_kernel[(programs,)](
+        query, state.pages, state.page_table, items, num_items, partial, lse, probs, most,
+        layer, scale * LOG2_E, score_pages,
+        num_warps=tuning.num_warps, num_stages=tuning.num_stages, **shared,
+    )  # fmt: skip
+    finish_kernel[(rows * group + programs,)](
+        query, output, state.pages, state.page_table, items, num_items, row_items, partial, lse,
+        probs, most, layer, scale * LOG2_E, score_pages, rows * group,
+        D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), MAX=MAX_CHUNKS,
+        num_warps=4, num_stages=2, **shared,
+    )  # fmt: skip

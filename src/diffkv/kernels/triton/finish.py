@@ -1,0 +1,154 @@
+"""The last launch of attention: merge the chunks of every head, and add to the significance sums."""
+
+import triton
+import triton.language as tl
+
+from diffkv.kernels.triton.codes import rounded
+from diffkv.kernels.triton.tile import load_query, tile_places, tile_scores
+from diffkv.kernels.triton.worklist import item_of
+
+__all__ = ["finish_kernel", "most_index"]
+
+
+@triton.jit
+def most_index(score_page, tile, T: tl.constexpr, PARTS: tl.constexpr):
+    """Where the maximum that a tile's kept probabilities are relative to is kept."""
+    page = score_page.to(tl.int64) + tile * T.pages // T.parts
+    return page * PARTS + tile % T.parts
+
+
+@triton.jit
+def _merge(
+    head, output_ptr, partial_ptr, lse_ptr, row_items_ptr,
+    G: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, MAX: tl.constexpr,
+):  # fmt: skip
+    """Merge one query head's chunks by their log-sum-exp; 0 if there are none."""
+    row = head // G
+    first = tl.load(row_items_ptr + row * 2)
+    count = tl.load(row_items_ptr + row * 2 + 1)
+    each = tl.arange(0, MAX)
+    d = tl.arange(0, D_PADDED)
+    at = (first + each).to(tl.int64) * G + head % G
+    lse = tl.load(lse_ptr + at, mask=each < count, other=float("-inf"))
+    weight = tl.where(each < count, tl.exp2(lse - tl.max(lse, 0)), 0.0)
+    weight = weight / tl.maximum(tl.sum(weight, 0), 1.0e-30)
+    mask = (each < count)[:, None] & (d < D)[None, :]
+    partial = tl.load(partial_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
+    out = tl.sum(partial * weight[:, None], 0)
+    out_ptr = output_ptr + head.to(tl.int64) * D + d
+    tl.store(out_ptr, rounded(out, output_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _row_lse(lse_ptr, row_items_ptr, row, G: tl.constexpr, GROUP: tl.constexpr, MAX: tl.constexpr):
+    """[GROUP] log-sum-exp of a row over all its chunks; infinity where there is no head."""
+    first = tl.load(row_items_ptr + row * 2)
+    count = tl.load(row_items_ptr + row * 2 + 1)
+    each = tl.arange(0, MAX)[:, None]
+    g = tl.arange(0, GROUP)[None, :]
+    at = (first + each).to(tl.int64) * G + g
+    lse = tl.load(lse_ptr + at, mask=(each < count) & (g < G), other=float("-inf"))
+    most = tl.maximum(tl.max(lse, 0), -1.0e30)
+    total = most + tl.log2(tl.sum(tl.exp2(lse - most[None, :]), 0))
+    return tl.where(tl.arange(0, GROUP) < G, total, float("inf"))
+
+
+@triton.jit
+def _add_significance(
+    row, slot, first_page, num_pages, num_tokens, score_page, lse,
+    q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_pages,
+    TIER: tl.constexpr, T: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    GROUP: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr, SCORE_TOKENS: tl.constexpr,
+    PARTS: tl.constexpr, RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Add the group's largest probability to the sums of one chunk's tokens."""
+    K: tl.constexpr = T.k
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    K_DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
+    table_ptr = page_table_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * M
+    g = tl.arange(0, GROUP)
+    tiles = tl.cdiv(num_pages, T.pages) * T.parts
+    if score_page + num_pages <= score_pages:
+        for tile in range(0, tiles):
+            page_ptr, index, valid, number, within = tile_places(
+                pages_ptr, table_ptr, first_page, tile, num_pages, num_tokens, TIER, T, M, PAGE
+            )
+            kept = (score_page + number).to(tl.int64)
+            at = probs_ptr + (kept[None, :] * G + g[:, None]) * SCORE_TOKENS + within[None, :]
+            p = tl.load(at, mask=(g < G)[:, None] & valid[None, :], other=0.0).to(tl.float32)
+            at = most_ptr + most_index(score_page, tile, T, PARTS) * G + g
+            most = tl.load(at, mask=g < G, other=0.0)
+            growth = tl.max(p * tl.exp2(most - lse)[:, None], 0)
+            sum_ptr = (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
+            tl.store(sum_ptr, tl.load(sum_ptr, mask=valid, other=0.0) + growth, mask=valid)
+    else:
+        head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
+        operands, totals, factor = load_query(head_ptr, G, GROUP, K, K_DOT)
+        for tile in range(0, tiles):
+            page_ptr, index, valid, number, within = tile_places(
+                pages_ptr, table_ptr, first_page, tile, num_pages, num_tokens, TIER, T, M, PAGE
+            )
+            scores = tile_scores(
+                operands, totals, factor, page_ptr, index, valid, scale, K, GROUP, DTYPE, K_DOT, FAST
+            )
+            growth = tl.max(tl.exp2(scores - lse[:, None]), 0)
+            sum_ptr = (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
+            tl.store(sum_ptr, tl.load(sum_ptr, mask=valid, other=0.0) + growth, mask=valid)
+
+
+@triton.jit(do_not_specialize=["layer", "score_pages", "num_heads"])
+def finish_kernel(
+    q_ptr,  # [R, H * G, D]
+    output_ptr,  # [R, H * G, D], out
+    pages_ptr,  # [num_pages, PAGE], its sums change
+    page_table_ptr,  # [S, L, H, M]
+    items_ptr,  # [., ITEM_FIELDS]
+    num_items_ptr,  # [1]
+    row_items_ptr,  # [R * H, 2]
+    partial_ptr,  # [items, G, D] f32
+    lse_ptr,  # [items, G] f32, to base 2
+    probs_ptr,  # [score_pages, G, SCORE_TOKENS]
+    most_ptr,  # [score_pages * PARTS, G] f32
+    layer,
+    scale,
+    score_pages,
+    num_heads,  # R * H * G
+    L: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    PAGE: tl.constexpr,
+    SCORE_TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TIERS: tl.constexpr,
+    MAX: tl.constexpr,
+    RAW_DOT: tl.constexpr,
+    CODE_DOT: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The first programs merge a query head each, the others go through the work list again."""
+    pid = tl.program_id(0)
+    if pid < num_heads:
+        _merge(pid, output_ptr, partial_ptr, lse_ptr, row_items_ptr, G, D, D_PADDED, MAX)
+    else:
+        num_items = tl.load(num_items_ptr)
+        for item in range(pid - num_heads, num_items, tl.num_programs(0) - num_heads):
+            row, tier, slot, first_page, num_pages, num_tokens, score_page = item_of(items_ptr, item)
+            lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP, MAX)
+            if tier == 0:
+                _add_significance(
+                    row, slot, first_page, num_pages, num_tokens, score_page, lse,
+                    q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_pages,
+                    0, TIERS[0], L, H, G, GROUP, M, PAGE, SCORE_TOKENS, PARTS,
+                    RAW_DOT, CODE_DOT, FAST,
+                )  # fmt: skip
+            elif len(TIERS) > 1:
+                _add_significance(
+                    row, slot, first_page, num_pages, num_tokens, score_page, lse,
+                    q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_pages,
+                    1, TIERS[1], L, H, G, GROUP, M, PAGE, SCORE_TOKENS, PARTS,
+                    RAW_DOT, CODE_DOT, FAST,
+                )  # fmt: skip

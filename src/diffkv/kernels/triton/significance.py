@@ -1,0 +1,271 @@
+"""Significance sums of prompt tokens from the attention of the last queries.
+
+Scores are computed twice instead of kept: once for every query's log-sum-exp, once for the sums.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffkv.kernels.triton.check import check_dtype, check_packed, check_tensor
+from diffkv.kernels.triton.facts import DTYPES, MIN_DOT
+
+__all__ = ["significance"]
+
+LOG2_E = math.log2(math.e)
+
+ITEM_TOKENS = 128
+"""Tokens that one program scores."""
+
+MAX_QUERY_ROWS = 64
+"""Queries of one head that a program scores at a time."""
+
+MERGE_ITEMS = 32
+
+
+@triton.jit
+def _request_items(starts_ptr, R, R_PADDED: tl.constexpr, B: tl.constexpr):
+    """[R_PADDED] items of each request, and of it and all before."""
+    r = tl.arange(0, R_PADDED)
+    start = tl.load(starts_ptr + r, mask=r < R, other=0)
+    end = tl.load(starts_ptr + r + 1, mask=r < R, other=0)
+    items = tl.cdiv(end - start, B)
+    return items, tl.cumsum(items, 0)
+
+
+@triton.jit
+def _spans(starts_q_ptr, starts_k_ptr, r, max_queries):
+    """(first scored query, how many, first token, how many) of a request."""
+    end_q = tl.load(starts_q_ptr + r + 1)
+    first_q = tl.maximum(tl.load(starts_q_ptr + r), end_q - max_queries)
+    first_k = tl.load(starts_k_ptr + r)
+    return first_q, end_q - first_q, first_k, tl.load(starts_k_ptr + r + 1) - first_k
+
+
+@triton.jit
+def _load_keys(
+    key_ptr, stride, head, first_k, token, n, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr
+):
+    d = tl.arange(0, DP)
+    at = (first_k + token).to(tl.int64) * stride + head * D
+    mask = (token < n)[:, None] & (d < D)[None, :]
+    return tl.load(key_ptr + at[:, None] + d[None, :], mask=mask, other=0.0).to(DOT)
+
+
+@triton.jit
+def _scores(
+    query_ptr, stride, q_head, first_q, num_q, j, keys, token, n, scale,
+    D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """[queries, tokens] to base 2; -inf where there is no query or it does not see the token."""
+    d = tl.arange(0, DP)
+    at = (first_q + j).to(tl.int64) * stride + q_head * D
+    mask = (j < num_q)[:, None] & (d < D)[None, :]
+    q = tl.load(query_ptr + at[:, None] + d[None, :], mask=mask, other=0.0).to(DOT)
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    seen = (token[None, :] <= (n - num_q + j)[:, None]) & (j < num_q)[:, None]
+    return tl.where(seen & (token < n)[None, :], scores, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["R", "max_queries"])
+def _lse_kernel(
+    query_ptr,  # [., H * G, D]
+    key_ptr,  # [N, H, D]
+    starts_q_ptr,  # [R + 1]
+    starts_k_ptr,  # [R + 1]
+    most_ptr,  # [items, H * G, QUERIES] f32, out
+    total_ptr,  # [items, H * G, QUERIES] f32, out
+    query_stride,
+    key_stride,
+    scale,
+    max_queries,
+    R,
+    R_PADDED: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DOT: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Largest score of every query among one item's tokens, and the sum of powers relative to it."""
+    pid = tl.program_id(0)
+    head = tl.program_id(1)
+    items, through = _request_items(starts_k_ptr, R, R_PADDED, B)
+    r = tl.sum((through <= pid).to(tl.int32))
+    if r < R:
+        before = tl.sum(tl.where(tl.arange(0, R_PADDED) < r, items, 0))
+        first_q, num_q, first_k, n = _spans(starts_q_ptr, starts_k_ptr, r, max_queries)
+        token = (pid - before) * B + tl.arange(0, B)
+        keys = _load_keys(key_ptr, key_stride, head, first_k, token, n, D, DP, DOT)
+        for g in range(G):
+            for block in range(0, QUERIES, ROWS):
+                j = block + tl.arange(0, ROWS)
+                q_head = head * G + g
+                scores = _scores(
+                    query_ptr, query_stride, q_head, first_q, num_q, j, keys, token, n, scale,
+                    D, DP, DOT,
+                )  # fmt: skip
+                most = tl.maximum(tl.max(scores, 1), -1.0e30)
+                total = tl.sum(tl.exp2(scores - most[:, None]), 1)
+                at = (pid * (H * G) + q_head).to(tl.int64) * QUERIES + j
+                tl.store(most_ptr + at, most)
+                tl.store(total_ptr + at, total)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _merge_kernel(
+    starts_k_ptr,  # [R + 1]
+    most_ptr,  # [items, HEADS, QUERIES]
+    total_ptr,  # [items, HEADS, QUERIES]
+    lse_ptr,  # [R, HEADS, QUERIES] f32, out
+    R,
+    R_PADDED: tl.constexpr,
+    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    B: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
+    """One program per request, query head and block of queries."""
+    r = tl.program_id(0)
+    q_head = tl.program_id(1)
+    j = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    items, _ = _request_items(starts_k_ptr, R, R_PADDED, B)
+    each = tl.arange(0, R_PADDED)
+    first = tl.sum(tl.where(each < r, items, 0))
+    num = tl.sum(tl.where(each == r, items, 0))
+    most = tl.full([ROWS], -1.0e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, num, ITEMS):
+        item = start + tl.arange(0, ITEMS)
+        at = ((first + item).to(tl.int64) * HEADS + q_head)[:, None] * QUERIES + j[None, :]
+        mask = (item < num)[:, None] & (j >= 0)[None, :]
+        item_most = tl.load(most_ptr + at, mask=mask, other=-1.0e30)
+        item_total = tl.load(total_ptr + at, mask=mask, other=0.0)
+        new_most = tl.maximum(most, tl.max(item_most, 0))
+        total = total * tl.exp2(most - new_most)
+        total += tl.sum(item_total * tl.exp2(item_most - new_most[None, :]), 0)
+        most = new_most
+    lse = tl.where(total > 0.0, most + tl.log2(tl.maximum(total, 1.0e-30)), float("inf"))
+    tl.store(lse_ptr + (r * HEADS + q_head).to(tl.int64) * QUERIES + j, lse)
+
+
+@triton.jit(do_not_specialize=["R", "max_queries", "N"])
+def _sum_kernel(
+    query_ptr,  # [., H * G, D]
+    key_ptr,  # [N, H, D]
+    starts_q_ptr,  # [R + 1]
+    starts_k_ptr,  # [R + 1]
+    lse_ptr,  # [R, H * G, QUERIES]
+    sums_ptr,  # [H, N] f32, out
+    query_stride,
+    key_stride,
+    scale,
+    max_queries,
+    R,
+    N,
+    R_PADDED: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DOT: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Sums of one item's tokens: probabilities over the queries, the largest of the group."""
+    pid = tl.program_id(0)
+    head = tl.program_id(1)
+    items, through = _request_items(starts_k_ptr, R, R_PADDED, B)
+    r = tl.sum((through <= pid).to(tl.int32))
+    if r < R:
+        before = tl.sum(tl.where(tl.arange(0, R_PADDED) < r, items, 0))
+        first_q, num_q, first_k, n = _spans(starts_q_ptr, starts_k_ptr, r, max_queries)
+        token = (pid - before) * B + tl.arange(0, B)
+        keys = _load_keys(key_ptr, key_stride, head, first_k, token, n, D, DP, DOT)
+        largest = tl.zeros([B], tl.float32)
+        for g in range(G):
+            total = tl.zeros([B], tl.float32)
+            for block in range(0, QUERIES, ROWS):
+                j = block + tl.arange(0, ROWS)
+                q_head = head * G + g
+                scores = _scores(
+                    query_ptr, query_stride, q_head, first_q, num_q, j, keys, token, n, scale,
+                    D, DP, DOT,
+                )  # fmt: skip
+                lse = tl.load(lse_ptr + (r * (H * G) + q_head).to(tl.int64) * QUERIES + j)
+                total += tl.sum(tl.exp2(scores - lse[:, None]), 0)
+            largest = tl.maximum(largest, total)
+        at = head.to(tl.int64) * N + first_k + token
+        tl.store(sums_ptr + at, largest, mask=token < n)
+
+
+def significance(
+    query: Tensor,
+    key: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    max_queries: int,
+) -> Tensor:
+    """Same contract as `reference.significance`. Rows of `query` and `key` may be apart."""
+    num_tokens, num_kv_heads, head_dim = key.shape
+    num_queries, num_q_heads, _ = query.shape
+    device, num_requests = key.device, cu_seqlens_k.numel() - 1
+    check_dtype("key", key.dtype)
+    if num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"query must have a multiple of {num_kv_heads} heads, as key has, got {num_q_heads}"
+        )
+    q_shape, k_shape = (num_queries, num_q_heads, head_dim), (num_tokens, num_kv_heads, head_dim)
+    query_stride = check_packed("query", query, device, key.dtype, *q_shape)
+    key_stride = check_packed("key", key, device, key.dtype, *k_shape)
+    check_tensor("cu_seqlens_q", cu_seqlens_q, device, torch.int32, num_requests + 1)
+    check_tensor("cu_seqlens_k", cu_seqlens_k, device, torch.int32, num_requests + 1)
+    sums = torch.empty(num_kv_heads, num_tokens, dtype=torch.float32, device=device)
+    if not num_tokens or not num_requests:
+        return sums.zero_()
+    if not num_queries or max_queries <= 0:
+        return sums.zero_()
+
+    max_queries = min(max_queries, num_queries)
+    rows = max(MIN_DOT, min(MAX_QUERY_ROWS, triton.next_power_of_2(max_queries)))
+    padded_queries = triton.cdiv(max_queries, rows) * rows
+    # Lengths stay on the device: at most one item per request is not full
+    num_items = triton.cdiv(num_tokens, ITEM_TOKENS) + num_requests
+    most = torch.empty(
+        num_items, num_q_heads, padded_queries, dtype=torch.float32, device=device
+    )
+    total = torch.empty_like(most)
+    lse = torch.empty(
+        num_requests, num_q_heads, padded_queries, dtype=torch.float32, device=device
+    )
+    dtype = DTYPES[key.dtype]
+    packed = {"R_PADDED": triton.next_power_of_2(num_requests), "B": ITEM_TOKENS}
+    queries = {"QUERIES": padded_queries, "ROWS": rows}
+    heads = {
+        "H": num_kv_heads, "G": num_q_heads // num_kv_heads, "D": head_dim,
+        "DP": max(MIN_DOT, triton.next_power_of_2(head_dim)),
+        # The interpreter has no products of bfloat16
+        "DOT": tl.float32 if dtype is tl.bfloat16 and device.type != "cuda" else dtype,
+    }  # fmt: skip
+    inputs = (query, key, cu_seqlens_q, cu_seqlens_k)
+    numbers = (query_stride, key_stride, scale * LOG2_E, max_queries, num_requests)
+    _lse_kernel[(num_items, num_kv_heads)](
+        *inputs, most, total, *numbers, **packed, **queries, **heads, num_warps=4
+    )
+    _merge_kernel[(num_requests, num_q_heads, padded_queries // rows)](
+        cu_seqlens_k, most, total, lse, num_requests, HEADS=num_q_heads, ITEMS=MERGE_ITEMS,
+        **packed, **queries, num_warps=4,
+    )  # fmt: skip
+    _sum_kernel[(num_items, num_kv_heads)](
+        *inputs, lse, sums, *numbers, num_tokens, **packed, **queries, **heads, num_warps=4
+    )
+    return sums

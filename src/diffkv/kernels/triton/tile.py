@@ -1,0 +1,252 @@
+"""Device functions of attention: scores and weighted values of one tile of tokens, from their codes.
+
+Scale and zero are applied outside of the products: q . (scale * c + zero) = scale * (q . c) + zero *
+sum(q), and likewise for values. Codes enter a product as float16 numbers 1024 + c, whose bits are 0x6400
+| c, and the 1024 goes into the zero. Codes of fewer than 8 bits are moved to the top of c, so that the
+1024 stays small beside them and its rounding, too. `S` is a `facts.Side`, `T` a `facts.Tier`.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["BIAS", "load_query", "tile_places", "tile_scores", "tile_values"]
+
+BIAS = tl.constexpr(1024.0)
+
+
+@triton.jit
+def _codes_as_float16(x, PLANE: tl.constexpr, S: tl.constexpr, FAST: tl.constexpr):
+    """uint8 -> float16 1024 + code * unit of one plane; FAST turns four bytes into two words."""
+    SHIFT: tl.constexpr = 8 - (PLANE + 1) * S.bits
+    MASK: tl.constexpr = 256 - (1 << (8 - S.bits))
+    if FAST:
+        if S.bits == 8:
+            y = tl.inline_asm_elementwise(
+                "prmt.b32 $0, $2, 0x64646464, 0x4140; prmt.b32 $1, $2, 0x64646464, 0x4342;",
+                "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            FOUR: tl.constexpr = MASK * 0x01010101
+            y = tl.inline_asm_elementwise(
+                f"{{ .reg .b32 t; shl.b32 t, $2, {SHIFT}; and.b32 t, t, {FOUR}; "
+                f"prmt.b32 $0, t, 0x64646464, 0x4140; prmt.b32 $1, t, 0x64646464, 0x4342; }}",
+                "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+            )  # fmt: skip
+    else:
+        code = x
+        if S.bits < 8:
+            code = (x << SHIFT) & MASK
+        y = (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
+    return y
+
+
+@triton.jit
+def _plane(x, PLANE: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr):
+    """One plane of loaded vectors as an operand: 16 bits as they are, codes with BIAS."""
+    if S.bits == 16:
+        y = x.to(DOT)
+    else:
+        y = _codes_as_float16(x, PLANE, S, FAST).to(DOT)
+    return y
+
+
+@triton.jit
+def _load_vectors(page_ptr, index, valid, S: tl.constexpr, DTYPE: tl.constexpr):
+    """[tokens, padded] bytes, or elements of 16-bit formats; a valid of None loads all tokens."""
+    column = tl.arange(0, S.padded)[None, :]
+    at = page_ptr[:, None] + (S.codes + index * S.code_bytes)[:, None]
+    if S.bits == 16:
+        at = at.to(tl.pointer_type(DTYPE))
+    if valid is None:
+        if S.padded == S.width:
+            x = tl.load(at + column)
+        else:
+            x = tl.load(at + column, mask=(column < S.width) & (index[:, None] >= 0), other=0)
+    else:
+        x = tl.load(at + column, mask=(column < S.width) & valid[:, None], other=0)
+    return x
+
+
+@triton.jit
+def _load_meta(page_ptr, index, valid, GROUP: tl.constexpr, S: tl.constexpr):
+    """(scale, zero) of a group of some tokens in float32, 0 where they are not valid."""
+    at = page_ptr + (S.meta + (index * S.groups + GROUP) * 4)
+    word = tl.load(at.to(tl.pointer_type(tl.uint32)), mask=valid, other=0)
+    scale = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+    zero = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    return scale.to(tl.float32), zero.to(tl.float32)
+
+
+@triton.jit
+def _in_split(SPLIT: tl.constexpr, S: tl.constexpr):
+    """[1, padded]: the columns of a plane that are in one of its groups."""
+    column = tl.arange(0, S.padded)[None, :]
+    first: tl.constexpr = SPLIT * S.group_dim
+    if S.split > 1:
+        inside = (column >= first) & (column < first + S.group_dim)
+    else:
+        inside = column < S.width
+    return inside
+
+
+@triton.jit
+def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr):
+    """The query heads of a group, by plane and split of the keys.
+
+    Args:
+        q_ptr: at the first of G heads.
+        G: padded to GROUP rows.
+
+    Returns:
+        Operands [GROUP, padded] and their sums [GROUP], as tuples; factor [GROUP] of all of them, a
+        power of two that keeps them in float16's range.
+    """
+    g = tl.arange(0, GROUP)[:, None]
+    column = tl.arange(0, S.padded)[None, :]
+    largest = tl.full([GROUP], 2.0**-100, tl.float32)
+    PLANES: tl.constexpr = S.planes
+    SPLITS: tl.constexpr = S.split
+    planes = ()
+    for p in tl.static_range(PLANES):
+        at = q_ptr + g * S.head_dim + p * S.width + column
+        x = tl.load(at, mask=(g < G) & (column < S.width), other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+        planes = planes + (x,)
+    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    factor = exponent.to(tl.float32, bitcast=True)
+    inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    if S.bits == 16:
+        factor = tl.full([GROUP], 1.0, tl.float32)
+        inverse = factor
+    operands = ()
+    totals = ()
+    for p in tl.static_range(PLANES):
+        for u in tl.static_range(SPLITS):
+            x = tl.where(_in_split(u, S), planes[p] * inverse[:, None], 0.0).to(DOT)
+            operands = operands + (x,)
+            totals = totals + (tl.sum(x.to(tl.float32), 1),)
+    return operands, totals, factor
+
+
+@triton.jit
+def tile_places(
+    pages_ptr, table_ptr, first_page, tile, num_pages, num_tokens,
+    TIER: tl.constexpr, T: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Where the tokens of a tile are.
+
+    Returns:
+        page_ptr, index in the page, whether there is such a token, page within the chunk, and token
+        within the page as scores are kept; [tokens of the tile] each. Tokens that are none have
+        places, too, in some page.
+    """
+    TOKENS: tl.constexpr = T.tile * T.pages
+    t = tl.arange(0, TOKENS)
+    if T.pages > 1:
+        number = tile * T.pages + t // T.tile
+        within = t % T.tile
+    else:
+        number = tile // T.parts + tl.zeros([TOKENS], tl.int32)
+        within = tile % T.parts * T.tile + t
+    last = tl.minimum(number, num_pages - 1) + first_page
+    if TIER == 0:
+        column = last
+    else:
+        column = M - 1 - last
+    if T.pages > 1:
+        page = tl.load(table_ptr + column).to(tl.int64)
+    else:
+        scalar = tile // T.parts + first_page
+        if TIER == 1:
+            scalar = M - 1 - scalar
+        page = tl.load(table_ptr + scalar).to(tl.int64) + tl.zeros([TOKENS], tl.int64)
+    index = within
+    if T.tile * T.parts != T.tokens:
+        index = tl.minimum(within, T.tokens - 1)
+    valid = (within < T.tokens) & (number * T.tokens + within < num_tokens) & (number < num_pages)
+    return pages_ptr + page * PAGE, index, valid, number, within
+
+
+@triton.jit
+def tile_scores(
+    operands, totals, factor, page_ptr, index, valid, scale,
+    S: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """[GROUP, tokens] float32 scores times `scale`, -inf where there is no token."""
+    GROUPS: tl.constexpr = S.groups
+    x = _load_vectors(page_ptr, index, None, S, DTYPE)
+    scores = tl.zeros([GROUP, page_ptr.shape[0]], tl.float32)
+    if S.bits == 16:
+        scores = tl.dot(operands[0], tl.trans(_plane(x, 0, S, DOT, FAST)), input_precision="ieee")
+    else:
+        EACH: tl.constexpr = S.planes * S.split // S.groups  # operands of a group
+        for g in tl.static_range(GROUPS):
+            product = tl.zeros([GROUP, page_ptr.shape[0]], tl.float32)
+            total = tl.zeros([GROUP], tl.float32)
+            for k in tl.static_range(EACH):
+                code = _plane(x, (g * EACH + k) // S.split, S, DOT, FAST)
+                product = tl.dot(
+                    operands[g * EACH + k], tl.trans(code), product, input_precision="ieee"
+                )
+                total += totals[g * EACH + k]
+            code_scale, zero = _load_meta(page_ptr, index, valid, g, S)
+            code_scale = code_scale * (1.0 / S.unit)
+            offset = (zero - BIAS * code_scale)[None, :]
+            scores += product * code_scale[None, :] + total[:, None] * offset
+    return tl.where(valid[None, :], scores * (factor * scale)[:, None], float("-inf"))
+
+
+@triton.jit
+def tile_values(
+    sums, offsets, decay, p, page_ptr, index, valid,
+    S: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Add a tile's values, weighted by p, to sums that decay.
+
+    Args:
+        sums: tuple of [GROUP, padded], by plane.
+        offsets: tuple of [GROUP, tokens], by group: what scale and zero add to all columns.
+        decay: [GROUP].
+        p: [GROUP, tokens].
+
+    Returns:
+        The sums and offsets. The sums are `S.boost * S.unit` times too large.
+    """
+    GROUPS: tl.constexpr = S.groups
+    PLANES: tl.constexpr = S.planes
+    SPLITS: tl.constexpr = S.split
+    x = _load_vectors(page_ptr, index, valid, S, DTYPE)
+    if S.bits == 16:
+        sums = (
+            tl.dot(
+                p.to(DOT), _plane(x, 0, S, DOT, FAST), sums[0] * decay[:, None],
+                input_precision="ieee",
+            ),
+        )  # fmt: skip
+    else:
+        new_offsets = ()
+        weights = ()
+        for g in tl.static_range(GROUPS):
+            scale, zero = _load_meta(page_ptr, index, valid, g, S)
+            weight = (p * (scale * S.boost)[None, :]).to(DOT)
+            bias = weight.to(tl.float32) * (BIAS / (S.boost * S.unit))
+            new_offsets = new_offsets + (offsets[g] * decay[:, None] + p * zero[None, :] - bias,)
+            weights = weights + (weight,)
+        offsets = new_offsets
+        new_sums = ()
+        for plane in tl.static_range(PLANES):
+            code = _plane(x, plane, S, DOT, FAST)
+            if S.split == 1:
+                total = tl.dot(
+                    weights[plane * S.groups // S.planes], code, sums[plane] * decay[:, None],
+                    input_precision="ieee",
+                )  # fmt: skip
+            else:
+                total = sums[plane] * decay[:, None]
+                for u in tl.static_range(SPLITS):
+                    product = tl.dot(weights[plane * S.split + u], code, input_precision="ieee")
+                    total += tl.where(_in_split(u, S), product, 0.0)
+            new_sums = new_sums + (total,)
+        sums = new_sums
+    return sums, offsets

@@ -1,0 +1,125 @@
+"""The work list of attention: every head's pages in chunks, listed flat, so that all are of a size.
+
+A chunk is of one head and one tier. How many pages it has follows from the head's own pages alone, so
+that results do not depend on which other requests are in a batch.
+"""
+
+import triton
+import triton.language as tl
+
+from diffkv.kernels.triton.facts import Tier
+
+__all__ = ["ITEM_FIELDS", "MAX_CHUNKS", "item_of", "list_kernel", "min_chunk_pages"]
+
+MAX_CHUNKS = 32
+"""Most chunks of a head: partial results of one head are merged by one program, all at once."""
+
+MIN_CHUNK_TOKENS = 512
+
+ITEM_FIELDS = 8
+"""int32 fields of an item: row * 2 + tier, slot, first page, pages, tokens, its first score page."""
+
+_FIELDS = tl.constexpr(ITEM_FIELDS)
+
+
+def min_chunk_pages(tiers: tuple[Tier, ...]) -> int:
+    """Fewest pages of a chunk, where the head has more: all tiers' pages have the same bytes."""
+    return max(1, MIN_CHUNK_TOKENS // tiers[0].tokens)
+
+
+@triton.jit
+def _row_chunks(
+    slots_ptr, num_tokens_ptr, row, mask, layer,
+    L: tl.constexpr, H: tl.constexpr, TIERS: tl.constexpr, MIN: tl.constexpr, MAX: tl.constexpr,
+):  # fmt: skip
+    """(slot, high tokens, low tokens, high pages, low pages, pages of a chunk) of some rows."""
+    slot = tl.load(slots_ptr + row // H, mask=mask, other=-1)
+    is_request = slot >= 0
+    at = num_tokens_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * 2
+    high = tl.load(at, mask=is_request, other=0)
+    high_pages = tl.cdiv(high, TIERS[0].tokens)
+    low = tl.zeros_like(high)
+    low_pages = tl.zeros_like(high)
+    if len(TIERS) > 1:
+        low = tl.load(at + 1, mask=is_request, other=0)
+        low_pages = tl.cdiv(low, TIERS[1].tokens)
+    # Two tiers may each end in a smaller chunk
+    chunk = tl.cdiv(high_pages + low_pages, MAX - 2)
+    return slot, high, low, high_pages, low_pages, tl.maximum(chunk, MIN)
+
+
+@triton.jit(do_not_specialize=["layer", "R_H"])
+def list_kernel(
+    slots_ptr,  # [R]
+    num_tokens_ptr,  # [S, L, H, 2]
+    items_ptr,  # [., ITEM_FIELDS] out
+    row_items_ptr,  # [R * H, 2] out: first item of a row, and how many
+    num_items_ptr,  # [1] out
+    layer,
+    R_H,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    TIERS: tl.constexpr,
+    MIN: tl.constexpr,
+    MAX: tl.constexpr,
+    ROWS: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """ROWS rows (request, head) a program. Each counts by itself what is before its rows."""
+    start = tl.program_id(0) * ROWS
+    first_item = tl.zeros([], tl.int32)
+    first_page = tl.zeros([], tl.int32)
+    for block in range(0, start, COUNT):
+        row = block + tl.arange(0, COUNT)
+        mask = row < start
+        _, _, _, high_pages, low_pages, chunk = _row_chunks(
+            slots_ptr, num_tokens_ptr, row, mask, layer, L, H, TIERS, MIN, MAX
+        )
+        first_item += tl.sum(tl.cdiv(high_pages, chunk) + tl.cdiv(low_pages, chunk))
+        first_page += tl.sum(high_pages + low_pages)
+
+    row = start + tl.arange(0, ROWS)
+    exists = row < R_H
+    slot, high, low, high_pages, low_pages, chunk = _row_chunks(
+        slots_ptr, num_tokens_ptr, row, exists, layer, L, H, TIERS, MIN, MAX
+    )
+    high_items = tl.cdiv(high_pages, chunk)
+    items = high_items + tl.cdiv(low_pages, chunk)
+    pages = high_pages + low_pages
+    item = first_item + tl.cumsum(items, 0) - items
+    score_page = first_page + tl.cumsum(pages, 0) - pages
+    tl.store(row_items_ptr + row * 2, item, mask=exists)
+    tl.store(row_items_ptr + row * 2 + 1, items, mask=exists)
+    if start + ROWS >= R_H:
+        tl.store(num_items_ptr, first_item + tl.sum(items))
+
+    each = tl.arange(0, MAX)[None, :]
+    mask = each < items[:, None]
+    is_low = each >= high_items[:, None]
+    begin = (each - tl.where(is_low, high_items[:, None], 0)) * chunk[:, None]
+    num_pages = tl.where(is_low, low_pages[:, None], high_pages[:, None])
+    num_tokens = tl.where(is_low, low[:, None], high[:, None])
+    per_page = tl.where(is_low, TIERS[len(TIERS) - 1].tokens, TIERS[0].tokens)
+    num_pages = tl.minimum(num_pages - begin, chunk[:, None])
+    num_tokens = tl.minimum(num_tokens - begin * per_page, num_pages * per_page)
+    first_score = score_page[:, None] + begin + tl.where(is_low, high_pages[:, None], 0)
+    at = items_ptr + (item[:, None] + each).to(tl.int64) * _FIELDS
+    tl.store(at, row[:, None] * 2 + is_low.to(tl.int32), mask=mask)
+    tl.store(at + 1, slot[:, None] + tl.zeros_like(each), mask=mask)
+    tl.store(at + 2, begin, mask=mask)
+    tl.store(at + 3, num_pages, mask=mask)
+    tl.store(at + 4, num_tokens, mask=mask)
+    tl.store(at + 5, first_score, mask=mask)
+
+
+@triton.jit
+def item_of(items_ptr, item):
+    """(row, tier, slot, first page, pages, tokens, first score page) of an item."""
+    at = items_ptr + item * _FIELDS
+    row_tier = tl.load(at)
+    slot = tl.load(at + 1)
+    first_page = tl.load(at + 2)
+    num_pages = tl.load(at + 3)
+    num_tokens = tl.load(at + 4)
+    score_page = tl.load(at + 5)
+    return row_tier // 2, row_tier % 2, slot, first_page, num_pages, num_tokens, score_page

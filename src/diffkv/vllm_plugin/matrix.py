@@ -1,0 +1,272 @@
+"""What of vLLM goes with DiffKV: one table, for refusals at start and for docs/support-matrix.md.
+
+Nothing here imports vLLM. `python tools/support_matrix.py` writes the page anew.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from diffkv.quant import ConfigError
+
+__all__ = ["MATRIX", "WITHOUT", "Row", "refuse", "to_markdown"]
+
+WORKS, REFUSED, OFF, NOT_TRIED = "works", "refused", "turned off", "not tried"
+WITHOUT = "serve this model without DiffKV"
+
+TESTS = "tests/vllm_plugin/"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        area: models, weights, features or parallelism.
+        feature: as the page names it.
+        status: works, refused, turned off or not tried.
+        why: or what is known.
+        change: what a user does instead, where it is refused.
+        tests: that run it: `file::function` in the tests' folder.
+        asked: for refused ones, whether a vLLM configuration asks for it; None where another check
+            refuses: vLLM's own, a flag of `diffkv serve`, or `layer_argument`.
+        words: of the refusal, formatted with the configuration as `config`; `feature` if empty.
+        layer_argument: of vLLM's attention layers, that a model uses for it.
+    """
+
+    area: str
+    feature: str
+    status: str
+    why: str = ""
+    change: str = ""
+    tests: tuple[str, ...] = ()
+    asked: Callable[[Any], bool] | None = None
+    words: str = ""
+    layer_argument: str | None = None
+
+    def refusal(self, vllm_config: Any) -> str:
+        """The line that a user gets."""
+        what = (self.words or self.feature).format(config=vllm_config)
+        return f"DiffKV does not support {what}: {self.change}"
+
+
+def _has_sliding_window(config: Any) -> bool:
+    model = config.model_config
+    return (
+        getattr(model.hf_text_config, "sliding_window", None) is not None
+        and not model.disable_sliding_window
+        and getattr(model.hf_text_config, "use_sliding_window", True)
+    )
+
+
+def _has_context_parallelism(config: Any) -> bool:
+    parallel = config.parallel_config
+    return (
+        parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+    )
+
+
+_FAMILIES = (
+    f"{TESTS}test_models.py::test_lossless_tokens_equal_stock",
+    f"{TESTS}test_models.py::test_lossy_drift_is_bounded_and_counts_are_right",
+)
+_WEIGHTS = (f"{TESTS}test_weights.py::test_format_is_served_as_by_stock",)
+_REFUSALS = ("tests/test_support_matrix.py::test_refusals",)
+_LAYERS = ("tests/test_support_matrix.py::test_layer_refusals",)
+
+_MODELS = tuple(
+    Row("models", name, WORKS, "a tiny checkpoint of the family equals vLLM's own cache", "", _FAMILIES)
+    for name in (
+        "Llama 2 (MHA)", "Llama 3 (GQA)", "Mistral", "Mixtral", "Qwen 2.5 (QKV bias, tied embeddings)",
+        "Qwen 3 (QK norm)", "Qwen 3 MoE", "head_dim 64, 80, 96, 128",
+    )
+) + (
+    Row("models", "head_dim 256", NOT_TRIED, "in an engine"),
+    Row("models", "multimodal models", NOT_TRIED),
+    Row(
+        "models", "sliding-window layers", REFUSED, "they would need another rule for what to keep",
+        "pass --disable-sliding-window, which limits the context to the window, or serve the model "
+        "without DiffKV",
+        (f"{TESTS}test_models.py::test_sliding_window_is_refused_unless_disabled", *_REFUSALS),
+        _has_sliding_window, layer_argument="sliding_window",
+    ),
+    Row(
+        "models", "MLA", REFUSED, "its cache is compressed already", "serve them without DiffKV",
+        _REFUSALS, lambda config: config.model_config.use_mla,
+        "MLA models (their cache is compressed already)",
+    ),
+    Row(
+        "models", "layers with a recurrent state (hybrid models)", REFUSED, "they have no KV cache",
+        "serve them without DiffKV", _REFUSALS, lambda config: config.model_config.is_hybrid,
+        "hybrid models (layers with a recurrent state)",
+    ),
+    Row(
+        "models", "encoder-decoder models", REFUSED, "only decoder attention is implemented",
+        "serve them without DiffKV", _REFUSALS,
+        lambda config: config.model_config.is_encoder_decoder,
+    ),
+    Row(
+        "models", "models that do not generate", REFUSED, "pooling needs no cache",
+        "serve them without DiffKV", _REFUSALS,
+        lambda config: config.model_config.runner_type != "generate",
+    ),
+    Row(
+        "models", "ALiBi", REFUSED, "the kernels have no position bias", WITHOUT, _LAYERS,
+        layer_argument="alibi_slopes",
+    ),
+    Row(
+        "models", "soft cap on attention scores", REFUSED, "the kernels have none", WITHOUT, _LAYERS,
+        layer_argument="logits_soft_cap",
+    ),
+    Row(
+        "models", "attention sinks as parameters", REFUSED, "the kernels have none", WITHOUT, _LAYERS,
+        layer_argument="sinks",
+    ),
+    Row(
+        "models", "layers that share a KV cache", REFUSED, "each layer has pages of its own", WITHOUT,
+        _LAYERS, layer_argument="kv_sharing",
+    ),
+)  # fmt: skip
+
+_FEATURES = (
+    Row(
+        "features", "chunked prefill", WORKS, "decided at the last chunk, as if it had come at once",
+        "", (f"{TESTS}test_lossless.py::test_tokens_equal_stock",),
+    ),
+    Row(
+        "features", "preemption", WORKS, "by recomputation", "",
+        (f"{TESTS}test_lossless.py::test_tokens_equal_stock",),
+    ),
+    Row(
+        "features", "several processes (vLLM's default)", WORKS, "", "",
+        (f"{TESTS}test_lossless.py::test_tokens_equal_stock_in_several_processes",),
+    ),
+    Row(
+        "features", "logprobs", WORKS, "", "",
+        (
+            f"{TESTS}test_server.py::test_completion_and_logprobs",
+            f"{TESTS}test_error_bound.py::test_logits_within_bound",
+        ),
+    ),
+    Row(
+        "features", "several answers (n > 1), stop strings", WORKS, "each answer has pages of its own",
+        "", (f"{TESTS}test_server.py::test_stop_and_several_answers",),
+    ),
+    Row(
+        "features", "chat, streaming, cancelled streams", WORKS, "", "",
+        (
+            f"{TESTS}test_server.py::test_chat",
+            f"{TESTS}test_server.py::test_streaming_equals_the_whole",
+            f"{TESTS}test_server.py::test_clients_that_disconnect",
+        ),
+    ),
+    Row(
+        "features", "thresholds of a request", WORKS, "bad values are answered with HTTP 400", "",
+        (f"{TESTS}test_requests.py::test_each_alone_gives_the_same", f"{TESTS}test_server.py::test_bad_settings"),
+    ),
+    Row("features", "structured output", NOT_TRIED, "logits are left alone"),
+    Row("features", "LoRA", NOT_TRIED, "the cache does not see weights"),
+    Row("features", "sleep mode", NOT_TRIED),
+    Row("features", "beam search", NOT_TRIED),
+    Row(
+        "features", "prefix caching", OFF,
+        "heads keep different tokens, so requests cannot share pages; diffkv serve refuses the flag",
+        "leave out --enable-prefix-caching",
+        (f"{TESTS}test_bad_input.py::test_flags_that_do_not_go_together",),
+    ),
+    Row(
+        "features", "speculative decoding", REFUSED, "rejected tokens would have to be taken back",
+        "leave out --speculative-config",
+        (f"{TESTS}test_bad_input.py::test_flags_that_do_not_go_together", *_REFUSALS),
+        lambda config: config.speculative_config is not None,
+        "speculative decoding (rejected tokens would have to be taken back)",
+    ),
+    Row(
+        "features", "kv_cache_dtype other than auto", REFUSED, "formats are set by --quant",
+        "leave it at auto, formats are set by quant",
+        (f"{TESTS}test_bad_input.py::test_options", *_REFUSALS),
+        lambda config: config.cache_config.cache_dtype != "auto",
+        "--kv-cache-dtype {config.cache_config.cache_dtype}",
+    ),
+    Row(
+        "features", "another KV connector", REFUSED, "DiffKV is one, and vLLM has one",
+        "leave out --kv-transfer-config",
+        (f"{TESTS}test_bad_input.py::test_flags_that_do_not_go_together",),
+    ),
+    Row(
+        "features", "another version of vLLM", REFUSED, "the plugin knows its internals",
+        "install the version that the message names",
+        (f"{TESTS}test_bad_input.py::test_vllm_that_is_not_supported",),
+    ),
+)  # fmt: skip
+
+_PARALLELISM = (
+    Row(
+        "parallelism", "tensor parallelism", WORKS, "2 ranks; each has the pool of its heads", "",
+        (f"{TESTS}test_parallel.py::test_two_ranks_equal_one",),
+    ),
+    Row(
+        "parallelism", "pipeline parallelism", REFUSED, "a pool holds all layers of a model",
+        "use --tensor-parallel-size instead",
+        (
+            f"{TESTS}test_parallel.py::test_other_parallelism_is_refused_in_process",
+            f"{TESTS}test_parallel.py::test_pipeline_parallelism_is_one_line_on_the_command_line",
+            *_REFUSALS,
+        ),
+        lambda config: config.parallel_config.pipeline_parallel_size > 1,
+    ),
+    Row(
+        "parallelism", "context parallelism", REFUSED, "a head's pages are on one rank",
+        "leave its sizes at 1", _REFUSALS, _has_context_parallelism,
+    ),
+    Row("parallelism", "data parallelism", NOT_TRIED, "vLLM itself refuses it within one process"),
+    Row("parallelism", "expert parallelism", NOT_TRIED),
+    Row("parallelism", "several machines", NOT_TRIED, "vLLM's part, by Ray or multiprocessing"),
+    Row("parallelism", "CPU", WORKS, "every test above runs on one", "", _FAMILIES),
+    Row("parallelism", "GPU", NOT_TRIED, "in an engine"),
+)  # fmt: skip
+
+MATRIX = (
+    *_MODELS,
+    *(
+        Row("weights", name, WORKS, "a tiny checkpoint agrees with vLLM's own cache", "", _WEIGHTS)
+        for name in ("GPTQ int4", "AWQ int4", "INT8 (compressed-tensors)")
+    ),
+    Row("weights", "float32, bfloat16", WORKS, "", "", (*_FAMILIES, *_WEIGHTS)),
+    *_FEATURES,
+    *_PARALLELISM,
+)
+"""The whole table. Only what a test runs is said to work."""
+
+
+def refuse(vllm_config: Any) -> None:
+    """Refuse the first thing that a vLLM configuration asks for and DiffKV cannot do.
+
+    Raises:
+        ConfigError: names it, and what to change.
+    """
+    for row in MATRIX:
+        if row.asked is not None and row.asked(vllm_config):
+            raise ConfigError(row.refusal(vllm_config))
+
+
+def to_markdown() -> str:
+    """docs/support-matrix.md."""
+    lines = [
+        "# What goes with DiffKV",
+        "",
+        "<!-- Written by `python tools/support_matrix.py` from src/diffkv/vllm_plugin/matrix.py. -->",
+        "",
+        "*works*: the tests named beside it run it. *refused*: the engine does not start, and says "
+        "in one line what to change. *turned off*: the start-up log says so. *not tried*: it may "
+        "work; no test says so.",
+    ]
+    for area in dict.fromkeys(row.area for row in MATRIX):
+        lines += ["", f"## {area.capitalize()}", "", "| | | why, what to change | tests |"]
+        lines += ["|---|---|---|---|"]
+        for row in MATRIX:
+            if row.area == area:
+                notes = "; ".join(text for text in (row.why, row.change) if text)
+                tests = ", ".join(f"`{test.rsplit('/', 1)[-1]}`" for test in row.tests)
+                lines.append(f"| {row.feature} | {row.status} | {notes} | {tests} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,161 @@
+"""Every model family, on tiny checkpoints, against vLLM's own cache.
+
+Drift is measured in logits, not in tokens alone: one token that differs makes all later ones differ. It is
+the mean of |log p - log p'| over the five likeliest tokens of vLLM's own run, over all steps up to the
+first where the two runs choose differently, that one included: up to there both have read the same text.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import engine, random_prompts
+
+from diffkv.quant import ConfigError
+
+sys.path.append(str(Path(__file__).parents[1]))  # pytest adds this folder, but not the one above
+from checkpoints import FAMILIES, make
+
+NEW_TOKENS = 24
+LIKELIEST = 5
+MAX_DRIFT = 0.3
+"""Of k8v4, in nats. These models (logits of standard deviation 4) drift by 0.13 to 0.23, and by 0.35 and
+more if the cache forgets all but its window, which is asserted to be over the bound."""
+THRESHOLDS = {"alpha_high": 2.0, "alpha_low": 1.0}
+WINDOW_ONLY = {"diffkv_alpha_high": 1e6, "diffkv_alpha_low": 1e6}
+PROMPTS = random_prompts(5, 150)
+SUPPORTED = [name for name in FAMILIES if name != "mistral_window"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens of one answer, and for each the log-probabilities of the likeliest tokens."""
+
+    token_ids: list[int]
+    logprobs: list[dict[int, float]]
+
+
+def arguments(model: Path, **others: Any) -> dict[str, Any]:
+    """A small engine on a tiny checkpoint."""
+    return {
+        "model": str(model),
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 32 << 20,
+        **others,
+    }
+
+
+def decode(llm: Any, new_tokens: int = NEW_TOKENS, **settings: Any) -> list[Answer]:
+    """Answer PROMPTS greedily, with per-request settings."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=20, extra_args=settings
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    outputs = [out.outputs[0] for out in llm.generate(prompts, params, use_tqdm=False)]
+    return [
+        Answer(
+            list(out.token_ids),
+            [{token: each.logprob for token, each in step.items()} for step in out.logprobs],
+        )
+        for out in outputs
+    ]
+
+
+def token_ids(answers: Sequence[Answer]) -> list[list[int]]:
+    return [answer.token_ids for answer in answers]
+
+
+def drift(stock: Sequence[Answer], ours: Sequence[Answer]) -> float:
+    """The measure of this module's docstring, in nats."""
+    differences = []
+    for ref, answer in zip(stock, ours, strict=True):
+        for step, theirs in enumerate(ref.logprobs):
+            mine = answer.logprobs[step]
+            floor = min(mine.values())  # a token that fell out of the 20 likeliest is below it
+            likeliest = sorted(theirs, key=theirs.__getitem__)[-LIKELIEST:]
+            differences += [abs(theirs[token] - mine.get(token, floor)) for token in likeliest]
+            if ref.token_ids[step] != answer.token_ids[step]:
+                break
+    return float(np.mean(differences))
+
+
+def totals(llm: Any) -> dict[str, float]:
+    """Of all requests so far. A step without tokens makes the worker hear of the last that ended."""
+    llm.llm_engine.step()
+    (summary,) = llm.collective_rpc("diffkv_summary")
+    return {**summary["totals"], "pages_held": summary["pool"]["pages_held"]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's checkpoint and what vLLM's own cache makes of it."""
+
+    model: Path
+    stock: list[Answer]
+
+
+@pytest.fixture(scope="module", params=SUPPORTED)
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Case]:
+    model = make(request.param, tmp_path_factory.mktemp(request.param))
+    with engine(**arguments(model)) as llm:
+        yield Case(model, decode(llm))
+
+
+def test_checkpoint_does_not_repeat_itself(case: Case) -> None:
+    for answer in case.stock:
+        assert len(set(answer.token_ids)) >= NEW_TOKENS // 3
+
+
+def test_lossless_tokens_equal_stock(case: Case) -> None:
+    with engine("k16v16", **arguments(case.model, max_num_batched_tokens=64)) as llm:
+        answers = decode(llm)
+    assert token_ids(answers) == token_ids(case.stock)
+    assert drift(case.stock, answers) < 1e-4
+
+
+def test_lossy_drift_is_bounded_and_counts_are_right(case: Case) -> None:
+    with engine("k8v4-k4v2", THRESHOLDS, **arguments(case.model)) as llm:
+        all_high = decode(llm, diffkv="off")
+        high_only = totals(llm)
+        decode(llm)
+        both = totals(llm)
+        window_only = decode(llm, **WINDOW_ONLY)
+        held = totals(llm)["pages_held"]
+    num_tokens = sum(len(prompt) + NEW_TOKENS - 1 for prompt in PROMPTS)
+    assert high_only["num_tokens"] == high_only["high"] == num_tokens
+    assert high_only["low"] == 0
+    low, high = both["low"], both["high"] - high_only["high"]
+    assert low > 0
+    assert num_tokens - high - low > 0
+    assert held == high_only["pages_held"] == both["pages_held"] == 0
+    assert drift(case.stock, all_high) < MAX_DRIFT < drift(case.stock, window_only)
+
+
+def test_sliding_window_is_refused_unless_disabled(tmp_path: Path) -> None:
+    model = make("mistral_window", tmp_path)
+    with (
+        pytest.raises(ConfigError, match="--disable-sliding-window") as refused,
+        engine("k16v16", **arguments(model)),
+    ):
+        pass
+    assert "\n" not in str(refused.value)
+    short = arguments(model, max_model_len=128, disable_sliding_window=True)
+    prompt = {"prompt_token_ids": PROMPTS[0][:40]}
+    answers = []
+    for quant in (None, "k16v16"):
+        with engine(quant, **short) as llm:
+            from vllm import SamplingParams
+
+            params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+            (output,) = llm.generate(prompt, params, use_tqdm=False)
+            answers.append(list(output.outputs[0].token_ids))
+    assert answers[0] == answers[1]

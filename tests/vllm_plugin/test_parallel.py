@@ -1,0 +1,103 @@
+"""Tensor parallelism equals one process; what cannot be split is refused before a worker starts."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_models
+from conftest import MODEL, engine
+from test_models import Answer, arguments, decode, drift, token_ids
+
+from checkpoints import make  # isort: skip
+from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.connector import ReportMessage
+from diffkv.vllm_plugin.spec import Report
+
+SUMMATION_DRIFT = 1e-3
+"""In nats: two halves of a sum are added in another order, and a code may fall on its other side."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama2", tmp_path_factory.mktemp("llama2"))
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    yield {"tensor_parallel_size": 2}
+
+
+def run(
+    quant: str, options: dict[str, Any] | None, model: Path, **args: Any
+) -> tuple[list[Answer], list[dict[str, Any]]]:
+    """Answers, and each rank's summary once all requests are over."""
+    with engine(quant, options, **arguments(model, **args)) as llm:
+        answers = decode(llm)
+        llm.llm_engine.step()
+        return answers, llm.collective_rpc("diffkv_summary")
+
+
+@pytest.mark.parametrize(
+    ("quant", "options"),
+    [("k16v16", None), ("k8v4-k4v2", test_models.THRESHOLDS)],
+    ids=["lossless", "lossy"],
+)
+def test_two_ranks_equal_one(
+    quant: str, options: dict[str, Any] | None, model: Path, two_ranks: dict[str, Any]
+) -> None:
+    split, ranks = run(quant, options, model, **two_ranks)
+    whole, (one,) = run(quant, options, model, tensor_parallel_size=1)
+    assert token_ids(split) == token_ids(whole)
+    assert drift(whole, split) < SUMMATION_DRIFT
+    assert len(ranks) == 2
+    for rank in ranks:
+        assert rank["pool"]["pages_held"] == 0
+        assert rank["totals"]["num_tokens"] == one["totals"]["num_tokens"]
+    # A rank has half of the heads: its counts are means over those.
+    for name in ("high", "low"):
+        mean = sum(rank["totals"][name] for rank in ranks) / 2
+        assert mean == pytest.approx(one["totals"][name], rel=0.01)
+    assert sum(r["totals"]["num_pages"] for r in ranks) == pytest.approx(
+        one["totals"]["num_pages"], rel=0.01
+    )
+
+
+def test_the_fullest_rank_decides() -> None:
+    left = ReportMessage({"a": Report(7, 2, 30), "b": Report(1, 1, 5)})
+    right = ReportMessage({"a": Report(5, 4, 29), "c": Report(9, 0, 80)})
+    expected = {"a": Report(7, 4, 29), "b": Report(1, 1, 5), "c": Report(9, 0, 80)}
+    assert left.aggregate(right).reports == expected
+    assert right.aggregate(left).reports == expected
+    assert left.reports["a"] == Report(7, 2, 30), "aggregating changed a message"
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism: use --tensor-parallel-size"),
+        ({"data_parallel_size": 2}, "not supported for single-process"),
+    ],
+    ids=["pipeline", "data"],
+)
+def test_other_parallelism_is_refused_in_process(argument: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as refused, engine("k8v4", **argument):
+        pass
+    assert "\n" not in str(refused.value)
+
+
+def test_pipeline_parallelism_is_one_line_on_the_command_line() -> None:
+    command = [
+        sys.executable, "-m", "diffkv", "generate", "--model", MODEL, "--prompt", "a",
+        "--pipeline-parallel-size", "2",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    ours = [line for line in done.stderr.splitlines() if line.startswith("diffkv:")]
+    assert ours == [
+        "diffkv: DiffKV does not support pipeline parallelism: use --tensor-parallel-size instead"
+    ]
