@@ -1,6 +1,6 @@
 """Qwen 2.5 7B with the thresholds published for it, beside the same engine with nothing compressed.
 
-    .venv/bin/python examples/qwen2_5.py --model FOLDER_OR_ID
+Run it as `.venv/bin/python examples/qwen2_5.py --model FOLDER_OR_ID`.
 
 Both thresholds are equal, so prompts have no low tier: a token is high or dropped.
 """

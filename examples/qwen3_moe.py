@@ -1,6 +1,6 @@
 """A mixture of experts in AWQ int4, its heads split over two devices.
 
-    .venv/bin/python examples/qwen3_moe.py --model FOLDER_OR_ID
+Run it as `.venv/bin/python examples/qwen3_moe.py --model FOLDER_OR_ID`.
 
 On a CPU, VLLM_CPU_OMP_THREADS_BIND='0|1' gives each of the two processes a core, and vLLM has no AWQ
 kernel for experts: take a model in bfloat16 there. Thresholds as in qwen3_thinking.py.

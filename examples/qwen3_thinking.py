@@ -1,6 +1,6 @@
 """A thinking model: long sampled answers, where the cache is mostly generated tokens.
 
-    .venv/bin/python examples/qwen3_thinking.py --model FOLDER_OR_ID
+Run it as `.venv/bin/python examples/qwen3_thinking.py --model FOLDER_OR_ID`.
 
 Formats are the artifact's for thinking models: finer groups for 4 and 2 bits. Nothing is dropped; the
 thresholds are those published for QwQ-32B, since there are none for Qwen 3. Greedy decoding makes these

@@ -160,7 +160,7 @@ def _gptq(weight: Tensor) -> dict[str, Tensor]:
 
 def _awq(weight: Tensor) -> dict[str, Tensor]:
     """Asymmetric: a weight is (code - zero) * scale. Eight outputs to a word, in AWQ's order."""
-    outputs, inputs = weight.shape
+    outputs = weight.shape[0]
     grouped = _grouped(weight)
     low = grouped.amin(1, keepdim=True).clamp(max=0)
     high = grouped.amax(1, keepdim=True).clamp(min=0)

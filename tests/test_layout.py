@@ -202,7 +202,7 @@ def most_new_pages(tokens_per_page, num_tokens):
     )
 
 
-@pytest.mark.parametrize("text", ["k8v4", "k8v4-k4v2", "k8v8-k4v1", "k8v4-k8v4g1x2"])
+@pytest.mark.parametrize("text", ["k8v4", "k8v4-k4v2", "k8v8-k4v1", "k8v4g1x2-k8v4"])
 @pytest.mark.parametrize("page_bytes", [96, 128, 192, 320])
 def test_max_new_pages_is_the_worst_case_exactly(text, page_bytes):
     layout = derive(text, 8, page_bytes)
@@ -251,3 +251,10 @@ def test_page_is_refused(kwargs, message):
     with pytest.raises(ConfigError) as error:
         derive("k8v8-k8v4", **kwargs)
     assert str(error.value) == message
+
+
+def test_low_tokens_must_not_be_larger_than_high_ones():
+    with pytest.raises(ConfigError, match="low tier k8v4g1x2 takes 212 bytes.* more than 208"):
+        PageLayout.derive(QuantConfig.parse("k8v4-k8v4g1x2"), 128)
+    with pytest.raises(ConfigError, match="use fewer groups or bits in the low tier"):
+        PageLayout.derive(QuantConfig.parse("k4v2-k4v1g4x4"), 64)

@@ -104,7 +104,9 @@ class Rank:
         if not model.num_experts:
             return self.weight_bytes
         missed = (1 - model.num_active_experts / model.num_experts) ** num_requests
-        share = model.num_layers * model.num_experts * model.expert_parameters / model.num_parameters
+        share = (
+            model.num_layers * model.num_experts * model.expert_parameters / model.num_parameters
+        )
         return int(self.weight_bytes * (1 - share * missed))
 
 

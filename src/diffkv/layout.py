@@ -196,10 +196,17 @@ class PageLayout:
                 f"page_bytes must be a multiple of {PAGE_ALIGNMENT_BYTES} up to {MAX_PAGE_BYTES}, "
                 f"got {page_bytes}"
             )
-        return cls(
-            quant, head_dim, element_bytes, page_bytes,
-            tuple(_fill_or_refuse(fmt, head_dim, element_bytes, page_bytes) for fmt in quant.tiers),
-        )  # fmt: skip
+        tiers = tuple(
+            _fill_or_refuse(fmt, head_dim, element_bytes, page_bytes) for fmt in quant.tiers
+        )
+        if tiers[-1].token_bytes > tiers[0].token_bytes:
+            # Demoting would cost memory, and no bound on the pages of a prompt would hold.
+            raise ConfigError(
+                f"a token of the low tier {quant.low} takes {tiers[-1].token_bytes} bytes at head_dim "
+                f"{head_dim}, more than {tiers[0].token_bytes} of the high tier {quant.high}: "
+                f"use fewer groups or bits in the low tier"
+            )
+        return cls(quant, head_dim, element_bytes, page_bytes, tiers)
 
     @property
     def high(self) -> TierLayout:

@@ -80,7 +80,9 @@ class ModelConfig:
         """
         text: Mapping[str, Any] = {**config, **(config.get("text_config") or {})}
         if text.get("kv_lora_rank"):
-            raise ConfigError(f"{name} has MLA: its cache is compressed already, DiffKV has no part")
+            raise ConfigError(
+                f"{name} has MLA: its cache is compressed already, DiffKV has no part"
+            )
         try:
             num_q_heads = int(text["num_attention_heads"])
             hidden_size = int(text["hidden_size"])
@@ -96,7 +98,9 @@ class ModelConfig:
         model_type = str(text.get("model_type", ""))
         dtype = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16")
         if dtype not in DTYPE_BYTES:
-            raise ConfigError(f"config.json of {name} has dtype {dtype}: not {', '.join(DTYPE_BYTES)}")
+            raise ConfigError(
+                f"config.json of {name} has dtype {dtype}: not {', '.join(DTYPE_BYTES)}"
+            )
         bits, group = _weight_bits(config.get("quantization_config"), DTYPE_BYTES[dtype] * 8, name)
         bias = bool(text.get("attention_bias", False))
         return cls(

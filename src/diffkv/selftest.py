@@ -105,9 +105,7 @@ def _decode(kernels: Ops, state: PoolState, new: Tensor, query: Tensor) -> Tenso
 
 def _different(ours: PoolState, theirs: PoolState) -> int:
     names = ("pages", "page_table", "num_tokens", "num_pages_held", "free_ring", "ring_ends")
-    return sum(
-        int((getattr(ours, name).cpu() != getattr(theirs, name)).sum()) for name in names
-    )
+    return sum(int((getattr(ours, name).cpu() != getattr(theirs, name)).sum()) for name in names)
 
 
 def run(device: str = "cpu", kernels: Ops | None = None) -> SelfTest:

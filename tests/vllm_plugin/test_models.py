@@ -1,8 +1,8 @@
 """Every model family, on tiny checkpoints, against vLLM's own cache.
 
-Drift is measured in logits, not in tokens alone: one token that differs makes all later ones differ. It is
+Drift is measured in logits, not in tokens alone, since after one token that differs all others do. It is
 the mean of |log p - log p'| over the five likeliest tokens of vLLM's own run, over all steps up to the
-first where the two runs choose differently, that one included: up to there both have read the same text.
+first where the two runs choose differently, that one included: so far both have read the same text.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Tensor parallelism equals one process; what cannot be split is refused before a worker starts."""
+"""Two ranks give what one gives; what cannot be split is refused before a worker starts."""
 
 import subprocess
 import sys
@@ -67,12 +67,16 @@ def test_two_ranks_equal_one(
 
 
 def test_the_fullest_rank_decides() -> None:
-    left = ReportMessage({"a": Report(7, 2, 30), "b": Report(1, 1, 5)})
-    right = ReportMessage({"a": Report(5, 4, 29), "c": Report(9, 0, 80)})
-    expected = {"a": Report(7, 4, 29), "b": Report(1, 1, 5), "c": Report(9, 0, 80)}
+    left = ReportMessage({"a": Report(7, (2, 6), 30), "b": Report(1, (1, 1), 5)})
+    right = ReportMessage({"a": Report(5, (4, 5), 29), "c": Report(9, (0, 3), 80)})
+    expected = {
+        "a": Report(7, (4, 6), 29),
+        "b": Report(1, (1, 1), 5),
+        "c": Report(9, (0, 3), 80),
+    }
     assert left.aggregate(right).reports == expected
     assert right.aggregate(left).reports == expected
-    assert left.reports["a"] == Report(7, 2, 30), "aggregating changed a message"
+    assert left.reports["a"] == Report(7, (2, 6), 30), "aggregating changed a message"
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,7 @@ class TestOneEngine:
         drive(llm, {"one": Request(prompt, new_tokens=8)}, look)
         shape = worker().shape
         chunks = math.ceil(1071 / CHUNK)
-        most_high = shape.num_kv_heads * math.ceil(
-            1071 / shape.layout.tiers[0].tokens_per_page
-        )
+        most_high = shape.num_kv_heads * math.ceil(1071 / shape.layout.tiers[0].tokens_per_page)
         # while it is prefilled all tokens are high; its last chunk decides, and half goes back
         assert quotas[chunks - 2] > 0.6 * most_high
         assert quotas[chunks - 1] < 0.75 * quotas[chunks - 2]

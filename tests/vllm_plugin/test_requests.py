@@ -37,12 +37,21 @@ def test_parse(extra_args: dict[str, Any] | None, settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("extra_args", "message"),
     [
-        ({"diffkv": "of"}, "diffkv must be \"on\" or \"off\" (all tokens high), got 'of'"),
+        ({"diffkv": "of"}, 'diffkv must be "on" or "off" (all tokens high), got \'of\''),
         ({"diffkv": False}, 'diffkv must be "on" or "off" (all tokens high), got False'),
-        ({"diffkv_alpha": 1}, "unknown setting 'diffkv_alpha': there are diffkv, diffkv_alpha_high"),
+        (
+            {"diffkv_alpha": 1},
+            "unknown setting 'diffkv_alpha': there are diffkv, diffkv_alpha_high",
+        ),
         ({"diffkv_alpha_high": -1}, "diffkv_alpha_high must be a number of 0 or more, got -1"),
-        ({"diffkv_alpha_low": float("nan")}, "diffkv_alpha_low must be a number of 0 or more, got nan"),
-        ({"diffkv_alpha_low": float("inf")}, "diffkv_alpha_low must be a number of 0 or more, got inf"),
+        (
+            {"diffkv_alpha_low": float("nan")},
+            "diffkv_alpha_low must be a number of 0 or more, got nan",
+        ),
+        (
+            {"diffkv_alpha_low": float("inf")},
+            "diffkv_alpha_low must be a number of 0 or more, got inf",
+        ),
         ({"diffkv_alpha_high": "a"}, "diffkv_alpha_high must be a number of 0 or more, got 'a'"),
         ({"diffkv_alpha_high": True}, "diffkv_alpha_high must be a number of 0 or more, got True"),
         ({"diffkv_alpha_high": [1]}, "diffkv_alpha_high must be a number of 0 or more, got [1]"),

@@ -265,7 +265,9 @@ def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch, version: st
         engine_args()
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1", "0.32.0rc2", "0.32.1.dev3+g1"])
+@pytest.mark.parametrize(
+    "version", ["0.32.0", "0.32.0+cpu", "0.32.1", "0.32.0rc2", "0.32.1.dev3+g1"]
+)
 def test_patch_releases_are_taken(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     from diffkv.vllm_plugin import support
 

@@ -168,7 +168,7 @@ def _vllm() -> Check:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         return Check(
             "vLLM", FAIL, f"cannot be used: {lines[-1] if lines else 'no message'}",
-            "look at: python -c 'import vllm'; reinstall with pip install 'diffkv[cpu]' or 'diffkv[gpu]'",
+            "look at: python -c 'import vllm'; reinstall: pip install 'diffkv[cpu]' or 'diffkv[gpu]'",
         )  # fmt: skip
     vllm_version, device = json.loads(answer[1])
     if not device:
@@ -239,7 +239,9 @@ def _compiler() -> Check:
     command = settings().compiler
     text = shlex.join(command)
     try:
-        result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, check=False
+        )
     except OSError as error:
         return Check(
             "compiler", WARN if _gpu_names() else FAIL, f"{text} cannot be run: {error.strerror}",
@@ -281,5 +283,8 @@ def _kernels() -> Check:
     if result.passed:
         return Check("kernels", OK, found)
     return Check(
-        "kernels", FAIL, found, "remove the compiled kernels in the cache folder; if it stays, report it"
+        "kernels",
+        FAIL,
+        found,
+        "remove the compiled kernels in the cache folder; if it stays, report it",
     )

@@ -76,7 +76,12 @@ def _override(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
     Without a low tier alpha_low is the only threshold. Where a user's threshold would cross the
     preset's other one, that one moves along.
     """
-    values = {"quant": preset.quant, "window": preset.window, "alpha_low": preset.alpha_low, **given}
+    values = {
+        "quant": preset.quant,
+        "window": preset.window,
+        "alpha_low": preset.alpha_low,
+        **given,
+    }
     if QuantConfig.parse(values["quant"]).low is None:
         return values
     values.setdefault("alpha_high", max(preset.alpha_high, values["alpha_low"]))

@@ -121,6 +121,7 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
 def _silence_engine() -> None:
     """Keep off the console what every start of vLLM says, unless it is an error."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is ours
     # vLLM looks for Triton before it has set up its log, and wraps deprecated names of torch
     logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")

@@ -97,9 +97,7 @@ def draw_png(facts: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def tokens_html(
-    facts: dict[str, Any], layer: int, head: int, texts: list[str], tiers: str
-) -> str:
+def tokens_html(facts: dict[str, Any], layer: int, head: int, texts: list[str], tiers: str) -> str:
     """A page that needs nothing else: each token of a prompt, coloured by its tier in one head.
 
     Args:

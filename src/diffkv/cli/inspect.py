@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=int, default=0, help=f"of {HTML} (default: 0)")
     parser.add_argument("--head", type=int, default=0, help=f"KV head of {HTML} (default: 0)")
     parser.add_argument(
-        "--kv-memory", type=int, metavar="BYTES", default=generate.DEFAULT_KV_MEMORY_BYTES,
+        "--kv-memory", type=int, metavar="BYTES", default=generate.REFERENCE_KV_MEMORY_BYTES,
         help="KV budget, tables included (default: 256 MiB)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -63,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of tokens outside the window that pairs drop (default: 0)",
     )  # fmt: skip
     parser.add_argument(
-        "--requests", type=int, metavar="N", help="requests at once that there are (default: no end)"
+        "--requests",
+        type=int,
+        metavar="N",
+        help="requests at once that there are (default: no end)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 

@@ -142,9 +142,18 @@ def inspect(
             ranks = [rank for (rank,) in llm.collective_rpc("diffkv_insight")]
             num_tokens = ranks[0]["num_tokens"]
             ids = [*output.prompt_token_ids, *output.outputs[0].token_ids][:num_tokens]
-            high, low, tiers = (
-                [sum(heads, []) for heads in zip(*(rank[name] for rank in ranks), strict=True)]
-                for name in ("high", "low", "tiers")
+            insights.append(
+                Insight(
+                    [tokenizer.decode([i]) for i in ids],
+                    *(
+                        _join_heads([rank[name] for rank in ranks])
+                        for name in ("high", "low", "tiers")
+                    ),
+                )
             )
-            insights.append(Insight([tokenizer.decode([i]) for i in ids], high, low, tiers))
     return insights
+
+
+def _join_heads(ranks: list[list[list[Any]]]) -> list[list[Any]]:
+    """[num_layers][num_kv_heads] of all ranks, from each rank's own."""
+    return [[head for heads in layer for head in heads] for layer in zip(*ranks, strict=True)]

@@ -61,9 +61,7 @@ def _has_sliding_window(config: Any) -> bool:
 
 def _has_context_parallelism(config: Any) -> bool:
     parallel = config.parallel_config
-    return (
-        parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
-    )
+    return parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
 
 
 _FAMILIES = (
@@ -74,13 +72,14 @@ _WEIGHTS = (f"{TESTS}test_weights.py::test_format_is_served_as_by_stock",)
 _REFUSALS = ("tests/test_support_matrix.py::test_refusals",)
 _LAYERS = ("tests/test_support_matrix.py::test_layer_refusals",)
 
-_MODELS = tuple(
-    Row("models", name, WORKS, "a tiny checkpoint of the family equals vLLM's own cache", "", _FAMILIES)
-    for name in (
-        "Llama 2 (MHA)", "Llama 3 (GQA)", "Mistral", "Mixtral", "Qwen 2.5 (QKV bias, tied embeddings)",
-        "Qwen 3 (QK norm)", "Qwen 3 MoE", "head_dim 64, 80, 96, 128",
-    )
-) + (
+_MODELS = (
+    *(
+        Row("models", name, WORKS, "a tiny checkpoint of the family equals vLLM's own cache", "", _FAMILIES)
+        for name in (
+            "Llama 2 (MHA)", "Llama 3 (GQA)", "Mistral", "Mixtral", "Qwen 2.5 (QKV bias, tied embeddings)",
+            "Qwen 3 (QK norm)", "Qwen 3 MoE", "head_dim 64, 80, 96, 128",
+        )
+    ),
     Row("models", "head_dim 256", NOT_TRIED, "in an engine"),
     Row("models", "multimodal models", NOT_TRIED),
     Row(
@@ -162,7 +161,10 @@ _FEATURES = (
     ),
     Row(
         "features", "thresholds of a request", WORKS, "bad values are answered with HTTP 400", "",
-        (f"{TESTS}test_requests.py::test_each_alone_gives_the_same", f"{TESTS}test_server.py::test_bad_settings"),
+        (
+            f"{TESTS}test_requests.py::test_each_alone_gives_the_same",
+            f"{TESTS}test_server.py::test_bad_settings",
+        ),
     ),
     Row("features", "structured output", NOT_TRIED, "logits are left alone"),
     Row("features", "LoRA", NOT_TRIED, "the cache does not see weights"),
@@ -230,12 +232,19 @@ MATRIX = (
     *_MODELS,
     *(
         Row("weights", name, WORKS, "a tiny checkpoint agrees with vLLM's own cache", "", _WEIGHTS)
-        for name in ("GPTQ int4", "AWQ int4", "INT8 (compressed-tensors)")
+        for name in (
+            "GPTQ int4", "AWQ int4", "FP8 (compressed-tensors)", "INT8 (compressed-tensors)",
+        )
+    ),
+    Row(
+        "weights", "quantising to FP8 while loading", REFUSED, "vLLM itself does, on a CPU",
+        "give a checkpoint that is quantised",
+        (f"{TESTS}test_weights.py::test_quantising_online_to_fp8_is_refused_by_vllm_in_one_line",),
     ),
     Row("weights", "float32, bfloat16", WORKS, "", "", (*_FAMILIES, *_WEIGHTS)),
     *_FEATURES,
     *_PARALLELISM,
-)
+)  # fmt: skip
 """The whole table. Only what a test runs is said to work."""
 
 

@@ -4,7 +4,6 @@ import contextlib
 import gc
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,11 +216,10 @@ def generate(
     except (ValueError, VLLMClientError) as error:
         raise ConfigError(first_line(error)) from error
     with engine(args) as llm:
+        _check_lengths(llm, prompts)
         try:
             outputs = llm.generate(list(prompts), params, use_tqdm=progress)
         except (ValueError, VLLMClientError) as error:
-            if progress:
-                print(file=sys.stderr)  # ends the line of the bar
             raise ConfigError(first_line(error)) from error
         answers = [
             Answer(
@@ -234,6 +232,23 @@ def generate(
         ]
         use = None if options is None else _cache_use(options, llm.collective_rpc("diffkv_summary"))
         return Result(answers, use, _preemptions(llm))
+
+
+def _check_lengths(llm: Any, prompts: Sequence[str]) -> None:
+    """Refuse a prompt that leaves no room for an answer, before there is a progress bar to disturb.
+
+    Raises:
+        ConfigError: says which prompt, and how long it is.
+    """
+    longest = llm.llm_engine.vllm_config.model_config.max_model_len
+    tokenizer = llm.get_tokenizer()
+    for number, prompt in enumerate(prompts, 1):
+        num_tokens = len(tokenizer.encode(prompt))
+        if num_tokens >= longest:
+            raise ConfigError(
+                f"prompt {number} has {num_tokens} tokens, but prompt and answer may have {longest} "
+                f"together: shorten it, or raise --max-model-len"
+            )
 
 
 def _preemptions(llm: Any) -> int:

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.triton.check import check_layer, check_tensor
-from diffkv.kernels.triton.facts import DTYPES, MIN_DOT
-from diffkv.kernels.triton.finish import finish_kernel, most_index
+from diffkv.kernels.triton.facts import DTYPES, MIN_DOT, tile_tokens
+from diffkv.kernels.triton.finish import finish_kernel
 from diffkv.kernels.triton.tile import load_query, tile_places, tile_scores, tile_values
 from diffkv.kernels.triton.workspace import Workspace, workspace
 from diffkv.kernels.triton.worklist import (
@@ -36,12 +36,12 @@ MIN_SCORE_BYTES = 32 << 20
 
 @triton.jit
 def _attend_item(
-    item, row, slot, first_page, num_pages, num_tokens, score_page,
+    item, row, slot, first_page, num_tokens, score_tile,
     q_ptr, pages_ptr, page_table_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, layer, scale,
-    score_pages,
+    score_tiles,
     TIER: tl.constexpr, T: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    GROUP: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr, SCORE_TOKENS: tl.constexpr,
-    PARTS: tl.constexpr, RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
+    GROUP: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One chunk: partial output, log-sum-exp, and probabilities relative to the tile's maximum."""
     K: tl.constexpr = T.k
@@ -49,7 +49,6 @@ def _attend_item(
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     K_DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
     V_DOT: tl.constexpr = RAW_DOT if V.bits == 16 else CODE_DOT
-    TOKENS: tl.constexpr = T.tile * T.pages
     PLANES: tl.constexpr = V.planes
     GROUPS: tl.constexpr = V.groups
     SPLITS: tl.constexpr = V.split
@@ -57,19 +56,19 @@ def _attend_item(
     operands, totals, factor = load_query(head_ptr, G, GROUP, K, K_DOT)
     table_ptr = page_table_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * M
     g = tl.arange(0, GROUP)
-    keeps_scores = score_page + num_pages <= score_pages
+    keeps_scores = score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles
 
     most = tl.full([GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP, TOKENS], tl.float32)
+    total = tl.zeros([GROUP, TILE], tl.float32)
     sums = ()
     for plane in tl.static_range(PLANES):
         sums = sums + (tl.zeros([GROUP, V.padded], tl.float32),)
     offsets = ()
     for group in tl.static_range(GROUPS):
-        offsets = offsets + (tl.zeros([GROUP, TOKENS], tl.float32),)
-    for tile in range(0, tl.cdiv(num_pages, T.pages) * T.parts):
-        page_ptr, index, valid, number, within = tile_places(
-            pages_ptr, table_ptr, first_page, tile, num_pages, num_tokens, TIER, T, M, PAGE
+        offsets = offsets + (tl.zeros([GROUP, TILE], tl.float32),)
+    for tile in range(0, tl.cdiv(num_tokens, TILE)):
+        page_ptr, index, valid = tile_places(
+            pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
         )
         scores = tile_scores(
             operands, totals, factor, page_ptr, index, valid, scale, K, GROUP, DTYPE, K_DOT, FAST
@@ -79,14 +78,13 @@ def _attend_item(
         most = new_most
         p = tl.exp2(scores - most[:, None])
         total = total * decay[:, None] + p
-        kept = (score_page + number).to(tl.int64)
-        in_group = (g < tl.where(keeps_scores, G, 0))[:, None]
-        at = probs_ptr + (kept[None, :] * G + g[:, None]) * SCORE_TOKENS + within[None, :]
-        tl.store(at, p.to(probs_ptr.dtype.element_ty), mask=in_group & valid[None, :])
-        at = most_ptr + most_index(score_page, tile, T, PARTS) * G + g
-        tl.store(at, most, mask=g < tl.where(keeps_scores, G, 0))
+        kept = (score_tile + tile + tl.zeros_like(g)).to(tl.int64) * G + g
+        in_group = g < tl.where(keeps_scores, G, 0)
+        at = probs_ptr + kept[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        tl.store(at, p.to(probs_ptr.dtype.element_ty), mask=in_group[:, None])
+        tl.store(most_ptr + kept, most, mask=in_group)
         sums, offsets = tile_values(
-            sums, offsets, decay, p, page_ptr, index, valid, V, DTYPE, V_DOT, FAST
+            sums, offsets, decay, p, page_ptr, index, V, DTYPE, V_DOT, FAST
         )
 
     total_p = tl.sum(total, 1)
@@ -108,7 +106,7 @@ def _attend_item(
         tl.store(out_ptr, out / total_p[:, None], mask=mask)
 
 
-@triton.jit(do_not_specialize=["layer", "score_pages"])
+@triton.jit(do_not_specialize=["layer", "score_tiles"])
 def _attend_kernel(
     q_ptr,  # [R, H * G, D]
     pages_ptr,  # [num_pages, PAGE]
@@ -117,19 +115,18 @@ def _attend_kernel(
     num_items_ptr,  # [1]
     partial_ptr,  # [items, G, D] f32, out
     lse_ptr,  # [items, G] f32, out, to base 2
-    probs_ptr,  # [score_pages, G, SCORE_TOKENS] out
-    most_ptr,  # [score_pages * PARTS, G] f32, out
+    probs_ptr,  # [score_tiles, G, TILE] out
+    most_ptr,  # [score_tiles, G] f32, out
     layer,
     scale,
-    score_pages,
+    score_tiles,
     L: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     M: tl.constexpr,
     PAGE: tl.constexpr,
-    SCORE_TOKENS: tl.constexpr,
-    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
     TIERS: tl.constexpr,
     RAW_DOT: tl.constexpr,
     CODE_DOT: tl.constexpr,
@@ -138,29 +135,31 @@ def _attend_kernel(
     """Programs go through the work list side by side."""
     num_items = tl.load(num_items_ptr)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        row, tier, slot, first_page, num_pages, num_tokens, score_page = item_of(items_ptr, item)
+        row, tier, slot, first_page, num_tokens, score_tile = item_of(items_ptr, item)
         if tier == 0:
             _attend_item(
-                item, row, slot, first_page, num_pages, num_tokens, score_page,
+                item, row, slot, first_page, num_tokens, score_tile,
                 q_ptr, pages_ptr, page_table_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, layer,
-                scale, score_pages, 0, TIERS[0], L, H, G, GROUP, M, PAGE, SCORE_TOKENS, PARTS,
+                scale, score_tiles, 0, TIERS[0], L, H, G, GROUP, M, PAGE, TILE,
                 RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
         elif len(TIERS) > 1:
             _attend_item(
-                item, row, slot, first_page, num_pages, num_tokens, score_page,
+                item, row, slot, first_page, num_tokens, score_tile,
                 q_ptr, pages_ptr, page_table_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, layer,
-                scale, score_pages, 1, TIERS[1], L, H, G, GROUP, M, PAGE, SCORE_TOKENS, PARTS,
+                scale, score_tiles, 1, TIERS[1], L, H, G, GROUP, M, PAGE, TILE,
                 RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
 
 
-def _score_pages(state: PoolState, work: Workspace, page_bytes: int) -> int:
-    """Pages of one layer whose probabilities are kept: all that it can have, or what they may take."""
-    if work.tuning.score_pages is not None:
-        return work.tuning.score_pages
+def _score_tiles(state: PoolState, work: Workspace, tile: int, tile_bytes: int) -> int:
+    """Tiles of one layer whose probabilities are kept: all that it can have, or what they may take."""
+    if work.tuning.score_tiles is not None:
+        return work.tuning.score_tiles
     budget = max(MIN_SCORE_BYTES, state.pages.numel() // SCORE_SHARE)
-    return min(_most_pages(state, work), budget // page_bytes)
+    most_tokens = _most_pages(state, work) * max(tier.tokens for tier in work.tiers)
+    chunks = work.num_slots * state.num_kv_heads * MAX_CHUNKS
+    return min(triton.cdiv(most_tokens, tile) + chunks, budget // tile_bytes)
 
 
 def _most_pages(state: PoolState, work: Workspace) -> int:
@@ -200,15 +199,14 @@ def attend(
     num_items = work.buffer("num_items", i32, 1)
     partial = work.buffer("partial", f32, most_items, group, head_dim)
     lse = work.buffer("lse", f32, most_items, group)
-    score_tokens = max(tier.tile * tier.parts for tier in tiers)
-    parts = max(tier.parts for tier in tiers)
+    tile = tile_tokens(head_dim)
     score_dtype = f32 if state.dtype is f32 else torch.float16
-    score_bytes = group * (score_tokens * score_dtype.itemsize + parts * f32.itemsize)
-    score_pages = _score_pages(state, work, score_bytes)
-    probs = work.buffer("probs", score_dtype, score_pages, group, score_tokens)
-    most = work.buffer("most", f32, score_pages * parts, group)
+    tile_bytes = group * (tile * score_dtype.itemsize + f32.itemsize)
+    score_tiles = _score_tiles(state, work, tile, tile_bytes)
+    probs = work.buffer("probs", score_dtype, score_tiles, group, tile)
+    most = work.buffer("most", f32, score_tiles, group)
 
-    tables = {"L": state.num_layers, "H": heads, "TIERS": tiers}
+    tables = {"L": state.num_layers, "H": heads, "TIERS": tiers, "TILE": tile}
     list_kernel[(triton.cdiv(rows, LIST_ROWS),)](
         slots, state.num_tokens, items, row_items, num_items, layer, rows,
         MIN=least_pages, MAX=MAX_CHUNKS, ROWS=LIST_ROWS, COUNT=LIST_COUNT, num_warps=4, **tables,
@@ -218,19 +216,18 @@ def attend(
     raw_dot = dtype if tuning.fast or dtype is not tl.bfloat16 else tl.float32
     shared = {
         "G": group, "GROUP": max(MIN_DOT, triton.next_power_of_2(group)), "M": state.table_width,
-        "PAGE": state.layout.page_bytes, "SCORE_TOKENS": score_tokens, "PARTS": parts,
-        "RAW_DOT": raw_dot, "CODE_DOT": tl.float32 if dtype is tl.float32 else tl.float16,
+        "PAGE": state.layout.page_bytes, "RAW_DOT": raw_dot, "CODE_DOT": tl.float32 if dtype is tl.float32 else tl.float16,
         "FAST": tuning.fast, **tables,
     }  # fmt: skip
     programs = min(rows * MAX_CHUNKS, work.multiprocessors * tuning.programs)
     _attend_kernel[(programs,)](
         query, state.pages, state.page_table, items, num_items, partial, lse, probs, most,
-        layer, scale * LOG2_E, score_pages,
+        layer, scale * LOG2_E, score_tiles,
         num_warps=tuning.num_warps, num_stages=tuning.num_stages, **shared,
     )  # fmt: skip
     finish_kernel[(rows * group + programs,)](
         query, output, state.pages, state.page_table, items, num_items, row_items, partial, lse,
-        probs, most, layer, scale * LOG2_E, score_pages, rows * group,
+        probs, most, layer, scale * LOG2_E, score_tiles, rows * group,
         D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), MAX=MAX_CHUNKS,
         num_warps=4, num_stages=2, **shared,
     )  # fmt: skip

@@ -19,11 +19,10 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 MIN_DOT = 16
 """Fewest rows, columns and elements that a matrix product takes."""
 
-MAX_TILE_TOKENS = 64
-"""Tokens of a tile of attention: a page is padded to a power of two, or split, or joined by others."""
+TILE_BYTES = 8192
+"""Of float16 keys that one tile of attention becomes, at most."""
 
-TILE_COST_TOKENS = 16
-"""What a tile costs whatever is in it, in tokens."""
+MAX_TILE_TOKENS = 64
 
 TILE_ELEMENTS = 2048
 """Elements that one program quantises at a time: 16 to 32 per thread."""
@@ -75,9 +74,6 @@ class Tier:
         tokens: of a page.
         sums: offset of the significance sums in a page, bytes.
         positions: likewise.
-        tile: tokens of one page that one tile takes, a power of two.
-        parts: tiles of a page; more than 1 where `tile` is less than `tokens`.
-        pages: pages of a tile; more than 1 where `tile` is small.
     """
 
     k: Side
@@ -85,9 +81,6 @@ class Tier:
     tokens: int
     sums: int
     positions: int
-    tile: int
-    parts: int
-    pages: int
 
 
 def _boost(bits: int) -> float:
@@ -120,18 +113,10 @@ def vector_side(bits: int, groups: int, head_dim: int) -> Side:
 
 def _tier(tier: TierLayout, head_dim: int) -> Tier:
     fmt = tier.format
-    tiles = (MIN_DOT, MIN_DOT * 2, MAX_TILE_TOKENS)
-
-    def cost(tile: int) -> int:
-        return triton.cdiv(tier.tokens_per_page, tile) * (tile + TILE_COST_TOKENS)
-
-    tile = min(reversed(tiles), key=cost)
-    parts = triton.cdiv(tier.tokens_per_page, tile)
     return Tier(
         _side(fmt.k_bits, fmt.k_groups, head_dim, tier.k_codes, tier.k_meta, tier.k_code_bytes),
         _side(fmt.v_bits, fmt.v_groups, head_dim, tier.v_codes, tier.v_meta, tier.v_code_bytes),
-        tier.tokens_per_page, tier.sums, tier.positions, tile, parts,
-        MAX_TILE_TOKENS // tile if parts == 1 else 1,
+        tier.tokens_per_page, tier.sums, tier.positions,
     )  # fmt: skip
 
 
@@ -144,3 +129,9 @@ def tiers_of(layout: PageLayout) -> tuple[Tier, ...]:
 def tile_vectors(head_dim: int) -> int:
     """Vectors that one program quantises at a time."""
     return max(1, TILE_ELEMENTS // triton.next_power_of_2(head_dim))
+
+
+def tile_tokens(head_dim: int) -> int:
+    """Tokens of a tile of attention; tiles know nothing of pages, so a page has any number of tokens."""
+    fitting = 2 * TILE_BYTES // triton.next_power_of_2(head_dim)
+    return max(2 * MIN_DOT, min(MAX_TILE_TOKENS, fitting))

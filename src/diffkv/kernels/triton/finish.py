@@ -7,14 +7,7 @@ from diffkv.kernels.triton.codes import rounded
 from diffkv.kernels.triton.tile import load_query, tile_places, tile_scores
 from diffkv.kernels.triton.worklist import item_of
 
-__all__ = ["finish_kernel", "most_index"]
-
-
-@triton.jit
-def most_index(score_page, tile, T: tl.constexpr, PARTS: tl.constexpr):
-    """Where the maximum that a tile's kept probabilities are relative to is kept."""
-    page = score_page.to(tl.int64) + tile * T.pages // T.parts
-    return page * PARTS + tile % T.parts
+__all__ = ["finish_kernel"]
 
 
 @triton.jit
@@ -55,11 +48,11 @@ def _row_lse(lse_ptr, row_items_ptr, row, G: tl.constexpr, GROUP: tl.constexpr, 
 
 @triton.jit
 def _add_significance(
-    row, slot, first_page, num_pages, num_tokens, score_page, lse,
-    q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_pages,
+    row, slot, first_page, num_tokens, score_tile, lse,
+    q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_tiles,
     TIER: tl.constexpr, T: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    GROUP: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr, SCORE_TOKENS: tl.constexpr,
-    PARTS: tl.constexpr, RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
+    GROUP: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Add the group's largest probability to the sums of one chunk's tokens."""
     K: tl.constexpr = T.k
@@ -67,17 +60,16 @@ def _add_significance(
     K_DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
     table_ptr = page_table_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * M
     g = tl.arange(0, GROUP)
-    tiles = tl.cdiv(num_pages, T.pages) * T.parts
-    if score_page + num_pages <= score_pages:
+    tiles = tl.cdiv(num_tokens, TILE)
+    if score_tile + tiles <= score_tiles:
         for tile in range(0, tiles):
-            page_ptr, index, valid, number, within = tile_places(
-                pages_ptr, table_ptr, first_page, tile, num_pages, num_tokens, TIER, T, M, PAGE
+            page_ptr, index, valid = tile_places(
+                pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
             )
-            kept = (score_page + number).to(tl.int64)
-            at = probs_ptr + (kept[None, :] * G + g[:, None]) * SCORE_TOKENS + within[None, :]
-            p = tl.load(at, mask=(g < G)[:, None] & valid[None, :], other=0.0).to(tl.float32)
-            at = most_ptr + most_index(score_page, tile, T, PARTS) * G + g
-            most = tl.load(at, mask=g < G, other=0.0)
+            kept = (score_tile + tile + tl.zeros_like(g)).to(tl.int64) * G + g
+            at = probs_ptr + kept[:, None] * TILE + tl.arange(0, TILE)[None, :]
+            p = tl.load(at, mask=(g < G)[:, None], other=0.0).to(tl.float32)
+            most = tl.load(most_ptr + kept, mask=g < G, other=0.0)
             growth = tl.max(p * tl.exp2(most - lse)[:, None], 0)
             sum_ptr = (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
             tl.store(sum_ptr, tl.load(sum_ptr, mask=valid, other=0.0) + growth, mask=valid)
@@ -85,8 +77,8 @@ def _add_significance(
         head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
         operands, totals, factor = load_query(head_ptr, G, GROUP, K, K_DOT)
         for tile in range(0, tiles):
-            page_ptr, index, valid, number, within = tile_places(
-                pages_ptr, table_ptr, first_page, tile, num_pages, num_tokens, TIER, T, M, PAGE
+            page_ptr, index, valid = tile_places(
+                pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
             )
             scores = tile_scores(
                 operands, totals, factor, page_ptr, index, valid, scale, K, GROUP, DTYPE, K_DOT, FAST
@@ -96,7 +88,7 @@ def _add_significance(
             tl.store(sum_ptr, tl.load(sum_ptr, mask=valid, other=0.0) + growth, mask=valid)
 
 
-@triton.jit(do_not_specialize=["layer", "score_pages", "num_heads"])
+@triton.jit(do_not_specialize=["layer", "score_tiles", "num_heads"])
 def finish_kernel(
     q_ptr,  # [R, H * G, D]
     output_ptr,  # [R, H * G, D], out
@@ -107,11 +99,11 @@ def finish_kernel(
     row_items_ptr,  # [R * H, 2]
     partial_ptr,  # [items, G, D] f32
     lse_ptr,  # [items, G] f32, to base 2
-    probs_ptr,  # [score_pages, G, SCORE_TOKENS]
-    most_ptr,  # [score_pages * PARTS, G] f32
+    probs_ptr,  # [score_tiles, G, TILE]
+    most_ptr,  # [score_tiles, G] f32
     layer,
     scale,
-    score_pages,
+    score_tiles,
     num_heads,  # R * H * G
     L: tl.constexpr,
     H: tl.constexpr,
@@ -121,8 +113,7 @@ def finish_kernel(
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     PAGE: tl.constexpr,
-    SCORE_TOKENS: tl.constexpr,
-    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
     TIERS: tl.constexpr,
     MAX: tl.constexpr,
     RAW_DOT: tl.constexpr,
@@ -136,19 +127,19 @@ def finish_kernel(
     else:
         num_items = tl.load(num_items_ptr)
         for item in range(pid - num_heads, num_items, tl.num_programs(0) - num_heads):
-            row, tier, slot, first_page, num_pages, num_tokens, score_page = item_of(items_ptr, item)
+            row, tier, slot, first_page, num_tokens, score_tile = item_of(items_ptr, item)
             lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP, MAX)
             if tier == 0:
                 _add_significance(
-                    row, slot, first_page, num_pages, num_tokens, score_page, lse,
-                    q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_pages,
-                    0, TIERS[0], L, H, G, GROUP, M, PAGE, SCORE_TOKENS, PARTS,
+                    row, slot, first_page, num_tokens, score_tile, lse,
+                    q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_tiles,
+                    0, TIERS[0], L, H, G, GROUP, M, PAGE, TILE,
                     RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip
             elif len(TIERS) > 1:
                 _add_significance(
-                    row, slot, first_page, num_pages, num_tokens, score_page, lse,
-                    q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_pages,
-                    1, TIERS[1], L, H, G, GROUP, M, PAGE, SCORE_TOKENS, PARTS,
+                    row, slot, first_page, num_tokens, score_tile, lse,
+                    q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_tiles,
+                    1, TIERS[1], L, H, G, GROUP, M, PAGE, TILE,
                     RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip

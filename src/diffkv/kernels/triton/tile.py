@@ -9,6 +9,8 @@ sum(q), and likewise for values. Codes enter a product as float16 numbers 1024 +
 import triton
 import triton.language as tl
 
+from diffkv.kernels.triton.ring import table_column
+
 __all__ = ["BIAS", "load_query", "tile_places", "tile_scores", "tile_values"]
 
 BIAS = tl.constexpr(1024.0)
@@ -51,27 +53,24 @@ def _plane(x, PLANE: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr, FAST: tl.
 
 
 @triton.jit
-def _load_vectors(page_ptr, index, valid, S: tl.constexpr, DTYPE: tl.constexpr):
-    """[tokens, padded] bytes, or elements of 16-bit formats; a valid of None loads all tokens."""
+def _load_vectors(page_ptr, index, S: tl.constexpr, DTYPE: tl.constexpr):
+    """[tokens, padded] bytes, or elements of 16-bit formats."""
     column = tl.arange(0, S.padded)[None, :]
     at = page_ptr[:, None] + (S.codes + index * S.code_bytes)[:, None]
     if S.bits == 16:
         at = at.to(tl.pointer_type(DTYPE))
-    if valid is None:
-        if S.padded == S.width:
-            x = tl.load(at + column)
-        else:
-            x = tl.load(at + column, mask=(column < S.width) & (index[:, None] >= 0), other=0)
+    if S.padded == S.width:
+        x = tl.load(at + column)
     else:
-        x = tl.load(at + column, mask=(column < S.width) & valid[:, None], other=0)
+        x = tl.load(at + column, mask=(index[:, None] >= 0) & (column < S.width), other=0)
     return x
 
 
 @triton.jit
-def _load_meta(page_ptr, index, valid, GROUP: tl.constexpr, S: tl.constexpr):
-    """(scale, zero) of a group of some tokens in float32, 0 where they are not valid."""
+def _load_meta(page_ptr, index, GROUP: tl.constexpr, S: tl.constexpr):
+    """(scale, zero) of a group of some tokens in float32."""
     at = page_ptr + (S.meta + (index * S.groups + GROUP) * 4)
-    word = tl.load(at.to(tl.pointer_type(tl.uint32)), mask=valid, other=0)
+    word = tl.load(at.to(tl.pointer_type(tl.uint32)))
     scale = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
     zero = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
     return scale.to(tl.float32), zero.to(tl.float32)
@@ -130,41 +129,20 @@ def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT
 
 @triton.jit
 def tile_places(
-    pages_ptr, table_ptr, first_page, tile, num_pages, num_tokens,
-    TIER: tl.constexpr, T: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr,
+    pages_ptr, table_ptr, first_page, tile, num_tokens,
+    TIER: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Where the tokens of a tile are.
+    """Where the tokens of a tile of a chunk are: (page pointer, index in the page, whether there is one).
 
-    Returns:
-        page_ptr, index in the page, whether there is such a token, page within the chunk, and token
-        within the page as scores are kept; [tokens of the tile] each. Tokens that are none have
-        places, too, in some page.
+    A token that is none has the place of the chunk's last one, so what is there can be read.
     """
-    TOKENS: tl.constexpr = T.tile * T.pages
-    t = tl.arange(0, TOKENS)
-    if T.pages > 1:
-        number = tile * T.pages + t // T.tile
-        within = t % T.tile
-    else:
-        number = tile // T.parts + tl.zeros([TOKENS], tl.int32)
-        within = tile % T.parts * T.tile + t
-    last = tl.minimum(number, num_pages - 1) + first_page
-    if TIER == 0:
-        column = last
-    else:
-        column = M - 1 - last
-    if T.pages > 1:
-        page = tl.load(table_ptr + column).to(tl.int64)
-    else:
-        scalar = tile // T.parts + first_page
-        if TIER == 1:
-            scalar = M - 1 - scalar
-        page = tl.load(table_ptr + scalar).to(tl.int64) + tl.zeros([TOKENS], tl.int64)
-    index = within
-    if T.tile * T.parts != T.tokens:
-        index = tl.minimum(within, T.tokens - 1)
-    valid = (within < T.tokens) & (number * T.tokens + within < num_tokens) & (number < num_pages)
-    return pages_ptr + page * PAGE, index, valid, number, within
+    token = tile * TILE + tl.arange(0, TILE)
+    valid = token < num_tokens
+    token = tl.minimum(token, num_tokens - 1)
+    number = token // T.tokens
+    column = table_column(first_page + number, TIER, M)
+    page = tl.load(table_ptr + column).to(tl.int64)
+    return pages_ptr + page * PAGE, token - number * T.tokens, valid
 
 
 @triton.jit
@@ -175,7 +153,7 @@ def tile_scores(
 ):  # fmt: skip
     """[GROUP, tokens] float32 scores times `scale`, -inf where there is no token."""
     GROUPS: tl.constexpr = S.groups
-    x = _load_vectors(page_ptr, index, None, S, DTYPE)
+    x = _load_vectors(page_ptr, index, S, DTYPE)
     scores = tl.zeros([GROUP, page_ptr.shape[0]], tl.float32)
     if S.bits == 16:
         scores = tl.dot(operands[0], tl.trans(_plane(x, 0, S, DOT, FAST)), input_precision="ieee")
@@ -190,7 +168,7 @@ def tile_scores(
                     operands[g * EACH + k], tl.trans(code), product, input_precision="ieee"
                 )
                 total += totals[g * EACH + k]
-            code_scale, zero = _load_meta(page_ptr, index, valid, g, S)
+            code_scale, zero = _load_meta(page_ptr, index, g, S)
             code_scale = code_scale * (1.0 / S.unit)
             offset = (zero - BIAS * code_scale)[None, :]
             scores += product * code_scale[None, :] + total[:, None] * offset
@@ -199,7 +177,7 @@ def tile_scores(
 
 @triton.jit
 def tile_values(
-    sums, offsets, decay, p, page_ptr, index, valid,
+    sums, offsets, decay, p, page_ptr, index,
     S: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Add a tile's values, weighted by p, to sums that decay.
@@ -216,7 +194,7 @@ def tile_values(
     GROUPS: tl.constexpr = S.groups
     PLANES: tl.constexpr = S.planes
     SPLITS: tl.constexpr = S.split
-    x = _load_vectors(page_ptr, index, valid, S, DTYPE)
+    x = _load_vectors(page_ptr, index, S, DTYPE)
     if S.bits == 16:
         sums = (
             tl.dot(
@@ -228,7 +206,7 @@ def tile_values(
         new_offsets = ()
         weights = ()
         for g in tl.static_range(GROUPS):
-            scale, zero = _load_meta(page_ptr, index, valid, g, S)
+            scale, zero = _load_meta(page_ptr, index, g, S)
             weight = (p * (scale * S.boost)[None, :]).to(DOT)
             bias = weight.to(tl.float32) * (BIAS / (S.boost * S.unit))
             new_offsets = new_offsets + (offsets[g] * decay[:, None] + p * zero[None, :] - bias,)

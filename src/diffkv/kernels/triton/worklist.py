@@ -17,7 +17,7 @@ MAX_CHUNKS = 32
 MIN_CHUNK_TOKENS = 512
 
 ITEM_FIELDS = 8
-"""int32 fields of an item: row * 2 + tier, slot, first page, pages, tokens, its first score page."""
+"""int32 fields of an item: row * 2 + tier, slot, first page, pages, tokens, first kept tile."""
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
 
@@ -48,6 +48,12 @@ def _row_chunks(
     return slot, high, low, high_pages, low_pages, tl.maximum(chunk, MIN)
 
 
+@triton.jit
+def _chunk_tiles(chunk, T: tl.constexpr, TILE: tl.constexpr):
+    """Tiles of a chunk of so many pages."""
+    return tl.cdiv(chunk * T.tokens, TILE)
+
+
 @triton.jit(do_not_specialize=["layer", "R_H"])
 def list_kernel(
     slots_ptr,  # [R]
@@ -60,6 +66,7 @@ def list_kernel(
     L: tl.constexpr,
     H: tl.constexpr,
     TIERS: tl.constexpr,
+    TILE: tl.constexpr,
     MIN: tl.constexpr,
     MAX: tl.constexpr,
     ROWS: tl.constexpr,
@@ -68,15 +75,20 @@ def list_kernel(
     """ROWS rows (request, head) a program. Each counts by itself what is before its rows."""
     start = tl.program_id(0) * ROWS
     first_item = tl.zeros([], tl.int32)
-    first_page = tl.zeros([], tl.int32)
+    first_tile = tl.zeros([], tl.int32)
     for block in range(0, start, COUNT):
         row = block + tl.arange(0, COUNT)
         mask = row < start
         _, _, _, high_pages, low_pages, chunk = _row_chunks(
             slots_ptr, num_tokens_ptr, row, mask, layer, L, H, TIERS, MIN, MAX
         )
-        first_item += tl.sum(tl.cdiv(high_pages, chunk) + tl.cdiv(low_pages, chunk))
-        first_page += tl.sum(high_pages + low_pages)
+        high_items = tl.cdiv(high_pages, chunk)
+        low_items = tl.cdiv(low_pages, chunk)
+        first_item += tl.sum(high_items + low_items)
+        first_tile += tl.sum(
+            high_items * _chunk_tiles(chunk, TIERS[0], TILE)
+            + low_items * _chunk_tiles(chunk, TIERS[len(TIERS) - 1], TILE)
+        )
 
     row = start + tl.arange(0, ROWS)
     exists = row < R_H
@@ -84,10 +96,13 @@ def list_kernel(
         slots_ptr, num_tokens_ptr, row, exists, layer, L, H, TIERS, MIN, MAX
     )
     high_items = tl.cdiv(high_pages, chunk)
-    items = high_items + tl.cdiv(low_pages, chunk)
-    pages = high_pages + low_pages
+    low_items = tl.cdiv(low_pages, chunk)
+    items = high_items + low_items
+    high_tiles = _chunk_tiles(chunk, TIERS[0], TILE)
+    low_tiles = _chunk_tiles(chunk, TIERS[len(TIERS) - 1], TILE)
+    tiles = high_items * high_tiles + low_items * low_tiles
     item = first_item + tl.cumsum(items, 0) - items
-    score_page = first_page + tl.cumsum(pages, 0) - pages
+    score_tile = first_tile + tl.cumsum(tiles, 0) - tiles
     tl.store(row_items_ptr + row * 2, item, mask=exists)
     tl.store(row_items_ptr + row * 2 + 1, items, mask=exists)
     if start + ROWS >= R_H:
@@ -96,30 +111,26 @@ def list_kernel(
     each = tl.arange(0, MAX)[None, :]
     mask = each < items[:, None]
     is_low = each >= high_items[:, None]
-    begin = (each - tl.where(is_low, high_items[:, None], 0)) * chunk[:, None]
-    num_pages = tl.where(is_low, low_pages[:, None], high_pages[:, None])
-    num_tokens = tl.where(is_low, low[:, None], high[:, None])
+    number = each - tl.where(is_low, high_items[:, None], 0)  # of the chunk in its tier
     per_page = tl.where(is_low, TIERS[len(TIERS) - 1].tokens, TIERS[0].tokens)
-    num_pages = tl.minimum(num_pages - begin, chunk[:, None])
-    num_tokens = tl.minimum(num_tokens - begin * per_page, num_pages * per_page)
-    first_score = score_page[:, None] + begin + tl.where(is_low, high_pages[:, None], 0)
-    at = items_ptr + (item[:, None] + each).to(tl.int64) * _FIELDS
+    left = tl.where(is_low, low[:, None], high[:, None]) - number * chunk[:, None] * per_page
+    skipped = tl.where(is_low, (high_items * high_tiles)[:, None], 0)
+    skipped += number * tl.where(is_low, low_tiles[:, None], high_tiles[:, None])
+    at = items_ptr + (item[:, None] + each) * _FIELDS
     tl.store(at, row[:, None] * 2 + is_low.to(tl.int32), mask=mask)
     tl.store(at + 1, slot[:, None] + tl.zeros_like(each), mask=mask)
-    tl.store(at + 2, begin, mask=mask)
-    tl.store(at + 3, num_pages, mask=mask)
-    tl.store(at + 4, num_tokens, mask=mask)
-    tl.store(at + 5, first_score, mask=mask)
+    tl.store(at + 2, number * chunk[:, None], mask=mask)
+    tl.store(at + 3, tl.minimum(left, chunk[:, None] * per_page), mask=mask)
+    tl.store(at + 4, score_tile[:, None] + skipped, mask=mask)
 
 
 @triton.jit
 def item_of(items_ptr, item):
-    """(row, tier, slot, first page, pages, tokens, first score page) of an item."""
+    """(row, tier, slot, first page, tokens, first tile of kept scores) of an item."""
     at = items_ptr + item * _FIELDS
     row_tier = tl.load(at)
     slot = tl.load(at + 1)
     first_page = tl.load(at + 2)
-    num_pages = tl.load(at + 3)
-    num_tokens = tl.load(at + 4)
-    score_page = tl.load(at + 5)
-    return row_tier // 2, row_tier % 2, slot, first_page, num_pages, num_tokens, score_page
+    num_tokens = tl.load(at + 3)
+    score_tile = tl.load(at + 4)
+    return row_tier // 2, row_tier % 2, slot, first_page, num_tokens, score_tile

@@ -30,15 +30,15 @@ class Tuning:
         num_stages: tiles in flight.
         programs: per multiprocessor.
         fast: convert codes with `prmt`, which the interpreter does not know.
-        score_pages: pages of one layer whose probabilities are kept between the passes; those of
-            further pages are computed twice. None: a share of the pool.
+        score_tiles: tiles of one layer whose probabilities are kept between the passes; those of
+            further tiles are computed twice. None: a share of the pool.
     """
 
     num_warps: int = 4
     num_stages: int = 3
     programs: int = 4
     fast: bool = True
-    score_pages: int | None = None
+    score_tiles: int | None = None
 
 
 @dataclass(eq=False)
