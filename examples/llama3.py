@@ -1,6 +1,6 @@
 """Llama 3 with the thresholds published for it: some tokens low, some dropped.
 
-.venv/bin/python examples/llama3.py --model FOLDER_OR_ID
+Run it as `.venv/bin/python examples/llama3.py --model FOLDER_OR_ID`.
 """
 
 import argparse

@@ -231,6 +231,8 @@ def stored_weight_bytes(folder: Path) -> int | None:
 def _tensor_bytes(path: Path) -> int:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
+        if length > path.stat().st_size:
+            raise ValueError(f"{path.name} has no header")
         header = json.loads(file.read(length))
     ends = [tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"]
     return int(sum(end - begin for begin, end in ends))

@@ -23,8 +23,9 @@ from checkpoints import FAMILIES, make
 NEW_TOKENS = 24
 LIKELIEST = 5
 MAX_DRIFT = 0.3
-"""Of k8v4, in nats. These models (logits of standard deviation 4) drift by 0.13 to 0.23, and by 0.35 and
-more if the cache forgets all but its window, which is asserted to be over the bound."""
+"""Of k8v4, in nats. These models, with logits of standard deviation 4, drift by 0.13 to 0.23."""
+FORGETTING = 1.25
+"""A cache that forgets all but its window drifts by so many times more; 1.5 to 3.3 are seen."""
 THRESHOLDS = {"alpha_high": 2.0, "alpha_low": 1.0}
 WINDOW_ONLY = {"diffkv_alpha_high": 1e6, "diffkv_alpha_low": 1e6}
 PROMPTS = random_prompts(5, 150)
@@ -137,7 +138,9 @@ def test_lossy_drift_is_bounded_and_counts_are_right(case: Case) -> None:
     assert low > 0
     assert num_tokens - high - low > 0
     assert held == high_only["pages_held"] == both["pages_held"] == 0
-    assert drift(case.stock, all_high) < MAX_DRIFT < drift(case.stock, window_only)
+    lossy = drift(case.stock, all_high)
+    assert lossy < MAX_DRIFT
+    assert FORGETTING * lossy < drift(case.stock, window_only)
 
 
 def test_sliding_window_is_refused_unless_disabled(tmp_path: Path) -> None:

@@ -74,10 +74,10 @@ _LAYERS = ("tests/test_support_matrix.py::test_layer_refusals",)
 
 _MODELS = (
     *(
-        Row("models", name, WORKS, "a tiny checkpoint of the family equals vLLM's own cache", "", _FAMILIES)
+        Row("models", name, WORKS, "a tiny checkpoint equals vLLM's own cache", "", _FAMILIES)
         for name in (
-            "Llama 2 (MHA)", "Llama 3 (GQA)", "Mistral", "Mixtral", "Qwen 2.5 (QKV bias, tied embeddings)",
-            "Qwen 3 (QK norm)", "Qwen 3 MoE", "head_dim 64, 80, 96, 128",
+            "Llama 2 (MHA)", "Llama 3 (GQA)", "Mistral", "Mixtral",
+            "Qwen 2.5 (QKV bias, tied embeddings)", "Qwen 3 (QK norm)", "Qwen 3 MoE", "head_dim 64, 80, 96, 128",
         )
     ),
     Row("models", "head_dim 256", NOT_TRIED, "in an engine"),

@@ -21,7 +21,14 @@ __all__ = ["append"]
 
 @triton.jit
 def _demote_side(
-    page_ptr, index, low_ptr, low_index, mask, S: tl.constexpr, LOW: tl.constexpr, DTYPE: tl.constexpr
+    page_ptr,
+    index,
+    low_ptr,
+    low_index,
+    mask,
+    S: tl.constexpr,
+    LOW: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Requantise token `index` of a high page into token `low_index` of a low one. All [1]."""
     element, exists = plane_elements(LOW)
@@ -62,6 +69,8 @@ def _append_kernel(
     """One program per request and head."""
     DTYPE: tl.constexpr = key_ptr.dtype.element_ty
     HIGH: tl.constexpr = TIERS[0]
+    HIGH_K: tl.constexpr = HIGH.k
+    HIGH_V: tl.constexpr = HIGH.v
     r = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     one = tl.arange(0, 1)
@@ -74,13 +83,15 @@ def _append_kernel(
     position_ptr = (page_ptr + HIGH.positions + index * 4).to(tl.pointer_type(tl.int32))
     if len(TIERS) > 1:
         LOW: tl.constexpr = TIERS[1]
+        LOW_K: tl.constexpr = LOW.k
+        LOW_V: tl.constexpr = LOW.v
         low_page = tl.load(place_ptr + 2).to(tl.int64)
         low_index = tl.load(place_ptr + 3)
         demotes = mask & (low_page >= 0)
         if tl.max(demotes.to(tl.int32), 0) > 0:
             low_ptr = pages_ptr + low_page * PAGE
-            _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH.k, LOW.k, DTYPE)
-            _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH.v, LOW.v, DTYPE)
+            _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH_K, LOW_K, DTYPE)
+            _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH_V, LOW_V, DTYPE)
             at = low_ptr + low_index * 4
             total = tl.load(sum_ptr, mask=demotes, other=0.0)
             position = tl.load(position_ptr, mask=demotes, other=0)
@@ -89,8 +100,8 @@ def _append_kernel(
             # The old token is read by other threads than those that overwrite it
             tl.debug_barrier()
     at = head * D + one
-    _write_side(key_ptr + r * key_stride + at, page_ptr, index, mask, HIGH.k)
-    _write_side(value_ptr + r * value_stride + at, page_ptr, index, mask, HIGH.v)
+    _write_side(key_ptr + r * key_stride + at, page_ptr, index, mask, HIGH_K)
+    _write_side(value_ptr + r * value_stride + at, page_ptr, index, mask, HIGH_V)
     tl.store(sum_ptr, tl.zeros([1], tl.float32), mask=mask)
     tl.store(position_ptr, tl.load(positions_ptr + r + one), mask=mask)
 

@@ -83,9 +83,7 @@ def _attend_item(
         at = probs_ptr + kept[:, None] * TILE + tl.arange(0, TILE)[None, :]
         tl.store(at, p.to(probs_ptr.dtype.element_ty), mask=in_group[:, None])
         tl.store(most_ptr + kept, most, mask=in_group)
-        sums, offsets = tile_values(
-            sums, offsets, decay, p, page_ptr, index, V, DTYPE, V_DOT, FAST
-        )
+        sums, offsets = tile_values(sums, offsets, decay, p, page_ptr, index, V, DTYPE, V_DOT, FAST)
 
     total_p = tl.sum(total, 1)
     at = (item * G + g).to(tl.int64)
@@ -133,6 +131,8 @@ def _attend_kernel(
     FAST: tl.constexpr,
 ):
     """Programs go through the work list side by side."""
+    HIGH: tl.constexpr = TIERS[0]
+    LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     num_items = tl.load(num_items_ptr)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         row, tier, slot, first_page, num_tokens, score_tile = item_of(items_ptr, item)
@@ -140,14 +140,14 @@ def _attend_kernel(
             _attend_item(
                 item, row, slot, first_page, num_tokens, score_tile,
                 q_ptr, pages_ptr, page_table_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, layer,
-                scale, score_tiles, 0, TIERS[0], L, H, G, GROUP, M, PAGE, TILE,
+                scale, score_tiles, 0, HIGH, L, H, G, GROUP, M, PAGE, TILE,
                 RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
         elif len(TIERS) > 1:
             _attend_item(
                 item, row, slot, first_page, num_tokens, score_tile,
                 q_ptr, pages_ptr, page_table_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, layer,
-                scale, score_tiles, 1, TIERS[1], L, H, G, GROUP, M, PAGE, TILE,
+                scale, score_tiles, 1, LOW, L, H, G, GROUP, M, PAGE, TILE,
                 RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
 
@@ -157,7 +157,7 @@ def _score_tiles(state: PoolState, work: Workspace, tile: int, tile_bytes: int) 
     if work.tuning.score_tiles is not None:
         return work.tuning.score_tiles
     budget = max(MIN_SCORE_BYTES, state.pages.numel() // SCORE_SHARE)
-    most_tokens = _most_pages(state, work) * max(tier.tokens for tier in work.tiers)
+    most_tokens = _most_pages(state, work) * max(t.tokens_per_page for t in state.layout.tiers)
     chunks = work.num_slots * state.num_kv_heads * MAX_CHUNKS
     return min(triton.cdiv(most_tokens, tile) + chunks, budget // tile_bytes)
 
@@ -189,7 +189,7 @@ def attend(
         return
 
     group, rows = num_q_heads // heads, num_requests * heads
-    least_pages = min_chunk_pages(tiers)
+    least_pages = min_chunk_pages(state.layout)
     real_rows = work.num_slots * heads
     most_items = min(
         real_rows * MAX_CHUNKS, _most_pages(state, work) // least_pages + 2 * real_rows
@@ -199,7 +199,7 @@ def attend(
     num_items = work.buffer("num_items", i32, 1)
     partial = work.buffer("partial", f32, most_items, group, head_dim)
     lse = work.buffer("lse", f32, most_items, group)
-    tile = tile_tokens(head_dim)
+    tile = tuning.tile or tile_tokens(head_dim)
     score_dtype = f32 if state.dtype is f32 else torch.float16
     tile_bytes = group * (tile * score_dtype.itemsize + f32.itemsize)
     score_tiles = _score_tiles(state, work, tile, tile_bytes)
@@ -223,7 +223,8 @@ def attend(
     _attend_kernel[(programs,)](
         query, state.pages, state.page_table, items, num_items, partial, lse, probs, most,
         layer, scale * LOG2_E, score_tiles,
-        num_warps=tuning.num_warps, num_stages=tuning.num_stages, **shared,
+        num_warps=tuning.num_warps, num_stages=tuning.num_stages,
+        maxnreg=tuning.max_registers, **shared,
     )  # fmt: skip
     finish_kernel[(rows * group + programs,)](
         query, output, state.pages, state.page_table, items, num_items, row_items, partial, lse,

@@ -9,7 +9,14 @@ import triton.language as tl
 
 from diffkv.reference.quantize import FLOAT16_MAX, MIN_SCALE
 
-__all__ = ["code_pointers", "load_elements", "meta_pointers", "plane_elements", "rounded", "store_vectors"]
+__all__ = [
+    "code_pointers",
+    "load_elements",
+    "meta_pointers",
+    "plane_elements",
+    "rounded",
+    "store_vectors",
+]
 
 _MAX = tl.constexpr(FLOAT16_MAX)
 _MIN_SCALE = tl.constexpr(MIN_SCALE)

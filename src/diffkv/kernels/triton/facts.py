@@ -3,7 +3,7 @@
 A fact that follows from others is computed here and not in a kernel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import triton
@@ -28,9 +28,27 @@ TILE_ELEMENTS = 2048
 """Elements that one program quantises at a time: 16 to 32 per thread."""
 
 
+@triton.jit
+def _jitted() -> None:
+    pass
+
+
+INTERPRETED = not isinstance(_jitted, triton.JITFunction)
+"""Whether kernels run in Triton's interpreter, as they do where TRITON_INTERPRET=1."""
+
+
+class _Facts:
+    """Wraps every field as a kernel's constants are, so that what is computed from them is one, too."""
+
+    def __post_init__(self) -> None:
+        if not INTERPRETED:
+            for field in fields(self):  # type: ignore[arg-type]
+                object.__setattr__(self, field.name, tl.constexpr(getattr(self, field.name)))
+
+
 @dataclass(frozen=True)
-class Side:
-    """K or V of one tier.
+class Side(_Facts):
+    """K or V of one tier. For kernels: outside of them, fields are no plain numbers.
 
     Attributes:
         bits: of an element.
@@ -65,8 +83,8 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Tier:
-    """One tier of a page.
+class Tier(_Facts):
+    """One tier of a page. For kernels: outside of them, fields are no plain numbers.
 
     Attributes:
         k: keys.
@@ -93,9 +111,7 @@ def _boost(bits: int) -> float:
     return boost
 
 
-def _side(
-    bits: int, groups: int, head_dim: int, codes: int, meta: int, code_bytes: int
-) -> Side:
+def _side(bits: int, groups: int, head_dim: int, codes: int, meta: int, code_bytes: int) -> Side:
     planes = 1 if bits == 16 else 8 // bits
     width = head_dim // planes
     return Side(

@@ -81,7 +81,18 @@ def _add_significance(
                 pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
             )
             scores = tile_scores(
-                operands, totals, factor, page_ptr, index, valid, scale, K, GROUP, DTYPE, K_DOT, FAST
+                operands,
+                totals,
+                factor,
+                page_ptr,
+                index,
+                valid,
+                scale,
+                K,
+                GROUP,
+                DTYPE,
+                K_DOT,
+                FAST,
             )
             growth = tl.max(tl.exp2(scores - lse[:, None]), 0)
             sum_ptr = (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
@@ -121,6 +132,8 @@ def finish_kernel(
     FAST: tl.constexpr,
 ):
     """The first programs merge a query head each, the others go through the work list again."""
+    HIGH: tl.constexpr = TIERS[0]
+    LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     pid = tl.program_id(0)
     if pid < num_heads:
         _merge(pid, output_ptr, partial_ptr, lse_ptr, row_items_ptr, G, D, D_PADDED, MAX)
@@ -133,13 +146,13 @@ def finish_kernel(
                 _add_significance(
                     row, slot, first_page, num_tokens, score_tile, lse,
                     q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_tiles,
-                    0, TIERS[0], L, H, G, GROUP, M, PAGE, TILE,
+                    0, HIGH, L, H, G, GROUP, M, PAGE, TILE,
                     RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip
             elif len(TIERS) > 1:
                 _add_significance(
                     row, slot, first_page, num_tokens, score_tile, lse,
                     q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_tiles,
-                    1, TIERS[1], L, H, G, GROUP, M, PAGE, TILE,
+                    1, LOW, L, H, G, GROUP, M, PAGE, TILE,
                     RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip

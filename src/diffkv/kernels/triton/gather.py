@@ -24,14 +24,32 @@ _DROPPED = tl.constexpr(DROPPED)
 
 
 @triton.jit
-def _load_side(
-    x, page_ptr, index, element, mask, S: tl.constexpr, DTYPE: tl.constexpr
-):
+def _load_side(x, page_ptr, index, element, mask, S: tl.constexpr, DTYPE: tl.constexpr):
     """x [T, D], with the rows of a mask replaced by what is stored."""
     code_ptr = code_pointers(page_ptr, index, S)[:, None]
     meta_ptr = meta_pointers(page_ptr, index, S)[:, None]
     mask = mask[:, None] & (element < S.head_dim)
     return tl.where(mask, load_elements(code_ptr, meta_ptr, element, mask, S, DTYPE), x)
+
+
+@triton.jit
+def _load_tier(
+    key, value, position, number, element, mask, pages_ptr, table_ptr,
+    TIER: tl.constexpr, TIERS: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Keys, values and positions, with tokens `number` of a tier where the mask says."""
+    T: tl.constexpr = TIERS[TIER]
+    K: tl.constexpr = T.k
+    V: tl.constexpr = T.v
+    column = table_column(number // T.tokens, TIER, M)
+    page = tl.load(table_ptr + column, mask=mask, other=0).to(tl.int64)
+    page_ptr = pages_ptr + page * PAGE
+    index = number % T.tokens
+    key = _load_side(key, page_ptr, index, element, mask, K, DTYPE)
+    value = _load_side(value, page_ptr, index, element, mask, V, DTYPE)
+    at = (page_ptr + T.positions + index * 4).to(tl.pointer_type(tl.int32))
+    return key, value, tl.where(mask, tl.load(at, mask=mask, other=0), position)
 
 
 @triton.jit(do_not_specialize=["slot", "layer", "N"])
@@ -74,16 +92,11 @@ def _gather_kernel(
     key = tl.zeros([B, D_PADDED], tl.float32)
     value = tl.zeros([B, D_PADDED], tl.float32)
     for t in tl.static_range(NUM_TIERS):
-        mask = exists & (tier == t)
         number = i - (high if t == 1 else 0)
-        column = table_column(number // TIERS[t].tokens, t, M)
-        page = tl.load(page_table_ptr + row * M + column, mask=mask, other=0).to(tl.int64)
-        page_ptr = pages_ptr + page * PAGE
-        index = number % TIERS[t].tokens
-        key = _load_side(key, page_ptr, index, element, mask, TIERS[t].k, DTYPE)
-        value = _load_side(value, page_ptr, index, element, mask, TIERS[t].v, DTYPE)
-        at = (page_ptr + TIERS[t].positions + index * 4).to(tl.pointer_type(tl.int32))
-        position = tl.where(mask, tl.load(at, mask=mask, other=0), position)
+        key, value, position = _load_tier(
+            key, value, position, number, element, exists & (tier == t), pages_ptr,
+            page_table_ptr + row * M, t, TIERS, M, PAGE, DTYPE,
+        )  # fmt: skip
     at = out[:, None] * D + element
     in_vector = exists[:, None] & (element < D)
     tl.store(key_ptr + at, rounded(key, DTYPE), mask=in_vector)

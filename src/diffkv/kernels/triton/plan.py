@@ -25,7 +25,6 @@ _NO_SLOT = tl.constexpr(2**31 - 1)
 _GROWS = tl.constexpr(-2)  # in place of a page: the tier grows by a token, and maybe by a page
 
 
-
 @triton.jit
 def _least(
     pages_ptr,
@@ -102,6 +101,8 @@ def _decide_kernel(
 ):
     """One program per head."""
     HAS_LOW: tl.constexpr = len(TIERS) > 1
+    HIGH: tl.constexpr = TIERS[0]
+    LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     pid = tl.program_id(0)
     r = pid // (L * H)
     slot = tl.load(slots_ptr + r).to(tl.int64)
@@ -124,7 +125,7 @@ def _decide_kernel(
         searched = (high_threshold > 0.0) | (low_threshold > 0.0)
         least_high, page, index = _least(
             pages_ptr, table_ptr, tl.where(searched, high, 0), num_tokens, prompt_len,
-            0, TIERS[0], M, PAGE, WINDOW, B,
+            0, HIGH, M, PAGE, WINDOW, B,
         )  # fmt: skip
         may_drop = least_high < low_threshold
         drop = may_drop
@@ -134,19 +135,19 @@ def _decide_kernel(
             may_demote = least_high < high_threshold
             least_low, low_page, low_index = _least(
                 pages_ptr, table_ptr, tl.where(may_drop | may_demote, low, 0), num_tokens,
-                prompt_len, 1, TIERS[1], M, PAGE, WINDOW, B,
+                prompt_len, 1, LOW, M, PAGE, WINDOW, B,
             )  # fmt: skip
             drop = may_drop & (least_high < least_low)
             demote = may_demote & ~drop
             evict = demote & (least_low < low_threshold)
             low_page = tl.where(evict, low_page, tl.where(demote, _GROWS, _NOWHERE))
             low_index = tl.where(evict, low_index, _NOWHERE)
-            full = low == tl.load(held_ptr + row * 2 + 1) * TIERS[1].tokens
+            full = low == tl.load(held_ptr + row * 2 + 1) * LOW.tokens
             want = (demote & ~evict & full).to(tl.int32)
         grows = ~(drop | demote)
         page = tl.where(grows, _GROWS, page)
         index = tl.where(grows, _NOWHERE, index)
-        full = high == tl.load(held_ptr + row * 2) * TIERS[0].tokens
+        full = high == tl.load(held_ptr + row * 2) * HIGH.tokens
         want = tl.where(grows, full.to(tl.int32), want)
     tl.store(wants_ptr + pid, want.to(tl.int8))
     at = places_ptr + pid.to(tl.int64) * 4
@@ -200,6 +201,8 @@ def _apply_kernel(
     COUNT: tl.constexpr,
 ):
     """B heads a program. Each finds by itself how many pages the heads before it want."""
+    HIGH: tl.constexpr = TIERS[0]
+    LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     start = tl.program_id(0) * B
     before = tl.zeros([], tl.int32)
     total = tl.zeros([], tl.int32)
@@ -230,14 +233,14 @@ def _apply_kernel(
     low_index = tl.load(place_ptr + 3, mask=exists, other=-1)
     high_grows = changes & (page == _GROWS)
     grown_page, grown_index = _grow(
-        row, high_grows, new_page, page_table_ptr, num_tokens_ptr, held_ptr, 0, TIERS[0], M
+        row, high_grows, new_page, page_table_ptr, num_tokens_ptr, held_ptr, 0, HIGH, M
     )
     page = tl.where(high_grows, grown_page, page)
     index = tl.where(high_grows, grown_index, index)
     if len(TIERS) > 1:
         low_grows = changes & (low_page == _GROWS)
         grown_page, grown_index = _grow(
-            row, low_grows, new_page, page_table_ptr, num_tokens_ptr, held_ptr, 1, TIERS[1], M
+            row, low_grows, new_page, page_table_ptr, num_tokens_ptr, held_ptr, 1, LOW, M
         )
         low_page = tl.where(low_grows, grown_page, low_page)
         low_index = tl.where(low_grows, grown_index, low_index)

@@ -65,7 +65,7 @@ def _scores(
     at = (first_q + j).to(tl.int64) * stride + q_head * D
     mask = (j < num_q)[:, None] & (d < D)[None, :]
     q = tl.load(query_ptr + at[:, None] + d[None, :], mask=mask, other=0.0).to(DOT)
-    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(keys), input_precision="tf32x3") * scale
     seen = (token[None, :] <= (n - num_q + j)[:, None]) & (j < num_q)[:, None]
     return tl.where(seen & (token < n)[None, :], scores, float("-inf"))
 
@@ -240,13 +240,9 @@ def significance(
     padded_queries = triton.cdiv(max_queries, rows) * rows
     # Lengths stay on the device: at most one item per request is not full
     num_items = triton.cdiv(num_tokens, ITEM_TOKENS) + num_requests
-    most = torch.empty(
-        num_items, num_q_heads, padded_queries, dtype=torch.float32, device=device
-    )
+    most = torch.empty(num_items, num_q_heads, padded_queries, dtype=torch.float32, device=device)
     total = torch.empty_like(most)
-    lse = torch.empty(
-        num_requests, num_q_heads, padded_queries, dtype=torch.float32, device=device
-    )
+    lse = torch.empty(num_requests, num_q_heads, padded_queries, dtype=torch.float32, device=device)
     dtype = DTYPES[key.dtype]
     packed = {"R_PADDED": triton.next_power_of_2(num_requests), "B": ITEM_TOKENS}
     queries = {"QUERIES": padded_queries, "ROWS": rows}

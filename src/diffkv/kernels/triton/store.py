@@ -134,6 +134,26 @@ def _write_side(x_ptr, page_ptr, index, mask, S: tl.constexpr):
     store_vectors(x, code_ptr, meta_ptr, mask, S, x_ptr.dtype.element_ty)
 
 
+@triton.jit
+def _write_tier(
+    key_ptr, value_ptr, score, position, number, table_ptr, pages_ptr, mask,
+    TIER: tl.constexpr, TIERS: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Write tokens [T] of one head as tokens `number` of a tier."""
+    T: tl.constexpr = TIERS[TIER]
+    K: tl.constexpr = T.k
+    V: tl.constexpr = T.v
+    column = table_column(number // T.tokens, TIER, M)
+    page = tl.load(table_ptr + column, mask=mask, other=0).to(tl.int64)
+    page_ptr = pages_ptr + page * PAGE
+    index = number % T.tokens
+    _write_side(key_ptr, page_ptr, index, mask, K)
+    _write_side(value_ptr, page_ptr, index, mask, V)
+    at = page_ptr + index * 4
+    tl.store((at + T.sums).to(tl.pointer_type(tl.float32)), score, mask=mask)
+    tl.store((at + T.positions).to(tl.pointer_type(tl.int32)), position, mask=mask)
+
+
 @triton.jit(do_not_specialize=["layer", "N"])
 def _write_kernel(
     slots_ptr,  # [R]
@@ -175,17 +195,22 @@ def _write_kernel(
     for t in tl.static_range(NUM_TIERS):
         mask = kept & (tier_of == t)
         if tl.max(mask.to(tl.int32), 0) > 0:
-            column = table_column(number // TIERS[t].tokens, t, M)
-            page = tl.load(table_ptr + column, mask=mask, other=0).to(tl.int64)
-            page_ptr = pages_ptr + page * PAGE
-            index = number % TIERS[t].tokens
             key_at = key_ptr + i * key_stride + head * D
             value_at = value_ptr + i * value_stride + head * D
-            _write_side(key_at, page_ptr, index, mask, TIERS[t].k)
-            _write_side(value_at, page_ptr, index, mask, TIERS[t].v)
-            at = page_ptr + index * 4
-            tl.store((at + TIERS[t].sums).to(tl.pointer_type(tl.float32)), score, mask=mask)
-            tl.store((at + TIERS[t].positions).to(tl.pointer_type(tl.int32)), position, mask=mask)
+            _write_tier(
+                key_at,
+                value_at,
+                score,
+                position,
+                number,
+                table_ptr,
+                pages_ptr,
+                mask,
+                t,
+                TIERS,
+                M,
+                PAGE,
+            )
 
 
 def store_prompt(

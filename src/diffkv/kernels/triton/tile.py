@@ -156,7 +156,7 @@ def tile_scores(
     x = _load_vectors(page_ptr, index, S, DTYPE)
     scores = tl.zeros([GROUP, page_ptr.shape[0]], tl.float32)
     if S.bits == 16:
-        scores = tl.dot(operands[0], tl.trans(_plane(x, 0, S, DOT, FAST)), input_precision="ieee")
+        scores = tl.dot(operands[0], tl.trans(_plane(x, 0, S, DOT, FAST)), input_precision="tf32x3")
     else:
         EACH: tl.constexpr = S.planes * S.split // S.groups  # operands of a group
         for g in tl.static_range(GROUPS):
@@ -165,7 +165,7 @@ def tile_scores(
             for k in tl.static_range(EACH):
                 code = _plane(x, (g * EACH + k) // S.split, S, DOT, FAST)
                 product = tl.dot(
-                    operands[g * EACH + k], tl.trans(code), product, input_precision="ieee"
+                    operands[g * EACH + k], tl.trans(code), product, input_precision="tf32x3"
                 )
                 total += totals[g * EACH + k]
             code_scale, zero = _load_meta(page_ptr, index, g, S)
@@ -199,7 +199,7 @@ def tile_values(
         sums = (
             tl.dot(
                 p.to(DOT), _plane(x, 0, S, DOT, FAST), sums[0] * decay[:, None],
-                input_precision="ieee",
+                input_precision="tf32x3",
             ),
         )  # fmt: skip
     else:
@@ -218,12 +218,12 @@ def tile_values(
             if S.split == 1:
                 total = tl.dot(
                     weights[plane * S.groups // S.planes], code, sums[plane] * decay[:, None],
-                    input_precision="ieee",
+                    input_precision="tf32x3",
                 )  # fmt: skip
             else:
                 total = sums[plane] * decay[:, None]
                 for u in tl.static_range(SPLITS):
-                    product = tl.dot(weights[plane * S.split + u], code, input_precision="ieee")
+                    product = tl.dot(weights[plane * S.split + u], code, input_precision="tf32x3")
                     total += tl.where(_in_split(u, S), product, 0.0)
             new_sums = new_sums + (total,)
         sums = new_sums

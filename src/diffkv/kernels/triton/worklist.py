@@ -7,7 +7,7 @@ that results do not depend on which other requests are in a batch.
 import triton
 import triton.language as tl
 
-from diffkv.kernels.triton.facts import Tier
+from diffkv.layout import PageLayout
 
 __all__ = ["ITEM_FIELDS", "MAX_CHUNKS", "item_of", "list_kernel", "min_chunk_pages"]
 
@@ -22,9 +22,9 @@ ITEM_FIELDS = 8
 _FIELDS = tl.constexpr(ITEM_FIELDS)
 
 
-def min_chunk_pages(tiers: tuple[Tier, ...]) -> int:
+def min_chunk_pages(layout: PageLayout) -> int:
     """Fewest pages of a chunk, where the head has more: all tiers' pages have the same bytes."""
-    return max(1, MIN_CHUNK_TOKENS // tiers[0].tokens)
+    return max(1, MIN_CHUNK_TOKENS // layout.high.tokens_per_page)
 
 
 @triton.jit
@@ -73,6 +73,8 @@ def list_kernel(
     COUNT: tl.constexpr,
 ):
     """ROWS rows (request, head) a program. Each counts by itself what is before its rows."""
+    HIGH: tl.constexpr = TIERS[0]
+    LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     start = tl.program_id(0) * ROWS
     first_item = tl.zeros([], tl.int32)
     first_tile = tl.zeros([], tl.int32)
@@ -86,8 +88,8 @@ def list_kernel(
         low_items = tl.cdiv(low_pages, chunk)
         first_item += tl.sum(high_items + low_items)
         first_tile += tl.sum(
-            high_items * _chunk_tiles(chunk, TIERS[0], TILE)
-            + low_items * _chunk_tiles(chunk, TIERS[len(TIERS) - 1], TILE)
+            high_items * _chunk_tiles(chunk, HIGH, TILE)
+            + low_items * _chunk_tiles(chunk, LOW, TILE)
         )
 
     row = start + tl.arange(0, ROWS)
@@ -98,8 +100,8 @@ def list_kernel(
     high_items = tl.cdiv(high_pages, chunk)
     low_items = tl.cdiv(low_pages, chunk)
     items = high_items + low_items
-    high_tiles = _chunk_tiles(chunk, TIERS[0], TILE)
-    low_tiles = _chunk_tiles(chunk, TIERS[len(TIERS) - 1], TILE)
+    high_tiles = _chunk_tiles(chunk, HIGH, TILE)
+    low_tiles = _chunk_tiles(chunk, LOW, TILE)
     tiles = high_items * high_tiles + low_items * low_tiles
     item = first_item + tl.cumsum(items, 0) - items
     score_tile = first_tile + tl.cumsum(tiles, 0) - tiles
@@ -112,7 +114,7 @@ def list_kernel(
     mask = each < items[:, None]
     is_low = each >= high_items[:, None]
     number = each - tl.where(is_low, high_items[:, None], 0)  # of the chunk in its tier
-    per_page = tl.where(is_low, TIERS[len(TIERS) - 1].tokens, TIERS[0].tokens)
+    per_page = tl.where(is_low, LOW.tokens, HIGH.tokens)
     left = tl.where(is_low, low[:, None], high[:, None]) - number * chunk[:, None] * per_page
     skipped = tl.where(is_low, (high_items * high_tiles)[:, None], 0)
     skipped += number * tl.where(is_low, low_tiles[:, None], high_tiles[:, None])

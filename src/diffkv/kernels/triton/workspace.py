@@ -29,6 +29,8 @@ class Tuning:
         num_warps: of a program.
         num_stages: tiles in flight.
         programs: per multiprocessor.
+        tile: tokens of a tile, a power of two of at least 16; None: by head_dim.
+        max_registers: of a thread; None: what the compiler likes.
         fast: convert codes with `prmt`, which the interpreter does not know.
         score_tiles: tiles of one layer whose probabilities are kept between the passes; those of
             further tiles are computed twice. None: a share of the pool.
@@ -37,6 +39,8 @@ class Tuning:
     num_warps: int = 4
     num_stages: int = 3
     programs: int = 4
+    tile: int | None = None
+    max_registers: int | None = None
     fast: bool = True
     score_tiles: int | None = None
 

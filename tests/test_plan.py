@@ -1,0 +1,256 @@
+"""`diffkv plan`: sizes of known models, what fits, and the verdict, against hand-made numbers."""
+
+import json
+
+import pytest
+from test_presets import config_json
+
+from diffkv.capacity import HIGH_SHARE, Mix, parse_bytes, parse_tokens, plan_format, rank_of
+from diffkv.cli import main
+from diffkv.layout import PageLayout
+from diffkv.model_config import ModelConfig, stored_weight_bytes
+from diffkv.pool import FIXED_BYTES, RING_ENTRY_BYTES, PoolShape
+from diffkv.quant import ConfigError, QuantConfig
+
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
+    "num_experts_per_tok": 8, "vocab_size": 151936, "dtype": "bfloat16", "tie_word_embeddings": False,
+}  # fmt: skip
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 4096,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "vocab_size": 32000, "tie_word_embeddings": False,
+}  # fmt: skip
+GIB = 1 << 30
+
+
+@pytest.fixture
+def llama(tmp_path):
+    path = tmp_path / "llama"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config_json("Meta-Llama-3-8B-Instruct")))
+    return path
+
+
+def plan(capsys, model, *arguments):
+    assert main(["plan", "--model", str(model), "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys, *arguments):
+    assert main(["plan", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    return line.removeprefix("diffkv: ")
+
+
+@pytest.mark.parametrize(
+    ("config", "num_parameters"),
+    [
+        # as the models' cards on the Hub count them
+        (config_json("Meta-Llama-3-8B-Instruct"), 8_030_261_248),
+        (config_json("Meta-Llama-3-70B"), 70_553_706_496),
+        (config_json("Qwen2.5-7B-Instruct"), 7_615_616_512),
+        (config_json("Qwen2.5-32B"), 32_763_876_352),
+        (MOE, 30_532_122_624),
+        (MIXTRAL, 46_702_792_704),
+    ],
+    ids=["llama-3-8b", "llama-3-70b", "qwen2.5-7b", "qwen2.5-32b", "qwen3-30b-a3b", "mixtral"],
+)
+def test_parameters(config, num_parameters):
+    model = ModelConfig.parse(config, "m")
+    assert model.num_parameters == num_parameters
+    assert model.estimated_weight_bytes == 2 * num_parameters
+
+
+def test_quantised_weights():
+    config = config_json("Meta-Llama-3-8B-Instruct")
+    linear = 32 * (4096 * 2 * (4096 + 1024) + 3 * 4096 * 14336)
+    rest = 2 * (8_030_261_248 - linear)
+    awq = {**config, "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
+    fp8 = {**config, "quantization_config": {"quant_method": "fp8"}}
+    assert (
+        ModelConfig.parse(awq, "m").estimated_weight_bytes
+        == linear // 2 + linear // 128 * 5 // 2 + rest
+    )
+    assert ModelConfig.parse(fp8, "m").estimated_weight_bytes == linear + rest
+    with pytest.raises(ConfigError, match="quantised by hqq"):
+        ModelConfig.parse({**config, "quantization_config": {"quant_method": "hqq"}}, "m")
+
+
+def test_weights_of_the_shipped_model_are_read_from_its_file(capsys):
+    facts = plan(capsys, "reference", "--gpu-memory", "1GiB", "--reserve", "1MB")
+    assert facts["weight_bytes"] == 2 * 2_295_552
+    assert facts["weight_source"] == "the weights' files"
+
+
+def test_index_and_broken_weights(tmp_path):
+    assert stored_weight_bytes(tmp_path) is None
+    (tmp_path / "a.safetensors").write_bytes(b"no header")
+    with pytest.raises(ConfigError, match="cannot read the weights' headers"):
+        stored_weight_bytes(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 123}}')
+    assert stored_weight_bytes(tmp_path) == 123
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("141GiB", 141 * GIB),
+        ("80GB", 80 * 10**9),
+        ("80g", 80 * 10**9),
+        ("1.5 GiB", 3 * GIB // 2),
+        ("7", 7),
+    ],
+)
+def test_sizes(text, num_bytes):
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("32K", 32768), ("1m", 1 << 20), ("500", 500)])
+def test_numbers_of_tokens(text, tokens):
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "12 Gb/s", "iB", "0"])
+def test_bad_sizes(text):
+    with pytest.raises(ConfigError, match="unknown size"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["32KB", "0", "1.0001K", "many", "1G"])
+def test_bad_numbers_of_tokens(text):
+    with pytest.raises(ConfigError, match="tokens"):
+        parse_tokens(text)
+
+
+def test_high_share_is_what_the_paper_says():
+    assert round(100 * (HIGH_SHARE * 6 + (1 - HIGH_SHARE) * 3) / 16, 1) == 27.4
+
+
+def test_llama_in_80_gib(capsys, llama):
+    facts = plan(capsys, llama, "--gpu-memory", "80GiB", "--context", "8K")
+    weights = 2 * 8_030_261_248
+    assert facts["kv_bytes_per_gpu"] == int(80 * GIB * 0.92) - 2 * GIB - weights
+    formats = {each["name"]: each for each in facts["formats"]}
+    assert formats["bf16"]["bytes_per_token"] == 32 * 8 * 128 * 2 * 2
+    assert formats["fp8"]["bytes_per_token"] == 32 * 8 * 128 * 2
+    assert formats["bf16"]["num_requests"] == facts["kv_bytes_per_gpu"] // (8192 * 131072) == 56
+    ours = formats["k8v4-k4v2"]
+    layout = PageLayout.derive(QuantConfig.parse("k8v4-k4v2"), 128)
+    high = 64 + round((8192 - 64) * 0.46)
+    pages = 256 * (
+        -(-high // layout.tiers[0].tokens_per_page)
+        + -(-(8192 - high) // layout.tiers[1].tokens_per_page)
+    )
+    table = 256 * 4 * (layout.max_pages(8192) + 4) + 12
+    request = pages * (layout.page_bytes + RING_ENTRY_BYTES) + table
+    assert ours["bytes_per_token"] == request / 8192
+    assert ours["num_requests"] == (facts["kv_bytes_per_gpu"] - FIXED_BYTES) // request
+    assert facts["verdict"]["name"] == "k8v4-k4v2"
+    assert facts["verdict"]["text"].startswith("yes: a bf16 decode step is KV-bound")
+    bf16_read = weights / 56 + 8192 * 131072
+    ours_read = weights / ours["num_requests"] + request
+    assert facts["verdict"]["gain"] == pytest.approx(bf16_read / ours_read, rel=1e-6)
+
+
+def test_what_is_planned_fits_the_pool():
+    """As many requests as promised do fit `PoolShape.fit`'s pages, and one more does not fit the bytes."""
+    model = ModelConfig.parse(config_json("Qwen2.5-7B-Instruct"), "m")
+    rank = rank_of(model, model.estimated_weight_bytes, 1, 40 * GIB)
+    quant, mix = QuantConfig.parse("k8v4-k4v2"), Mix(0.3, 0.1)
+    planned = plan_format(quant, rank, 5000, mix)
+    layout = PageLayout.derive(quant, model.head_dim)
+    shape = PoolShape.fit(rank.kv_bytes, layout, 28, 4, 5000, planned.num_requests)
+    high, low = mix.tokens(quant, 5000)
+    assert high + low == 5000 - round(0.1 * (5000 - 64))
+    pages = (
+        28
+        * 4
+        * sum(
+            -(-num // tier.tokens_per_page)
+            for num, tier in zip((high, low), layout.tiers, strict=True)
+        )
+    )
+    assert planned.num_requests * pages <= shape.num_pages
+    assert planned.table_bytes == shape.table_bytes
+    assert (planned.num_requests + 1) * planned.bytes_per_token * 5000 > rank.kv_bytes - FIXED_BYTES
+
+
+def test_few_requests_are_bound_by_weights(capsys, llama):
+    args = ("--gpu-memory", "80GiB", "--context", "8K", "--requests")
+    few = plan(capsys, llama, *args, "4")["verdict"]
+    assert (few["batch_bf16"], few["batch"]) == (4, 4)
+    assert few["text"].startswith("a little: a bf16 decode step is weights-bound (21%")
+    one = plan(capsys, llama, *args, "1")["verdict"]
+    assert one["text"].startswith("no: ")
+    assert one["gain"] < few["gain"] < 1.3
+
+
+def test_only_compressed_fits(capsys, llama):
+    facts = plan(capsys, llama, "--gpu-memory", "19.2GiB", "--context", "8K")
+    formats = {each["name"]: each for each in facts["formats"]}
+    assert formats["bf16"]["num_requests"] == 0
+    assert not formats["bf16"]["starts"]
+    assert formats["k8v4-k4v2"]["num_requests"] == facts["verdict"]["batch"] == 2
+    assert facts["verdict"]["text"] == (
+        "yes: bf16 holds no request of this context, k8v4-k4v2 holds 2"
+    )
+
+
+def test_tensor_parallelism(capsys, llama):
+    one = plan(capsys, llama, "--gpu-memory", "80GiB")
+    two = plan(capsys, llama, "--gpu-memory", "80GiB", "--tensor-parallel-size", "2")
+    assert two["weight_bytes_per_gpu"] == one["weight_bytes"] // 2
+    assert two["formats"][0]["bytes_per_token"] == one["formats"][0]["bytes_per_token"] / 2
+    sixteen = plan(capsys, llama, "--gpu-memory", "80GiB", "--tensor-parallel-size", "16")
+    assert sixteen["formats"][0]["bytes_per_token"] == one["formats"][0]["bytes_per_token"] / 8
+
+
+def test_a_mixture_reads_the_experts_that_are_hit():
+    model = ModelConfig.parse(MOE, "m")
+    rank = rank_of(model, model.estimated_weight_bytes, 1, 100 * GIB)
+    active = 30_532_122_624 - 48 * (128 - 8) * 3 * 2048 * 768
+    assert rank.weight_bytes_read(1) == pytest.approx(2 * active, rel=1e-6)
+    assert rank.weight_bytes_read(1000) == pytest.approx(rank.weight_bytes, rel=1e-6)
+
+
+def test_table(capsys, llama):
+    args = ["plan", "--model", str(llama), "--gpu-memory", "80GiB", "--quant", "k8v4", "k8v4-k4v2"]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert "KV budget of a GPU 56.64 GiB" in out
+    for row in ("bf16", "fp8", "k8v4", "k8v4-k4v2"):
+        assert f"│ {row} " in out
+    assert "Assumed for pairs: 46% of the tokens outside the window" in out
+    assert "Will compression pay? yes: " in out
+
+
+def test_refusals(capsys, llama, tmp_path):
+    model = ("--model", str(llama))
+    assert "leaves no KV cache" in refused(capsys, *model, "--gpu-memory", "16GiB")
+    assert "must divide 32 query heads" in refused(
+        capsys, *model, "--gpu-memory", "80GiB", "--tensor-parallel-size", "3"
+    )
+    assert "unknown size 'much'" in refused(capsys, *model, "--gpu-memory", "much")
+    assert "--high-share must be in 0 .. 1" in refused(
+        capsys, *model, "--gpu-memory", "80GiB", "--high-share", "2"
+    )
+    memory = ("--gpu-memory", "80GiB")
+    assert "neither a folder nor a model id" in refused(capsys, "--model", "nope", *memory)
+    assert "does not exist" in refused(capsys, "--model", "/no/where", *memory)
+    assert "has no config.json" in refused(capsys, "--model", str(tmp_path), *memory)
+    (tmp_path / "config.json").write_text('{"kv_lora_rank": 512}')
+    assert "has MLA" in refused(capsys, "--model", str(tmp_path), *memory)
+    (tmp_path / "config.json").write_text('{"hidden_size": 512}')
+    assert "has no 'num_attention_heads'" in refused(capsys, "--model", str(tmp_path), *memory)
+
+
+def test_a_model_id_without_the_hubs_library(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = refused(capsys, "--model", "owner/name", "--gpu-memory", "80GiB")
+    assert line.endswith("give a folder, or pip install huggingface_hub")

@@ -1,0 +1,147 @@
+"""Presets: their published values, how one is found for a model, and how options override one."""
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from diffkv import presets
+from diffkv.cli.engine_options import add_cache_options, cache_options
+from diffkv.model_config import ModelConfig
+from diffkv.policy import Thresholds
+from diffkv.quant import ConfigError, QuantConfig
+from diffkv.vllm_plugin.options import Options
+
+PUBLISHED = {
+    "llama-3-8b": (1.0, 0.02),
+    "llama-3-70b": (1.0, 0.0),
+    "qwen2.5-7b": (0.04, 0.04),
+    "qwen2.5-32b": (3.0, 0.0),
+    "qwq-32b": (3.0, 0.0),
+}
+SIZES = {  # architecture, layers, hidden size, query heads, KV heads, intermediate size, vocabulary
+    "Meta-Llama-3-8B-Instruct": ("LlamaForCausalLM", 32, 4096, 32, 8, 14336, 128256),
+    "Meta-Llama-3-70B": ("LlamaForCausalLM", 80, 8192, 64, 8, 28672, 128256),
+    "Qwen2.5-7B-Instruct": ("Qwen2ForCausalLM", 28, 3584, 28, 4, 18944, 152064),
+    "Qwen2.5-32B": ("Qwen2ForCausalLM", 64, 5120, 40, 8, 27648, 152064),
+    "QwQ-32B": ("Qwen2ForCausalLM", 64, 5120, 40, 8, 27648, 152064),
+    "DeepSeek-R1-Distill-Llama-8B": ("LlamaForCausalLM", 32, 4096, 32, 8, 14336, 128256),
+    "Llama-2-7b": ("LlamaForCausalLM", 32, 4096, 32, 32, 11008, 32000),
+}
+
+
+def config_json(name):
+    names = (
+        "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+        "intermediate_size", "vocab_size",
+    )  # fmt: skip
+    architecture, *sizes = SIZES[name]
+    model_type = architecture.removesuffix("ForCausalLM").lower()
+    return {
+        "architectures": [architecture], "model_type": model_type, "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False, **dict(zip(names, sizes, strict=True)),
+    }  # fmt: skip
+
+
+def folder(tmp_path, name):
+    path = tmp_path / name
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config_json(name)))
+    return str(path)
+
+
+def options(*arguments, model="reference"):
+    parser = argparse.ArgumentParser()
+    add_cache_options(parser)
+    return cache_options(SimpleNamespace(model=model, **vars(parser.parse_args(arguments))))
+
+
+def test_published_values():
+    found = {p.name: (p.alpha_high, p.alpha_low) for p in presets.PRESETS if p.sizes is not None}
+    assert found == PUBLISHED
+    assert presets.find("qwq-32b").quant == "k8v4g1x2-k4v2g2x4"
+    assert QuantConfig.parse(presets.find("qwen2.5-7b").quant).low is None
+    assert all(preset.source for preset in presets.PRESETS)
+
+
+def test_no_preset_is_balanced():
+    balanced = presets.find(presets.DEFAULT)
+    plain = Options()
+    assert (plain.quant, plain.window) == (balanced.quant, balanced.window)
+    assert plain.thresholds() == balanced.thresholds == Thresholds(3.0, 0.0)
+    assert options() == plain
+
+
+def test_quality_keeps_all_and_max_compression_drops():
+    assert presets.find("quality").thresholds == Thresholds()
+    assert presets.find("max-compression").alpha_low > 0
+    assert (
+        "drops what the prompt's end does not attend" in presets.find("max-compression").description
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("Meta-Llama-3-8B-Instruct", "llama-3-8b"),
+        ("Meta-Llama-3-70B", "llama-3-70b"),
+        ("Qwen2.5-7B-Instruct", "qwen2.5-7b"),
+        ("Qwen2.5-32B", "qwen2.5-32b"),
+        ("QwQ-32B", "qwq-32b"),
+        ("DeepSeek-R1-Distill-Llama-8B", "balanced"),
+        ("Llama-2-7b", "balanced"),
+    ],
+)
+def test_auto(tmp_path, capsys, name, preset):
+    chosen = options("--preset", "auto", model=folder(tmp_path, name))
+    expected = presets.find(preset)
+    assert chosen.quant == expected.quant
+    assert chosen.thresholds() == expected.thresholds
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"diffkv: preset {preset} (chosen by auto: ")
+    if preset == "balanced":
+        assert ("published for r1-distill" if "R1" in name else "nothing is published") in lines[0]
+
+
+def test_sizes_decide_where_the_name_says_nothing():
+    config = ModelConfig.parse(config_json("QwQ-32B"), "/models/a")
+    assert presets.choose(config)[0].name == "qwen2.5-32b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "quant", "thresholds"),
+    [
+        (("quality",), "k8v4", (0, 0)),
+        (("balanced", "--alpha-high", "1"), "k8v4-k4v2", (1, 0)),
+        (("balanced", "--alpha-low", "5"), "k8v4-k4v2", (5, 5)),
+        (("balanced", "--quant", "k8v8"), "k8v8", (0, 0)),
+        (("max-compression", "--quant", "k8v4"), "k8v4", (0.04, 0.04)),
+        (("max-compression", "--alpha-high", "0.01"), "k8v4-k4v2", (0.01, 0.01)),
+        (("qwen2.5-7b", "--quant", "k8v4-k4v2"), "k8v4-k4v2", (0.04, 0.04)),
+        (("qwen2.5-7b", "--alpha-low", "0"), "k8v4", (0, 0)),
+    ],
+)
+def test_options_override(capsys, arguments, quant, thresholds):
+    chosen = options("--preset", *arguments)
+    assert chosen.quant == quant
+    assert chosen.thresholds() == Thresholds(*thresholds)
+    line = capsys.readouterr().err
+    assert f": {quant}, alpha_high {thresholds[0]:g}, alpha_low {thresholds[1]:g}, " in line
+    for flag in ("alpha-high", "alpha-low", "quant"):
+        assert (flag.replace("-", "_") in line.split("with your")[-1]) == (
+            f"--{flag}" in arguments or "with your" not in line and flag in line.replace("_", "-")
+        )
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ConfigError) as refused:
+        options("--preset", "fast")
+    names = ", ".join(preset.name for preset in presets.PRESETS)
+    assert str(refused.value) == f"unknown preset 'fast': there are auto, {names}"
+
+
+def test_a_threshold_without_a_tier_is_refused():
+    with pytest.raises(ConfigError, match="has no low tier"):
+        options("--preset", "quality", "--alpha-high", "3")

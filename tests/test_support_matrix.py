@@ -1,0 +1,108 @@
+"""The table of what goes with DiffKV: its page, its tests, its refusals."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from diffkv.quant import ConfigError
+from diffkv.vllm_plugin import matrix
+from diffkv.vllm_plugin.matrix import MATRIX, NOT_TRIED, OFF, REFUSED, WORKS
+
+ROOT = Path(__file__).parents[1]
+
+
+def vllm_config(**changes):
+    """A configuration that asks for nothing special, with `section.field` changed."""
+    sections = {
+        "model_config": {
+            "use_mla": False, "is_hybrid": False, "is_encoder_decoder": False,
+            "runner_type": "generate", "disable_sliding_window": False,
+            "hf_text_config": SimpleNamespace(sliding_window=None),
+        },
+        "parallel_config": {
+            "pipeline_parallel_size": 1, "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
+        },
+        "cache_config": {"cache_dtype": "auto"},
+    }  # fmt: skip
+    speculative = changes.pop("speculative", None)
+    for name, value in changes.items():
+        section = next(fields for fields in sections.values() if name in fields)
+        section[name] = value
+    configs = {name: SimpleNamespace(**fields) for name, fields in sections.items()}
+    return SimpleNamespace(speculative_config=speculative, **configs)
+
+
+REFUSALS = {
+    "sliding-window layers": {"hf_text_config": SimpleNamespace(sliding_window=4096)},
+    "MLA": {"use_mla": True},
+    "layers with a recurrent state (hybrid models)": {"is_hybrid": True},
+    "encoder-decoder models": {"is_encoder_decoder": True},
+    "models that do not generate": {"runner_type": "pooling"},
+    "speculative decoding": {"speculative": object()},
+    "kv_cache_dtype other than auto": {"cache_dtype": "fp8"},
+    "pipeline parallelism": {"pipeline_parallel_size": 2},
+    "context parallelism": {"decode_context_parallel_size": 2},
+}
+
+
+def test_nothing_special_is_not_refused():
+    matrix.refuse(vllm_config())
+    unused = SimpleNamespace(sliding_window=4096, use_sliding_window=False)
+    matrix.refuse(vllm_config(hf_text_config=unused))
+    windowed = SimpleNamespace(sliding_window=4096)
+    matrix.refuse(vllm_config(hf_text_config=windowed, disable_sliding_window=True))
+
+
+def test_every_predicate_is_tested():
+    assert {row.feature for row in MATRIX if row.asked is not None} == set(REFUSALS)
+
+
+@pytest.mark.parametrize("feature", REFUSALS)
+def test_refusals(feature):
+    (row,) = (row for row in MATRIX if row.feature == feature)
+    with pytest.raises(ConfigError) as refused:
+        matrix.refuse(vllm_config(**REFUSALS[feature]))
+    line = str(refused.value)
+    assert line.startswith("DiffKV does not support ")
+    assert line.endswith(f": {row.change}")
+    assert "\n" not in line and "{" not in line
+    if feature == "kv_cache_dtype other than auto":
+        assert "--kv-cache-dtype fp8" in line
+
+
+@pytest.mark.parametrize("name", [row.layer_argument for row in MATRIX if row.layer_argument])
+def test_layer_refusals(name):
+    support = pytest.importorskip("diffkv.vllm_plugin.support", reason="needs vLLM")
+    support.check_layer(**{name: None})
+    (row,) = (row for row in MATRIX if row.layer_argument == name)
+    with pytest.raises(ConfigError) as refused:
+        support.check_layer(**{name: 7})
+    assert str(refused.value) == (
+        f"DiffKV does not support attention layers with {name} (7): {row.change}"
+    )
+
+
+def test_every_claim_names_a_test_that_exists():
+    for row in MATRIX:
+        assert bool(row.tests) == (row.status != NOT_TRIED), row.feature
+        for test in row.tests:
+            file, function = test.split("::")
+            source = (ROOT / file).read_text(encoding="utf-8")
+            assert re.search(rf"^ *def {function}\(", source, re.M), test
+
+
+def test_rows_are_whole():
+    assert {row.status for row in MATRIX} == {WORKS, REFUSED, OFF, NOT_TRIED}
+    features = [(row.area, row.feature) for row in MATRIX]
+    assert len(set(features)) == len(features)
+    for row in MATRIX:
+        assert bool(row.change) == (row.status in (REFUSED, OFF)), row.feature
+        assert row.asked is None or row.status == REFUSED
+
+
+def test_page_is_up_to_date():
+    page = (ROOT / "docs" / "support-matrix.md").read_text(encoding="utf-8")
+    assert page == matrix.to_markdown(), "run python tools/support_matrix.py"
