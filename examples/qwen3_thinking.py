@@ -40,10 +40,11 @@ def main() -> None:
     )
     (output,) = llm.chat([{"role": "user", "content": QUESTION}], params, use_tqdm=False)
     for number, sample in enumerate(output.outputs, 1):
-        thoughts, _, answer = sample.text.rpartition("</think>")
+        thoughts, ended, answer = sample.text.partition("</think>")
         print(
             f"-- sample {number}: {len(sample.token_ids)} tokens, {len(thoughts)} characters of "
-            f"thoughts, ended by {sample.finish_reason}\n{answer.strip()[-500:]}\n"
+            f"thoughts, ended by {sample.finish_reason}\n"
+            f"{answer.strip() if ended else 'no answer yet: raise --max-tokens'}\n"
         )
 
     (summary,) = llm.collective_rpc("diffkv_summary")  # of each worker, here one

@@ -159,7 +159,7 @@ def test_llama_in_80_gib(capsys, llama):
 
 
 def test_what_is_planned_fits_the_pool():
-    """As many requests as promised do fit `PoolShape.fit`'s pages, and one more does not fit the bytes."""
+    """As many requests as promised do fit the pool's pages, and one more does not fit the bytes."""
     model = ModelConfig.parse(config_json("Qwen2.5-7B-Instruct"), "m")
     rank = rank_of(model, model.estimated_weight_bytes, 1, 40 * GIB)
     quant, mix = QuantConfig.parse("k8v4-k4v2"), Mix(0.3, 0.1)

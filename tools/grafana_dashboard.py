@@ -49,7 +49,7 @@ def _panel(
 
 def dashboard() -> dict[str, Any]:
     """The dashboard, as Grafana imports it."""
-    panels = []
+    panels: list[dict[str, Any]] = []
     for title, names, unit in PANELS:
         targets = [_target(PREFIX + name, name) for name in names]
         panels.append(_panel(len(panels), title, unit, targets, " ".join(GAUGES[n] for n in names)))

@@ -154,7 +154,6 @@ def test_more_requests_run_at_once_in_the_same_bytes() -> None:
         "max_num_seqs": 64,
         "max_num_batched_tokens": 4096,
         "kv_cache_memory_bytes": BUDGET_BYTES,
-        "watermark": 0.04,  # free blocks that admission leaves for those that run
     }
     with engine(**arguments) as llm:
         stock = drive(llm, workload)

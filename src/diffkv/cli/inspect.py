@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=int, default=0, help=f"of {HTML} (default: 0)")
     parser.add_argument("--head", type=int, default=0, help=f"KV head of {HTML} (default: 0)")
     parser.add_argument(
-        "--kv-memory", type=int, metavar="BYTES", default=generate.REFERENCE_KV_MEMORY_BYTES,
-        help="KV budget, tables included (default: 256 MiB)",
+        "--kv-memory", type=int, metavar="BYTES",
+        help="KV budget, tables included (default: as for diffkv generate)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--verbose", action="store_true", help="show the engine's log")
@@ -59,10 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Refuse before an engine starts what would fail after it."""
     for name in ("max_tokens", "kv_memory"):
-        if getattr(args, name) < 1:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
-            )
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     model = load_config(model_folder(args.model))
     for name, num in (("layer", model.num_layers), ("head", model.num_kv_heads)):
         if not 0 <= getattr(args, name) < num:

@@ -11,6 +11,10 @@ from diffkv.vllm_plugin.options import DEFAULT_QUANT, Options
 
 __all__ = ["DEFAULT_QUANT", "Options", "engine_args", "register"]
 
+WATERMARK = 0.04
+"""Share of the blocks that vLLM leaves free when it admits requests: several times more of them run at
+once than with its own cache, and all of them grow."""
+
 
 def register() -> None:
     """Tell vLLM of the backend, the spec and the connector. May be called again.
@@ -70,6 +74,7 @@ def engine_args(quant: str = DEFAULT_QUANT, **options: Any) -> dict[str, Any]:
         "worker_extension_cls": "diffkv.vllm_plugin.extension.WorkerExtension",
         "logits_processors": ["diffkv.vllm_plugin.admission:Admission"],
         "enable_prefix_caching": False,
+        "watermark": WATERMARK,
     }
     if not current_platform.is_cpu():
         args["attention_backend"] = "CUSTOM"

@@ -77,7 +77,8 @@ _MODELS = (
         Row("models", name, WORKS, "a tiny checkpoint equals vLLM's own cache", "", _FAMILIES)
         for name in (
             "Llama 2 (MHA)", "Llama 3 (GQA)", "Mistral", "Mixtral",
-            "Qwen 2.5 (QKV bias, tied embeddings)", "Qwen 3 (QK norm)", "Qwen 3 MoE", "head_dim 64, 80, 96, 128",
+            "Qwen 2.5 (QKV bias, tied embeddings)", "Qwen 3 (QK norm)", "Qwen 3 MoE",
+            "head_dim 64, 80, 96, 128",
         )
     ),
     Row("models", "head_dim 256", NOT_TRIED, "in an engine"),
@@ -236,10 +237,13 @@ MATRIX = (
             "GPTQ int4", "AWQ int4", "FP8 (compressed-tensors)", "INT8 (compressed-tensors)",
         )
     ),
-    Row(
-        "weights", "quantising to FP8 while loading", REFUSED, "vLLM itself does, on a CPU",
-        "give a checkpoint that is quantised",
-        (f"{TESTS}test_weights.py::test_quantising_online_to_fp8_is_refused_by_vllm_in_one_line",),
+    *(
+        Row(
+            "weights", name, REFUSED, "vLLM itself has no CPU kernel for it",
+            "run it on a GPU, or take another weight format",
+            (f"{TESTS}test_weights.py::test_what_vllm_cannot_run_on_a_cpu_is_one_line",),
+        )
+        for name in ("quantising to FP8 while loading, on a CPU", "AWQ experts, on a CPU")
     ),
     Row("weights", "float32, bfloat16", WORKS, "", "", (*_FAMILIES, *_WEIGHTS)),
     *_FEATURES,

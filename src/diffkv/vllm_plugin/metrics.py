@@ -12,7 +12,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-__all__ = ["COUNTERS", "GAUGES", "HISTOGRAM", "PREFIX", "DiffKVPromMetrics", "DiffKVStats", "join_ranks"]
+__all__ = [
+    "COUNTERS",
+    "GAUGES",
+    "HISTOGRAM",
+    "PREFIX",
+    "DiffKVPromMetrics",
+    "DiffKVStats",
+    "join_ranks",
+]
 
 PREFIX = "diffkv_"
 

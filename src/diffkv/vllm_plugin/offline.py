@@ -210,7 +210,7 @@ def generate(
     check_version()
     args = {**arguments, "disable_log_stats": False}
     if options is not None:
-        args |= engine_args(**options.to_dict())
+        args = _turned_on(options, args)
     try:
         params = [SamplingParams(**each) for each in sampling]
     except (ValueError, VLLMClientError) as error:
@@ -249,6 +249,20 @@ def _check_lengths(llm: Any, prompts: Sequence[str]) -> None:
                 f"prompt {number} has {num_tokens} tokens, but prompt and answer may have {longest} "
                 f"together: shorten it, or raise --max-model-len"
             )
+
+
+def _turned_on(options: Options, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Add what turns DiffKV on to an engine's arguments, of which its watermark may be another.
+
+    Raises:
+        ConfigError: an argument that DiffKV sets itself was given.
+    """
+    ours = engine_args(**options.to_dict())
+    for name in ours:
+        if name in arguments and name != "watermark":
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} does not go with DiffKV, which sets it: leave it out")
+    return {**ours, **arguments}
 
 
 def _preemptions(llm: Any) -> int:

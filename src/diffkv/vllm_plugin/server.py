@@ -20,7 +20,9 @@ def serve_flags(options: Options) -> list[str]:
         "--kv-transfer-config", json.dumps(args["kv_transfer_config"]),
         "--worker-extension-cls", args["worker_extension_cls"],
         "--logits-processors", *args["logits_processors"],
+        "--middleware", "diffkv.vllm_plugin.middleware.SettingsCheck",
         "--no-enable-prefix-caching",
+        "--watermark", str(args["watermark"]),
     ]  # fmt: skip
     if "attention_backend" in args:
         flags += ["--attention-backend", args["attention_backend"]]

@@ -1,5 +1,7 @@
 """Decode attention over both tiers: list the work, attend to every chunk, merge and add significance."""
 
+# ruff: noqa: RUF005  Triton knows no (*a, b)
+
 import math
 
 import torch
@@ -11,7 +13,6 @@ from diffkv.kernels.triton.check import check_layer, check_tensor
 from diffkv.kernels.triton.facts import DTYPES, MIN_DOT, tile_tokens
 from diffkv.kernels.triton.finish import finish_kernel
 from diffkv.kernels.triton.tile import load_query, tile_places, tile_scores, tile_values
-from diffkv.kernels.triton.workspace import Workspace, workspace
 from diffkv.kernels.triton.worklist import (
     ITEM_FIELDS,
     MAX_CHUNKS,
@@ -19,6 +20,7 @@ from diffkv.kernels.triton.worklist import (
     list_kernel,
     min_chunk_pages,
 )
+from diffkv.kernels.triton.workspace import Workspace, workspace
 from diffkv.state import PoolState
 
 __all__ = ["attend"]
@@ -29,7 +31,7 @@ LIST_ROWS = 32
 LIST_COUNT = 1024
 
 SCORE_SHARE = 64
-"""One part in so many of the pool's bytes is what kept probabilities may take, beside MIN_SCORE_BYTES."""
+"""Kept probabilities may take one part in so many of the pool's bytes, or MIN_SCORE_BYTES."""
 
 MIN_SCORE_BYTES = 32 << 20
 
@@ -61,10 +63,10 @@ def _attend_item(
     most = tl.full([GROUP], float("-inf"), tl.float32)
     total = tl.zeros([GROUP, TILE], tl.float32)
     sums = ()
-    for plane in tl.static_range(PLANES):
+    for _ in tl.static_range(PLANES):
         sums = sums + (tl.zeros([GROUP, V.padded], tl.float32),)
     offsets = ()
-    for group in tl.static_range(GROUPS):
+    for _ in tl.static_range(GROUPS):
         offsets = offsets + (tl.zeros([GROUP, TILE], tl.float32),)
     for tile in range(0, tl.cdiv(num_tokens, TILE)):
         page_ptr, index, valid = tile_places(
@@ -199,7 +201,7 @@ def attend(
     num_items = work.buffer("num_items", i32, 1)
     partial = work.buffer("partial", f32, most_items, group, head_dim)
     lse = work.buffer("lse", f32, most_items, group)
-    tile = tuning.tile or tile_tokens(head_dim)
+    tile = tuning.tile or tile_tokens(state.layout)
     score_dtype = f32 if state.dtype is f32 else torch.float16
     tile_bytes = group * (tile * score_dtype.itemsize + f32.itemsize)
     score_tiles = _score_tiles(state, work, tile, tile_bytes)

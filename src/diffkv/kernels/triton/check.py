@@ -27,7 +27,7 @@ def check_tensor(
 def check_packed(
     name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype, *shape: int
 ) -> int:
-    """Like `check_tensor` for [rows, heads, head_dim], where rows may be apart: elements between them."""
+    """Like `check_tensor` for [rows, heads, head_dim] with rows apart: returns elements between them."""
     strides = tensor.stride()
     if (
         tensor.dtype is not dtype

@@ -19,8 +19,11 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 MIN_DOT = 16
 """Fewest rows, columns and elements that a matrix product takes."""
 
-TILE_BYTES = 8192
-"""Of float16 keys that one tile of attention becomes, at most."""
+TILE_CODE_BYTES = 12288
+"""Packed bytes of K and V that one tile of attention converts, at most: more do not fit registers."""
+
+TILE_VECTOR_BYTES = 16384
+"""Bytes of a tile's keys as float16, at most."""
 
 MAX_TILE_TOKENS = 64
 
@@ -147,7 +150,21 @@ def tile_vectors(head_dim: int) -> int:
     return max(1, TILE_ELEMENTS // triton.next_power_of_2(head_dim))
 
 
-def tile_tokens(head_dim: int) -> int:
+def tile_tokens(layout: PageLayout) -> int:
     """Tokens of a tile of attention; tiles know nothing of pages, so a page has any number of tokens."""
-    fitting = 2 * TILE_BYTES // triton.next_power_of_2(head_dim)
-    return max(2 * MIN_DOT, min(MAX_TILE_TOKENS, fitting))
+    formats = [tier.format for tier in layout.tiers]
+    token_bytes = max(
+        (tier.k_code_bytes if tier.format.k_bits < 16 else 0)
+        + (tier.v_code_bytes if tier.format.v_bits < 16 else 0)
+        for tier in layout.tiers
+    )
+    tile = MAX_TILE_TOKENS
+    vector_bytes = 2 * triton.next_power_of_2(layout.head_dim)
+    while tile > MIN_DOT and (
+        tile * token_bytes > TILE_CODE_BYTES or tile * vector_bytes > TILE_VECTOR_BYTES
+    ):
+        tile //= 2
+    # Every group of values adds sums of a whole tile, and every plane a product of its own
+    if any(fmt.v_groups > 2 or fmt.v_bits == 1 or fmt.k_bits == 1 for fmt in formats):
+        tile = min(tile, MAX_TILE_TOKENS // 2)
+    return tile

@@ -255,13 +255,13 @@ def significance(
     inputs = (query, key, cu_seqlens_q, cu_seqlens_k)
     numbers = (query_stride, key_stride, scale * LOG2_E, max_queries, num_requests)
     _lse_kernel[(num_items, num_kv_heads)](
-        *inputs, most, total, *numbers, **packed, **queries, **heads, num_warps=4
+        *inputs, most, total, *numbers, **packed, **queries, **heads, num_warps=8
     )
     _merge_kernel[(num_requests, num_q_heads, padded_queries // rows)](
         cu_seqlens_k, most, total, lse, num_requests, HEADS=num_q_heads, ITEMS=MERGE_ITEMS,
         **packed, **queries, num_warps=4,
     )  # fmt: skip
     _sum_kernel[(num_items, num_kv_heads)](
-        *inputs, lse, sums, *numbers, num_tokens, **packed, **queries, **heads, num_warps=4
+        *inputs, lse, sums, *numbers, num_tokens, **packed, **queries, **heads, num_warps=8
     )
     return sums

@@ -6,6 +6,8 @@ sum(q), and likewise for values. Codes enter a product as float16 numbers 1024 +
 1024 stays small beside them and its rounding, too. `S` is a `facts.Side`, `T` a `facts.Tier`.
 """
 
+# ruff: noqa: RUF005  Triton knows no (*a, b)
+
 import triton
 import triton.language as tl
 
@@ -90,15 +92,10 @@ def _in_split(SPLIT: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr):
-    """The query heads of a group, by plane and split of the keys.
+    """The query heads of a group, by plane and split of the keys: G at q_ptr, padded to GROUP rows.
 
-    Args:
-        q_ptr: at the first of G heads.
-        G: padded to GROUP rows.
-
-    Returns:
-        Operands [GROUP, padded] and their sums [GROUP], as tuples; factor [GROUP] of all of them, a
-        power of two that keeps them in float16's range.
+    Returns operands [GROUP, padded] and their sums [GROUP], as tuples, and the factor [GROUP] of all of
+    them: a power of two that keeps them in float16's range.
     """
     g = tl.arange(0, GROUP)[:, None]
     column = tl.arange(0, S.padded)[None, :]
@@ -132,7 +129,7 @@ def tile_places(
     pages_ptr, table_ptr, first_page, tile, num_tokens,
     TIER: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Where the tokens of a tile of a chunk are: (page pointer, index in the page, whether there is one).
+    """(page pointer, index in the page, whether there is such a token) of a tile of a chunk.
 
     A token that is none has the place of the chunk's last one, so what is there can be read.
     """
@@ -180,16 +177,10 @@ def tile_values(
     sums, offsets, decay, p, page_ptr, index,
     S: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile's values, weighted by p, to sums that decay.
+    """Add a tile's values, weighted by p [GROUP, tokens], to sums that decay [GROUP].
 
-    Args:
-        sums: tuple of [GROUP, padded], by plane.
-        offsets: tuple of [GROUP, tokens], by group: what scale and zero add to all columns.
-        decay: [GROUP].
-        p: [GROUP, tokens].
-
-    Returns:
-        The sums and offsets. The sums are `S.boost * S.unit` times too large.
+    sums is a tuple of [GROUP, padded], by plane, `S.boost * S.unit` times too large; offsets one of
+    [GROUP, tokens], by group: what scale and zero add to all columns. Returns both.
     """
     GROUPS: tl.constexpr = S.groups
     PLANES: tl.constexpr = S.planes
