@@ -643,7 +643,8 @@ def timings(report: Report, sweep: bool) -> None:
 def table(report: Report) -> None:
     print(f"\n{report.facts}")
     print(
-        f"{'quant':20} {'kind':10} {'batch':>5} {'context':>7} {'G':>2} {'ms':>8} {'GB/s':>6} {'share':>6} {'vs bf16':>7}"
+        f"{'quant':20} {'kind':10} {'batch':>5} {'context':>7} {'G':>2} {'ms':>8} {'GB/s':>6} "
+        f"{'share':>6} {'vs bf16':>7}"
     )
     attention = [r for r in report.rows if r.get("op") == "attend"]
     best: dict[tuple, dict] = {}
@@ -658,7 +659,8 @@ def table(report: Report) -> None:
         ratio = f"{min(dense) / r['ms']:7.2f}" if dense else ""
         name = f"{quant} {high:.0%}" if "-" in quant else quant
         print(
-            f"{name:20} {kind:10} {batch:5} {context:7} {group:2} {r['ms']:8.4f} {r['gbs']:6.0f} {r['share']:6.1%} {ratio}"
+            f"{name:20} {kind:10} {batch:5} {context:7} {group:2} {r['ms']:8.4f} {r['gbs']:6.0f} "
+            f"{r['share']:6.1%} {ratio}"
         )
     for r in report.rows:
         if r.get("op") not in (None, "attend"):

@@ -120,8 +120,12 @@ def test_every_option_is_known_to_somebody(page, known_options):
     rest = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - ours
     sources = "".join(
         vllm_path(name).read_text(encoding="utf-8")
-        for name in ("engine/arg_utils.py", "config/cache.py", "config/model.py")
-    )
+        for name in (
+            "engine/arg_utils.py", "config/cache.py", "config/model.py",
+            "entrypoints/launchers/cli_args.py",
+        )
+    )  # fmt: skip
+    sources += "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("benchmarks/*.py"))
     for option in rest:
         name = option.removeprefix("--")
         names = {name, name.removeprefix("no-")}

@@ -254,7 +254,7 @@ def test_page_is_refused(kwargs, message):
 
 
 def test_low_tokens_must_not_be_larger_than_high_ones():
-    with pytest.raises(ConfigError, match="low tier k8v4g1x2 takes 212 bytes.* more than 208"):
+    with pytest.raises(ConfigError, match=r"low tier k8v4g1x2 takes 212 bytes.* more than 208"):
         PageLayout.derive(QuantConfig.parse("k8v4-k8v4g1x2"), 128)
     with pytest.raises(ConfigError, match="use fewer groups or bits in the low tier"):
         PageLayout.derive(QuantConfig.parse("k4v2-k4v1g4x4"), 64)

@@ -7,10 +7,16 @@ command line, file names, logs and engine options. Byte sizes do not belong here
 import re
 from dataclasses import dataclass
 
-__all__ = ["BITS", "GROUPS", "ConfigError", "Format", "QuantConfig"]
+__all__ = ["BITS", "FLOAT16_MAX", "GROUPS", "MIN_SCALE", "ConfigError", "Format", "QuantConfig"]
 
 BITS = (16, 8, 4, 2, 1)
 GROUPS = (1, 2, 4)
+
+FLOAT16_MAX = 65504.0
+"""Largest finite float16: scale and zero are stored in it, and values beyond it saturate."""
+
+MIN_SCALE = 2.0**-14
+"""Smallest normal float16, so that a constant vector has a scale to divide by."""
 
 _FORMAT = re.compile(r"k(?P<k>\d+)v(?P<v>\d+)(?:g(?P<gk>\d+)x(?P<gv>\d+))?")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffkv import reference
 from diffkv.kernels import cpu
+from diffkv.layout import PageLayout
 from diffkv.quant import ConfigError, QuantConfig
 from diffkv.state import PoolState
 
@@ -241,9 +242,11 @@ def pairs() -> list[str]:
     found = list(FORMATS)
     for high, low in itertools.product(FORMATS, FORMATS):
         try:
-            found.append(str(QuantConfig.parse(f"{high}-{low}")))
+            quant = QuantConfig.parse(f"{high}-{low}")
+            PageLayout.derive(quant, 64)
         except ConfigError:
             continue
+        found.append(str(quant))
     return found
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffkv import reference
 from diffkv.kernels import cpu
-from diffkv.reference.quantize import FLOAT16_MAX, MIN_SCALE
+from diffkv.quant import FLOAT16_MAX, MIN_SCALE
 
 INF = float("inf")
 

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -95,6 +96,13 @@ def test_one_long_ragged_request_in_chunks():
     items = workspace(state)
     check(state, [1, 0], 4)
     assert int(items.buffers["num_items"][0]) > 6, "the work was not split"
+
+
+def test_a_work_list_of_many_programs(monkeypatch):
+    module = importlib.import_module("diffkv.kernels.triton.attend")
+    monkeypatch.setattr(module, "LIST_ROWS", 2)
+    monkeypatch.setattr(module, "LIST_COUNT", 4)
+    check(filled("k8v4-k4v2", 64, torch.float32, [40, 0, 90, 1], num_slots=4), [3, 0, 1, -1, 2], 2)
 
 
 def test_a_request_without_tokens():

@@ -1,5 +1,7 @@
 """store_prompt, gather, plan_decode, append and release leave every byte as the reference does."""
 
+import importlib
+
 import pytest
 import torch
 from make import (
@@ -82,6 +84,37 @@ def test_a_request_lives_as_in_the_reference(quant, head_dim, dtype):
     pool.check_invariants(state)
 
 
+def test_work_of_many_programs_and_blocks(monkeypatch):
+    """As when there are more heads, requests and pages than one program takes at a time."""
+    blocks = {
+        "plan": {"APPLY_HEADS": 4, "COUNT_BLOCK": 8, "SEARCH_TOKENS": 16},
+        "store": {"COUNT_BLOCK": 16, "SCAN_BLOCK": 4, "PAGE_BLOCK": 2},
+        "release": {"SCAN_BLOCK": 2, "PAGE_BLOCK": 2},
+    }
+    for module, sizes in blocks.items():
+        for name, size in sizes.items():
+            path = importlib.import_module(f"diffkv.kernels.triton.{module}")
+            monkeypatch.setattr(path, name, size)
+    state = with_thresholds(make_state("k8v4-k4v2", num_layers=2, num_kv_heads=3, max_tokens=96))
+    expected = copy_of(state)
+    for layer in range(2):
+        store_both(state, expected, layer, [1, 2, 0], [33, 5, 80])
+    for i in range(3):
+        step_both(state, expected, [0, 1, 2], [81 + i, 34 + i, 6 + i])
+    for ops, s in ((kernels, state), (reference, expected)):
+        ops.release(s, ints([1, 0, 2]), -1)
+    assert_same(state, expected)
+    pool.check_invariants(state)
+    # Full pages everywhere: every head wants one
+    state = make_state("k16v16", num_layers=2, num_kv_heads=3, max_tokens=48)
+    expected = copy_of(state)
+    for layer in range(2):
+        tokens, sums = make_tokens(state, [0, 1, 2], [16, 16, 32]), make_sums(state, 64)
+        for ops, s in ((kernels, state), (reference, expected)):
+            ops.store_prompt(s, layer, tokens, torch.zeros(3, 64, dtype=torch.int8), sums)
+    step_both(state, expected, [2, 0, 1], [33, 17, 17])
+
+
 def test_every_action_occurs():
     """What the tests above compare is not only new tokens: drops, demotions, evictions, too."""
     state = with_thresholds(make_state("k8v4-k4v2", max_tokens=96, num_kv_heads=4))
@@ -100,6 +133,7 @@ def test_every_action_occurs():
 def test_page_boundaries(num):
     """Exactly at, before and behind the end of a page: 16 tokens each of k16v16."""
     state = make_state("k16v16", 64, torch.bfloat16, max_tokens=64)
+    state.pages.copy_(torch.randint(0, 256, state.pages.shape, dtype=torch.uint8))
     expected = copy_of(state)
     tokens = make_tokens(state, [1], [num])
     tiers = torch.zeros(2, num, dtype=torch.int8)
@@ -138,7 +172,10 @@ def test_the_ring_wraps_around():
     pool.check_invariants(state)
 
 
-def test_equal_means_fall_to_the_smaller_position():
+@pytest.mark.parametrize("search_tokens", [16, 512])
+def test_equal_means_fall_to_the_smaller_position(monkeypatch, search_tokens):
+    module = importlib.import_module("diffkv.kernels.triton.plan")
+    monkeypatch.setattr(module, "SEARCH_TOKENS", search_tokens)
     state = with_thresholds(make_state("k8v4-k4v2", window=2))
     expected = copy_of(state)
     tokens = make_tokens(state, [0], [40])

@@ -3,13 +3,9 @@
 import torch
 from torch import Tensor
 
-__all__ = ["FLOAT16_MAX", "MIN_SCALE", "dequantize", "quantize"]
+from diffkv.quant import FLOAT16_MAX, MIN_SCALE
 
-FLOAT16_MAX = 65504.0
-"""Largest finite float16: scale and zero are stored in it, and values beyond it saturate."""
-
-MIN_SCALE = 2.0**-14
-"""Smallest normal float16, so that a constant vector has a scale to divide by."""
+__all__ = ["dequantize", "quantize"]
 
 
 def quantize(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:

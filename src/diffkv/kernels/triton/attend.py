@@ -1,6 +1,8 @@
 """Decode attention over both tiers: list the work, attend to every chunk, merge and add significance."""
 
-# ruff: noqa: RUF005  Triton knows no (*a, b)
+# Tuples of tensors grow in kernels by +, for Triton knows no (*a, b)
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 import math
 
@@ -216,10 +218,11 @@ def attend(
     dtype = DTYPES[state.dtype]
     # The interpreter has no products of bfloat16
     raw_dot = dtype if tuning.fast or dtype is not tl.bfloat16 else tl.float32
+    code_dot = tl.float32 if dtype is tl.float32 else tl.float16
     shared = {
         "G": group, "GROUP": max(MIN_DOT, triton.next_power_of_2(group)), "M": state.table_width,
-        "PAGE": state.layout.page_bytes, "RAW_DOT": raw_dot, "CODE_DOT": tl.float32 if dtype is tl.float32 else tl.float16,
-        "FAST": tuning.fast, **tables,
+        "PAGE": state.layout.page_bytes, "RAW_DOT": raw_dot, "CODE_DOT": code_dot, "FAST": tuning.fast,
+        **tables,
     }  # fmt: skip
     programs = min(rows * MAX_CHUNKS, work.multiprocessors * tuning.programs)
     _attend_kernel[(programs,)](

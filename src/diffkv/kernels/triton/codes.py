@@ -7,7 +7,7 @@ p * width + c, so that all planes of a byte are added up along one axis.
 import triton
 import triton.language as tl
 
-from diffkv.reference.quantize import FLOAT16_MAX, MIN_SCALE
+from diffkv.quant import FLOAT16_MAX, MIN_SCALE
 
 __all__ = [
     "code_pointers",

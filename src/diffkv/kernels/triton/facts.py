@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from diffkv.layout import META_BYTES, PageLayout, TierLayout
-from diffkv.reference.quantize import FLOAT16_MAX
+from diffkv.quant import FLOAT16_MAX
 
 __all__ = ["DTYPES", "Side", "Tier", "tiers_of", "tile_vectors", "vector_side"]
 

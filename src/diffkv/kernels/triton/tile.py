@@ -6,7 +6,9 @@ sum(q), and likewise for values. Codes enter a product as float16 numbers 1024 +
 1024 stays small beside them and its rounding, too. `S` is a `facts.Side`, `T` a `facts.Tier`.
 """
 
-# ruff: noqa: RUF005  Triton knows no (*a, b)
+# Tuples of tensors grow in kernels by +, for Triton knows no (*a, b)
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 import triton
 import triton.language as tl

@@ -82,8 +82,7 @@ struct Queries {
   }
 };
 
-// Ask for a part of the page that comes next. Two parts a page: all at once would fill the queue of
-// misses and hold up the arithmetic that should hide them.
+// Ask for a part of the next page: all at once would fill the queue of misses.
 template <int PART, int PARTS>
 INLINE void prefetch(const uint8_t* page) {
   constexpr int LINES = (layout::PAGE_BYTES + LINE_BYTES - 1) / LINE_BYTES;
@@ -96,8 +95,7 @@ constexpr int tokens_at_once(int group) {
   return tokens < LANES ? tokens : LANES;
 }
 
-// Dot products of LANES tokens' key codes with G queries: sums[group, G, LANES], lanes not yet
-// added.
+// Dot products of LANES tokens' key codes with G queries: sums[group, G, LANES], by lane.
 template <int TIER, int G>
 INLINE void dot_codes(const uint8_t* codes, int count, const Queries<TIER, G>& queries,
                       Floats (*sums)[G][LANES]) {
@@ -192,8 +190,7 @@ INLINE void add_values(const uint8_t* page, int num, const float (*weights)[G][p
   });
 }
 
-// Softmax weights of a page from its scores, times each token's value scale; adds up p and p *
-// zero.
+// Softmax weights of a page from its scores, times each token's value scale; sums of p, p * zero.
 template <int TIER, int G>
 INLINE void weigh_page(const uint8_t* page, int num, const float* scores, const float* largest,
                        const float* keep, Floats* total, float (*weights)[G][padded_tokens(TIER)],
