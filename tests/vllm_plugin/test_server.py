@@ -223,18 +223,20 @@ class TestServer:
         assert idle["diffkv_tokens_high"] == idle["diffkv_tokens_low"] == 0
         seen = []
         stream = client.completions.create(
-            model="reference", prompt=LONG[0], max_tokens=400, temperature=0, stream=True,
+            model="reference", prompt=LONG[0], max_tokens=900, temperature=0, stream=True,
             extra_body={"ignore_eos": True},
         )  # fmt: skip
         for number, _ in enumerate(stream):
             if number % 40 == 20:
                 seen.append(server.metrics())
-        assert len(seen) >= 5
+        # what the client reads last, the server may have finished before
+        seen = [found for found in seen if found["diffkv_pages_held"]]
+        assert len(seen) >= 2
         for found in seen:
             total = found["diffkv_pages_total"]
             assert found["diffkv_pages_free"] + found["diffkv_pages_held"] == total
             tokens = sum(found[f"diffkv_tokens_{name}"] for name in ("high", "low", "dropped"))
-            assert 1071 <= tokens <= 1071 + 400
+            assert 1071 <= tokens <= 1071 + 900
         busy = seen[-1]
         assert busy["diffkv_pages_held"] > 200
         # one request, so vLLM's blocks are its quota: its pages, and what the next token may need
