@@ -87,6 +87,17 @@ class DiffKVSpec(FullAttentionSpec):
             max_num_seqs=max_num_seqs,
         )
 
+    def pool_shape(self, num_blocks: int) -> PoolShape:
+        """The pool in `num_blocks` of vLLM's blocks: scheduler and worker must agree on it."""
+        return PoolShape.fit(
+            num_blocks * self.num_layers * self.layout.page_bytes,
+            self.layout,
+            self.num_layers,
+            self.num_kv_heads,
+            self.max_model_len,
+            self.max_num_seqs,
+        )
+
     def get_num_kernel_states(self, kernel_block_size: int) -> int:
         """A block is one opaque cell."""
         return 1
@@ -141,10 +152,7 @@ class DiffKVManager(FullAttentionManager):
         Lowering `num_gpu_blocks` with them keeps vLLM's usage figure 0 for an empty pool.
         """
         num_blocks = self.block_pool.num_gpu_blocks
-        self.shape = PoolShape.fit(
-            num_blocks * spec.num_layers * spec.layout.page_bytes,
-            spec.layout, spec.num_layers, spec.num_kv_heads, spec.max_model_len, spec.max_num_seqs,
-        )  # fmt: skip
+        self.shape = spec.pool_shape(num_blocks)
         num_usable = self.shape.num_pages // spec.num_layers
         num_reserved = max(0, num_blocks - 1 - num_usable)
         self.block_pool.get_new_blocks(num_reserved)

@@ -64,10 +64,7 @@ class WorkerCache:
         self, options: Options, spec: DiffKVSpec, num_blocks: int, buffer: Tensor, scale: float
     ) -> None:
         self.spec = spec
-        self.shape = pool.PoolShape.fit(
-            num_blocks * spec.num_layers * spec.layout.page_bytes,
-            spec.layout, spec.num_layers, spec.num_kv_heads, spec.max_model_len, spec.max_num_seqs,
-        )  # fmt: skip
+        self.shape = spec.pool_shape(num_blocks)
         self.state = pool.create(self.shape, buffer, spec.dtype, options.window)
         kernels = ops.load(buffer.device.type, options.kernels)
         self.cache = DiffKVCache(self.state, kernels, scale)
