@@ -118,6 +118,15 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else repr(error)
 
 
+def refuse_in_one_line(parser: Any, whose: str) -> None:
+    """Make one of vLLM's argument parsers raise ConfigError where it would print its usage and exit."""
+
+    def refuse(message: str) -> None:
+        raise ConfigError(f"{message} (neither an option of diffkv nor of {whose})")
+
+    parser.error = refuse
+
+
 def engine_flags(flags: Sequence[str]) -> dict[str, Any]:
     """Read command-line flags that are vLLM's own, under its own names.
 
@@ -129,10 +138,7 @@ def engine_flags(flags: Sequence[str]) -> dict[str, Any]:
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
 
-    def refuse(message: str) -> None:
-        raise ConfigError(f"{message} (neither an option of diffkv nor of vLLM's engine)")
-
-    parser.error = refuse
+    refuse_in_one_line(parser, "vLLM's engine")
     defaults = vars(parser.parse_args([]))
     given = vars(parser.parse_args(list(flags)))
     return {name: value for name, value in given.items() if value != defaults[name]}

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import engine_args
-from diffkv.vllm_plugin.offline import check_model, first_line
+from diffkv.vllm_plugin.offline import check_model, first_line, refuse_in_one_line
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.support import check_config, check_version
 
@@ -53,11 +53,7 @@ def serve(model: str, options: Options, flags: Sequence[str]) -> None:
     _refuse_flags(flags)
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="diffkv serve", add_help=False))
-
-    def refuse(message: str) -> None:
-        raise ConfigError(f"{message} (neither an option of diffkv nor of vllm serve)")
-
-    parser.error = refuse
+    refuse_in_one_line(parser, "vllm serve")
     args: Any = parser.parse_args(["--model", model, *serve_flags(options), *flags])
     try:
         validate_parsed_serve_args(args)
