@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from diffkv.ops import Ops
 from diffkv.policy import (
@@ -20,6 +19,7 @@ from diffkv.policy import (
     num_queries_seen,
     paper_tiers,
 )
+from diffkv.prefill import Prefill, torch_prefill
 from diffkv.state import DecodePlan, PoolState, PromptTokens
 
 __all__ = ["DiffKVCache", "PromptChunk", "Step"]
@@ -75,15 +75,22 @@ class DiffKVCache:
         ops: the kernels, as `diffkv.ops.load` returns them.
         scale: of the attention's dot products.
         policy: decides the tiers of prompts.
+        prefill: exact attention of prompts.
     """
 
     def __init__(
-        self, state: PoolState, ops: Ops, scale: float, policy: PromptPolicy = paper_tiers
+        self,
+        state: PoolState,
+        ops: Ops,
+        scale: float,
+        policy: PromptPolicy = paper_tiers,
+        prefill: Prefill = torch_prefill,
     ) -> None:
         self.state = state
         self._ops = ops
         self._scale = scale
         self._policy = policy
+        self._prefill = prefill
         self._thresholds: dict[int, Thresholds] = {}
         self._carried_queries: dict[tuple[int, int], Tensor] = {}
 
@@ -192,21 +199,16 @@ class DiffKVCache:
         value: Tensor,
         output: Tensor,
     ) -> None:
+        queries = [query[chunk.span] for chunk in prompts]
+        keys, values = self._prompts_so_far(layer, prompts, key, value)
+        outputs = [output[chunk.span] for chunk in prompts]
+        self._prefill(queries, keys, values, self._scale, outputs)
         undecided: list[tuple[PromptChunk, Tensor, Tensor]] = []
         complete: list[tuple[PromptChunk, Tensor, Tensor, Tensor]] = []
-        for chunk in prompts:
-            q, k, v = query[chunk.span], key[chunk.span], value[chunk.span]
-            all_k, all_v = k, v
-            if chunk.num_stored:
-                stored_k, stored_v, _, _ = self._ops.gather(
-                    self.state, layer, chunk.slot, chunk.num_stored
-                )
-                all_k = torch.cat([stored_k.transpose(0, 1), k])
-                all_v = torch.cat([stored_v.transpose(0, 1), v])
-            output[chunk.span] = _causal_attention(q, all_k, all_v, self._scale)
+        for chunk, q, all_k, all_v in zip(prompts, queries, keys, values, strict=True):
             if not self.compresses(chunk):
                 self._carry_queries(layer, chunk, q)
-                undecided.append((chunk, k, v))
+                undecided.append((chunk, key[chunk.span], value[chunk.span]))
             else:
                 q = self._scored_queries(layer, chunk, q)
                 complete.append((chunk, q, all_k, all_v))
@@ -214,6 +216,23 @@ class DiffKVCache:
             self._store_high(layer, undecided)
         if complete:
             self._store_decided(layer, complete)
+
+    def _prompts_so_far(
+        self, layer: int, prompts: Sequence[PromptChunk], key: Tensor, value: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of each prompt up to its chunk's end, earlier chunks read back from pages."""
+        keys, values = [], []
+        for chunk in prompts:
+            k, v = key[chunk.span], value[chunk.span]
+            if chunk.num_stored:
+                stored_k, stored_v, _, _ = self._ops.gather(
+                    self.state, layer, chunk.slot, chunk.num_stored
+                )
+                k = torch.cat([stored_k.transpose(0, 1), k])
+                v = torch.cat([stored_v.transpose(0, 1), v])
+            keys.append(k)
+            values.append(v)
+        return keys, values
 
     def _carry_queries(self, layer: int, chunk: PromptChunk, query: Tensor) -> None:
         """Keep the queries of an early chunk that are among the prompt's last 64."""
@@ -298,31 +317,3 @@ class DiffKVCache:
 
 def _join(tensors: list[Tensor]) -> Tensor:
     return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).contiguous()
-
-
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Exact attention of the last tokens of one request over all of them.
-
-    Args:
-        query: [n, num_q_heads, head_dim], of the last n tokens.
-        key: [N, num_kv_heads, head_dim], N >= n.
-        value: likewise.
-        scale: of the dot products.
-
-    Returns:
-        [n, num_q_heads, head_dim].
-    """
-    n, total = query.shape[0], key.shape[0]
-    seen = None
-    if total > n:
-        seen = torch.ones(n, total, dtype=torch.bool, device=query.device).tril(total - n)
-    out = scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        attn_mask=seen,
-        is_causal=seen is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out[0].transpose(0, 1)

@@ -3,9 +3,11 @@
 Another version of vLLM fails here, with the name of what changed, before it fails somewhere inside.
 """
 
+import ast
 import dataclasses
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +37,9 @@ FUNCTIONS = {
     "vllm.config:ModelConfig.get_num_layers": "parallel_config",
     "vllm.config:ModelConfig.get_num_kv_heads": "parallel_config",
     "vllm.config:ModelConfig.get_head_size": "",
+    # on CUDA
+    "vllm.v1.attention.backends.fa_utils:get_flash_attn_version": "head_size",
+    "vllm.v1.worker.gpu.kv_connector:ActiveKVConnector.pre_forward": "scheduler_output",
     # the command line
     "vllm:LLM.generate": "prompts sampling_params use_tqdm",
     "vllm:LLM.collective_rpc": "method",
@@ -57,12 +62,12 @@ ATTRIBUTES = {
     "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory": "_registry",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": "CUSTOM CPU_ATTN",
     "vllm.v1.attention.backend:AttentionType": "DECODER",
-    "vllm.v1.attention.backend:AttentionCGSupport": "NEVER",
+    "vllm.v1.attention.backend:AttentionCGSupport": "NEVER UNIFORM_SINGLE_TOKEN_DECODE",
     "vllm.usage.usage_lib:UsageContext": "OPENAI_API_SERVER",
     "vllm.exceptions:VLLMClientError": "",
     "vllm.config:VllmConfig": (
         "model_config parallel_config cache_config scheduler_config device_config "
-        "speculative_config kv_transfer_config compilation_config"
+        "speculative_config kv_transfer_config compilation_config use_v2_model_runner"
     ),
     "vllm.config:ModelConfig": (
         "dtype max_model_len use_mla is_encoder_decoder is_hybrid hf_text_config "
@@ -163,7 +168,7 @@ OVERRIDES = {
     ),
     "diffkv.vllm_plugin.backend:DiffKVBuilder": (
         "vllm.v1.attention.backend:AttentionMetadataBuilder",
-        "__init__ build",
+        "__init__ build build_for_cudagraph_capture get_cudagraph_support",
     ),
     "diffkv.vllm_plugin.backend:DiffKVImpl": (
         "vllm.v1.attention.backend:AttentionImpl",
@@ -242,6 +247,22 @@ def test_methods_that_we_override(path: str) -> None:
                 f"{base_path}.{name} has a parameter {parameter.name} that ours does not take: "
                 f"{list(accepted)}"
             )
+
+
+def test_flash_attention() -> None:
+    """Its module cannot be imported without CUDA, but read."""
+    package = Path(importlib.import_module("vllm").__file__ or "").parent
+    source = (package / "vllm_flash_attn" / "flash_attn_interface.py").read_text()
+    (function,) = (
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_varlen_func"
+    )
+    taken = {argument.arg for argument in function.args.args}
+    assert taken >= {
+        "q", "k", "v", "max_seqlen_q", "cu_seqlens_q", "max_seqlen_k", "cu_seqlens_k",
+        "softmax_scale", "causal", "fa_version",
+    }  # fmt: skip
 
 
 def test_leading_parameters_are_where_we_expect_them() -> None:

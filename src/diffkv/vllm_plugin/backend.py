@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -17,12 +16,13 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from diffkv.cache import DiffKVCache, Step
+from diffkv.cache import Step
 from diffkv.layout import PageLayout
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.select import options_of
 from diffkv.vllm_plugin.spec import DiffKVSpec
 from diffkv.vllm_plugin.support import check_config, check_layer
+from diffkv.vllm_plugin.worker import Rows, WorkerCache
 
 __all__ = ["DiffKVBackend", "DiffKVBuilder", "DiffKVImpl", "DiffKVMetadata"]
 
@@ -32,20 +32,28 @@ class DiffKVMetadata:
     """What every layer of a step needs.
 
     Attributes:
-        cache: the worker's.
-        step: as it was planned.
+        worker: whose pool it is.
+        rows: of the step.
         layers: index of each layer in the pool, by name.
     """
 
-    cache: DiffKVCache
-    step: Step
+    worker: WorkerCache
+    rows: Rows
     layers: dict[str, int]
+
+    @property
+    def step(self) -> Step:
+        """As it was planned; vLLM's dummy runs come without a message, and are planned here."""
+        return self.rows.step or self.worker.plan(self.rows)
 
 
 class DiffKVBuilder(AttentionMetadataBuilder[DiffKVMetadata]):
-    """Plans each step, before its first layer."""
+    """Plans each step, before its first layer.
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    vLLM's first model runner gives the scheduler's message to the worker before it builds metadata, its
+    second one after that, immediately before the model runs: then the plan waits for the message.
+    """
+
     reorder_batch_threshold: int | None = 1
 
     def __init__(
@@ -53,19 +61,42 @@ class DiffKVBuilder(AttentionMetadataBuilder[DiffKVMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._layers = {name: index for index, name in enumerate(layer_names)}
+        self._impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+        self._message_comes_later = vllm_config.use_v2_model_runner
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: Any, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        """Of steps with generated tokens alone: static launches over buffers that stay."""
+        if vllm_config.device_config.device_type == "cuda":
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> DiffKVMetadata:
-        """Plan the step that vLLM describes."""
-        m = common_attn_metadata
-        worker = get_kv_transfer_group().worker
-        step = worker.plan(
+        """Take the step that vLLM describes, and plan it, or have it planned."""
+        metadata = self._describe(common_attn_metadata)
+        if self._message_comes_later:
+            metadata.worker.plan_after_message(metadata.rows)
+        else:
+            metadata.worker.plan(metadata.rows)
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> DiffKVMetadata:
+        """A step of padding: its plan must be there before the capture begins."""
+        metadata = self._describe(common_attn_metadata)
+        metadata.worker.plan(metadata.rows)
+        return metadata
+
+    def _describe(self, m: Any) -> DiffKVMetadata:
+        rows = Rows(
             m.block_table_tensor[: m.num_reqs, 0],
             m.query_start_loc_cpu[: m.num_reqs + 1].numpy(),
             m.seq_lens[: m.num_reqs],
         )
-        return DiffKVMetadata(worker.cache, step, self._layers)
+        return DiffKVMetadata(self._impl.worker, rows, self._layers)
 
 
 class DiffKVImpl(AttentionImpl[DiffKVMetadata]):
@@ -99,7 +130,18 @@ class DiffKVImpl(AttentionImpl[DiffKVMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self._worker: WorkerCache | None = None
         _remember_model(get_current_vllm_config(), head_size)
+
+    @property
+    def worker(self) -> WorkerCache:
+        """The pool of this worker, which the connector sets when memory is there."""
+        assert self._worker is not None, "the KV cache is not allocated yet"
+        return self._worker
+
+    @worker.setter
+    def worker(self, worker: WorkerCache) -> None:
+        self._worker = worker
 
     def forward(
         self,
@@ -118,7 +160,7 @@ class DiffKVImpl(AttentionImpl[DiffKVMetadata]):
             return output.fill_(0)
         m = attn_metadata
         index = m.layers[layer.layer_name]
-        m.cache.attend(index, m.step, query, key, value, output.view(query.shape))
+        m.worker.cache.attend(index, m.step, query, key, value, output.view(query.shape))
         return output
 
 

@@ -181,6 +181,8 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
             raise ConfigError(f"DiffKV needs one attention scale for all layers, got {scales}")
         num_blocks = self._kv_cache_config.num_blocks
         self._worker = WorkerCache(self._options, spec, num_blocks, buffer, scales.pop())
+        for name in group.layer_names:
+            layers[name].impl.worker = self._worker
         self._worker.cache.warm_up(layers[group.layer_names[0]].impl.num_heads)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:

@@ -17,9 +17,10 @@ from diffkv.policy import Thresholds
 from diffkv.vllm_plugin.accounting import Accounts, Request
 from diffkv.vllm_plugin.metrics import DiffKVStats
 from diffkv.vllm_plugin.options import Options
+from diffkv.vllm_plugin.prefill import choose_prefill
 from diffkv.vllm_plugin.spec import MAX_IN_FLIGHT, DiffKVSpec, Report
 
-__all__ = ["Started", "WorkerCache"]
+__all__ = ["Rows", "Started", "WorkerCache"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,23 @@ class Started:
     block_id: int
     prompt_len: int
     thresholds: Thresholds
+
+
+@dataclass
+class Rows:
+    """What vLLM says of a step's rows; with the scheduler's message it makes the plan of the step.
+
+    Attributes:
+        block_ids: [num_rows] int32, the block that identifies each row's request; 0 for padding.
+        query_starts: [num_rows + 1] int, where each row's tokens start in the packed batch.
+        seq_lens: [num_rows] int32, tokens of each request after the step.
+        step: as planned; None before.
+    """
+
+    block_ids: Tensor
+    query_starts: np.ndarray
+    seq_lens: Tensor
+    step: Step | None = None
 
 
 @dataclass
@@ -67,7 +85,8 @@ class WorkerCache:
         self.shape = spec.pool_shape(num_blocks)
         self.state = pool.create(self.shape, buffer, spec.dtype, options.window)
         kernels = ops.load(buffer.device.type, options.kernels)
-        self.cache = DiffKVCache(self.state, kernels, scale)
+        prefill = choose_prefill(buffer.device.type, spec.dtype, spec.head_size)
+        self.cache = DiffKVCache(self.state, kernels, scale, prefill=prefill)
         self.accounts = Accounts(self.shape, self.state)
         self._slots = _Slots(
             list(range(self.shape.num_slots))[::-1],
@@ -75,6 +94,8 @@ class WorkerCache:
             np.zeros(self.shape.num_slots + 1, dtype=np.int64),
         )
         self._scheduled: dict[str, Request] = {}
+        self._awaiting: Rows | None = None
+        self._row_slots: list[Tensor] = []
 
     def before_step(
         self, ended: Iterable[str], started: Iterable[Started], num_tokens: Mapping[str, int]
@@ -95,6 +116,8 @@ class WorkerCache:
             request.num_tokens = count
             self._scheduled[name] = request
         self.accounts.step_began(len(self._slots.requests))
+        if self._awaiting is not None:
+            self.plan(self._awaiting)
 
     def _end(self, ended: Iterable[str]) -> None:
         slots = []
@@ -116,27 +139,37 @@ class WorkerCache:
             request = Request(slot, start.block_id, start.prompt_len)
             self._slots.requests[start.request_id] = request
 
-    def plan(self, block_ids: Tensor, query_starts: np.ndarray, seq_lens: Tensor) -> Step:
+    def plan_after_message(self, rows: Rows) -> None:
+        """Plan a step in `before_step`, which comes after its rows are known."""
+        self._awaiting = rows
+
+    def plan(self, rows: Rows) -> Step:
         """Sort the rows of a step into prompts and generated tokens, and plan the latter.
 
         A step without prompts is planned from device tensors alone: the host waits for nothing.
-
-        Args:
-            block_ids: [num_rows] int32, the block that identifies each row's request; 0 for padding.
-            query_starts: [num_rows + 1] int, where each row's tokens start in the packed batch.
-            seq_lens: [num_rows] int32, tokens of each request after the step.
         """
-        slots = self._slots.of_block[block_ids]
+        self._awaiting = None
+        slots, seq_lens = self._slots_of(rows.block_ids), rows.seq_lens
         prompts: list[PromptChunk] = []
-        rows: slice | Tensor = slice(0, len(slots))
+        generated_rows: slice | Tensor = slice(0, len(slots))
         if any(request.is_prompt for request in self._scheduled.values()):
-            prompts, generated, rows = self._split(slots, query_starts, seq_lens)
+            prompts, generated, generated_rows = self._split(slots, rows.query_starts, seq_lens)
             slots, seq_lens = slots[generated], seq_lens[generated]
         with self.accounts.managing():
-            step = self.cache.plan(prompts, rows, slots, seq_lens.int())
+            step = self.cache.plan(prompts, generated_rows, slots, seq_lens.int())
         places = None if step.plan is None else step.plan.places
         self.accounts.step_planned(places, sum(map(self.cache.compresses, prompts)))
+        rows.step = step
         return step
+
+    def _slots_of(self, block_ids: Tensor) -> Tensor:
+        """[num_rows] int32 at an address that stays: a CUDA graph of a step reads it again."""
+        num = len(block_ids)
+        if not self._row_slots or len(self._row_slots[-1]) < num:
+            # a shorter one may be part of a graph, and is kept
+            self._row_slots.append(torch.empty(num, dtype=torch.int32, device=block_ids.device))
+        slots = self._row_slots[-1][:num]
+        return torch.index_select(self._slots.of_block, 0, block_ids, out=slots)
 
     def _split(
         self, row_slots: Tensor, query_starts: np.ndarray, seq_lens: Tensor

@@ -1,0 +1,99 @@
+"""What vLLM does on CUDA and not on CPUs, as far as a CPU can show it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from conftest import NEW_TOKENS, engine, greedy
+from torch import Tensor
+
+from diffkv.prefill import torch_prefill
+from diffkv.vllm_plugin.backend import DiffKVBuilder
+from diffkv.vllm_plugin.connector import DiffKVConnector
+from diffkv.vllm_plugin.prefill import choose_prefill
+
+
+def test_message_after_metadata(
+    monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], stock: list[list[int]]
+) -> None:
+    """vLLM's second model runner builds a step's metadata before the worker gets its message."""
+    messages: list[Any] = []
+    deliver, init = DiffKVConnector.handle_preemptions, DiffKVBuilder.__init__
+    bind = DiffKVConnector.bind_connector_metadata
+
+    def hold(self: DiffKVConnector, message: Any) -> None:
+        if message.num_tokens:
+            messages.append(message)
+        else:  # no model runs in this step
+            deliver(self, message)
+
+    def before_forward(self: DiffKVConnector, message: Any) -> None:
+        if messages:
+            deliver(self, messages.pop())
+        bind(self, message)
+
+    def late(self: DiffKVBuilder, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self._message_comes_later = True
+
+    monkeypatch.setattr(DiffKVConnector, "handle_preemptions", hold)
+    monkeypatch.setattr(DiffKVConnector, "bind_connector_metadata", before_forward)
+    monkeypatch.setattr(DiffKVBuilder, "__init__", late)
+    with engine("k16v16", max_num_batched_tokens=256) as llm:
+        run = greedy(llm, prompts[:12], NEW_TOKENS)
+    assert run.token_ids == stock[:12]
+    assert not messages
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, cu_seqlens_q: Tensor, max_seqlen_k: int,
+    cu_seqlens_k: Tensor, softmax_scale: float, causal: bool, fa_version: int,
+) -> Tensor:  # fmt: skip
+    """Plain arithmetic behind flash-attention's signature: the mask is aligned at the end."""
+    assert causal and fa_version == 3
+    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+    out = torch.empty_like(q)
+    starts = zip(
+        cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:], strict=True
+    )
+    for q0, q1, k0, k1 in starts:
+        group = q.shape[1] // k.shape[1]
+        keys, values = (x[k0:k1].double().repeat_interleave(group, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[q0:q1].double(), keys) * softmax_scale
+        seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(
+            scores.shape[2] - scores.shape[1]
+        )
+        probs = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        out[q0:q1] = torch.einsum("hqk,khd->qhd", probs, values)
+    return out
+
+
+def test_prefill_by_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is passed to flash-attention gives what torch gives, request by request."""
+    from vllm.v1.attention.backends import fa_utils
+
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash, raising=False)
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda head_size: 3)
+    prefill = choose_prefill("cuda", torch.bfloat16, 64)
+    assert prefill is not torch_prefill
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    generator = torch.Generator().manual_seed(0)
+    for lengths in ([(5, 5)], [(7, 30), (1, 64), (12, 12)]):
+        queries: Sequence[Tensor] = [draw(n, 8, 64) for n, _ in lengths]
+        keys, values = ([draw(total, 2, 64) for _, total in lengths] for _ in range(2))
+        ours, torchs = ([torch.empty_like(q) for q in queries] for _ in range(2))
+        prefill(queries, keys, values, 0.125, ours)
+        torch_prefill(queries, keys, values, 0.125, torchs)
+        for our, other in zip(ours, torchs, strict=True):
+            torch.testing.assert_close(our, other, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("device_type", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)]
+)
+def test_prefill_by_torch(device_type: str, dtype: torch.dtype) -> None:
+    assert choose_prefill(device_type, dtype, 64) is torch_prefill
