@@ -189,9 +189,7 @@ def create(shape: PoolShape, buffer: Tensor, dtype: torch.dtype, window: int) ->
     return _create([shape], buffer, dtype, window)[0]
 
 
-def create_cache(
-    shape: CacheShape, buffer: Tensor, dtype: torch.dtype, window: int
-) -> CacheState:
+def create_cache(shape: CacheShape, buffer: Tensor, dtype: torch.dtype, window: int) -> CacheState:
     """Make an empty pool for all layers inside a buffer: tables first, then pages.
 
     Args:

@@ -6,6 +6,7 @@ options. Byte sizes do not belong here: see `layout`.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +20,7 @@ __all__ = [
     "LayerQuant",
     "LayerSpan",
     "QuantConfig",
+    "layers_text",
 ]
 
 BITS = (16, 8, 4, 2, 1)
@@ -196,6 +198,12 @@ class LayerSpan:
 
 def _layers_text(first: int, last: int | None) -> str:
     return str(first) if first == last else f"{first}-{'' if last is None else last}"
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """The text form of some layers, ascending: `0-3,7`."""
+    ends = [0, *(i for i in range(1, len(layers)) if layers[i] > layers[i - 1] + 1), len(layers)]
+    return ",".join(_layers_text(layers[a], layers[b - 1]) for a, b in pairwise(ends))
 
 
 def _name(layers: str) -> str:
