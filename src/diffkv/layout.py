@@ -316,35 +316,33 @@ class CacheLayout:
 
     def max_pages(self, num_tokens: int) -> int:
         """Most pages that one head of every layer can hold, each with `num_tokens` kept tokens."""
-        return sum(len(group.layers) * group.page.max_pages(num_tokens) for group in self.groups)
+        return sum(len(g.layers) * g.page.max_pages(num_tokens) for g in self.groups)
 
     def max_new_pages(self, num_tokens: int) -> int:
         """Most pages that `num_tokens` more tokens can add to one head of every layer together."""
-        return sum(
-            len(group.layers) * group.page.max_new_pages(num_tokens) for group in self.groups
-        )
+        return sum(len(g.layers) * g.page.max_new_pages(num_tokens) for g in self.groups)
 
     def page_token_bytes(self, tier: int) -> float:
         """Bytes per token of one KV head of every layer, in full pages of a tier.
 
         Layers without a low tier count with their high one.
         """
-        return sum(
-            len(group.layers) * group.page.page_token_bytes(min(tier, len(group.page.tiers) - 1))
-            for group in self.groups
+        return self.page_bytes * sum(
+            layers / placed.tokens_per_page for layers, placed in self._placed(tier)
         )
+
+    def _placed(self, tier: int) -> list[tuple[int, TierLayout]]:
+        """For each group, its number of layers and a tier of theirs; high where there is no low."""
+        return [(len(g.layers), g.page.tiers[: tier + 1][-1]) for g in self.groups]
 
     def num_fitting(self, num_pages: int, tier: int) -> int:
         """Most tokens, all of a tier, that `num_pages` pages hold for one head of every layer."""
-        placed = [
-            (len(group.layers), group.page.tiers[min(tier, len(group.page.tiers) - 1)])
-            for group in self.groups
-        ]
+        placed = [(layers, t.tokens_per_page) for layers, t in self._placed(tier)]
 
         def needed(num_tokens: int) -> int:
-            return sum(layers * -(-num_tokens // t.tokens_per_page) for layers, t in placed)
+            return sum(layers * -(-num_tokens // per_page) for layers, per_page in placed)
 
-        most = num_pages * max(t.tokens_per_page for _, t in placed)
+        most = num_pages * max(per_page for _, per_page in placed)
         return bisect_right(range(most + 1), num_pages, key=needed) - 1
 
 
@@ -373,10 +371,7 @@ def _fill_or_refuse(fmt: Format, head_dim: int, element_bytes: int, page_bytes: 
 def _least_waste(layers: Mapping[QuantConfig, int], head_dim: int, element_bytes: int) -> int:
     """The page size with the least waste between 16 and 32 tokens of the largest format.
 
-    Args:
-        layers: how many there are of each configuration.
-        head_dim: elements of a vector.
-        element_bytes: of the model's dtype.
+    `layers` says how many there are of each configuration.
     """
 
     def placed(quant: QuantConfig, tokens: int) -> Sequence[TierLayout]:
