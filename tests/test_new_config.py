@@ -8,9 +8,9 @@ import torch
 
 from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk
-from diffkv.layout import PageLayout
+from diffkv.layout import CacheLayout, PageLayout
 from diffkv.policy import Thresholds
-from diffkv.quant import QuantConfig
+from diffkv.quant import LayerQuant, QuantConfig
 from diffkv.state import PoolState
 
 ROOT = Path(__file__).parents[1]
@@ -37,12 +37,13 @@ def _run(kernels: str | None) -> tuple[torch.Tensor, PoolState]:
     def draw(tokens: int, heads: int) -> torch.Tensor:
         return torch.randn(tokens, heads, HEAD_DIM, generator=generator)
 
-    layout = PageLayout.derive(QuantConfig.parse(UNKNOWN), HEAD_DIM, element_bytes=4)
+    layout = CacheLayout.derive(LayerQuant.parse(UNKNOWN), LAYERS, HEAD_DIM, element_bytes=4)
     budget = 2 << 20
-    shape = pool.PoolShape.fit(budget, layout, LAYERS, KV_HEADS, PROMPT + NEW, 2)
+    shape = pool.CacheShape.fit(budget, layout, KV_HEADS, PROMPT + NEW, 2)
     buffer = torch.zeros(budget, dtype=torch.uint8)
-    state = pool.create(shape, buffer, torch.float32, window=16)
-    cache = DiffKVCache(state, ops.load("cpu", kernels), HEAD_DIM**-0.5)
+    cache_state = pool.create_cache(shape, buffer, torch.float32, window=16)
+    (state,) = cache_state.groups
+    cache = DiffKVCache(cache_state, ops.load("cpu", kernels), HEAD_DIM**-0.5)
     cache.open(1, PROMPT, Thresholds(1.2, 0.9))
     outputs = []
     slots = torch.tensor([1], dtype=torch.int32)

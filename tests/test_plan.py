@@ -7,10 +7,10 @@ from test_presets import config_json
 
 from diffkv.capacity import HIGH_SHARE, Mix, parse_bytes, parse_tokens, plan_format, rank_of
 from diffkv.cli import main
-from diffkv.layout import PageLayout
+from diffkv.layout import CacheLayout, PageLayout
 from diffkv.model_config import ModelConfig, stored_weight_bytes
-from diffkv.pool import FIXED_BYTES, RING_ENTRY_BYTES, PoolShape
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.pool import FIXED_BYTES, RING_ENTRY_BYTES, CacheShape
+from diffkv.quant import ConfigError, LayerQuant, QuantConfig
 
 MOE = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
@@ -162,18 +162,19 @@ def test_what_is_planned_fits_the_pool():
     """As many requests as promised do fit the pool's pages, and one more does not fit the bytes."""
     model = ModelConfig.parse(config_json("Qwen2.5-7B-Instruct"), "m")
     rank = rank_of(model, model.estimated_weight_bytes, 1, 40 * GIB)
-    quant, mix = QuantConfig.parse("k8v4-k4v2"), Mix(0.3, 0.1)
+    quant, mix = LayerQuant.parse("k8v4-k4v2"), Mix(0.3, 0.1)
     planned = plan_format(quant, rank, 5000, mix)
-    layout = PageLayout.derive(quant, model.head_dim)
-    shape = PoolShape.fit(rank.kv_bytes, layout, 28, 4, 5000, planned.num_requests)
-    high, low = mix.tokens(quant, 5000)
+    layout = CacheLayout.derive(quant, 28, model.head_dim)
+    shape = CacheShape.fit(rank.kv_bytes, layout, 4, 5000, planned.num_requests)
+    page = layout.groups[0].page
+    high, low = mix.tokens(page.quant, 5000)
     assert high + low == 5000 - round(0.1 * (5000 - 64))
     pages = (
         28
         * 4
         * sum(
             -(-num // tier.tokens_per_page)
-            for num, tier in zip((high, low), layout.tiers, strict=True)
+            for num, tier in zip((high, low), page.tiers, strict=True)
         )
     )
     assert planned.num_requests * pages <= shape.num_pages

@@ -20,7 +20,7 @@ from diffkv.policy import (
     paper_tiers,
 )
 from diffkv.prefill import Prefill, torch_prefill
-from diffkv.state import DecodePlan, PoolState, PromptTokens
+from diffkv.state import CacheState, DecodePlan, PoolState, PromptTokens
 
 __all__ = ["DiffKVCache", "PromptChunk", "Step"]
 
@@ -59,19 +59,19 @@ class Step:
     Attributes:
         prompts: chunks of prompts.
         decode_rows: [R] int64, rows of the batch that are generated tokens, or a slice of them.
-        plan: where those tokens go; None if there are none.
+        plans: where those tokens go, for each group of layers; empty if there are none.
     """
 
     prompts: tuple[PromptChunk, ...]
     decode_rows: slice | Tensor
-    plan: DecodePlan | None
+    plans: tuple[DecodePlan, ...]
 
 
 class DiffKVCache:
     """Stores, decides and attends, for every layer of one model.
 
     Args:
-        state: the pool.
+        state: the pool, and the tables of all layers.
         ops: the kernels, as `diffkv.ops.load` returns them.
         scale: of the attention's dot products.
         policy: decides the tiers of prompts.
@@ -80,7 +80,7 @@ class DiffKVCache:
 
     def __init__(
         self,
-        state: PoolState,
+        state: CacheState,
         ops: Ops,
         scale: float,
         policy: PromptPolicy = paper_tiers,
@@ -91,6 +91,8 @@ class DiffKVCache:
         self._scale = scale
         self._policy = policy
         self._prefill = prefill
+        self._places = state.places
+        self._device = state.pool.pages.device
         self._thresholds: dict[int, Thresholds] = {}
         self._carried_queries: dict[tuple[int, int], Tensor] = {}
 
@@ -101,18 +103,20 @@ class DiffKVCache:
             num_q_heads: query heads of a layer, on this rank.
         """
         nobody, one = self._slot_tensor([-1]), self._starts([1])
-        shape = (self.state.num_kv_heads, self.state.layout.head_dim)
-        device, dtype = self.state.pages.device, self.state.dtype
+        pool = self.state.pool
+        shape = (pool.num_kv_heads, pool.layout.head_dim)
+        device, dtype = self._device, pool.dtype
         key = torch.zeros(1, *shape, dtype=dtype, device=device)
         query = torch.zeros(1, num_q_heads, shape[1], dtype=dtype, device=device)
         sums = self._ops.significance(query, key, one, one, self._scale, SCORED_QUERIES)
         tiers = torch.full(sums.shape, HIGH, dtype=torch.int8, device=device)
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
-        self._ops.store_prompt(self.state, 0, tokens, tiers, sums)
-        plan = self._ops.plan_decode(self.state, nobody, torch.ones_like(nobody))
-        self._ops.append(self.state, 0, plan, key, key)
-        self._ops.attend(self.state, 0, nobody, query, self._scale, torch.empty_like(query))
-        self._ops.release(self.state, nobody, -1)
+        for group in self.state.groups:
+            self._ops.store_prompt(group, 0, tokens, tiers, sums)
+            plan = self._ops.plan_decode(group, nobody, torch.ones_like(nobody))
+            self._ops.append(group, 0, plan, key, key)
+            self._ops.attend(group, 0, nobody, query, self._scale, torch.empty_like(query))
+            self._ops.release(group, nobody, -1)
 
     def open(self, slot: int, prompt_len: int, thresholds: Thresholds) -> None:
         """Begin a request in an empty slot.
@@ -123,9 +127,10 @@ class DiffKVCache:
         if slot in self._thresholds:
             raise ValueError(f"slot {slot} already has a request")
         self._thresholds[slot] = thresholds
-        self.state.prompt_lens[slot] = prompt_len
-        self.state.thresholds[slot, 0] = thresholds.alpha_high
-        self.state.thresholds[slot, 1] = thresholds.alpha_low
+        pool = self.state.pool
+        pool.prompt_lens[slot] = prompt_len
+        pool.thresholds[slot, 0] = thresholds.alpha_high
+        pool.thresholds[slot, 1] = thresholds.alpha_low
 
     def close(self, slots: Sequence[int]) -> None:
         """End requests: all their pages are free again."""
@@ -135,11 +140,20 @@ class DiffKVCache:
             del self._thresholds[slot]
             for layer in range(self.state.num_layers):
                 self._carried_queries.pop((slot, layer), None)
-        self._ops.release(self.state, self._slot_tensor(slots), -1)
+        for group in self.state.groups:
+            self._ops.release(group, self._slot_tensor(slots), -1)
 
     def compresses(self, chunk: PromptChunk) -> bool:
-        """Whether a prompt's tokens are sorted into tiers with this chunk."""
-        return chunk.is_last and self._thresholds[chunk.slot] != Thresholds()
+        """Whether a prompt's tokens are sorted into tiers with this chunk, in any layer."""
+        return any(self._decides(group, chunk) for group in self.state.groups)
+
+    def _decides(self, group: PoolState, chunk: PromptChunk) -> bool:
+        """Whether the layers of a group sort a prompt's tokens into tiers with this chunk."""
+        return chunk.is_last and self._thresholds_of(group, chunk.slot) != Thresholds()
+
+    def _thresholds_of(self, group: PoolState, slot: int) -> Thresholds:
+        """A request's thresholds as they are in the layers of a group."""
+        return self._thresholds[slot].for_tiers(group.layout.low is not None)
 
     def plan(
         self,
@@ -148,7 +162,7 @@ class DiffKVCache:
         slots: Tensor,
         seq_lens: Tensor,
     ) -> Step:
-        """Plan a step: decide for all layers what the generated tokens replace.
+        """Plan a step: decide for all layers, group by group, what the generated tokens replace.
 
         Args:
             prompts: chunks of prompts in this step.
@@ -156,8 +170,9 @@ class DiffKVCache:
             slots: [R] int32, request of each of those rows; -1 for padding.
             seq_lens: [R] int32, tokens of each request with the new one.
         """
-        plan = self._ops.plan_decode(self.state, slots, seq_lens) if slots.numel() else None
-        return Step(tuple(prompts), decode_rows, plan)
+        groups = self.state.groups if slots.numel() else ()
+        plans = tuple(self._ops.plan_decode(group, slots, seq_lens) for group in groups)
+        return Step(tuple(prompts), decode_rows, plans)
 
     def attend(
         self, layer: int, step: Step, query: Tensor, key: Tensor, value: Tensor, output: Tensor
@@ -174,19 +189,17 @@ class DiffKVCache:
         """
         if step.prompts:
             self._attend_prompts(layer, step.prompts, query, key, value, output)
-        if step.plan is None:
+        if not step.plans:
             return
+        number, index = self._places[layer]
+        group, plan = self.state.groups[number], step.plans[number]
         rows = step.decode_rows
-        self._ops.append(
-            self.state, layer, step.plan, key[rows].contiguous(), value[rows].contiguous()
-        )
+        self._ops.append(group, index, plan, key[rows].contiguous(), value[rows].contiguous())
         if isinstance(rows, slice) and output[rows].is_contiguous():
             out = output[rows]
         else:
             out = torch.empty_like(output[rows])
-        self._ops.attend(
-            self.state, layer, step.plan.slots, query[rows].contiguous(), self._scale, out
-        )
+        self._ops.attend(group, index, plan.slots, query[rows].contiguous(), self._scale, out)
         if out.data_ptr() != output[rows].data_ptr():
             output[rows] = out
 
@@ -199,6 +212,7 @@ class DiffKVCache:
         value: Tensor,
         output: Tensor,
     ) -> None:
+        group, _ = self._group(layer)
         queries = [query[chunk.span] for chunk in prompts]
         keys, values = self._prompts_so_far(layer, prompts, key, value)
         outputs = [output[chunk.span] for chunk in prompts]
@@ -206,7 +220,7 @@ class DiffKVCache:
         undecided: list[tuple[PromptChunk, Tensor, Tensor]] = []
         complete: list[tuple[PromptChunk, Tensor, Tensor, Tensor]] = []
         for chunk, q, all_k, all_v in zip(prompts, queries, keys, values, strict=True):
-            if not self.compresses(chunk):
+            if not self._decides(group, chunk):
                 self._carry_queries(layer, chunk, q)
                 undecided.append((chunk, key[chunk.span], value[chunk.span]))
             else:
@@ -221,12 +235,13 @@ class DiffKVCache:
         self, layer: int, prompts: Sequence[PromptChunk], key: Tensor, value: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of each prompt up to its chunk's end, earlier chunks read back from pages."""
+        group, index = self._group(layer)
         keys, values = [], []
         for chunk in prompts:
             k, v = key[chunk.span], value[chunk.span]
             if chunk.num_stored:
                 stored_k, stored_v, _, _ = self._ops.gather(
-                    self.state, layer, chunk.slot, chunk.num_stored
+                    group, index, chunk.slot, chunk.num_stored
                 )
                 k = torch.cat([stored_k.transpose(0, 1), k])
                 v = torch.cat([stored_v.transpose(0, 1), v])
@@ -234,10 +249,16 @@ class DiffKVCache:
             values.append(v)
         return keys, values
 
+    def _group(self, layer: int) -> tuple[PoolState, int]:
+        """The group of a layer of the model, and which of its layers that is."""
+        number, index = self._places[layer]
+        return self.state.groups[number], index
+
     def _carry_queries(self, layer: int, chunk: PromptChunk, query: Tensor) -> None:
         """Keep the queries of an early chunk that are among the prompt's last 64."""
         scored = chunk.end - max(chunk.num_stored, chunk.prompt_len - SCORED_QUERIES)
-        if chunk.is_last or scored <= 0 or self._thresholds[chunk.slot] == Thresholds():
+        group, _ = self._group(layer)
+        if chunk.is_last or scored <= 0 or self._thresholds_of(group, chunk.slot) == Thresholds():
             return
         earlier = self._carried_queries.get((chunk.slot, layer))
         latest = query[-scored:].clone()
@@ -258,15 +279,17 @@ class DiffKVCache:
             [v for _, _, v in chunks],
             [c.num_stored for c, _, _ in chunks],
         )
-        shape = (self.state.num_kv_heads, tokens.key.shape[0])
+        group, index = self._group(layer)
+        shape = (group.num_kv_heads, tokens.key.shape[0])
         tiers = torch.full(shape, HIGH, dtype=torch.int8, device=tokens.key.device)
         sums = torch.zeros(shape, dtype=torch.float32, device=tokens.key.device)
-        self._ops.store_prompt(self.state, layer, tokens, tiers, sums)
+        self._ops.store_prompt(group, index, tokens, tiers, sums)
 
     def _store_decided(
         self, layer: int, prompts: list[tuple[PromptChunk, Tensor, Tensor, Tensor]]
     ) -> None:
         """Score whole prompts, choose their tiers and store them, in place of what was stored."""
+        group, index = self._group(layer)
         chunks = [c for c, _, _, _ in prompts]
         tokens = self._pack(
             [c.slot for c in chunks], [k for _, _, k, _ in prompts], [v for _, _, _, v in prompts],
@@ -284,13 +307,13 @@ class DiffKVCache:
             length = torch.tensor(chunk.prompt_len, device=sums.device)
             seen = num_queries_seen(tokens.positions[span], length, length)
             tiers[:, span] = self._policy(
-                sums[:, span] / seen, self._thresholds[chunk.slot], self.state.window
+                sums[:, span] / seen, self._thresholds_of(group, chunk.slot), group.window
             )
             start = span.stop
         stored = [c.slot for c in chunks if c.num_stored]
         if stored:
-            self._ops.release(self.state, self._slot_tensor(stored), layer)
-        self._ops.store_prompt(self.state, layer, tokens, tiers, sums)
+            self._ops.release(group, self._slot_tensor(stored), index)
+        self._ops.store_prompt(group, index, tokens, tiers, sums)
 
     def _pack(
         self, slots: list[int], keys: list[Tensor], values: list[Tensor], firsts: list[int]
@@ -301,18 +324,18 @@ class DiffKVCache:
                 torch.arange(first, first + length, dtype=torch.int32)
                 for first, length in zip(firsts, lengths, strict=True)
             ]
-        ).to(self.state.pages.device)
+        ).to(self._device)
         return PromptTokens(
             self._slot_tensor(slots), self._starts(lengths), _join(keys), _join(values), positions
         )
 
     def _slot_tensor(self, slots: Sequence[int]) -> Tensor:
-        return torch.tensor(slots, dtype=torch.int32, device=self.state.pages.device)
+        return torch.tensor(slots, dtype=torch.int32, device=self._device)
 
     def _starts(self, lengths: list[int]) -> Tensor:
         starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         starts[1:] = torch.tensor(lengths).cumsum(0)
-        return starts.to(self.state.pages.device)
+        return starts.to(self._device)
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

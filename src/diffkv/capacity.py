@@ -6,11 +6,11 @@ Arithmetic on sizes only: nothing is loaded or measured. A rank of tensor parall
 import re
 from dataclasses import dataclass
 
-from diffkv.layout import PageLayout
+from diffkv.layout import CacheLayout
 from diffkv.model_config import ModelConfig
 from diffkv.policy import WINDOW
-from diffkv.pool import FIXED_BYTES, RING_ENTRY_BYTES, PoolShape
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.pool import RING_ENTRY_BYTES, CacheShape, fixed_bytes
+from diffkv.quant import ConfigError, LayerQuant, QuantConfig
 
 __all__ = [
     "DENSE_BITS",
@@ -190,27 +190,28 @@ def plan_dense(name: str, rank: Rank, context: int) -> FormatPlan:
     return FormatPlan(name, request / context, num_requests, starts=num_requests > 0)
 
 
-def plan_format(quant: QuantConfig, rank: Rank, context: int, mix: Mix) -> FormatPlan:
+def plan_format(quant: LayerQuant, rank: Rank, context: int, mix: Mix) -> FormatPlan:
     """Plan a pool of ours, its tables paid out of the budget.
 
-    All heads are taken to keep the same numbers of tokens; a prompt on its way in needs its all-high
-    size for the steps of its prefill, which is not set aside.
+    All heads of layers with the same formats are taken to keep the same numbers of tokens; a prompt on
+    its way in needs its all-high size for the steps of its prefill, which is not set aside.
     """
     model = rank.model
-    layout = PageLayout.derive(quant, model.head_dim, element_bytes=model.element_bytes)
-    heads = model.num_layers * rank.num_kv_heads
-    pages = heads * sum(
-        -(-num // tier.tokens_per_page)
-        for num, tier in zip(mix.tokens(quant, context), layout.tiers, strict=True)
+    layout = CacheLayout.derive(
+        quant, model.num_layers, model.head_dim, element_bytes=model.element_bytes
     )
-    one = PoolShape(layout, model.num_layers, rank.num_kv_heads, 1, layout.max_pages(context), 0)
+    pages = rank.num_kv_heads * sum(
+        len(group.layers) * -(-num // tier.tokens_per_page)
+        for group in layout.groups
+        for num, tier in zip(mix.tokens(group.page.quant, context), group.page.tiers, strict=True)
+    )
+    one = CacheShape(layout, rank.num_kv_heads, 1, context, 0)
     request = pages * (layout.page_bytes + RING_ENTRY_BYTES) + one.slot_bytes
-    num_requests = max(0, rank.kv_bytes - FIXED_BYTES) // request
+    num_requests = max(0, rank.kv_bytes - fixed_bytes(len(layout.groups))) // request
     try:
-        shape = PoolShape.fit(
-            rank.kv_bytes, layout, model.num_layers, rank.num_kv_heads, context,
-            max(1, num_requests),
-        )  # fmt: skip
+        shape = CacheShape.fit(
+            rank.kv_bytes, layout, rank.num_kv_heads, context, max(1, num_requests)
+        )
     except ConfigError:
         return FormatPlan(str(quant), request / context, 0, layout.page_bytes, starts=False)
     return FormatPlan(

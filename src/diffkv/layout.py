@@ -4,11 +4,21 @@ A page is `page_bytes` bytes that hold tokens of one (request, layer, KV head, t
 from the page table, so the same bytes serve either. Bits and groups come from `quant`.
 """
 
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from diffkv.quant import ConfigError, Format, QuantConfig
+from diffkv.quant import ConfigError, Format, LayerQuant, QuantConfig
 
-__all__ = ["META_BYTES", "MIN_TOKENS_PER_PAGE", "PageLayout", "TierLayout", "tensor_bytes"]
+__all__ = [
+    "META_BYTES",
+    "MIN_TOKENS_PER_PAGE",
+    "CacheLayout",
+    "LayerGroup",
+    "PageLayout",
+    "TierLayout",
+    "tensor_bytes",
+]
 
 META_BYTES = 4
 """Bytes of one (scale, zero) pair, both float16."""
@@ -181,16 +191,9 @@ class PageLayout:
         Raises:
             ConfigError: head_dim or page_bytes that no page can have.
         """
-        if head_dim <= 0 or head_dim % 8:
-            raise ConfigError(f"head_dim must be a positive multiple of 8, got {head_dim}")
-        for fmt in quant.tiers:
-            for name, groups in (("k", fmt.k_groups), ("v", fmt.v_groups)):
-                if head_dim % groups:
-                    raise ConfigError(
-                        f"{name}_groups of {fmt} must divide head_dim {head_dim}, got {groups}"
-                    )
+        _check_head_dim(quant, head_dim)
         if page_bytes is None:
-            page_bytes = _least_waste(quant, head_dim, element_bytes)
+            page_bytes = _least_waste({quant: 1}, head_dim, element_bytes)
         if page_bytes % PAGE_ALIGNMENT_BYTES or not 0 < page_bytes <= MAX_PAGE_BYTES:
             raise ConfigError(
                 f"page_bytes must be a multiple of {PAGE_ALIGNMENT_BYTES} up to {MAX_PAGE_BYTES}, "
@@ -240,6 +243,120 @@ class PageLayout:
         return self.page_bytes / self.tiers[tier].tokens_per_page
 
 
+@dataclass(frozen=True)
+class LayerGroup:
+    """The layers of a model that share a configuration.
+
+    Attributes:
+        page: what is where in their pages.
+        layers: of the model, ascending.
+    """
+
+    page: PageLayout
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The pages of all layers of a model: of one size, so that any page serves any layer.
+
+    Attributes:
+        quant: the configuration of every layer.
+        groups: layers by configuration.
+    """
+
+    quant: LayerQuant
+    groups: tuple[LayerGroup, ...]
+
+    @classmethod
+    def derive(
+        cls,
+        quant: LayerQuant,
+        num_layers: int,
+        head_dim: int,
+        page_bytes: int | None = None,
+        element_bytes: int = 2,
+    ) -> "CacheLayout":
+        """Lay out the pages of every layer, of the size that wastes least unless one is given.
+
+        The waste of a configuration is that of `PageLayout.derive`; those of several are weighed by
+        their layers and the bytes of a token.
+
+        Raises:
+            ConfigError: layers that the model does not have, or what `PageLayout.derive` refuses.
+        """
+        layers = quant.groups(num_layers)
+        for config in layers:
+            _check_head_dim(config, head_dim)
+        if page_bytes is None:
+            counts = {config: len(members) for config, members in layers.items()}
+            page_bytes = _least_waste(counts, head_dim, element_bytes)
+        return cls(
+            quant,
+            tuple(
+                LayerGroup(PageLayout.derive(config, head_dim, page_bytes, element_bytes), members)
+                for config, members in layers.items()
+            ),
+        )
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page, of whatever layer."""
+        return self.groups[0].page.page_bytes
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a key or value vector."""
+        return self.groups[0].page.head_dim
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return sum(len(group.layers) for group in self.groups)
+
+    def max_pages(self, num_tokens: int) -> int:
+        """Most pages that one head of every layer can hold, each with `num_tokens` kept tokens."""
+        return sum(len(g.layers) * g.page.max_pages(num_tokens) for g in self.groups)
+
+    def max_new_pages(self, num_tokens: int) -> int:
+        """Most pages that `num_tokens` more tokens can add to one head of every layer together."""
+        return sum(len(g.layers) * g.page.max_new_pages(num_tokens) for g in self.groups)
+
+    def page_token_bytes(self, tier: int) -> float:
+        """Bytes per token of one KV head of every layer, in full pages of a tier.
+
+        Layers without a low tier count with their high one.
+        """
+        return self.page_bytes * sum(
+            layers / placed.tokens_per_page for layers, placed in self._placed(tier)
+        )
+
+    def _placed(self, tier: int) -> list[tuple[int, TierLayout]]:
+        """For each group, its number of layers and a tier of theirs; high where there is no low."""
+        return [(len(g.layers), g.page.tiers[: tier + 1][-1]) for g in self.groups]
+
+    def num_fitting(self, num_pages: int, tier: int) -> int:
+        """Most tokens, all of a tier, that `num_pages` pages hold for one head of every layer."""
+        placed = [(layers, t.tokens_per_page) for layers, t in self._placed(tier)]
+
+        def needed(num_tokens: int) -> int:
+            return sum(layers * -(-num_tokens // per_page) for layers, per_page in placed)
+
+        most = num_pages * max(per_page for _, per_page in placed)
+        return bisect_right(range(most + 1), num_pages, key=needed) - 1
+
+
+def _check_head_dim(quant: QuantConfig, head_dim: int) -> None:
+    if head_dim <= 0 or head_dim % 8:
+        raise ConfigError(f"head_dim must be a positive multiple of 8, got {head_dim}")
+    for fmt in quant.tiers:
+        for name, groups in (("k", fmt.k_groups), ("v", fmt.v_groups)):
+            if head_dim % groups:
+                raise ConfigError(
+                    f"{name}_groups of {fmt} must divide head_dim {head_dim}, got {groups}"
+                )
+
+
 def _fill_or_refuse(fmt: Format, head_dim: int, element_bytes: int, page_bytes: int) -> TierLayout:
     tier = TierLayout.fill(fmt, head_dim, element_bytes, page_bytes)
     if tier is None:
@@ -251,20 +368,32 @@ def _fill_or_refuse(fmt: Format, head_dim: int, element_bytes: int, page_bytes: 
     return tier
 
 
-def _least_waste(quant: QuantConfig, head_dim: int, element_bytes: int) -> int:
-    """The page size with the least waste between 16 and 32 tokens of the larger format."""
-    smallest = max(
-        TierLayout.place(fmt, head_dim, element_bytes, MIN_TOKENS_PER_PAGE).end
-        for fmt in quant.tiers
-    )
-    context_bytes = HALF_EMPTY_CONTEXT * min(
-        TierLayout.place(fmt, head_dim, element_bytes, 1).token_bytes for fmt in quant.tiers
-    )
+def _least_waste(layers: Mapping[QuantConfig, int], head_dim: int, element_bytes: int) -> int:
+    """The page size with the least waste between 16 and 32 tokens of the largest format.
 
-    def waste(page_bytes: int) -> float:
+    `layers` says how many there are of each configuration.
+    """
+
+    def placed(quant: QuantConfig, tokens: int) -> Sequence[TierLayout]:
+        return [TierLayout.place(fmt, head_dim, element_bytes, tokens) for fmt in quant.tiers]
+
+    context_bytes = {
+        quant: HALF_EMPTY_CONTEXT * min(tier.token_bytes for tier in placed(quant, 1))
+        for quant in layers
+    }
+    all_bytes = sum(number * context_bytes[quant] for quant, number in layers.items())
+
+    def waste(quant: QuantConfig, page_bytes: int) -> float:
         tiers = [_fill_or_refuse(fmt, head_dim, element_bytes, page_bytes) for fmt in quant.tiers]
         unused = max(tier.unused_share(page_bytes) for tier in tiers)
-        return unused + len(tiers) * page_bytes / 2 / context_bytes
+        return unused + len(tiers) * page_bytes / 2 / context_bytes[quant]
 
+    def mean_waste(page_bytes: int) -> float:
+        return sum(
+            number * context_bytes[quant] / all_bytes * waste(quant, page_bytes)
+            for quant, number in layers.items()
+        )
+
+    smallest = max(tier.end for quant in layers for tier in placed(quant, MIN_TOKENS_PER_PAGE))
     start = _align(smallest, PAGE_ALIGNMENT_BYTES)
-    return min(range(start, 2 * start, PAGE_ALIGNMENT_BYTES), key=waste)
+    return min(range(start, 2 * start, PAGE_ALIGNMENT_BYTES), key=mean_waste)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.quant import ConfigError, LayerQuant, QuantConfig
 
 __all__ = [
     "DROPPED",
@@ -70,7 +70,10 @@ class Thresholds:
 
     @classmethod
     def choose(
-        cls, quant: QuantConfig, alpha_high: float | None = None, alpha_low: float | None = None
+        cls,
+        quant: QuantConfig | LayerQuant,
+        alpha_high: float | None = None,
+        alpha_low: float | None = None,
     ) -> "Thresholds":
         """Fill in defaults, and refuse thresholds that a configuration has no tier for.
 
@@ -78,7 +81,7 @@ class Thresholds:
         given, must equal alpha_low.
         """
         low = 0.0 if alpha_low is None else alpha_low
-        if quant.low is not None:
+        if quant.has_low:
             return cls(max(DEFAULT_ALPHA_HIGH, low) if alpha_high is None else alpha_high, low)
         if alpha_high is not None and alpha_high != low:
             raise ConfigError(
@@ -86,6 +89,14 @@ class Thresholds:
                 f"({low}), got {alpha_high}; name two formats to use it, as in k8v4-k4v2"
             )
         return cls(low, low)
+
+    def for_tiers(self, has_low: bool) -> "Thresholds":
+        """What they are in a layer with, or without, a low tier.
+
+        Without one a token that is not high enough stays high, unless it is low enough to be dropped:
+        alpha_low is the only threshold. `decode_action` says the same for generated tokens.
+        """
+        return self if has_low else Thresholds(self.alpha_low, self.alpha_low)
 
 
 DEFAULT_ALPHA_HIGH = 3.0

@@ -4,30 +4,48 @@ The pool's tables are paid for out of the same bytes as its pages. What changes 
 operations; here is only how it begins, what it holds, and what must always be true of it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffkv.layout import PageLayout
+from diffkv.layout import CacheLayout, PageLayout
 from diffkv.quant import ConfigError
-from diffkv.state import PoolState
+from diffkv.state import CacheState, PoolState
 
-__all__ = ["PoolShape", "check_invariants", "create", "held_pages", "page_growth"]
+__all__ = [
+    "CacheShape",
+    "PoolShape",
+    "check_invariants",
+    "create",
+    "create_cache",
+    "held_pages",
+    "page_growth",
+]
 
 TABLE_ALIGNMENT_BYTES = 64
 RING_ENTRY_BYTES = 4
-FIXED_BYTES = 10 * TABLE_ALIGNMENT_BYTES
-"""Ring ends, the overrun counter, and the rounding of the regions' starts."""
+SLOT_FIXED_BYTES = 3 * 4
+"""Thresholds and prompt length of a slot, which all groups of layers share."""
+
+
+def fixed_bytes(num_groups: int) -> int:
+    """Ring ends, the overrun counter, and the rounding of the regions' starts."""
+    return (7 + 3 * num_groups) * TABLE_ALIGNMENT_BYTES
+
+
+FIXED_BYTES = fixed_bytes(1)
+"""Where all layers have the same formats."""
 
 
 @dataclass(frozen=True)
 class PoolShape:
-    """How a budget of bytes is split into pages and tables.
+    """Pages, and the tables of layers that share a page layout.
 
     Attributes:
         layout: of a page.
-        num_layers: attention layers.
+        num_layers: of those layers.
         num_kv_heads: KV heads of a layer, on this rank.
         num_slots: requests that can run at once.
         table_width: page-table entries of a head.
@@ -41,16 +59,45 @@ class PoolShape:
     table_width: int
     num_pages: int
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the tables of one slot: page table, two counts of two tiers, thresholds, length."""
+        heads = self.num_layers * self.num_kv_heads
+        return heads * 4 * (self.table_width + 4) + SLOT_FIXED_BYTES
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of all tables: what of the budget is not pages."""
+        return self.num_slots * self.slot_bytes + self.num_pages * RING_ENTRY_BYTES + FIXED_BYTES
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """How a budget of bytes is split into pages and tables of all layers of a model.
+
+    Attributes:
+        layout: of every layer's pages.
+        num_kv_heads: KV heads of a layer, on this rank.
+        num_slots: requests that can run at once.
+        max_model_len: tokens of the longest request.
+        num_pages: pages of the pool, which all layers share.
+    """
+
+    layout: CacheLayout
+    num_kv_heads: int
+    num_slots: int
+    max_model_len: int
+    num_pages: int
+
     @classmethod
     def fit(
         cls,
         budget_bytes: int,
-        layout: PageLayout,
-        num_layers: int,
+        layout: CacheLayout,
         num_kv_heads: int,
         max_model_len: int,
         max_num_seqs: int,
-    ) -> "PoolShape":
+    ) -> "CacheShape":
         """Split `budget_bytes` so that pages and tables together fit it.
 
         There is a slot for each of `max_num_seqs` requests, or fewer where the pool cannot hold that
@@ -59,82 +106,129 @@ class PoolShape:
         Raises:
             ConfigError: the budget does not hold one request of `max_model_len` tokens.
         """
-        heads = num_layers * num_kv_heads
-        width = layout.max_pages(max_model_len)
+        heads = layout.num_layers * num_kv_heads
         slots = max(1, min(max_num_seqs, budget_bytes // (heads * layout.page_bytes)))
-        shape = cls(layout, num_layers, num_kv_heads, slots, width, 0)
-        tables = slots * shape.slot_bytes + FIXED_BYTES
-        num_pages = max(0, budget_bytes - tables) // (layout.page_bytes + RING_ENTRY_BYTES)
-        needed = cls.request_bytes(layout, num_layers, num_kv_heads, max_model_len)
-        if num_pages < heads * width:
+        shape = cls(layout, num_kv_heads, slots, max_model_len, 0)
+        num_pages = max(0, budget_bytes - shape.table_bytes) // (
+            layout.page_bytes + RING_ENTRY_BYTES
+        )
+        if num_pages < num_kv_heads * layout.max_pages(max_model_len):
+            needed = cls.request_bytes(layout, num_kv_heads, max_model_len)
             raise ConfigError(
                 f"a KV budget of {budget_bytes} bytes cannot hold one request of {max_model_len} "
                 f"tokens uncompressed ({needed} bytes and tables for {slots} requests): raise the "
                 f"budget, or lower max_model_len or max_num_seqs"
             )
-        return cls(layout, num_layers, num_kv_heads, slots, width, num_pages)
+        return cls(layout, num_kv_heads, slots, max_model_len, num_pages)
 
     @staticmethod
-    def request_bytes(
-        layout: PageLayout, num_layers: int, num_kv_heads: int, max_model_len: int
-    ) -> int:
+    def request_bytes(layout: CacheLayout, num_kv_heads: int, max_model_len: int) -> int:
         """Bytes that one request of `max_model_len` tokens can need: pages, ring entries, tables."""
-        width = layout.max_pages(max_model_len)
-        shape = PoolShape(layout, num_layers, num_kv_heads, 1, width, 0)
-        pages = num_layers * num_kv_heads * width * (layout.page_bytes + RING_ENTRY_BYTES)
-        return pages + shape.slot_bytes + FIXED_BYTES
+        tables = CacheShape(layout, num_kv_heads, 1, max_model_len, 0).table_bytes
+        pages = num_kv_heads * layout.max_pages(max_model_len)
+        return pages * (layout.page_bytes + RING_ENTRY_BYTES) + tables
+
+    @property
+    def groups(self) -> tuple[PoolShape, ...]:
+        """The shape of each group of layers, in the layout's order."""
+        return tuple(
+            PoolShape(
+                group.page, len(group.layers), self.num_kv_heads, self.num_slots,
+                group.page.max_pages(self.max_model_len), self.num_pages,
+            )
+            for group in self.layout.groups
+        )  # fmt: skip
+
+    @property
+    def num_layers(self) -> int:
+        """Attention layers of the model."""
+        return self.layout.num_layers
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of the tables of one slot: page table, two counts of two tiers, thresholds, length."""
-        return self.num_layers * self.num_kv_heads * 4 * (self.table_width + 4) + 3 * 4
+        """Bytes of the tables of one slot, of all layers."""
+        tables = sum(group.slot_bytes - SLOT_FIXED_BYTES for group in self.groups)
+        return tables + SLOT_FIXED_BYTES
 
     @property
     def table_bytes(self) -> int:
         """Bytes of all tables: what of the budget is not pages."""
-        return self.num_slots * self.slot_bytes + self.num_pages * RING_ENTRY_BYTES + FIXED_BYTES
+        ring = self.num_pages * RING_ENTRY_BYTES
+        return self.num_slots * self.slot_bytes + ring + fixed_bytes(len(self.layout.groups))
+
+
+class _Buffer:
+    """Hands out aligned regions of a buffer, one after the other."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self._raw = buffer.view(torch.uint8)
+        self._offset = 0
+
+    def region(self, dims: tuple[int, ...], kind: torch.dtype, fill: float | None = 0) -> Tensor:
+        """The next region, filled unless `fill` is None.
+
+        Raises:
+            ValueError: the buffer has no room for it.
+        """
+        num_bytes = torch.Size(dims).numel() * kind.itemsize
+        end = self._offset + num_bytes
+        if end > self._raw.numel():
+            raise ValueError(
+                f"buffer of {self._raw.numel()} bytes is too small for a region {list(dims)} {kind} "
+                f"at {self._offset}"
+            )
+        tensor = self._raw[self._offset : end].view(kind).view(dims)
+        if fill is not None:
+            tensor.fill_(fill)
+        self._offset = -(-end // TABLE_ALIGNMENT_BYTES) * TABLE_ALIGNMENT_BYTES
+        return tensor
 
 
 def create(shape: PoolShape, buffer: Tensor, dtype: torch.dtype, window: int) -> PoolState:
-    """Make an empty pool inside a buffer: tables first, then pages.
+    """Make an empty pool of one group of layers inside a buffer; arguments as of `create_cache`."""
+    return _create([shape], buffer, dtype, window)[0]
+
+
+def create_cache(shape: CacheShape, buffer: Tensor, dtype: torch.dtype, window: int) -> CacheState:
+    """Make an empty pool for all layers inside a buffer: tables first, then pages.
 
     Args:
-        shape: as `PoolShape.fit` found it for a budget of at most the buffer's bytes.
+        shape: as `CacheShape.fit` found it for a budget of at most the buffer's bytes.
         buffer: [num_bytes] uint8 or int8, contiguous, aligned to 64 bytes.
         dtype: the model's.
         window: recent tokens that always stay high.
     """
-    raw = buffer.view(torch.uint8)
-    offset = 0
+    states = _create(shape.groups, buffer, dtype, window)
+    return CacheState(states, tuple(group.layers for group in shape.layout.groups))
 
-    def region(dims: tuple[int, ...], kind: torch.dtype, fill: float | None) -> Tensor:
-        nonlocal offset
-        num_bytes = torch.Size(dims).numel() * kind.itemsize
-        if offset + num_bytes > raw.numel():
-            raise ValueError(f"buffer of {raw.numel()} bytes is too small for {shape}")
-        tensor = raw[offset : offset + num_bytes].view(kind).view(dims)
-        if fill is not None:
-            tensor.fill_(fill)
-        offset += -(-num_bytes // TABLE_ALIGNMENT_BYTES) * TABLE_ALIGNMENT_BYTES
-        return tensor
 
-    heads = (shape.num_slots, shape.num_layers, shape.num_kv_heads)
-    num_pages = shape.num_pages
-    ring_ends = region((2,), torch.int64, 0)
-    ring_ends[1] = num_pages
-    overruns = region((1,), torch.int32, 0)
-    thresholds = region((shape.num_slots, 2), torch.float32, 0)
-    prompt_lens = region((shape.num_slots,), torch.int32, 0)
-    num_tokens = region((*heads, 2), torch.int32, 0)
-    num_pages_held = region((*heads, 2), torch.int32, 0)
-    page_table = region((*heads, shape.table_width), torch.int32, -1)
-    free_ring = region((num_pages,), torch.int32, 0)
-    free_ring.copy_(torch.arange(num_pages, dtype=torch.int32))
+def _create(
+    shapes: Sequence[PoolShape], buffer: Tensor, dtype: torch.dtype, window: int
+) -> tuple[PoolState, ...]:
+    """Groups with the same slots, pages and ring, each with tables of its own."""
+    one, memory = shapes[0], _Buffer(buffer)
+    ring_ends = memory.region((2,), torch.int64)
+    ring_ends[1] = one.num_pages
+    overruns = memory.region((1,), torch.int32)
+    thresholds = memory.region((one.num_slots, 2), torch.float32)
+    prompt_lens = memory.region((one.num_slots,), torch.int32)
+    tables = []
+    for shape in shapes:
+        heads = (shape.num_slots, shape.num_layers, shape.num_kv_heads)
+        num_tokens = memory.region((*heads, 2), torch.int32)
+        num_pages_held = memory.region((*heads, 2), torch.int32)
+        page_table = memory.region((*heads, shape.table_width), torch.int32, -1)
+        tables.append((page_table, num_tokens, num_pages_held))
+    free_ring = memory.region((one.num_pages,), torch.int32, None)
+    free_ring.copy_(torch.arange(one.num_pages, dtype=torch.int32))
     # What a page holds before it is written does not matter; a host need not commit its memory yet.
-    pages = region((num_pages, shape.layout.page_bytes), torch.uint8, None)
-    return PoolState(
-        shape.layout, dtype, window, pages, free_ring, ring_ends, page_table, num_tokens,
-        num_pages_held, thresholds, prompt_lens, overruns,
+    pages = memory.region((one.num_pages, one.layout.page_bytes), torch.uint8, None)
+    return tuple(
+        PoolState(
+            shape.layout, dtype, window, pages, free_ring, ring_ends, *own, thresholds, prompt_lens,
+            overruns,
+        )
+        for shape, own in zip(shapes, tables, strict=True)
     )  # fmt: skip
 
 
@@ -166,22 +260,34 @@ def page_growth(state: PoolState, slots: Tensor, num_tokens: int) -> Tensor:
     return worst.sum((1, 2))
 
 
-def check_invariants(state: PoolState) -> None:
-    """Raise AssertionError, with its numbers, if a page is lost, owned twice, or held for nothing."""
+def check_invariants(*groups: PoolState) -> None:
+    """Raise AssertionError, with its numbers, if a page is lost, owned twice, or held for nothing.
+
+    Args:
+        *groups: all groups of layers of one pool.
+    """
+    state = groups[0]
     head, tail = state.ring_ends.tolist()
     num_free = tail - head
     assert 0 <= num_free <= state.num_pages, f"{num_free} of {state.num_pages} pages are free"
     where = (head + torch.arange(num_free)) % state.num_pages
     free = state.free_ring.cpu()[where].long()
-    held = state.page_table.flatten().cpu().long()
+    held = torch.cat([group.page_table.flatten().cpu().long() for group in groups])
     owned = torch.cat([free, held[held >= 0]])
-    num_held = int(state.num_pages_held.sum())
+    num_held = sum(int(group.num_pages_held.sum()) for group in groups)
     assert num_free + num_held == state.num_pages, (
         f"{num_free} free + {num_held} held pages are not {state.num_pages}"
     )
     assert torch.equal(owned.sort().values, torch.arange(state.num_pages)), (
         "some page is free or held twice, or not at all"
     )
+    for group in groups:
+        _check_tables(group)
+    assert int(state.overruns) == 0, f"{int(state.overruns)} plans wanted more pages than were free"
+
+
+def _check_tables(state: PoolState) -> None:
+    """Each head holds the pages that its tokens need, and its table has them in their places."""
     for tier, layout in enumerate(state.layout.tiers):
         needed = -(-state.num_tokens[..., tier] // layout.tokens_per_page)
         assert torch.equal(needed, state.num_pages_held[..., tier]), (
@@ -193,4 +299,3 @@ def check_invariants(state: PoolState) -> None:
     assert torch.equal(owned_columns, state.page_table.cpu() >= 0), (
         "page-table entries are not where the counts say"
     )
-    assert int(state.overruns) == 0, f"{int(state.overruns)} plans wanted more pages than were free"

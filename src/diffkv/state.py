@@ -11,14 +11,15 @@ from torch import Tensor
 
 from diffkv.layout import PageLayout
 
-__all__ = ["DecodePlan", "PoolState", "PromptTokens"]
+__all__ = ["CacheState", "DecodePlan", "PoolState", "PromptTokens"]
 
 
 @dataclass(frozen=True)
 class PoolState:
-    """A pool of pages and its tables, all on one device.
+    """A pool of pages and the tables of layers with one page layout, all on one device.
 
-    S slots (running requests), L layers, H KV heads, M entries of a head's page table.
+    Several groups of layers may share a pool (`CacheState`). S slots (running requests), L layers of the
+    group, H KV heads, M entries of a head's page table.
 
     Attributes:
         layout: what is where in a page.
@@ -59,7 +60,7 @@ class PoolState:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """L, of the group."""
         return self.page_table.shape[1]
 
     @property
@@ -71,6 +72,51 @@ class PoolState:
     def table_width(self) -> int:
         """M."""
         return self.page_table.shape[3]
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """One pool under all layers of a model, whatever their formats.
+
+    The groups have `pages`, `free_ring`, `ring_ends`, `overruns`, `thresholds` and `prompt_lens` in
+    common; each has a page layout and tables of its own, for its own layers.
+
+    Attributes:
+        groups: one for each configuration.
+        layers: of the model, in each group; layer `layers[g][i]` is layer i of group g.
+    """
+
+    groups: tuple[PoolState, ...]
+    layers: tuple[tuple[int, ...], ...]
+
+    @property
+    def pool(self) -> PoolState:
+        """A group, for what all of them share."""
+        return self.groups[0]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return sum(map(len, self.layers))
+
+    @property
+    def num_kv_heads(self) -> int:
+        """H, on this rank."""
+        return self.pool.num_kv_heads
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool, free or held."""
+        return self.pool.num_pages
+
+    @property
+    def places(self) -> dict[int, tuple[int, int]]:
+        """(group, layer of the group) of each layer of the model."""
+        return {
+            layer: (g, i)
+            for g, members in enumerate(self.layers)
+            for i, layer in enumerate(members)
+        }
 
 
 @dataclass(frozen=True)
@@ -94,7 +140,7 @@ class PromptTokens:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Where the new tokens of a decode step go, made once for all layers.
+    """Where the new tokens of a decode step go, made once for all layers of a group.
 
     Attributes:
         slots: [R] int32, -1 for a row that is no request (padding).

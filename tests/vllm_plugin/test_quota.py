@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import stepping
+import torch
 from conftest import engine, metric, random_prompts
 from prometheus_client import REGISTRY
 from stepping import Request, check_empty, check_quotas, drive, manager, scheduler, worker
+
+from diffkv import pool
 
 QUANT = "k8v4-k4v2"
 CHUNK = 192
@@ -69,8 +72,9 @@ class TestOneEngine:
         prompt = stepping.shipped_prompts()[0]
         drive(llm, {"one": Request(prompt, new_tokens=8)}, look)
         shape = worker().shape
+        high = shape.layout.groups[0].page.high
         chunks = math.ceil(1071 / CHUNK)
-        most_high = shape.num_kv_heads * math.ceil(1071 / shape.layout.tiers[0].tokens_per_page)
+        most_high = shape.num_kv_heads * math.ceil(1071 / high.tokens_per_page)
         # while it is prefilled all tokens are high; its last chunk decides, and half goes back
         assert quotas[chunks - 2] > 0.6 * most_high
         assert quotas[chunks - 1] < 0.75 * quotas[chunks - 2]
@@ -91,7 +95,7 @@ class TestOneEngine:
             assert usage == pytest.approx(stepping.blocks_in_use(llm) / stepping.usable_blocks(llm))
             running = {r.request_id for r in scheduler(llm).running}
             slots = [r.slot for name, r in worker()._slots.requests.items() if name in running]
-            covered = int(worker().state.num_pages_held[slots].sum())
+            covered = int(pool.held_pages(worker().state.pool, torch.tensor(slots).long()).sum())
             assert covered <= usage * stepping.usable_blocks(llm) * layers + 1e-6
 
         drive(llm, requests(6), look)

@@ -7,7 +7,7 @@ from typing import Any
 from diffkv import presets
 from diffkv.cli.models import load_config
 from diffkv.presets import Preset
-from diffkv.quant import QuantConfig
+from diffkv.quant import LayerQuant
 from diffkv.vllm_plugin.options import DEFAULT_QUANT, Options
 
 __all__ = ["REFERENCE", "add_cache_options", "cache_options", "model_folder"]
@@ -27,8 +27,8 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--quant",
-        help="formats of the tiers: k8v4-k4v2, k8v4g1x2-k4v2g2x4, k8v8, k16v16 … (default: "
-        f"{DEFAULT_QUANT})",
+        help="formats of the tiers: k8v4-k4v2, k8v4g1x2-k4v2g2x4, k8v8, k16v16 …; by layer: "
+        f"0-3:k8v8,4-:k8v4-k4v2 (default: {DEFAULT_QUANT})",
     )
     group.add_argument(
         "--alpha-high", type=float, help="a token stays high if its mean attention is >= this / N"
@@ -82,7 +82,7 @@ def _override(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
         "alpha_low": preset.alpha_low,
         **given,
     }
-    if QuantConfig.parse(values["quant"]).low is None:
+    if not LayerQuant.parse(values["quant"]).has_low:
         return values
     values.setdefault("alpha_high", max(preset.alpha_high, values["alpha_low"]))
     if "alpha_low" not in given:

@@ -1,15 +1,16 @@
 """What a worker counts: totals for a summary, and counters since the last step for metrics."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffkv import pool
-from diffkv.state import PoolState
+from diffkv.state import CacheState
 from diffkv.vllm_plugin.banner import bf16_bytes_per_token
 
 __all__ = ["Accounts", "Request", "Totals"]
@@ -39,12 +40,16 @@ class Request:
 
 @dataclass
 class Totals:
-    """What requests had kept when they ended; token counts are means over heads."""
+    """What requests had kept when they ended; token counts are means over heads.
+
+    `nominal_bits` is the sum over kept tokens of their codes' bits an element, likewise a mean.
+    """
 
     num_requests: int = 0
     num_tokens: int = 0
     high: float = 0.0
     low: float = 0.0
+    nominal_bits: float = 0.0
     num_bytes: int = 0
     num_pages: int = 0
     pages_peak: int = 0
@@ -69,7 +74,7 @@ class Accounts:
         state: of the pool, which is only read.
     """
 
-    def __init__(self, shape: pool.PoolShape, state: PoolState) -> None:
+    def __init__(self, shape: pool.CacheShape, state: CacheState) -> None:
         self._shape = shape
         self._state = state
         self._totals = Totals()
@@ -78,7 +83,7 @@ class Accounts:
     @property
     def num_held(self) -> int:
         """Pages that requests hold."""
-        head, tail = self._state.ring_ends.tolist()
+        head, tail = self._state.pool.ring_ends.tolist()
         return self._state.num_pages - (tail - head)
 
     @contextmanager
@@ -92,16 +97,17 @@ class Accounts:
         """Note how many requests run."""
         self._totals.running_peak = max(self._totals.running_peak, num_running)
 
-    def step_planned(self, places: Tensor | None, num_compressed: int) -> None:
+    def step_planned(self, places: Sequence[Tensor], num_compressed: int) -> None:
         """Count demotions and compressed prompts of a step.
 
         Args:
-            places: of the step's DecodePlan.
+            places: of the step's DecodePlans.
             num_compressed: prompts that are decided in this step.
         """
         self._since.prompts_compressed += num_compressed
-        if places is not None and places.device.type == "cpu":
-            self._since.demotions += int((places[..., 2] >= 0).sum())
+        for group in places:
+            if group.device.type == "cpu":
+                self._since.demotions += int((group[..., 2] >= 0).sum())
 
     def step_ended(self) -> None:
         """Note the pages held, which are most right after a step."""
@@ -119,13 +125,17 @@ class Accounts:
     def _add(self, totals: Totals, request: Request) -> None:
         """Add what a request keeps to some totals, unless it has not run."""
         num_heads = self._shape.num_layers * self._shape.num_kv_heads
-        high, low = self._state.num_tokens[request.slot].sum((0, 1)).tolist()
-        pages = int(self._state.num_pages_held[request.slot].sum())
+        groups = self._state.groups
+        pages = sum(int(group.num_pages_held[request.slot].sum()) for group in groups)
         if pages:
             totals.num_requests += 1
             totals.num_tokens += request.num_tokens
-            totals.high += high / num_heads
-            totals.low += low / num_heads
+            for group in groups:
+                high, low = group.num_tokens[request.slot].sum((0, 1)).tolist()
+                totals.high += high / num_heads
+                totals.low += low / num_heads
+                for count, tier in zip((high, low), group.layout.tiers, strict=False):
+                    totals.nominal_bits += count * tier.format.nominal_bits / num_heads
             totals.num_pages += pages
             totals.num_bytes += self._bytes(pages, 1)
 
@@ -137,7 +147,8 @@ class Accounts:
     def gauges(self, requests: list[Request]) -> dict[str, float]:
         """The pool at this moment; token counts are means over heads."""
         num_heads = self._shape.num_layers * self._shape.num_kv_heads
-        high, low = (n / num_heads for n in self._state.num_tokens.sum((0, 1, 2)).tolist())
+        counts = [group.num_tokens.sum((0, 1, 2)) for group in self._state.groups]
+        high, low = (n / num_heads for n in torch.stack(counts).sum(0).tolist())
         num_tokens = sum(request.num_tokens for request in requests)
         held = self.num_held
         per_token = self._bytes(held, len(requests)) / num_tokens if num_tokens else 0.0

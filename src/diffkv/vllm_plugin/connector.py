@@ -130,7 +130,7 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
                 error,
             )
             return engine
-        return settings.thresholds(engine, self._options.quant_config().low is not None)
+        return settings.thresholds(engine, self._options.quant_config().has_low)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """Tell the workers what ended and what starts with this step."""

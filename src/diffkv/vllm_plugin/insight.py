@@ -13,17 +13,17 @@ from torch import Tensor
 
 from diffkv.policy import DROPPED, HIGH, LOW
 from diffkv.quant import ConfigError
-from diffkv.state import PoolState
+from diffkv.state import CacheState, PoolState
 from diffkv.vllm_plugin.options import Options
 
 __all__ = ["Insight", "inspect", "read_pool", "token_tiers"]
 
 
 def token_tiers(state: PoolState, slot: int, num_tokens: int) -> Tensor:
-    """The tier of every token of a request, for every layer and head.
+    """The tier of every token of a request, for every layer of a group and head.
 
     Args:
-        state: not modified.
+        state: of the group; not modified.
         slot: of the request.
         num_tokens: of the request so far.
 
@@ -54,7 +54,7 @@ def _positions(state: PoolState, tier: int) -> Tensor:
     return state.pages[:, offset : offset + num_bytes].view(torch.int32)
 
 
-def read_pool(state: PoolState) -> list[dict[str, Any]]:
+def read_pool(state: CacheState) -> list[dict[str, Any]]:
     """Every request that holds tokens, by slot.
 
     Returns:
@@ -63,10 +63,11 @@ def read_pool(state: PoolState) -> list[dict[str, Any]]:
         digit a token: 0 high, 1 low, 2 dropped.
     """
     requests = []
-    for slot in torch.nonzero(state.num_tokens.sum((1, 2, 3)) > 0)[:, 0].tolist():
-        num_tokens = _newest(state, slot) + 1
-        tiers = token_tiers(state, slot, num_tokens)
-        counts = state.num_tokens[slot].cpu()
+    order = torch.tensor([layer for members in state.layers for layer in members]).argsort()
+    for slot in torch.nonzero(state.pool.num_tokens.sum((1, 2, 3)) > 0)[:, 0].tolist():
+        num_tokens = _newest(state.pool, slot) + 1
+        tiers = torch.cat([token_tiers(g, slot, num_tokens) for g in state.groups])[order]
+        counts = torch.cat([g.num_tokens[slot].cpu() for g in state.groups])[order]
         requests.append(
             {
                 "num_tokens": num_tokens,

@@ -167,6 +167,13 @@ _FEATURES = (
             f"{TESTS}test_server.py::test_bad_settings",
         ),
     ),
+    Row(
+        "features", "formats by layer", WORKS, "one pool under all layers", "",
+        (
+            f"{TESTS}test_layer_formats.py::test_lossless_groups_equal_stock",
+            f"{TESTS}test_layer_formats.py::test_one_prompt_holds_the_pages_of_its_tokens",
+        ),
+    ),
     Row("features", "structured output", NOT_TRIED, "logits are left alone"),
     Row("features", "LoRA", NOT_TRIED, "the cache does not see weights"),
     Row("features", "sleep mode", NOT_TRIED),

@@ -285,10 +285,7 @@ def _cache_use(options: Options, ranks: list[dict[str, Any]]) -> CacheUse:
     high, low = (sum(t[name] for t in totals) / len(totals) for name in ("high", "low"))
     num_bytes = sum(t["num_bytes"] for t in totals)
     bf16 = sum(rank["pool"]["bf16_bytes_per_token"] for rank in ranks)
-    tiers = options.quant_config().tiers
-    nominal_bits = sum(
-        count * fmt.nominal_bits for count, fmt in zip((high, low), tiers, strict=False)
-    )
+    nominal_bits = sum(t["nominal_bits"] for t in totals) / len(totals)
     per_token = num_bytes / tokens
     thresholds = options.thresholds()
     return CacheUse(

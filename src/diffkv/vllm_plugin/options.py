@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from diffkv.layout import PageLayout
+from diffkv.layout import CacheLayout
 from diffkv.policy import WINDOW, Thresholds
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.quant import ConfigError, LayerQuant
 
 __all__ = ["DEFAULT_QUANT", "Options"]
 
@@ -18,7 +18,7 @@ class Options:
     """What a user can set; the keys of `kv_connector_extra_config`.
 
     Attributes:
-        quant: text form of the quantisation configuration.
+        quant: text form of the quantisation configuration, of all layers or by layer.
         alpha_high: threshold of the high tier; None takes the default.
         alpha_low: threshold below which tokens are dropped.
         window: most recent tokens that always stay high.
@@ -68,14 +68,16 @@ class Options:
         given = {k: v for k, v in asdict(self).items() if v is not None}
         return given
 
-    def quant_config(self) -> QuantConfig:
-        """The formats."""
-        return QuantConfig.parse(self.quant)
+    def quant_config(self) -> LayerQuant:
+        """The formats of every layer."""
+        return LayerQuant.parse(self.quant)
 
     def thresholds(self) -> Thresholds:
         """The engine's default thresholds."""
         return Thresholds.choose(self.quant_config(), self.alpha_high, self.alpha_low)
 
-    def layout(self, head_dim: int, element_bytes: int) -> PageLayout:
-        """What is where in a page for a model."""
-        return PageLayout.derive(self.quant_config(), head_dim, self.page_bytes, element_bytes)
+    def layout(self, num_layers: int, head_dim: int, element_bytes: int) -> CacheLayout:
+        """What is where in the pages of a model's layers."""
+        return CacheLayout.derive(
+            self.quant_config(), num_layers, head_dim, self.page_bytes, element_bytes
+        )

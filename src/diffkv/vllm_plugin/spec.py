@@ -15,8 +15,8 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from diffkv.layout import PageLayout
-from diffkv.pool import PoolShape
+from diffkv.layout import CacheLayout
+from diffkv.pool import CacheShape
 
 __all__ = ["MAX_IN_FLIGHT", "DiffKVManager", "DiffKVSpec", "Report", "register_spec"]
 
@@ -52,13 +52,13 @@ class DiffKVSpec(FullAttentionSpec):
     """One layer's share of the pool: a block is one page of it.
 
     Attributes:
-        layout: of a page.
+        layout: of the pages of all layers.
         num_layers: attention layers of the model.
         max_model_len: tokens of the longest request.
         max_num_seqs: requests that may run at once.
     """
 
-    layout: PageLayout
+    layout: CacheLayout
     num_layers: int
     max_model_len: int
     max_num_seqs: int
@@ -67,7 +67,7 @@ class DiffKVSpec(FullAttentionSpec):
     def of(
         cls,
         spec: AttentionSpec,
-        layout: PageLayout,
+        layout: CacheLayout,
         num_layers: int,
         max_model_len: int,
         max_num_seqs: int,
@@ -87,12 +87,11 @@ class DiffKVSpec(FullAttentionSpec):
             max_num_seqs=max_num_seqs,
         )
 
-    def pool_shape(self, num_blocks: int) -> PoolShape:
+    def pool_shape(self, num_blocks: int) -> CacheShape:
         """The pool in `num_blocks` of vLLM's blocks: scheduler and worker must agree on it."""
-        return PoolShape.fit(
+        return CacheShape.fit(
             num_blocks * self.num_layers * self.layout.page_bytes,
             self.layout,
-            self.num_layers,
             self.num_kv_heads,
             self.max_model_len,
             self.max_num_seqs,
@@ -118,9 +117,7 @@ class DiffKVSpec(FullAttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """This layer's share of what one request of the longest length can need, tables included."""
-        needed = PoolShape.request_bytes(
-            self.layout, self.num_layers, self.num_kv_heads, self.max_model_len
-        )
+        needed = CacheShape.request_bytes(self.layout, self.num_kv_heads, self.max_model_len)
         null_block = self.num_layers * self.layout.page_bytes
         return -(-(needed + null_block) // self.num_layers)
 
@@ -140,7 +137,7 @@ class DiffKVManager(FullAttentionManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._layout = kv_cache_spec.layout
         self._num_layers = kv_cache_spec.num_layers
-        self._num_heads = kv_cache_spec.num_layers * kv_cache_spec.num_kv_heads
+        self._num_kv_heads = kv_cache_spec.num_kv_heads
         self._quotas: dict[str, list[Any]] = {}
         self._reports: dict[str, Report] = {}
         self._num_tokens: dict[str, int] = {}
@@ -171,14 +168,14 @@ class DiffKVManager(FullAttentionManager):
 
     def _needed(self, request_id: str, num_tokens: int) -> int:
         """Blocks that cover the request's pages once it has `num_tokens` tokens, at worst."""
-        pages = self._num_heads * self._layout.max_pages(num_tokens)
+        pages = self._num_kv_heads * self._layout.max_pages(num_tokens)
         report = self._reports.get(request_id)
         if report is not None:
             more = num_tokens - report.num_tokens
             if 0 < more <= len(report.growth):
                 growth = report.growth[more - 1]
             else:
-                growth = self._num_heads * self._layout.max_new_pages(more)
+                growth = self._num_kv_heads * self._layout.max_new_pages(more)
             pages = min(pages, report.num_pages + growth)
         return max(1, -(-pages // self._num_layers))
 

@@ -83,7 +83,7 @@ class WorkerCache:
     ) -> None:
         self.spec = spec
         self.shape = spec.pool_shape(num_blocks)
-        self.state = pool.create(self.shape, buffer, spec.dtype, options.window)
+        self.state = pool.create_cache(self.shape, buffer, spec.dtype, options.window)
         kernels = ops.load(buffer.device.type, options.kernels)
         prefill = choose_prefill(buffer.device.type, spec.dtype, spec.head_size)
         self.cache = DiffKVCache(self.state, kernels, scale, prefill=prefill)
@@ -157,7 +157,7 @@ class WorkerCache:
             slots, seq_lens = slots[generated], seq_lens[generated]
         with self.accounts.managing():
             step = self.cache.plan(prompts, generated_rows, slots, seq_lens.int())
-        places = None if step.plan is None else step.plan.places
+        places = [plan.places for plan in step.plans]
         self.accounts.step_planned(places, sum(map(self.cache.compresses, prompts)))
         rows.step = step
         return step
@@ -198,7 +198,7 @@ class WorkerCache:
         Raises:
             RuntimeError: a plan wanted more pages than were free, which quotas rule out.
         """
-        if int(self.state.overruns):
+        if int(self.state.pool.overruns):
             raise RuntimeError(
                 f"DiffKV's pool was overrun: {self.accounts.num_held} of {self.state.num_pages} pages "
                 f"held; please report this"
@@ -210,10 +210,15 @@ class WorkerCache:
     def _reports(self) -> dict[str, Report]:
         requests = self._scheduled
         slots = torch.tensor([r.slot for r in requests.values()], dtype=torch.int64)
-        slots = slots.to(self.state.pages.device)
-        held = pool.held_pages(self.state, slots).tolist()
+        slots = slots.to(self.state.pool.pages.device)
+        groups = self.state.groups
+        held = torch.stack([pool.held_pages(g, slots) for g in groups]).sum(0).tolist()
         growth = torch.stack(
-            [pool.page_growth(self.state, slots, n) for n in range(1, MAX_IN_FLIGHT + 1)], -1
+            [
+                torch.stack([pool.page_growth(g, slots, n) for g in groups]).sum(0)
+                for n in range(1, MAX_IN_FLIGHT + 1)
+            ],
+            -1,
         ).tolist()
         return {
             name: Report(held[i], tuple(growth[i]), request.num_tokens)
