@@ -5,12 +5,13 @@ all high, undecided; the last one decides for the whole prompt, as if it had com
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from diffkv import pool
 from diffkv.ops import Ops
 from diffkv.policy import (
     HIGH,
@@ -85,6 +86,8 @@ class DiffKVCache:
         self._scale = scale
         self._policy = policy
         self._thresholds: dict[int, Thresholds] = {}
+        self._limits: dict[int, int] = {}
+        self._given_up: set[int] = set()
         self._carried_queries: dict[tuple[int, int], Tensor] = {}
 
     def warm_up(self, num_q_heads: int) -> None:
@@ -107,8 +110,17 @@ class DiffKVCache:
         self._ops.attend(self.state, 0, nobody, query, self._scale, torch.empty_like(query))
         self._ops.release(self.state, nobody, -1)
 
-    def open(self, slot: int, prompt_len: int, thresholds: Thresholds) -> None:
+    def open(
+        self, slot: int, prompt_len: int, thresholds: Thresholds, max_pages: int | None = None
+    ) -> None:
         """Begin a request in an empty slot.
+
+        Args:
+            slot: which.
+            prompt_len: tokens of the prompt.
+            thresholds: of the request.
+            max_pages: that the prompt may take in all layers; one that needs more is given up: it
+                attends as ever, but keeps no page. None: as many as it needs.
 
         Raises:
             ValueError: the slot is not empty.
@@ -116,6 +128,8 @@ class DiffKVCache:
         if slot in self._thresholds:
             raise ValueError(f"slot {slot} already has a request")
         self._thresholds[slot] = thresholds
+        if max_pages is not None:
+            self._limits[slot] = max_pages
         self.state.prompt_lens[slot] = prompt_len
         self.state.thresholds[slot, 0] = thresholds.alpha_high
         self.state.thresholds[slot, 1] = thresholds.alpha_low
@@ -126,6 +140,8 @@ class DiffKVCache:
             return
         for slot in slots:
             del self._thresholds[slot]
+            self._limits.pop(slot, None)
+            self._given_up.discard(slot)
             for layer in range(self.state.num_layers):
                 self._carried_queries.pop((slot, layer), None)
         self._ops.release(self.state, self._slot_tensor(slots), -1)
@@ -133,6 +149,10 @@ class DiffKVCache:
     def compresses(self, chunk: PromptChunk) -> bool:
         """Whether a prompt's tokens are sorted into tiers with this chunk."""
         return chunk.is_last and self._thresholds[chunk.slot] != Thresholds()
+
+    def gave_up(self, slot: int) -> bool:
+        """Whether a request's prompt needed more pages than it may take."""
+        return slot in self._given_up
 
     def plan(
         self,
@@ -204,6 +224,8 @@ class DiffKVCache:
                 all_k = torch.cat([stored_k.transpose(0, 1), k])
                 all_v = torch.cat([stored_v.transpose(0, 1), v])
             output[chunk.span] = _causal_attention(q, all_k, all_v, self._scale)
+            if chunk.slot in self._given_up:
+                continue
             if not self.compresses(chunk):
                 self._carry_queries(layer, chunk, q)
                 undecided.append((chunk, k, v))
@@ -268,10 +290,24 @@ class DiffKVCache:
                 sums[:, span] / seen, self._thresholds[chunk.slot], self.state.window
             )
             start = span.stop
+            self._keep_limit(chunk, tiers[:, span])
+        kept = [-1 if c.slot in self._given_up else c.slot for c in chunks]
+        tokens = replace(tokens, slots=self._slot_tensor(kept))
         stored = [c.slot for c in chunks if c.num_stored]
         if stored:
             self._ops.release(self.state, self._slot_tensor(stored), layer)
         self._ops.store_prompt(self.state, layer, tokens, tiers, sums)
+
+    def _keep_limit(self, chunk: PromptChunk, tiers: Tensor) -> None:
+        """Give a prompt up, and its pages back, if this layer would bring it over its limit."""
+        limit = self._limits.get(chunk.slot)
+        if limit is None:
+            return
+        slot = self._slot_tensor([chunk.slot])
+        held = int(pool.held_pages(self.state, slot))
+        if held + pool.prompt_pages(self.state.layout, tiers) > limit:
+            self._given_up.add(chunk.slot)
+            self._ops.release(self.state, slot, -1)
 
     def _pack(
         self, slots: list[int], keys: list[Tensor], values: list[Tensor], firsts: list[int]

@@ -13,7 +13,14 @@ from diffkv.layout import PageLayout
 from diffkv.quant import ConfigError
 from diffkv.state import PoolState
 
-__all__ = ["PoolShape", "check_invariants", "create", "held_pages", "page_growth"]
+__all__ = [
+    "PoolShape",
+    "check_invariants",
+    "create",
+    "held_pages",
+    "page_growth",
+    "prompt_pages",
+]
 
 TABLE_ALIGNMENT_BYTES = 64
 RING_ENTRY_BYTES = 4
@@ -141,6 +148,14 @@ def create(shape: PoolShape, buffer: Tensor, dtype: torch.dtype, window: int) ->
 def held_pages(state: PoolState, slots: Tensor) -> Tensor:
     """Pages that each of some slots holds: [R] int64."""
     return state.num_pages_held[slots].sum((1, 2, 3))
+
+
+def prompt_pages(layout: PageLayout, tiers: Tensor) -> int:
+    """Pages that a prompt takes in one layer: tiers [num_kv_heads, N] int8 of HIGH, LOW, DROPPED."""
+    return sum(
+        int((-(-(tiers == i).sum(1) // tier.tokens_per_page)).sum())
+        for i, tier in enumerate(layout.tiers)
+    )
 
 
 def page_growth(state: PoolState, slots: Tensor, num_tokens: int) -> Tensor:

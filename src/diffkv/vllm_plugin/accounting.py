@@ -49,6 +49,7 @@ class Totals:
     num_pages: int = 0
     pages_peak: int = 0
     running_peak: int = 0
+    given_up: int = 0
 
 
 @dataclass
@@ -57,6 +58,7 @@ class _Since:
 
     demotions: int = 0
     prompts_compressed: int = 0
+    prompts_given_up: int = 0
     manager_seconds: float = 0.0
     ratios: list[float] = field(default_factory=list)
 
@@ -102,6 +104,11 @@ class Accounts:
         self._since.prompts_compressed += num_compressed
         if places is not None and places.device.type == "cpu":
             self._since.demotions += int((places[..., 2] >= 0).sum())
+
+    def prompts_given_up(self, num: int) -> None:
+        """Count prompts of a step that exceeded their limit."""
+        self._totals.given_up += num
+        self._since.prompts_given_up += num
 
     def step_ended(self) -> None:
         """Note the pages held, which are most right after a step."""
@@ -161,6 +168,7 @@ class Accounts:
         counters = {
             "demotions": since.demotions,
             "prompts_compressed": since.prompts_compressed,
+            "prompts_given_up": since.prompts_given_up,
             "manager_seconds": since.manager_seconds,
         }
         return counters, ratios

@@ -3,6 +3,7 @@
 from typing import Any
 
 from diffkv.pool import PoolShape
+from diffkv.vllm_plugin.estimate import why_worst_case
 from diffkv.vllm_plugin.options import Options
 
 __all__ = ["banner", "bf16_bytes_per_token"]
@@ -37,6 +38,12 @@ def banner(options: Options, shape: PoolShape, vllm_config: Any) -> list[str]:
         f"DiffKV capacity in tokens: {capacity}, {budget // bf16} in bf16 of the same "
         f"{budget} B ({shape.table_bytes} B of them tables)",
     ]
+    reason = why_worst_case(vllm_config, options.admission)
+    lines.append(
+        "DiffKV admits prompts by their expected compressed size"
+        if reason is None
+        else f"DiffKV admits prompts by their worst case: {reason}"
+    )
     if vllm_config.cache_config.enable_prefix_caching:
         lines.append("DiffKV: prefix caching is off, since heads keep different tokens")
     return lines
