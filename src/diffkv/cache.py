@@ -5,11 +5,12 @@ all high, undecided; the last one decides for the whole prompt, as if it had com
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from diffkv import pool
 from diffkv.ops import Ops
 from diffkv.policy import (
     HIGH,
@@ -94,6 +95,8 @@ class DiffKVCache:
         self._places = state.places
         self._device = state.pool.pages.device
         self._thresholds: dict[int, Thresholds] = {}
+        self._limits: dict[int, int] = {}
+        self._given_up: set[int] = set()
         self._carried_queries: dict[tuple[int, int], Tensor] = {}
 
     def warm_up(self, num_q_heads: int) -> None:
@@ -118,8 +121,17 @@ class DiffKVCache:
             self._ops.attend(group, 0, nobody, query, self._scale, torch.empty_like(query))
             self._ops.release(group, nobody, -1)
 
-    def open(self, slot: int, prompt_len: int, thresholds: Thresholds) -> None:
+    def open(
+        self, slot: int, prompt_len: int, thresholds: Thresholds, max_pages: int | None = None
+    ) -> None:
         """Begin a request in an empty slot.
+
+        Args:
+            slot: which.
+            prompt_len: tokens of the prompt.
+            thresholds: of the request.
+            max_pages: that the prompt may take in all layers; one that needs more is given up: it
+                attends as ever, but keeps no page. None: as many as it needs.
 
         Raises:
             ValueError: the slot is not empty.
@@ -127,10 +139,12 @@ class DiffKVCache:
         if slot in self._thresholds:
             raise ValueError(f"slot {slot} already has a request")
         self._thresholds[slot] = thresholds
-        pool = self.state.pool
-        pool.prompt_lens[slot] = prompt_len
-        pool.thresholds[slot, 0] = thresholds.alpha_high
-        pool.thresholds[slot, 1] = thresholds.alpha_low
+        if max_pages is not None:
+            self._limits[slot] = max_pages
+        shared = self.state.pool
+        shared.prompt_lens[slot] = prompt_len
+        shared.thresholds[slot, 0] = thresholds.alpha_high
+        shared.thresholds[slot, 1] = thresholds.alpha_low
 
     def close(self, slots: Sequence[int]) -> None:
         """End requests: all their pages are free again."""
@@ -138,6 +152,8 @@ class DiffKVCache:
             return
         for slot in slots:
             del self._thresholds[slot]
+            self._limits.pop(slot, None)
+            self._given_up.discard(slot)
             for layer in range(self.state.num_layers):
                 self._carried_queries.pop((slot, layer), None)
         for group in self.state.groups:
@@ -154,6 +170,10 @@ class DiffKVCache:
     def _thresholds_of(self, group: PoolState, slot: int) -> Thresholds:
         """A request's thresholds as they are in the layers of a group."""
         return self._thresholds[slot].for_tiers(group.layout.low is not None)
+
+    def gave_up(self, slot: int) -> bool:
+        """Whether a request's prompt needed more pages than it may take."""
+        return slot in self._given_up
 
     def plan(
         self,
@@ -220,6 +240,8 @@ class DiffKVCache:
         undecided: list[tuple[PromptChunk, Tensor, Tensor]] = []
         complete: list[tuple[PromptChunk, Tensor, Tensor, Tensor]] = []
         for chunk, q, all_k, all_v in zip(prompts, queries, keys, values, strict=True):
+            if chunk.slot in self._given_up:
+                continue
             if not self._decides(group, chunk):
                 self._carry_queries(layer, chunk, q)
                 undecided.append((chunk, key[chunk.span], value[chunk.span]))
@@ -310,10 +332,25 @@ class DiffKVCache:
                 sums[:, span] / seen, self._thresholds_of(group, chunk.slot), group.window
             )
             start = span.stop
+            self._keep_limit(chunk, group, tiers[:, span])
+        kept = [-1 if c.slot in self._given_up else c.slot for c in chunks]
+        tokens = replace(tokens, slots=self._slot_tensor(kept))
         stored = [c.slot for c in chunks if c.num_stored]
         if stored:
             self._ops.release(group, self._slot_tensor(stored), index)
         self._ops.store_prompt(group, index, tokens, tiers, sums)
+
+    def _keep_limit(self, chunk: PromptChunk, group: PoolState, tiers: Tensor) -> None:
+        """Give a prompt up, and its pages back, if a layer of `group` would bring it over its limit."""
+        limit = self._limits.get(chunk.slot)
+        if limit is None:
+            return
+        slot = self._slot_tensor([chunk.slot])
+        held = sum(int(pool.held_pages(each, slot)) for each in self.state.groups)
+        if held + pool.prompt_pages(group.layout, tiers) > limit:
+            self._given_up.add(chunk.slot)
+            for each in self.state.groups:
+                self._ops.release(each, slot, -1)
 
     def _pack(
         self, slots: list[int], keys: list[Tensor], values: list[Tensor], firsts: list[int]

@@ -22,6 +22,7 @@ __all__ = [
     "create_cache",
     "held_pages",
     "page_growth",
+    "prompt_pages",
 ]
 
 TABLE_ALIGNMENT_BYTES = 64
@@ -235,6 +236,14 @@ def _create(
 def held_pages(state: PoolState, slots: Tensor) -> Tensor:
     """Pages that each of some slots holds: [R] int64."""
     return state.num_pages_held[slots].sum((1, 2, 3))
+
+
+def prompt_pages(layout: PageLayout, tiers: Tensor) -> int:
+    """Pages that a prompt takes in one layer: tiers [num_kv_heads, N] int8 of HIGH, LOW, DROPPED."""
+    return sum(
+        int((-(-(tiers == i).sum(1) // tier.tokens_per_page)).sum())
+        for i, tier in enumerate(layout.tiers)
+    )
 
 
 def page_growth(state: PoolState, slots: Tensor, num_tokens: int) -> Tensor:

@@ -67,7 +67,8 @@ ATTRIBUTES = {
     "vllm.exceptions:VLLMClientError": "",
     "vllm.config:VllmConfig": (
         "model_config parallel_config cache_config scheduler_config device_config "
-        "speculative_config kv_transfer_config compilation_config use_v2_model_runner"
+        "speculative_config kv_transfer_config compilation_config max_concurrent_batches "
+        "use_v2_model_runner"
     ),
     "vllm.config:ModelConfig": (
         "dtype max_model_len use_mla is_encoder_decoder is_hybrid hf_text_config "
@@ -77,7 +78,10 @@ ATTRIBUTES = {
         "pipeline_parallel_size decode_context_parallel_size prefill_context_parallel_size"
     ),
     "vllm.config:CacheConfig": "cache_dtype kv_cache_memory_bytes enable_prefix_caching",
-    "vllm.config:SchedulerConfig": "max_num_seqs",
+    "vllm.config:SchedulerConfig": (
+        "max_num_seqs max_num_batched_tokens long_prefill_token_threshold policy "
+        "scheduler_reserve_full_isl"
+    ),
     "vllm.config:CompilationConfig": "static_forward_context",
     "vllm.config:KVTransferConfig": "kv_connector kv_role kv_connector_extra_config",
     "vllm.engine.arg_utils:EngineArgs": (

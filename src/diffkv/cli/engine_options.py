@@ -8,7 +8,7 @@ from diffkv import presets
 from diffkv.cli.models import load_config
 from diffkv.presets import Preset
 from diffkv.quant import LayerQuant
-from diffkv.vllm_plugin.options import DEFAULT_QUANT, Options
+from diffkv.vllm_plugin.options import ADMISSIONS, DEFAULT_QUANT, Options
 
 __all__ = ["REFERENCE", "add_cache_options", "cache_options", "model_folder"]
 
@@ -41,6 +41,11 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kernels", choices=["reference"], help="run the plain torch operations (slow)"
     )
+    group.add_argument(
+        "--admission", choices=ADMISSIONS,
+        help=f"what is set aside for a prompt: the size expected of it, or its worst case (default: "
+        f"{ADMISSIONS[0]})",
+    )  # fmt: skip
 
 
 def cache_options(args: argparse.Namespace) -> Options:
@@ -49,7 +54,7 @@ def cache_options(args: argparse.Namespace) -> Options:
     Raises:
         ConfigError: an unknown preset, a model that cannot be read for `auto`, or a bad value.
     """
-    names = ("quant", "alpha_high", "alpha_low", "window", "page_bytes", "kernels")
+    names = ("quant", "alpha_high", "alpha_low", "window", "page_bytes", "kernels", "admission")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.preset is None:
         return Options.parse(given)

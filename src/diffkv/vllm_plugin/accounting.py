@@ -54,6 +54,7 @@ class Totals:
     num_pages: int = 0
     pages_peak: int = 0
     running_peak: int = 0
+    given_up: int = 0
 
 
 @dataclass
@@ -62,6 +63,7 @@ class _Since:
 
     demotions: int = 0
     prompts_compressed: int = 0
+    prompts_given_up: int = 0
     manager_seconds: float = 0.0
     ratios: list[float] = field(default_factory=list)
 
@@ -108,6 +110,11 @@ class Accounts:
         for group in places:
             if group.device.type == "cpu":
                 self._since.demotions += int((group[..., 2] >= 0).sum())
+
+    def prompts_given_up(self, num: int) -> None:
+        """Count prompts of a step that exceeded their limit."""
+        self._totals.given_up += num
+        self._since.prompts_given_up += num
 
     def step_ended(self) -> None:
         """Note the pages held, which are most right after a step."""
@@ -172,6 +179,7 @@ class Accounts:
         counters = {
             "demotions": since.demotions,
             "prompts_compressed": since.prompts_compressed,
+            "prompts_given_up": since.prompts_given_up,
             "manager_seconds": since.manager_seconds,
         }
         return counters, ratios

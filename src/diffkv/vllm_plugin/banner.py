@@ -5,6 +5,7 @@ from typing import Any
 from diffkv.layout import LayerGroup
 from diffkv.pool import CacheShape
 from diffkv.quant import layers_text
+from diffkv.vllm_plugin.estimate import why_worst_case
 from diffkv.vllm_plugin.options import Options
 
 __all__ = ["banner", "bf16_bytes_per_token"]
@@ -59,6 +60,12 @@ def banner(options: Options, shape: CacheShape, vllm_config: Any) -> list[str]:
             f"DiffKV layers {layers_text(group.layers)}: {_tiers(group, heads)}"
             for group in layout.groups
         ]
+    reason = why_worst_case(vllm_config, options.admission)
+    lines.append(
+        "DiffKV admits prompts by their expected compressed size"
+        if reason is None
+        else f"DiffKV admits prompts by their worst case: {reason}"
+    )
     if vllm_config.cache_config.enable_prefix_caching:
         lines.append("DiffKV: prefix caching is off, since heads keep different tokens")
     return lines

@@ -3,7 +3,7 @@
 Down: which requests ended and which start. Up: how many pages each request holds. It transfers no KV.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.banner import banner
+from diffkv.vllm_plugin.estimate import Prompt, longest_whole, why_worst_case
 from diffkv.vllm_plugin.metrics import DiffKVPromMetrics, DiffKVStats
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.requests import Settings
@@ -88,6 +89,7 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._kv_cache_config = kv_cache_config
         self._manager: DiffKVManager | None = None
         self._started: list[Started] = []
+        self._expects_sizes = why_worst_case(vllm_config, self._options.admission) is None
         self._worker: WorkerCache | None = None
 
     # scheduler
@@ -108,21 +110,28 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Nothing comes from outside."""
+        """Nothing comes from outside; but it is the call before a prompt's quota is asked for."""
+        assert self._manager is not None
+        prompt = None
+        if self._expects_sizes and request.num_tokens <= longest_whole(self._vllm_config):
+            prompt = Prompt(request.num_tokens, self._request_thresholds(request))
+        self._manager.expect(request.request_id, prompt)
         return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note a request that starts, or resumes: all tokens it has now are its prompt."""
         block_id = blocks.get_block_ids()[0][0]
-        thresholds = self._request_thresholds(request)
+        thresholds = self._request_thresholds(request, log=True)
         self._started.append(Started(request.request_id, block_id, request.num_tokens, thresholds))
 
-    def _request_thresholds(self, request: Any) -> Thresholds:
+    def _request_thresholds(self, request: Any, log: bool = False) -> Thresholds:
         """A bad setting gets here only if vLLM was started without our admission check."""
         engine = self._options.thresholds()
         try:
             settings = Settings.parse(getattr(request.sampling_params, "extra_args", None))
         except ConfigError as error:
+            if not log:
+                return engine
             logger.error(
                 "Request %s runs with the engine's thresholds: %s. Start vLLM with "
                 "--logits-processors diffkv.vllm_plugin.admission:Admission to refuse such requests",
@@ -136,7 +145,12 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Tell the workers what ended and what starts with this step."""
         ended = set(scheduler_output.finished_req_ids)
         ended.update(scheduler_output.preempted_req_ids or ())
-        message = StepMessage(ended, self._started, _tokens_after(scheduler_output))
+        assert self._manager is not None
+        limits = self._manager.limits([start.request_id for start in self._started])
+        started = [
+            replace(start, max_pages=limits.get(start.request_id)) for start in self._started
+        ]
+        message = StepMessage(ended, started, _tokens_after(scheduler_output))
         self._started = []
         return message
 
@@ -152,13 +166,15 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Blocks may be freed at once: the worker releases its pages in step order."""
+        assert self._manager is not None
+        self._manager.forget(request.request_id)
         return False, None
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """As `request_finished`."""
-        return False, None
+        return self.request_finished(request, [])
 
     # worker
 

@@ -42,6 +42,8 @@ _SUMMED = ("pages_total", "pages_free", "pages_held", "bytes_per_token")
 COUNTERS = {
     "demotions": "Tokens requantised from high to low precision while generating, over all heads.",
     "prompts_compressed": "Prompts whose tokens were sorted into tiers.",
+    "prompts_given_up": "Prompts that were larger than expected in a full pool, and are computed "
+    "again, all ranks.",
     "manager_seconds": "Time spent planning, releasing and reporting pages, first rank.",
 }
 

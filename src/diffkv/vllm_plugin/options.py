@@ -8,9 +8,12 @@ from diffkv.layout import CacheLayout
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.quant import ConfigError, LayerQuant
 
-__all__ = ["DEFAULT_QUANT", "Options"]
+__all__ = ["ADMISSIONS", "DEFAULT_QUANT", "EXPECTED", "WORST_CASE", "Options"]
 
 DEFAULT_QUANT = "k8v4-k4v2"
+
+EXPECTED, WORST_CASE = ADMISSIONS = ("expected", "worst-case")
+"""What is set aside for a prompt before its tiers are known."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Options:
         window: most recent tokens that always stay high.
         page_bytes: bytes of a page; None takes the size that wastes least.
         kernels: "reference" runs the plain torch operations; None the device's own kernels.
+        admission: "worst-case" sets aside what a prompt can need at most; "expected" what prompts
+            like it have needed, see `estimate`.
     """
 
     quant: str = DEFAULT_QUANT
@@ -32,6 +37,7 @@ class Options:
     window: int = WINDOW
     page_bytes: int | None = None
     kernels: str | None = None
+    admission: str = EXPECTED
 
     def __post_init__(self) -> None:
         """Refuse values that no model could be served with."""
@@ -48,6 +54,10 @@ class Options:
             raise ConfigError(f"window must be at least 1 token, got {self.window}")
         if self.kernels not in (None, "reference"):
             raise ConfigError(f"kernels must be 'reference' or left out, got {self.kernels!r}")
+        if self.admission not in ADMISSIONS:
+            raise ConfigError(
+                f"admission must be {' or '.join(map(repr, ADMISSIONS))}, got {self.admission!r}"
+            )
         self.thresholds()
 
     @classmethod

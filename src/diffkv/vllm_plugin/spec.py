@@ -3,6 +3,9 @@
 A vLLM block is only a unit of account here: one page for every layer. A request owns one block whose id
 tells the worker which request a row belongs to, and as many more as its pages may need before the next
 report. So quota >= real pages always, and what compression frees admits other requests.
+
+A prompt that is computed in one step gets a quota of its expected size, and the worker a limit: it gives
+a prompt up that would exceed it. The request is then preempted, and computed again with its worst case.
 """
 
 from dataclasses import dataclass, replace
@@ -17,6 +20,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from diffkv.layout import CacheLayout
 from diffkv.pool import CacheShape
+from diffkv.vllm_plugin.estimate import Prompt, PromptSizes
 
 __all__ = ["MAX_IN_FLIGHT", "DiffKVManager", "DiffKVSpec", "Report", "register_spec"]
 
@@ -32,11 +36,13 @@ class Report:
         num_pages: pages it holds, over all layers and KV heads.
         growth: most pages that 1, 2, … more tokens can add; see `pool.page_growth`.
         num_tokens: tokens of the request that the pages cover.
+        given_up: whether it was a prompt that exceeded its limit, so that its pages are not kept.
     """
 
     num_pages: int
     growth: tuple[int, ...]
     num_tokens: int
+    given_up: bool = False
 
     def fullest(self, other: "Report") -> "Report":
         """The report of two ranks: the fuller one decides."""
@@ -44,6 +50,7 @@ class Report:
             max(self.num_pages, other.num_pages),
             tuple(map(max, self.growth, other.growth)),
             min(self.num_tokens, other.num_tokens),
+            self.given_up or other.given_up,
         )
 
 
@@ -129,7 +136,11 @@ class DiffKVSpec(FullAttentionSpec):
 
 
 class DiffKVManager(FullAttentionManager):
-    """Keeps quotas on the scheduler's side, from the reports of the worker."""
+    """Keeps quotas on the scheduler's side, from the reports of the worker.
+
+    Attributes:
+        shape: of the pool.
+    """
 
     supports_fine_grained_hash_lookup = False
 
@@ -141,6 +152,10 @@ class DiffKVManager(FullAttentionManager):
         self._quotas: dict[str, list[Any]] = {}
         self._reports: dict[str, Report] = {}
         self._num_tokens: dict[str, int] = {}
+        self._sizes = PromptSizes()
+        self._prompts: dict[str, Prompt] = {}
+        self._given_up: set[str] = set()
+        self._must_leave: set[str] = set()
         self._reserve_tables(kv_cache_spec)
 
     def _reserve_tables(self, spec: DiffKVSpec) -> None:
@@ -155,21 +170,81 @@ class DiffKVManager(FullAttentionManager):
         self.block_pool.get_new_blocks(num_reserved)
         self.block_pool.num_gpu_blocks -= num_reserved
 
+    def expect(self, request_id: str, prompt: Prompt | None) -> None:
+        """Before a request is admitted: its prompt, or None if the worst case is to be set aside."""
+        if prompt is None:
+            self._prompts.pop(request_id, None)
+        else:
+            self._prompts[request_id] = prompt
+
+    def forget(self, request_id: str) -> None:
+        """A request finished: it will not come back."""
+        self._prompts.pop(request_id, None)
+        self._given_up.discard(request_id)
+
+    def limits(self, request_ids: list[str]) -> dict[str, int]:
+        """Pages that prompts of the step that was just scheduled may take, where they might need more.
+
+        What no request has is divided among them. It stays free until their reports come, so that
+        their quotas can be raised to what they took.
+        """
+        bets = {}
+        for name in request_ids:
+            prompt = self._prompts.get(name)
+            if prompt is not None and prompt.num_tokens == self._num_tokens[name]:
+                missing = self._blocks(self._most_pages(prompt.num_tokens)) - self._held(name)
+                if missing > 0:
+                    bets[name] = missing
+        share = self.block_pool.get_num_free_blocks() // len(bets) if bets else 0
+        return {
+            name: (self._held(name) + share) * self._num_layers
+            for name, missing in bets.items()
+            if missing > share
+        }
+
     def on_report(self, request_id: str, report: Report) -> None:
-        """Take a worker's report, and return what of the request's quota it does not need."""
+        """Take a worker's report: return what of the request's quota it does not need.
+
+        A prompt that is larger than expected has stayed within its limit, so the blocks are there.
+        """
         if request_id not in self._quotas:  # finished or preempted meanwhile
             return
         self._reports[request_id] = report
+        if report.given_up:
+            self._given_up.add(request_id)
+            self._must_leave.add(request_id)
+        else:
+            self._learn(request_id, report)
         quota = self._quotas[request_id]
         surplus = self._held(request_id) - self._needed(request_id, self._num_tokens[request_id])
         if surplus > 0:
             self.block_pool.free_blocks(quota[-surplus:])
             del quota[-surplus:]
+        elif surplus < 0:
+            quota.extend(self.block_pool.get_new_blocks(-surplus))
+
+    def _learn(self, request_id: str, report: Report) -> None:
+        """Note the size of a prompt that is complete."""
+        prompt = self._prompts.get(request_id)
+        if prompt is not None and prompt.num_tokens == report.num_tokens:
+            self._sizes.observe(prompt, report.num_pages / self._most_pages(report.num_tokens))
+
+    def _most_pages(self, num_tokens: int) -> int:
+        """Pages that a request of `num_tokens` tokens can need, however they are tiered."""
+        return self._num_kv_heads * self._layout.max_pages(num_tokens)
+
+    def _blocks(self, pages: int) -> int:
+        return max(1, -(-pages // self._num_layers))
 
     def _needed(self, request_id: str, num_tokens: int) -> int:
-        """Blocks that cover the request's pages once it has `num_tokens` tokens, at worst."""
-        pages = self._num_kv_heads * self._layout.max_pages(num_tokens)
+        """Blocks that the request gets for `num_tokens` tokens.
+
+        They cover its pages at worst; before its first report, those of a prompt that is computed in
+        one step as expected.
+        """
+        pages = self._most_pages(num_tokens)
         report = self._reports.get(request_id)
+        prompt = self._prompts.get(request_id)
         if report is not None:
             more = num_tokens - report.num_tokens
             if 0 < more <= len(report.growth):
@@ -177,7 +252,10 @@ class DiffKVManager(FullAttentionManager):
             else:
                 growth = self._num_kv_heads * self._layout.max_new_pages(more)
             pages = min(pages, report.num_pages + growth)
-        return max(1, -(-pages // self._num_layers))
+        elif prompt is not None and request_id not in self._given_up:
+            if num_tokens == prompt.num_tokens:
+                pages = self._sizes.expected(prompt, pages)
+        return self._blocks(pages)
 
     def _held(self, request_id: str) -> int:
         return len(self.req_to_blocks.get(request_id, ())) + len(self._quotas.get(request_id, ()))
@@ -185,14 +263,24 @@ class DiffKVManager(FullAttentionManager):
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
-        """Blocks that are missing for the request to grow to `num_tokens` tokens."""
-        return max(0, self._needed(request_id, num_tokens) - self._held(request_id))
+        """Blocks that must be free for the request to grow to `num_tokens` tokens.
+
+        More than there are where a prompt was given up: the scheduler then preempts the request.
+        """
+        if request_id in self._must_leave:
+            return self.block_pool.num_gpu_blocks
+        held, prompt = self._held(request_id), self._prompts.get(request_id)
+        if not held and prompt is not None and num_tokens < prompt.num_tokens:
+            # The first of several chunks, all stored high. vLLM has asked whether the whole prompt
+            # fits, and was told what it takes in one step.
+            return self._blocks(self._most_pages(prompt.num_tokens))
+        return max(0, self._needed(request_id, num_tokens) - held)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> list[Any]:
         """Raise the request's quota; the worker is only ever told of the one block that is its id."""
-        missing = self.get_num_blocks_to_allocate(request_id, num_tokens)
+        missing = max(0, self._needed(request_id, num_tokens) - self._held(request_id))
         blocks = self.block_pool.get_new_blocks(missing) if missing else []
         ids = self.req_to_blocks[request_id]
         new_ids: list[Any] = []
@@ -205,9 +293,10 @@ class DiffKVManager(FullAttentionManager):
         return new_ids
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
-        """Forget the request; its whole quota is free."""
+        """The request leaves, for good or until it is resumed; its whole quota is free."""
         self._reports.pop(request_id, None)
         self._num_tokens.pop(request_id, None)
+        self._must_leave.discard(request_id)
         return super().pop_blocks_for_free(request_id) + self._quotas.pop(request_id, [])
 
     @classmethod

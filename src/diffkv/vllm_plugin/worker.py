@@ -32,12 +32,14 @@ class Started:
         block_id: of the block that is the request's identity in block tables.
         prompt_len: tokens that are prefilled; after a preemption generated ones are among them.
         thresholds: of the request.
+        max_pages: that the prompt may take on this rank; None: as many as it needs.
     """
 
     request_id: str
     block_id: int
     prompt_len: int
     thresholds: Thresholds
+    max_pages: int | None = None
 
 
 @dataclass
@@ -133,7 +135,7 @@ class WorkerCache:
     def _start(self, started: Iterable[Started]) -> None:
         for start in started:
             slot = self._slots.free.pop()
-            self.cache.open(slot, start.prompt_len, start.thresholds)
+            self.cache.open(slot, start.prompt_len, start.thresholds, start.max_pages)
             self._slots.of_block[start.block_id] = slot
             self._slots.prompt_lens[slot] = start.prompt_len
             request = Request(slot, start.block_id, start.prompt_len)
@@ -220,8 +222,10 @@ class WorkerCache:
             ],
             -1,
         ).tolist()
+        given_up = [self.cache.gave_up(r.slot) for r in requests.values()]
+        self.accounts.prompts_given_up(sum(given_up))
         return {
-            name: Report(held[i], tuple(growth[i]), request.num_tokens)
+            name: Report(held[i], tuple(growth[i]), request.num_tokens, given_up[i])
             for i, (name, request) in enumerate(requests.items())
         }
 
@@ -229,7 +233,8 @@ class WorkerCache:
         """Metrics after a step; requests are counted once, by the first rank."""
         counters, ratios = self.accounts.take()
         if rank:
-            counters, ratios = {"demotions": counters["demotions"]}, []
+            counters = {name: counters[name] for name in ("demotions", "prompts_given_up")}
+            ratios = []
         gauges = self.accounts.gauges(list(self._slots.requests.values()))
         return DiffKVStats.of_rank(rank, gauges, counters, ratios)
 
