@@ -20,6 +20,7 @@ from diffkv.policy import (
     num_queries_seen,
     paper_tiers,
 )
+from diffkv.rotation import Rotation
 from diffkv.state import DecodePlan, PoolState, PromptTokens
 
 __all__ = ["DiffKVCache", "PromptChunk", "Step"]
@@ -75,15 +76,22 @@ class DiffKVCache:
         ops: the kernels, as `diffkv.ops.load` returns them.
         scale: of the attention's dot products.
         policy: decides the tiers of prompts.
+        rotation: of queries, keys and values, so that what is stored has no outliers; None for none.
     """
 
     def __init__(
-        self, state: PoolState, ops: Ops, scale: float, policy: PromptPolicy = paper_tiers
+        self,
+        state: PoolState,
+        ops: Ops,
+        scale: float,
+        policy: PromptPolicy = paper_tiers,
+        rotation: Rotation | None = None,
     ) -> None:
         self.state = state
         self._ops = ops
         self._scale = scale
         self._policy = policy
+        self._rotation = rotation
         self._thresholds: dict[int, Thresholds] = {}
         self._carried_queries: dict[tuple[int, int], Tensor] = {}
 
@@ -165,6 +173,16 @@ class DiffKVCache:
             value: [num_rows, num_kv_heads, head_dim].
             output: [num_rows, num_q_heads, head_dim], written for the step's rows.
         """
+        if self._rotation is None:
+            self._attend(layer, step, query, key, value, output)
+            return
+        query, key, value = map(self._rotation.apply, (query, key, value))
+        self._attend(layer, step, query, key, value, output)
+        self._rotation.undo(output)
+
+    def _attend(
+        self, layer: int, step: Step, query: Tensor, key: Tensor, value: Tensor, output: Tensor
+    ) -> None:
         if step.prompts:
             self._attend_prompts(layer, step.prompts, query, key, value, output)
         if step.plan is None:

@@ -7,6 +7,7 @@ from typing import Any
 from diffkv.layout import PageLayout
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.quant import ConfigError, QuantConfig
+from diffkv.rotation import ROTATIONS
 
 __all__ = ["DEFAULT_QUANT", "Options"]
 
@@ -23,6 +24,7 @@ class Options:
         alpha_low: threshold below which tokens are dropped.
         window: most recent tokens that always stay high.
         page_bytes: bytes of a page; None takes the size that wastes least.
+        rotate: "hadamard" rotates keys and values before they are quantised; "none" does not.
         kernels: "reference" runs the plain torch operations; None the device's own kernels.
     """
 
@@ -31,6 +33,7 @@ class Options:
     alpha_low: float | None = None
     window: int = WINDOW
     page_bytes: int | None = None
+    rotate: str = "none"
     kernels: str | None = None
 
     def __post_init__(self) -> None:
@@ -46,6 +49,8 @@ class Options:
                 raise ConfigError(f"{name} must be a number, got {value!r}")
         if self.window < 1:
             raise ConfigError(f"window must be at least 1 token, got {self.window}")
+        if self.rotate not in ROTATIONS:
+            raise ConfigError(f"rotate must be {' or '.join(ROTATIONS)}, got {self.rotate!r}")
         if self.kernels not in (None, "reference"):
             raise ConfigError(f"kernels must be 'reference' or left out, got {self.kernels!r}")
         self.thresholds()

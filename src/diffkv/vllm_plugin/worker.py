@@ -14,6 +14,7 @@ from torch import Tensor
 from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.policy import Thresholds
+from diffkv.rotation import Rotation
 from diffkv.vllm_plugin.accounting import Accounts, Request
 from diffkv.vllm_plugin.metrics import DiffKVStats
 from diffkv.vllm_plugin.options import Options
@@ -67,7 +68,8 @@ class WorkerCache:
         self.shape = spec.pool_shape(num_blocks)
         self.state = pool.create(self.shape, buffer, spec.dtype, options.window)
         kernels = ops.load(buffer.device.type, options.kernels)
-        self.cache = DiffKVCache(self.state, kernels, scale)
+        rotation = Rotation.of(options.rotate, spec.head_size, buffer.device, spec.dtype)
+        self.cache = DiffKVCache(self.state, kernels, scale, rotation=rotation)
         self.accounts = Accounts(self.shape, self.state)
         self._slots = _Slots(
             list(range(self.shape.num_slots))[::-1],
