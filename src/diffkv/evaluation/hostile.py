@@ -9,10 +9,11 @@ KVQuant, Hooper et al. 2024); small models have fewer. A rewriting adds some. By
                 attention probabilities sum to 1
     k-bias      a constant added to the keys of the slowest RoPE pair, whose keys are x 8, queries x 1/8
 
-s is a power of two, so that the first two change no rounding: logits are equal as far as sums are taken in
-the same order. `v-bias` is exact up to rounding. `k-bias` is not: RoPE turns the constant b by the distance d
-of two tokens, so a score changes by about |q| |b| f d at the slowest frequency f. Massive activations, which
-real models put on the first token, have no such rewriting: they pass through the norms of every layer.
+s is a power of two, so that the first two change no rounding: logits are equal as far as sums are
+taken in the same order, and 1/s takes s back. `v-bias` is exact up to rounding. `k-bias` is not: RoPE
+turns the constant b by the distance d of two tokens, so a score changes by about |q| |b| f d at the
+slowest frequency f. Massive activations, which real models put on the first token, have no such
+rewriting: they pass through the norms of every layer.
 """
 
 import json
@@ -130,7 +131,8 @@ def rewrite(folder: Path, out: Path, name: str, scale: float, dtype: torch.dtype
         dtype: of the written weights; a bias in 16 bits is rounded.
 
     Raises:
-        ConfigError: an unknown name, a scale that is no power of two, or another kind of model.
+        ConfigError: an unknown name, a scale that is no power of two, another kind of model, or
+            `out` exists.
     """
     from safetensors.torch import load_file, save_file
 
@@ -145,6 +147,9 @@ def rewrite(folder: Path, out: Path, name: str, scale: float, dtype: torch.dtype
     for layer in range(config["num_hidden_layers"]):
         REWRITINGS[name](weights, config, layer, scale)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    shutil.copytree(folder, out)
+    try:
+        shutil.copytree(folder, out)
+    except FileExistsError:
+        raise ConfigError(f"{out} exists: name a new folder") from None
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
