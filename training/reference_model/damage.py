@@ -24,7 +24,16 @@ from tasks import ASK, COPY, SUM, TASKS, WALK, Exam
 from torch import Tensor
 
 from diffkv.layout import PageLayout
-from diffkv.policy import DROPPED, HIGH, LOW, SCORED_QUERIES, WINDOW, Thresholds, paper_tiers
+from diffkv.policy import (
+    DROPPED,
+    HIGH,
+    LOW,
+    SCORED_QUERIES,
+    WINDOW,
+    Thresholds,
+    key_difference,
+    paper_tiers,
+)
 from diffkv.quant import Format, QuantConfig
 from diffkv.reference.quantize import dequantize, quantize
 from diffkv.rotation import hadamard_matrix
@@ -65,12 +74,6 @@ def attention_sums(query: Tensor, key: Tensor, last: int) -> Tensor:
     return sums.view(len(key), group, -1).amax(1) / counts
 
 
-def key_difference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """How unlike a token's key is the mean direction of all keys (KeyDiff, Park et al. 2025)."""
-    directions = F.normalize(key, dim=-1)
-    return -F.cosine_similarity(directions, directions.mean(1, keepdim=True), dim=-1)
-
-
 def random_scores(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """No rule at all."""
     return torch.rand(key.shape[:2], generator=torch.Generator().manual_seed(0)).to(key.device)
@@ -91,11 +94,11 @@ RULES: dict[str, Score] = {
     "last64": lambda q, k, v: attention_sums(q, k, SCORED_QUERIES),
     "all": lambda q, k, v: attention_sums(q, k, k.shape[1]),
     "all*|v|": lambda q, k, v: attention_sums(q, k, k.shape[1]) * v.norm(dim=-1),
-    "keydiff": key_difference,
+    "keydiff": lambda q, k, v: key_difference(k),
     "random": random_scores,
     "last64|random": half_random,
     "all|keydiff": lambda q, k, v: torch.maximum(
-        ranked(attention_sums(q, k, k.shape[1])), ranked(key_difference(q, k, v))
+        ranked(attention_sums(q, k, k.shape[1])), ranked(key_difference(k))
     ),
 }
 
@@ -250,6 +253,8 @@ SETS = {
         )
         for rotated in (False, True)
     ],
+    # the window, question and answer in 8 bits, and nothing else: what do the other high tokens add?
+    "window": [Method("k8v4-k4v4", 1e9), Method("k8v4-k4v2", 1e9), Method("k8v4-k4v2", 3)],
     "rules": [Method("k8v4-k4v2", 3)] + [
         Method("k8v4-k4v2", rule=rule, keep=keep) for keep in (0.75, 0.5, 0.25) for rule in RULES
     ],
