@@ -13,6 +13,7 @@ from diffkv.policy import (
     Thresholds,
     decode_action,
     decode_candidates,
+    key_difference,
     num_queries_seen,
     paper_tiers,
     threshold,
@@ -272,7 +273,7 @@ def test_key_difference_finds_the_unusual_keys() -> None:
     )
     key[0, [7, 50]] = torch.randn(2, 64, generator=generator)
     key[1, [3, 99]] = -key[1, [3, 99]] * 5
-    scores = policy.key_difference(key)
+    scores = key_difference(key)
     assert scores.shape == (2, 100) and scores.abs().max() <= 1.0001
     assert sorted(scores[0].topk(2).indices.tolist()) == [7, 50]
     assert sorted(scores[1].topk(2).indices.tolist()) == [3, 99]
