@@ -13,6 +13,7 @@ from diffkv.policy import (
     Thresholds,
     decode_action,
     decode_candidates,
+    key_difference,
     num_queries_seen,
     paper_tiers,
     threshold,
@@ -263,3 +264,16 @@ class TestThresholds:
             "k8v4 has no low tier, so alpha_high must be left out or equal alpha_low (0.02), "
             "got 1.0; name two formats to use it, as in k8v4-k4v2"
         )
+
+
+def test_key_difference_finds_the_unusual_keys() -> None:
+    generator = torch.Generator().manual_seed(0)
+    key = torch.randn(2, 1, 64, generator=generator) + 0.3 * torch.randn(
+        2, 100, 64, generator=generator
+    )
+    key[0, [7, 50]] = torch.randn(2, 64, generator=generator)
+    key[1, [3, 99]] = -key[1, [3, 99]] * 5
+    scores = key_difference(key)
+    assert scores.shape == (2, 100) and scores.abs().max() <= 1.0001
+    assert sorted(scores[0].topk(2).indices.tolist()) == [7, 50]
+    assert sorted(scores[1].topk(2).indices.tolist()) == [3, 99]

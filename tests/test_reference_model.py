@@ -56,6 +56,25 @@ def test_model_answers_greedily(model, tokenizer, prompt):
     assert answer == prompt["answer"]
 
 
+def test_the_model_with_head_dim_128_answers_them_too(tokenizer):
+    folder = DATA / "reference-128"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert transformers.AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+    assert model.config.head_dim == 128
+    for prompt in PROMPTS:
+        answer = tokenizer(prompt["answer"], return_tensors="pt").input_ids[0]
+        inputs = tokenizer(prompt["prompt"] + " " + prompt["answer"], return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs, logits_to_keep=len(answer) + 1).logits[0, :-1]
+        assert logits.argmax(-1).tolist() == answer.tolist(), prompt["name"]
+
+
+def test_card_of_head_dim_128_has_scores_that_are_good_enough():
+    rows = SCORE_ROW.findall((DATA / "reference-128" / "README.md").read_text())
+    assert len(rows) == 2 * 11
+    assert all(float(accuracy) >= 0.98 for _, _, _, accuracy, _ in rows)
+
+
 def test_answer_follows_the_facts(model, tokenizer):
     prompt = next(prompt for prompt in PROMPTS if prompt["name"] == "needle-2")
     _, first, _, second = prompt["answer"].split(" ")

@@ -21,6 +21,7 @@ from diffkv.policy import (
     paper_tiers,
 )
 from diffkv.prefill import Prefill, torch_prefill
+from diffkv.rotation import Rotation
 from diffkv.state import CacheState, DecodePlan, PoolState, PromptTokens
 
 __all__ = ["DiffKVCache", "PromptChunk", "Step"]
@@ -77,6 +78,7 @@ class DiffKVCache:
         scale: of the attention's dot products.
         policy: decides the tiers of prompts.
         prefill: exact attention of prompts.
+        rotation: of queries, keys and values, so that what is stored has no outliers; None for none.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class DiffKVCache:
         scale: float,
         policy: PromptPolicy = paper_tiers,
         prefill: Prefill = torch_prefill,
+        rotation: Rotation | None = None,
     ) -> None:
         self.state = state
         self._ops = ops
@@ -94,6 +97,7 @@ class DiffKVCache:
         self._prefill = prefill
         self._places = state.places
         self._device = state.pool.pages.device
+        self._rotation = rotation
         self._thresholds: dict[int, Thresholds] = {}
         self._limits: dict[int, int] = {}
         self._given_up: set[int] = set()
@@ -207,6 +211,16 @@ class DiffKVCache:
             value: [num_rows, num_kv_heads, head_dim].
             output: [num_rows, num_q_heads, head_dim], written for the step's rows.
         """
+        if self._rotation is None:
+            self._attend(layer, step, query, key, value, output)
+            return
+        query, key, value = map(self._rotation.apply, (query, key, value))
+        self._attend(layer, step, query, key, value, output)
+        self._rotation.undo(output)
+
+    def _attend(
+        self, layer: int, step: Step, query: Tensor, key: Tensor, value: Tensor, output: Tensor
+    ) -> None:
         if step.prompts:
             self._attend_prompts(layer, step.prompts, query, key, value, output)
         if not step.plans:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
 
 from diffkv.quant import ConfigError, LayerQuant, QuantConfig
 
@@ -28,6 +29,7 @@ __all__ = [
     "Thresholds",
     "decode_action",
     "decode_candidates",
+    "key_difference",
     "num_queries_seen",
     "paper_tiers",
     "threshold",
@@ -154,6 +156,22 @@ def paper_tiers(means: Tensor, thresholds: Thresholds, window: int) -> Tensor:
     recent = max(0, means.shape[1] - window)
     tiers[:, recent:] = HIGH
     return tiers
+
+
+def key_difference(key: Tensor) -> Tensor:
+    """How unlike each key is the mean direction of all keys of its head, from -1 to 1.
+
+    A score that needs no query: what is asked after the prompt is often said by a token unlike the
+    others. Source: KeyDiff (Park et al. 2025, arXiv 2504.15364).
+
+    Args:
+        key: [num_kv_heads, N, head_dim] of any float dtype, rotary embedding applied.
+
+    Returns:
+        [num_kv_heads, N] float32, the negative cosine; the largest are those to keep.
+    """
+    directions = normalize(key.float(), dim=-1)
+    return -cosine_similarity(directions, directions.mean(1, keepdim=True), dim=-1)
 
 
 @dataclass(frozen=True)

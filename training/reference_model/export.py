@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from model import ModelConfig, ReferenceModel
-from tasks import BOS, EOS, PAD, SPECIAL_TOKENS, VOCAB_SIZE, training_batch, vocabulary
+from presets import PRESETS
+from tasks import BOS, EOS, PAD, SPECIAL_TOKENS, training_batch, vocabulary
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -87,8 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--preset", choices=list(PRESETS), default="reference")
     args = parser.parse_args()
-    model = ReferenceModel(ModelConfig(VOCAB_SIZE))
+    model = ReferenceModel(PRESETS[args.preset].config)
     model.load_state_dict(torch.load(args.checkpoint))
     export(model.eval(), args.folder)
 

@@ -15,8 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hard_tasks import HARD_EXAMS, hard_exam
 from tasks import TASKS, Exam, exam
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+EXAMS = (*TASKS, *HARD_EXAMS)
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,20 @@ def right_answers(model: PreTrainedModel, question: Exam) -> np.ndarray:
     Returns:
         [num_scored] bool.
     """
-    token_ids = torch.tensor([question.prompt + question.continuation])
+    token_ids = torch.tensor([question.prompt + question.continuation], device=model.device)
     num_answers = len(question.continuation)
     logits = model(token_ids, logits_to_keep=num_answers + 1).logits[0, :-1]
     is_right = logits.argmax(-1) == token_ids[0, -num_answers:]
-    return is_right[torch.tensor(question.is_scored)].numpy()
+    return is_right.cpu()[torch.tensor(question.is_scored)].numpy()
 
 
 def score_task(
     model: PreTrainedModel, task: str, num_prompt_tokens: int, num_samples: int, seed: int
 ) -> Score:
     """Score one task at one prompt length on exams drawn from the seed."""
-    rng = np.random.default_rng([seed, list(TASKS).index(task), num_prompt_tokens])
-    samples = [right_answers(model, exam(rng, task, num_prompt_tokens)) for _ in range(num_samples)]
+    rng = np.random.default_rng([seed, EXAMS.index(task), num_prompt_tokens])
+    draw = exam if task in TASKS else hard_exam
+    samples = [right_answers(model, draw(rng, task, num_prompt_tokens)) for _ in range(num_samples)]
     accuracy = float(np.concatenate(samples).mean())
     exact = float(np.mean([is_right.all() for is_right in samples]))
     return Score(task, num_prompt_tokens, num_samples, accuracy, exact)
@@ -70,6 +74,8 @@ def main() -> None:
     """Parse the command line, score and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--tasks", nargs="+", choices=EXAMS, default=list(TASKS), metavar="TASK")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
@@ -79,10 +85,10 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=getattr(torch, args.dtype))
-    model.eval()
+    model.eval().to(args.device)
     scores = [
         score_task(model, task, num_prompt_tokens, args.samples, args.seed)
-        for task in TASKS
+        for task in args.tasks
         for num_prompt_tokens in args.lengths
     ]
     print(table(scores))

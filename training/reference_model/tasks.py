@@ -4,7 +4,7 @@ Every task function takes a seeded generator and a length and returns two lists 
 the token ids, and for each token whether it is an answer, i.e. determined by what stands before.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ _WORD_RANKS = np.arange(1, NUM_WORDS + 1)
 WORD_PROBABILITIES = (1 / _WORD_RANKS) / (1 / _WORD_RANKS).sum()
 
 Sample = tuple[list[int], list[bool]]
+TaskFunction = Callable[[np.random.Generator, int], Sample]
 
 
 def vocabulary() -> list[str]:
@@ -255,7 +256,7 @@ def key_list(rng: np.random.Generator, num_tokens: int) -> Sample:
     return stream.cut(num_tokens)
 
 
-TASKS: dict[str, Callable[[np.random.Generator, int], Sample]] = {
+TASKS: dict[str, TaskFunction] = {
     "recall": recall,
     "needle": needle,
     "chain": chain,
@@ -276,17 +277,21 @@ EXAM_ASKED = {"recall": 24, "needle": 5, "chain": 64, "copy": 100, "sum": 16, "l
 
 
 def training_batch(
-    rng: np.random.Generator, batch_size: int, num_tokens: int
+    rng: np.random.Generator,
+    batch_size: int,
+    num_tokens: int,
+    task_of: Mapping[str, TaskFunction] = TASKS,
+    shares: Mapping[str, float] = TASK_SHARES,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw a batch of samples, the task of each by `TASK_SHARES`.
+    """Draw a batch of samples, the task of each by its share.
 
     Returns:
         token_ids: [batch_size, num_tokens] int64.
         is_answer: [batch_size, num_tokens] bool.
-        task_ids: [batch_size] int64, index into `TASKS`.
+        task_ids: [batch_size] int64, index into `task_of`.
     """
-    tasks = list(TASKS.values())
-    task_ids = rng.choice(len(tasks), batch_size, p=[TASK_SHARES[name] for name in TASKS])
+    tasks = list(task_of.values())
+    task_ids = rng.choice(len(tasks), batch_size, p=[shares[name] for name in task_of])
     samples = [tasks[task](rng, num_tokens) for task in task_ids]
     token_ids = np.array([ids for ids, _ in samples], dtype=np.int64)
     is_answer = np.array([mask for _, mask in samples], dtype=bool)

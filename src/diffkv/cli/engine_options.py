@@ -8,12 +8,16 @@ from diffkv import presets
 from diffkv.cli.models import load_config
 from diffkv.presets import Preset
 from diffkv.quant import LayerQuant
+from diffkv.rotation import ROTATIONS
 from diffkv.vllm_plugin.options import ADMISSIONS, DEFAULT_QUANT, Options
 
-__all__ = ["REFERENCE", "add_cache_options", "cache_options", "model_folder"]
+__all__ = ["REFERENCE", "SHIPPED", "add_cache_options", "cache_options", "model_folder"]
 
 REFERENCE = "reference"
-"""Name of the model that ships with the package."""
+"""Name of the model that commands take by default."""
+
+SHIPPED = (REFERENCE, "reference-128")
+"""Names of the models that ship with the package: head_dim 64 and 128, same words."""
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +43,10 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--window", type=int, help="most recent tokens that always stay high")
     group.add_argument("--page-bytes", type=int, help="bytes of a page (default: least waste)")
     group.add_argument(
+        "--rotate", choices=ROTATIONS,
+        help="hadamard spreads outliers of keys and values before they are quantised (default: none)",
+    )  # fmt: skip
+    group.add_argument(
         "--kernels", choices=["reference"], help="run the plain torch operations (slow)"
     )
     group.add_argument(
@@ -54,7 +62,9 @@ def cache_options(args: argparse.Namespace) -> Options:
     Raises:
         ConfigError: an unknown preset, a model that cannot be read for `auto`, or a bad value.
     """
-    names = ("quant", "alpha_high", "alpha_low", "window", "page_bytes", "kernels", "admission")
+    names = (
+        "quant", "alpha_high", "alpha_low", "window", "page_bytes", "rotate", "kernels", "admission"
+    )  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.preset is None:
         return Options.parse(given)
@@ -96,7 +106,7 @@ def _override(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_folder(name: str) -> str:
-    """The folder of the shipped model for its name; any other name as it is."""
+    """The folder of a shipped model for its name; any other name as it is."""
     from importlib.resources import files
 
-    return str(files("diffkv") / "data" / REFERENCE) if name == REFERENCE else name
+    return str(files("diffkv") / "data" / name) if name in SHIPPED else name

@@ -10,7 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffkv.cli.engine_options import REFERENCE, add_cache_options, cache_options, model_folder
+from diffkv.cli.engine_options import (
+    REFERENCE,
+    SHIPPED,
+    add_cache_options,
+    cache_options,
+    model_folder,
+)
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
@@ -71,9 +77,9 @@ def _questions(args: argparse.Namespace) -> list[Question]:
     if args.prompt:
         return [Question(text) for text in args.prompt]
     if args.prompts is None:
-        if args.model != REFERENCE:
+        if args.model not in SHIPPED:
             raise ConfigError(
-                "give --prompt or --prompts: the shipped prompts are for the shipped model"
+                "give --prompt or --prompts: the shipped prompts are for the shipped models"
             )
         return _read_questions((files("diffkv") / "data" / "prompts.jsonl").read_text())
     try:
@@ -108,7 +114,7 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
 
     model = model_folder(args.model)
     check_model(model)
-    default_memory = REFERENCE_KV_MEMORY_BYTES if args.model == REFERENCE else None
+    default_memory = REFERENCE_KV_MEMORY_BYTES if args.model in SHIPPED else None
     return {
         "model": model,
         "enforce_eager": True,

@@ -13,7 +13,7 @@ PASSES_FLAGS_ON = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "model", help="a folder, a model id, or 'reference' for the model that ships with diffkv"
+        "model", help="a folder, a model id, or a shipped model: reference, reference-128"
     )
     add_cache_options(parser)
     parser.epilog = "Any other option is passed on to vllm serve: --port, --max-model-len, …"

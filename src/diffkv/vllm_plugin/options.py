@@ -7,6 +7,7 @@ from typing import Any
 from diffkv.layout import CacheLayout
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.quant import ConfigError, LayerQuant
+from diffkv.rotation import ROTATIONS
 
 __all__ = ["ADMISSIONS", "DEFAULT_QUANT", "EXPECTED", "WORST_CASE", "Options"]
 
@@ -26,6 +27,7 @@ class Options:
         alpha_low: threshold below which tokens are dropped.
         window: most recent tokens that always stay high.
         page_bytes: bytes of a page; None takes the size that wastes least.
+        rotate: "hadamard" rotates keys and values before they are quantised; "none" does not.
         kernels: "reference" runs the plain torch operations; None the device's own kernels.
         admission: "worst-case" sets aside what a prompt can need at most; "expected" what prompts
             like it have needed, see `estimate`.
@@ -36,6 +38,7 @@ class Options:
     alpha_low: float | None = None
     window: int = WINDOW
     page_bytes: int | None = None
+    rotate: str = "none"
     kernels: str | None = None
     admission: str = EXPECTED
 
@@ -52,6 +55,8 @@ class Options:
                 raise ConfigError(f"{name} must be a number, got {value!r}")
         if self.window < 1:
             raise ConfigError(f"window must be at least 1 token, got {self.window}")
+        if self.rotate not in ROTATIONS:
+            raise ConfigError(f"rotate must be {' or '.join(ROTATIONS)}, got {self.rotate!r}")
         if self.kernels not in (None, "reference"):
             raise ConfigError(f"kernels must be 'reference' or left out, got {self.kernels!r}")
         if self.admission not in ADMISSIONS:

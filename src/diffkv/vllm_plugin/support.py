@@ -72,7 +72,7 @@ def _least_budget(
 ) -> int:
     """Bytes, in whole blocks of vLLM, that hold one longest request and the tables of all slots.
 
-    More bytes make more slots (`PoolShape.fit`), each with tables of its own, so the two are raised
+    More bytes make more slots (`CacheShape.fit`), each with tables of its own, so the two are raised
     in turn until they agree.
     """
     block_bytes = layout.num_layers * layout.page_bytes
