@@ -75,7 +75,7 @@ def cases(quant: str, head_dim: int, group: int) -> dict[str, tuple]:
     tables = {"L": LAYERS, "H": HEADS}
     paged = {**tables, "M": TABLE_WIDTH, "TIERS": tiers, "PAGE": layout.page_bytes}
     attention = {
-        **paged, "G": group, "GROUP": 16, "TILE": facts.tile_tokens(layout), "RAW_DOT": tl.bfloat16,
+        **paged, "G": group, "GROUP": max(8, group), "TILE": facts.tile_tokens(layout), "RAW_DOT": tl.bfloat16,
         "CODE_DOT": tl.float16, "FAST": True,
     }  # fmt: skip
     listed = {
@@ -106,8 +106,8 @@ def cases(quant: str, head_dim: int, group: int) -> dict[str, tuple]:
     released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS}
     appended = {**tables, "D": head_dim, "PAGE": layout.page_bytes, "TIERS": tiers}
     return {
-        "attend": (kernel("attend", "_attend_kernel"), attention, {"num_stages": 3}),
-        "finish": (kernel("finish", "finish_kernel"), finish, {"num_stages": 2}),
+        "attend": (kernel("attend", "_attend_kernel"), attention, {"num_stages": 3, "num_warps": 1}),
+        "finish": (kernel("finish", "finish_kernel"), finish, {"num_stages": 2, "num_warps": 2}),
         "list": (kernel("worklist", "list_kernel"), listed, {}),
         "decide": (kernel("plan", "_decide_kernel"), decided, {}),
         "apply": (kernel("plan", "_apply_kernel"), applied, {}),

@@ -17,7 +17,10 @@ __all__ = ["DTYPES", "Side", "Tier", "tiers_of", "tile_vectors", "vector_side"]
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 MIN_DOT = 16
-"""Fewest rows, columns and elements that a matrix product takes."""
+"""Fewest rows and elements that a matrix product takes."""
+
+MIN_COLUMNS = 8
+"""Fewest columns."""
 
 TILE_CODE_BYTES = 12288
 """Packed bytes of K and V that one tile of attention converts, at most: more do not fit registers."""

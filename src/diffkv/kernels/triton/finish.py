@@ -9,6 +9,8 @@ from diffkv.kernels.triton.worklist import item_of
 
 __all__ = ["finish_kernel"]
 
+MERGED = tl.constexpr(16)
+
 
 @triton.jit
 def _merge(
@@ -23,11 +25,17 @@ def _merge(
     d = tl.arange(0, D_PADDED)
     at = (first + each).to(tl.int64) * G + head % G
     lse = tl.load(lse_ptr + at, mask=each < count, other=float("-inf"))
-    weight = tl.where(each < count, tl.exp2(lse - tl.max(lse, 0)), 0.0)
-    weight = weight / tl.maximum(tl.sum(weight, 0), 1.0e-30)
-    mask = (each < count)[:, None] & (d < D)[None, :]
-    partial = tl.load(partial_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
-    out = tl.sum(partial * weight[:, None], 0)
+    most = tl.maximum(tl.max(lse, 0), -1.0e30)
+    total = tl.maximum(tl.sum(tl.exp2(lse - most), 0), 1.0e-30)
+    out = tl.zeros([D_PADDED], tl.float32)
+    for start in range(0, count, MERGED):
+        each = start + tl.arange(0, MERGED)
+        at = (first + each).to(tl.int64) * G + head % G
+        lse = tl.load(lse_ptr + at, mask=each < count, other=float("-inf"))
+        weight = tl.exp2(lse - most) / total
+        mask = (each < count)[:, None] & (d < D)[None, :]
+        partial = tl.load(partial_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
+        out += tl.sum(partial * weight[:, None], 0)
     out_ptr = output_ptr + head.to(tl.int64) * D + d
     tl.store(out_ptr, rounded(out, output_ptr.dtype.element_ty), mask=d < D)
 
@@ -66,11 +74,11 @@ def _add_significance(
             page_ptr, index, valid = tile_places(
                 pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
             )
-            kept = (score_tile + tile + tl.zeros_like(g)).to(tl.int64) * G + g
-            at = probs_ptr + kept[:, None] * TILE + tl.arange(0, TILE)[None, :]
-            p = tl.load(at, mask=(g < G)[:, None], other=0.0).to(tl.float32)
-            most = tl.load(most_ptr + kept, mask=g < G, other=0.0)
-            growth = tl.max(p * tl.exp2(most - lse)[:, None], 0)
+            kept = (score_tile + tile).to(tl.int64)
+            at = probs_ptr + kept * (TILE * G) + tl.arange(0, TILE)[:, None] * G + g[None, :]
+            p = tl.load(at, mask=(g < G)[None, :], other=0.0).to(tl.float32)
+            most = tl.load(most_ptr + kept * G + g, mask=g < G, other=0.0)
+            growth = tl.max(p * tl.exp2(most - lse)[None, :], 1)
             sum_ptr = (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
             tl.store(sum_ptr, tl.load(sum_ptr, mask=valid, other=0.0) + growth, mask=valid)
     else:
@@ -81,20 +89,9 @@ def _add_significance(
                 pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
             )
             scores = tile_scores(
-                operands,
-                totals,
-                factor,
-                page_ptr,
-                index,
-                valid,
-                scale,
-                K,
-                GROUP,
-                DTYPE,
-                K_DOT,
-                FAST,
+                operands, totals, page_ptr, index, valid, K, GROUP, DTYPE, K_DOT, FAST
             )
-            growth = tl.max(tl.exp2(scores - lse[:, None]), 0)
+            growth = tl.max(tl.exp2(scores * (factor * scale)[None, :] - lse[None, :]), 1)
             sum_ptr = (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
             tl.store(sum_ptr, tl.load(sum_ptr, mask=valid, other=0.0) + growth, mask=valid)
 
@@ -110,7 +107,7 @@ def finish_kernel(
     row_items_ptr,  # [R * H, 2]
     partial_ptr,  # [items, G, D] f32
     lse_ptr,  # [items, G] f32, to base 2
-    probs_ptr,  # [score_tiles, G, TILE]
+    probs_ptr,  # [score_tiles, TILE, G]
     most_ptr,  # [score_tiles, G] f32
     layer,
     scale,

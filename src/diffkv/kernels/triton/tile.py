@@ -4,6 +4,9 @@ Scale and zero are applied outside of the products: q . (scale * c + zero) = sca
 sum(q), and likewise for values. Codes enter a product as float16 numbers 1024 + c, whose bits are 0x6400
 | c, and the 1024 goes into the zero. Codes of fewer than 8 bits are moved to the top of c, so that the
 1024 stays small beside them and its rounding, too. `S` is a `facts.Side`, `T` a `facts.Tier`.
+
+Tokens are the rows of both products and the query heads their columns, of which a product takes as few
+as 8: a group of 4 heads as rows would leave three quarters of every tile idle.
 """
 
 # Tuples of tensors grow in kernels by +, for Triton knows no (*a, b)
@@ -15,13 +18,15 @@ import triton.language as tl
 
 from diffkv.kernels.triton.ring import table_column
 
-__all__ = ["BIAS", "load_query", "tile_places", "tile_scores", "tile_values"]
+__all__ = ["BIAS", "folded", "load_query", "tile_places", "tile_scores", "tile_values"]
 
 BIAS = tl.constexpr(1024.0)
 
 
 @triton.jit
-def _codes_as_float16(x, PLANE: tl.constexpr, S: tl.constexpr, FAST: tl.constexpr):
+def _codes_as_float16(
+    x, PLANE: tl.constexpr, S: tl.constexpr, FAST: tl.constexpr, PURE: tl.constexpr
+):
     """uint8 -> float16 1024 + code * unit of one plane; FAST turns four bytes into two words."""
     SHIFT: tl.constexpr = 8 - (PLANE + 1) * S.bits
     MASK: tl.constexpr = 256 - (1 << (8 - S.bits))
@@ -29,14 +34,14 @@ def _codes_as_float16(x, PLANE: tl.constexpr, S: tl.constexpr, FAST: tl.constexp
         if S.bits == 8:
             y = tl.inline_asm_elementwise(
                 "prmt.b32 $0, $2, 0x64646464, 0x4140; prmt.b32 $1, $2, 0x64646464, 0x4342;",
-                "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+                "=r,=r,r", [x], dtype=tl.float16, is_pure=PURE, pack=4,
             )  # fmt: skip
         else:
             FOUR: tl.constexpr = MASK * 0x01010101
             y = tl.inline_asm_elementwise(
                 f"{{ .reg .b32 t; shl.b32 t, $2, {SHIFT}; and.b32 t, t, {FOUR}; "
                 f"prmt.b32 $0, t, 0x64646464, 0x4140; prmt.b32 $1, t, 0x64646464, 0x4342; }}",
-                "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+                "=r,=r,r", [x], dtype=tl.float16, is_pure=PURE, pack=4,
             )  # fmt: skip
     else:
         code = x
@@ -47,12 +52,20 @@ def _codes_as_float16(x, PLANE: tl.constexpr, S: tl.constexpr, FAST: tl.constexp
 
 
 @triton.jit
-def _plane(x, PLANE: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr):
-    """One plane of loaded vectors as an operand: 16 bits as they are, codes with BIAS."""
+def _plane(
+    x, PLANE: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr,
+    PURE: tl.constexpr,
+):  # fmt: skip
+    """One plane of loaded vectors as an operand: 16 bits as they are, codes with BIAS.
+
+    The compiler may move a conversion that is PURE into the layout of the product's operand. It should
+    for keys. For values, whose operand pairs tokens, it would load byte by byte; where it may not, it
+    converts rows of bytes and transposes float16, which the hardware can.
+    """
     if S.bits == 16:
         y = x.to(DOT)
     else:
-        y = _codes_as_float16(x, PLANE, S, FAST).to(DOT)
+        y = _codes_as_float16(x, PLANE, S, FAST, PURE).to(DOT)
     return y
 
 
@@ -82,8 +95,8 @@ def _load_meta(page_ptr, index, GROUP: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def _in_split(SPLIT: tl.constexpr, S: tl.constexpr):
-    """[1, padded]: the columns of a plane that are in one of its groups."""
-    column = tl.arange(0, S.padded)[None, :]
+    """[padded, 1]: the elements of a plane that are in one of its groups."""
+    column = tl.arange(0, S.padded)[:, None]
     first: tl.constexpr = SPLIT * S.group_dim
     if S.split > 1:
         inside = (column >= first) & (column < first + S.group_dim)
@@ -94,13 +107,13 @@ def _in_split(SPLIT: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr):
-    """The query heads of a group, by plane and split of the keys: G at q_ptr, padded to GROUP rows.
+    """The query heads of a group, by plane and split of the keys: G at q_ptr, padded to GROUP columns.
 
-    Returns operands [GROUP, padded] and their sums [GROUP], as tuples, and the factor [GROUP] of all of
+    Returns operands [padded, GROUP] and their sums [GROUP], as tuples, and the factor [GROUP] of all of
     them: a power of two that keeps them in float16's range.
     """
-    g = tl.arange(0, GROUP)[:, None]
-    column = tl.arange(0, S.padded)[None, :]
+    g = tl.arange(0, GROUP)[None, :]
+    column = tl.arange(0, S.padded)[:, None]
     largest = tl.full([GROUP], 2.0**-100, tl.float32)
     PLANES: tl.constexpr = S.planes
     SPLITS: tl.constexpr = S.split
@@ -108,7 +121,7 @@ def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT
     for p in tl.static_range(PLANES):
         at = q_ptr + g * S.head_dim + p * S.width + column
         x = tl.load(at, mask=(g < G) & (column < S.width), other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+        largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
         planes = planes + (x,)
     exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
     factor = exponent.to(tl.float32, bitcast=True)
@@ -120,9 +133,9 @@ def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT
     totals = ()
     for p in tl.static_range(PLANES):
         for u in tl.static_range(SPLITS):
-            x = tl.where(_in_split(u, S), planes[p] * inverse[:, None], 0.0).to(DOT)
+            x = tl.where(_in_split(u, S), planes[p] * inverse[None, :], 0.0).to(DOT)
             operands = operands + (x,)
-            totals = totals + (tl.sum(x.to(tl.float32), 1),)
+            totals = totals + (tl.sum(x.to(tl.float32), 0),)
     return operands, totals, factor
 
 
@@ -146,32 +159,36 @@ def tile_places(
 
 @triton.jit
 def tile_scores(
-    operands, totals, factor, page_ptr, index, valid, scale,
+    operands, totals, page_ptr, index, valid,
     S: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """[GROUP, tokens] float32 scores times `scale`, -inf where there is no token."""
+    """[tokens, GROUP] float32 scores over the query's factor, -inf where there is no token."""
     GROUPS: tl.constexpr = S.groups
     x = _load_vectors(page_ptr, index, S, DTYPE)
-    scores = tl.zeros([GROUP, page_ptr.shape[0]], tl.float32)
+    scores = tl.zeros([page_ptr.shape[0], GROUP], tl.float32)
     if S.bits == 16:
-        scores = tl.dot(operands[0], tl.trans(_plane(x, 0, S, DOT, FAST)), input_precision="tf32x3")
+        scores = tl.dot(_plane(x, 0, S, DOT, FAST, True), operands[0], input_precision="tf32x3")
     else:
         EACH: tl.constexpr = S.planes * S.split // S.groups  # operands of a group
         for g in tl.static_range(GROUPS):
-            product = tl.zeros([GROUP, page_ptr.shape[0]], tl.float32)
+            product = tl.zeros([page_ptr.shape[0], GROUP], tl.float32)
             total = tl.zeros([GROUP], tl.float32)
             for k in tl.static_range(EACH):
-                code = _plane(x, (g * EACH + k) // S.split, S, DOT, FAST)
-                product = tl.dot(
-                    operands[g * EACH + k], tl.trans(code), product, input_precision="tf32x3"
-                )
+                code = _plane(x, (g * EACH + k) // S.split, S, DOT, FAST, True)
+                product = tl.dot(code, operands[g * EACH + k], product, input_precision="tf32x3")
                 total += totals[g * EACH + k]
             code_scale, zero = _load_meta(page_ptr, index, g, S)
             code_scale = code_scale * (1.0 / S.unit)
-            offset = (zero - BIAS * code_scale)[None, :]
-            scores += product * code_scale[None, :] + total[:, None] * offset
-    return tl.where(valid[None, :], scores * (factor * scale)[:, None], float("-inf"))
+            offset = (zero - BIAS * code_scale)[:, None]
+            scores += product * code_scale[:, None] + total[None, :] * offset
+    return tl.where(valid[:, None], scores, float("-inf"))
+
+
+@triton.jit
+def folded(x):
+    """[tokens, GROUP] to [8, GROUP]: sums of rows that one thread holds, so that none are exchanged."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // 8, 8, x.shape[1]]), 0)
 
 
 @triton.jit
@@ -179,45 +196,44 @@ def tile_values(
     sums, offsets, decay, p, page_ptr, index,
     S: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile's values, weighted by p [GROUP, tokens], to sums that decay [GROUP].
+    """Add a tile's values, weighted by p [tokens, GROUP], to sums that decay [GROUP].
 
-    sums is a tuple of [GROUP, padded], by plane, `S.boost * S.unit` times too large; offsets one of
-    [GROUP, tokens], by group: what scale and zero add to all columns. Returns both.
+    sums is a tuple of [padded, GROUP], by plane, `S.boost * S.unit` times too large; offsets one of
+    [8, GROUP], by group: what scale and zero add to all elements. Returns both.
+
+    Products of a tile begin at 0 and are added by `fma`, which rounds: matrix units cut off what they
+    add to, always downwards, and BIAS is much larger than what is left once it is taken away.
     """
     GROUPS: tl.constexpr = S.groups
     PLANES: tl.constexpr = S.planes
     SPLITS: tl.constexpr = S.split
     x = _load_vectors(page_ptr, index, S, DTYPE)
+    decays = tl.broadcast_to(decay[None, :], [S.padded, decay.shape[0]])
     if S.bits == 16:
-        sums = (
-            tl.dot(
-                p.to(DOT), _plane(x, 0, S, DOT, FAST), sums[0] * decay[:, None],
-                input_precision="tf32x3",
-            ),
-        )  # fmt: skip
+        value = tl.trans(_plane(x, 0, S, DOT, FAST, False))
+        sums = (tl.fma(sums[0], decays, tl.dot(value, p.to(DOT), input_precision="tf32x3")),)
     else:
         new_offsets = ()
         weights = ()
         for g in tl.static_range(GROUPS):
             scale, zero = _load_meta(page_ptr, index, g, S)
-            weight = (p * (scale * S.boost)[None, :]).to(DOT)
+            weight = (p * (scale * S.boost)[:, None]).to(DOT)
             bias = weight.to(tl.float32) * (BIAS / (S.boost * S.unit))
-            new_offsets = new_offsets + (offsets[g] * decay[:, None] + p * zero[None, :] - bias,)
+            offset = folded(p * zero[:, None] - bias)
+            new_offsets = new_offsets + (offsets[g] * decay[None, :] + offset,)
             weights = weights + (weight,)
         offsets = new_offsets
         new_sums = ()
         for plane in tl.static_range(PLANES):
-            code = _plane(x, plane, S, DOT, FAST)
+            code = tl.trans(_plane(x, plane, S, DOT, FAST, False))
             if S.split == 1:
-                total = tl.dot(
-                    weights[plane * S.groups // S.planes], code, sums[plane] * decay[:, None],
-                    input_precision="tf32x3",
-                )  # fmt: skip
+                weight = weights[plane * S.groups // S.planes]
+                product = tl.dot(code, weight, input_precision="tf32x3")
             else:
-                total = sums[plane] * decay[:, None]
+                product = tl.zeros([S.padded, decay.shape[0]], tl.float32)
                 for u in tl.static_range(SPLITS):
-                    product = tl.dot(weights[plane * S.split + u], code, input_precision="tf32x3")
-                    total += tl.where(_in_split(u, S), product, 0.0)
-            new_sums = new_sums + (total,)
+                    part = tl.dot(code, weights[plane * S.split + u], input_precision="tf32x3")
+                    product = tl.where(_in_split(u, S), part, product)
+            new_sums = new_sums + (tl.fma(sums[plane], decays, product),)
         sums = new_sums
     return sums, offsets
