@@ -17,6 +17,7 @@ from diffkv.kernels.triton.finish import finish_kernel
 from diffkv.kernels.triton.tile import (
     folded,
     load_query,
+    part_elements,
     tile_places,
     tile_scores,
     tile_values,
@@ -35,7 +36,7 @@ __all__ = ["attend"]
 
 LOG2_E = math.log2(math.e)
 
-LIST_ROWS = 32
+LIST_ROWS = 8
 LIST_COUNT = 1024
 
 FINISH_PROGRAMS = 16
@@ -62,7 +63,7 @@ def _attend_item(
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     K_DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
     V_DOT: tl.constexpr = RAW_DOT if V.bits == 16 else CODE_DOT
-    PLANES: tl.constexpr = V.planes
+    PARTS: tl.constexpr = V.planes * V.word
     GROUPS: tl.constexpr = V.groups
     SPLITS: tl.constexpr = V.split
     head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
@@ -75,8 +76,8 @@ def _attend_item(
     most = tl.full([GROUP], float("-inf"), tl.float32)
     total = tl.zeros([8, GROUP], tl.float32)
     sums = ()
-    for _ in tl.static_range(PLANES):
-        sums = sums + (tl.zeros([V.padded, GROUP], tl.float32),)
+    for _ in tl.static_range(PARTS):
+        sums = sums + (tl.zeros([GROUP, V.padded_words], tl.float32),)
     offsets = ()
     for _ in tl.static_range(GROUPS):
         offsets = offsets + (tl.zeros([8, GROUP], tl.float32),)
@@ -102,20 +103,20 @@ def _attend_item(
     total_p = tl.sum(total, 0)
     at = (item * G + g).to(tl.int64)
     tl.store(lse_ptr + at, most + tl.log2(total_p), mask=g < G)
-    column = tl.arange(0, V.padded)
-    for plane in tl.static_range(PLANES):
-        out = sums[plane] * (1.0 / (V.boost * V.unit))
+    inside = tl.arange(0, V.padded_words) < V.width // V.word
+    for part in tl.static_range(PARTS):
+        element = part_elements(part, V)
+        out = sums[part] * (1.0 / (V.boost * V.unit))
         if V.bits < 16:
             if V.split == 1:
-                out += tl.sum(offsets[plane * V.groups // V.planes], 0)[None, :]
+                out += tl.sum(offsets[part // V.word * V.groups // V.planes], 0)[:, None]
             else:
                 for u in tl.static_range(SPLITS):
-                    inside = column // V.group_dim == u
-                    offset = tl.sum(offsets[plane * V.split + u], 0)
-                    out += tl.where(inside[:, None], offset[None, :], 0.0)
-        out_ptr = partial_ptr + at[None, :] * V.head_dim + plane * V.width + column[:, None]
-        mask = (g < G)[None, :] & (column < V.width)[:, None]
-        tl.store(out_ptr, out / total_p[None, :], mask=mask)
+                    in_split = element // V.group_dim % V.split == u
+                    offset = tl.sum(offsets[part // V.word * V.split + u], 0)
+                    out += tl.where(in_split[None, :], offset[:, None], 0.0)
+        out_ptr = partial_ptr + at[:, None] * V.head_dim + element[None, :]
+        tl.store(out_ptr, out / total_p[:, None], mask=(g < G)[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["layer", "score_tiles"])

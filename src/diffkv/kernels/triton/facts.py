@@ -68,6 +68,8 @@ class Side(_Facts):
         padded: width as a matrix product takes it.
         group_dim: elements of a group.
         split: groups of one plane where a plane has several, else 1.
+        word: bytes that are transposed together where tokens are to be paired: 2 if a vector has enough.
+        padded_words: words of a vector as a matrix product takes them.
         unit: what a code counts for in a product: codes of fewer bits are moved to the top of a byte.
         boost: power of two that keeps probability times scale away from float16's subnormal range,
             and below its maximum whatever the scale is.
@@ -84,6 +86,8 @@ class Side(_Facts):
     padded: int
     group_dim: int
     split: int
+    word: int
+    padded_words: int
     unit: float
     boost: float
 
@@ -120,10 +124,12 @@ def _boost(bits: int) -> float:
 def _side(bits: int, groups: int, head_dim: int, codes: int, meta: int, code_bytes: int) -> Side:
     planes = 1 if bits == 16 else 8 // bits
     width = head_dim // planes
+    word = 2 if bits < 16 and width % 2 == 0 and width >= 2 * MIN_DOT else 1
     return Side(
         bits, groups, head_dim, codes, meta, code_bytes, planes, width,
         max(MIN_DOT, triton.next_power_of_2(width)),
         head_dim // groups, max(1, groups // planes),
+        word, max(MIN_DOT, triton.next_power_of_2(width // word)),
         1.0 if bits == 16 else float(2 ** (8 - bits)), _boost(bits),
     )  # fmt: skip
 

@@ -10,6 +10,8 @@ from diffkv.kernels.triton.worklist import item_of
 __all__ = ["finish_kernel"]
 
 MERGED = tl.constexpr(16)
+ADDED = tl.constexpr(256)
+"""Tokens whose kept probabilities are added at a time."""
 
 
 @triton.jit
@@ -29,12 +31,13 @@ def _merge(
     total = tl.maximum(tl.sum(tl.exp2(lse - most), 0), 1.0e-30)
     out = tl.zeros([D_PADDED], tl.float32)
     for start in range(0, count, MERGED):
-        each = start + tl.arange(0, MERGED)
-        at = (first + each).to(tl.int64) * G + head % G
-        lse = tl.load(lse_ptr + at, mask=each < count, other=float("-inf"))
-        weight = tl.exp2(lse - most) / total
-        mask = (each < count)[:, None] & (d < D)[None, :]
-        partial = tl.load(partial_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
+        chunk = start + tl.arange(0, MERGED)
+        chunk_at = (first + chunk).to(tl.int64) * G + head % G
+        chunk_lse = tl.load(lse_ptr + chunk_at, mask=chunk < count, other=float("-inf"))
+        weight = tl.exp2(chunk_lse - most) / total
+        mask = (chunk < count)[:, None] & (d < D)[None, :]
+        partial_at = partial_ptr + chunk_at[:, None] * D + d[None, :]
+        partial = tl.load(partial_at, mask=mask, other=0.0)
         out += tl.sum(partial * weight[:, None], 0)
     out_ptr = output_ptr + head.to(tl.int64) * D + d
     tl.store(out_ptr, rounded(out, output_ptr.dtype.element_ty), mask=d < D)
@@ -70,15 +73,17 @@ def _add_significance(
     g = tl.arange(0, GROUP)
     tiles = tl.cdiv(num_tokens, TILE)
     if score_tile + tiles <= score_tiles:
-        for tile in range(0, tiles):
+        for start in range(0, num_tokens, ADDED):
             page_ptr, index, valid = tile_places(
-                pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
+                pages_ptr, table_ptr, first_page, start // ADDED, num_tokens, TIER, T, ADDED, M, PAGE
             )
-            kept = (score_tile + tile).to(tl.int64)
-            at = probs_ptr + kept * (TILE * G) + tl.arange(0, TILE)[:, None] * G + g[None, :]
-            p = tl.load(at, mask=(g < G)[None, :], other=0.0).to(tl.float32)
-            most = tl.load(most_ptr + kept * G + g, mask=g < G, other=0.0)
-            growth = tl.max(p * tl.exp2(most - lse)[None, :], 1)
+            token = start + tl.arange(0, ADDED)
+            kept = (score_tile + token // TILE).to(tl.int64)
+            in_group = valid[:, None] & (g < G)[None, :]
+            at = probs_ptr + (score_tile.to(tl.int64) * TILE + token)[:, None] * G + g[None, :]
+            p = tl.load(at, mask=in_group, other=0.0).to(tl.float32)
+            most = tl.load(most_ptr + kept[:, None] * G + g[None, :], mask=in_group, other=0.0)
+            growth = tl.max(p * tl.exp2(most - lse[None, :]), 1)
             sum_ptr = (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
             tl.store(sum_ptr, tl.load(sum_ptr, mask=valid, other=0.0) + growth, mask=valid)
     else:

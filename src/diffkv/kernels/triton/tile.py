@@ -18,15 +18,21 @@ import triton.language as tl
 
 from diffkv.kernels.triton.ring import table_column
 
-__all__ = ["BIAS", "folded", "load_query", "tile_places", "tile_scores", "tile_values"]
+__all__ = [
+    "BIAS",
+    "folded",
+    "load_query",
+    "part_elements",
+    "tile_places",
+    "tile_scores",
+    "tile_values",
+]
 
 BIAS = tl.constexpr(1024.0)
 
 
 @triton.jit
-def _codes_as_float16(
-    x, PLANE: tl.constexpr, S: tl.constexpr, FAST: tl.constexpr, PURE: tl.constexpr
-):
+def _codes_as_float16(x, PLANE: tl.constexpr, S: tl.constexpr, FAST: tl.constexpr):
     """uint8 -> float16 1024 + code * unit of one plane; FAST turns four bytes into two words."""
     SHIFT: tl.constexpr = 8 - (PLANE + 1) * S.bits
     MASK: tl.constexpr = 256 - (1 << (8 - S.bits))
@@ -34,14 +40,14 @@ def _codes_as_float16(
         if S.bits == 8:
             y = tl.inline_asm_elementwise(
                 "prmt.b32 $0, $2, 0x64646464, 0x4140; prmt.b32 $1, $2, 0x64646464, 0x4342;",
-                "=r,=r,r", [x], dtype=tl.float16, is_pure=PURE, pack=4,
+                "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
             )  # fmt: skip
         else:
             FOUR: tl.constexpr = MASK * 0x01010101
             y = tl.inline_asm_elementwise(
                 f"{{ .reg .b32 t; shl.b32 t, $2, {SHIFT}; and.b32 t, t, {FOUR}; "
                 f"prmt.b32 $0, t, 0x64646464, 0x4140; prmt.b32 $1, t, 0x64646464, 0x4342; }}",
-                "=r,=r,r", [x], dtype=tl.float16, is_pure=PURE, pack=4,
+                "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
             )  # fmt: skip
     else:
         code = x
@@ -52,20 +58,41 @@ def _codes_as_float16(
 
 
 @triton.jit
-def _plane(
-    x, PLANE: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr,
-    PURE: tl.constexpr,
-):  # fmt: skip
-    """One plane of loaded vectors as an operand: 16 bits as they are, codes with BIAS.
+def _word_codes_as_float16(
+    x, BYTE: tl.constexpr, PLANE: tl.constexpr, S: tl.constexpr, FAST: tl.constexpr
+):
+    """Like `_codes_as_float16`, of one byte of words of two; FAST turns two words into one."""
+    SHIFT: tl.constexpr = 8 - S.bits - PLANE * S.bits - BYTE * 8
+    LEFT: tl.constexpr = max(SHIFT, 0)
+    RIGHT: tl.constexpr = max(-SHIFT, 0)
+    MASK: tl.constexpr = 256 - (1 << (8 - S.bits))
+    if FAST:
+        if S.bits == 8:
+            PICK: tl.constexpr = 0x4240 + 0x0101 * BYTE
+            y = tl.inline_asm_elementwise(
+                f"prmt.b32 $0, $1, 0x64646464, {PICK};",
+                "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            TWO: tl.constexpr = MASK * 0x00010001
+            y = tl.inline_asm_elementwise(
+                f"{{ .reg .b32 t; shl.b32 t, $1, {LEFT}; shr.b32 t, t, {RIGHT}; "
+                f"lop3.b32 $0, t, {TWO}, 0x64006400, 0xEA; }}",
+                "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+    else:
+        code = ((x.to(tl.uint16, bitcast=True) << LEFT) >> RIGHT) & MASK
+        y = (code | 0x6400).to(tl.float16, bitcast=True)
+    return y
 
-    The compiler may move a conversion that is PURE into the layout of the product's operand. It should
-    for keys. For values, whose operand pairs tokens, it would load byte by byte; where it may not, it
-    converts rows of bytes and transposes float16, which the hardware can.
-    """
+
+@triton.jit
+def _plane(x, PLANE: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr):
+    """One plane of loaded vectors as an operand: 16 bits as they are, codes with BIAS."""
     if S.bits == 16:
         y = x.to(DOT)
     else:
-        y = _codes_as_float16(x, PLANE, S, FAST, PURE).to(DOT)
+        y = _codes_as_float16(x, PLANE, S, FAST).to(DOT)
     return y
 
 
@@ -80,6 +107,21 @@ def _load_vectors(page_ptr, index, S: tl.constexpr, DTYPE: tl.constexpr):
         x = tl.load(at + column)
     else:
         x = tl.load(at + column, mask=(index[:, None] >= 0) & (column < S.width), other=0)
+    return x
+
+
+@triton.jit
+def _load_words(page_ptr, index, S: tl.constexpr):
+    """[tokens, padded_words] words of codes."""
+    column = tl.arange(0, S.padded_words)[None, :]
+    at = page_ptr[:, None] + (S.codes + index * S.code_bytes)[:, None]
+    if S.word == 2:
+        at = at.to(tl.pointer_type(tl.int16))
+    if S.padded_words * S.word == S.width:
+        x = tl.load(at + column)
+    else:
+        inside = (index[:, None] >= 0) & (column < S.width // S.word)
+        x = tl.load(at + column, mask=inside, other=0)
     return x
 
 
@@ -168,14 +210,14 @@ def tile_scores(
     x = _load_vectors(page_ptr, index, S, DTYPE)
     scores = tl.zeros([page_ptr.shape[0], GROUP], tl.float32)
     if S.bits == 16:
-        scores = tl.dot(_plane(x, 0, S, DOT, FAST, True), operands[0], input_precision="tf32x3")
+        scores = tl.dot(_plane(x, 0, S, DOT, FAST), operands[0], input_precision="tf32x3")
     else:
         EACH: tl.constexpr = S.planes * S.split // S.groups  # operands of a group
         for g in tl.static_range(GROUPS):
             product = tl.zeros([page_ptr.shape[0], GROUP], tl.float32)
             total = tl.zeros([GROUP], tl.float32)
             for k in tl.static_range(EACH):
-                code = _plane(x, (g * EACH + k) // S.split, S, DOT, FAST, True)
+                code = _plane(x, (g * EACH + k) // S.split, S, DOT, FAST)
                 product = tl.dot(code, operands[g * EACH + k], product, input_precision="tf32x3")
                 total += totals[g * EACH + k]
             code_scale, zero = _load_meta(page_ptr, index, g, S)
@@ -198,21 +240,22 @@ def tile_values(
 ):  # fmt: skip
     """Add a tile's values, weighted by p [tokens, GROUP], to sums that decay [GROUP].
 
-    sums is a tuple of [padded, GROUP], by plane, `S.boost * S.unit` times too large; offsets one of
-    [8, GROUP], by group: what scale and zero add to all elements. Returns both.
+    sums is a tuple of [GROUP, padded_words], by plane and byte of a word, `S.boost * S.unit` times too
+    large; offsets one of [8, GROUP], by group: what scale and zero add to all elements. Returns both.
 
-    Products of a tile begin at 0 and are added by `fma`, which rounds: matrix units cut off what they
-    add to, always downwards, and BIAS is much larger than what is left once it is taken away.
+    Codes are loaded in words of two bytes because the hardware transposes those, and products need
+    tokens in pairs. Products of a tile begin at 0 and are added by `fma`, which rounds: matrix units cut
+    off what they add to, always downwards, and BIAS is much larger than what is left once it is gone.
     """
     GROUPS: tl.constexpr = S.groups
-    PLANES: tl.constexpr = S.planes
+    PARTS: tl.constexpr = S.planes * S.word
     SPLITS: tl.constexpr = S.split
-    x = _load_vectors(page_ptr, index, S, DTYPE)
-    decays = tl.broadcast_to(decay[None, :], [S.padded, decay.shape[0]])
+    decays = tl.broadcast_to(decay[:, None], [decay.shape[0], S.padded_words])
     if S.bits == 16:
-        value = tl.trans(_plane(x, 0, S, DOT, FAST, False))
-        sums = (tl.fma(sums[0], decays, tl.dot(value, p.to(DOT), input_precision="tf32x3")),)
+        value = _load_vectors(page_ptr, index, S, DTYPE).to(DOT)
+        sums = (tl.fma(sums[0], decays, tl.dot(tl.trans(p.to(DOT)), value, input_precision="tf32x3")),)
     else:
+        x = _load_words(page_ptr, index, S)
         new_offsets = ()
         weights = ()
         for g in tl.static_range(GROUPS):
@@ -221,19 +264,31 @@ def tile_values(
             bias = weight.to(tl.float32) * (BIAS / (S.boost * S.unit))
             offset = folded(p * zero[:, None] - bias)
             new_offsets = new_offsets + (offsets[g] * decay[None, :] + offset,)
-            weights = weights + (weight,)
+            weights = weights + (tl.trans(weight),)
         offsets = new_offsets
         new_sums = ()
-        for plane in tl.static_range(PLANES):
-            code = tl.trans(_plane(x, plane, S, DOT, FAST, False))
-            if S.split == 1:
-                weight = weights[plane * S.groups // S.planes]
-                product = tl.dot(code, weight, input_precision="tf32x3")
+        for part in tl.static_range(PARTS):
+            if S.word == 2:
+                code = _word_codes_as_float16(x, part % 2, part // 2, S, FAST).to(DOT)
             else:
-                product = tl.zeros([S.padded, decay.shape[0]], tl.float32)
+                code = _codes_as_float16(x, part, S, FAST).to(DOT)
+            if S.split == 1:
+                weight = weights[part // S.word * S.groups // S.planes]
+                product = tl.dot(weight, code, input_precision="tf32x3")
+            else:
+                product = tl.zeros([decay.shape[0], S.padded_words], tl.float32)
                 for u in tl.static_range(SPLITS):
-                    part = tl.dot(code, weights[plane * S.split + u], input_precision="tf32x3")
-                    product = tl.where(_in_split(u, S), part, product)
-            new_sums = new_sums + (tl.fma(sums[plane], decays, product),)
+                    weight = weights[part // S.word * S.split + u]
+                    term = tl.dot(weight, code, input_precision="tf32x3")
+                    inside = part_elements(part, S) // S.group_dim % S.split == u
+                    product = tl.where(inside[None, :], term, product)
+            new_sums = new_sums + (tl.fma(sums[part], decays, product),)
         sums = new_sums
     return sums, offsets
+
+
+@triton.jit
+def part_elements(PART: tl.constexpr, S: tl.constexpr):
+    """[padded_words] elements of a vector that the sums of a plane and byte are of."""
+    column = tl.arange(0, S.padded_words)
+    return PART // S.word * S.width + column * S.word + PART % S.word
