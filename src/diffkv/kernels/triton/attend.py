@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffkv.kernels.triton.check import check_layer, check_tensor
 from diffkv.kernels.triton.facts import DTYPES, MIN_COLUMNS, tile_tokens
-from diffkv.kernels.triton.finish import finish_kernel
+from diffkv.kernels.triton.finish import finish_kernel, recompute_kernel
 from diffkv.kernels.triton.tile import (
     folded,
     load_query,
@@ -45,7 +45,7 @@ FINISH_PROGRAMS = 16
 SCORE_SHARE = 64
 """Kept probabilities may take one part in so many of the pool's bytes, or MIN_SCORE_BYTES."""
 
-MIN_SCORE_BYTES = 32 << 20
+MIN_SCORE_BYTES = 128 << 20
 
 
 @triton.jit
@@ -85,9 +85,7 @@ def _attend_item(
         page_ptr, index, valid = tile_places(
             pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
         )
-        scores = tile_scores(
-            operands, totals, page_ptr, index, valid, K, GROUP, DTYPE, K_DOT, FAST
-        )
+        scores = tile_scores(operands, totals, page_ptr, index, valid, K, GROUP, DTYPE, K_DOT, FAST)
         new_most = tl.maximum(most, tl.max(scores, 0) * factor)
         decay = tl.exp2(most - new_most)
         most = new_most
@@ -169,14 +167,24 @@ def _attend_kernel(
         item = tl.atomic_add(num_items_ptr + 1, 1)
 
 
-def _score_tiles(state: PoolState, work: Workspace, tile: int, tile_bytes: int) -> int:
-    """Tiles of one layer whose probabilities are kept: all that it can have, or what they may take."""
-    if work.tuning.score_tiles is not None:
-        return work.tuning.score_tiles
-    budget = max(MIN_SCORE_BYTES, state.pages.numel() // SCORE_SHARE)
-    most_tokens = _most_pages(state, work) * max(t.tokens_per_page for t in state.layout.tiers)
-    chunks = work.num_slots * state.num_kv_heads * MAX_CHUNKS
-    return min(triton.cdiv(most_tokens, tile) + chunks, budget // tile_bytes)
+def _score_tiles(
+    state: PoolState, work: Workspace, tile: int, tile_bytes: int, least_pages: int
+) -> tuple[int, bool]:
+    """Tiles of one layer whose probabilities are kept, and whether that is all that it can have.
+
+    Every chunk has tiles of its own, and a head's last one of each tier as many as a full one.
+    """
+    most_per_page = max(t.tokens_per_page for t in state.layout.tiers)
+    chunk_pages = max(least_pages, triton.cdiv(state.table_width, MAX_CHUNKS - 2))
+    chunk_tiles = triton.cdiv(chunk_pages * most_per_page, tile)
+    rows = work.num_slots * state.num_kv_heads
+    full = triton.cdiv(_most_pages(state, work) * most_per_page, tile)
+    every = full + rows * (MAX_CHUNKS + len(state.layout.tiers) * chunk_tiles)
+    tiles = work.tuning.score_tiles
+    if tiles is None:
+        budget = max(MIN_SCORE_BYTES, state.pages.numel() // SCORE_SHARE)
+        tiles = min(every, budget // tile_bytes)
+    return tiles, tiles >= every
 
 
 def _most_pages(state: PoolState, work: Workspace) -> int:
@@ -186,7 +194,7 @@ def _most_pages(state: PoolState, work: Workspace) -> int:
 def attend(
     state: PoolState, layer: int, slots: Tensor, query: Tensor, scale: float, output: Tensor
 ) -> None:
-    """Same contract as `reference.attend`. Three launches.
+    """Same contract as `reference.attend`. Three launches, or four where probabilities are many.
 
     Significance is deterministic: probabilities are kept from the first pass, relative to their tile's
     maximum and in float16 unless the model is in float32, and added up in the last.
@@ -221,7 +229,7 @@ def attend(
     tile = tuning.tile or tile_tokens(state.layout)
     score_dtype = f32 if state.dtype is f32 else torch.float16
     tile_bytes = group * (tile * score_dtype.itemsize + f32.itemsize)
-    score_tiles = _score_tiles(state, work, tile, tile_bytes)
+    score_tiles, keeps_all = _score_tiles(state, work, tile, tile_bytes, least_pages)
     probs = work.buffer("probs", score_dtype, score_tiles, tile, group)
     most = work.buffer("most", f32, score_tiles, group)
 
@@ -236,20 +244,26 @@ def attend(
     raw_dot = dtype if tuning.fast or dtype is not tl.bfloat16 else tl.float32
     code_dot = tl.float32 if dtype is tl.float32 else tl.float16
     shared = {
-        "G": group, "GROUP": max(MIN_COLUMNS, triton.next_power_of_2(group)), "M": state.table_width,
-        "PAGE": state.layout.page_bytes, "RAW_DOT": raw_dot, "CODE_DOT": code_dot, "FAST": tuning.fast,
-        **tables,
+        "G": group, "GROUP": max(MIN_COLUMNS, triton.next_power_of_2(group)),
+        "M": state.table_width, "PAGE": state.layout.page_bytes, **tables,
     }  # fmt: skip
+    products = {"RAW_DOT": raw_dot, "CODE_DOT": code_dot, "FAST": tuning.fast}
     _attend_kernel[(programs,)](
         query, state.pages, state.page_table, items, num_items, partial, lse, probs, most,
         layer, scale * LOG2_E, score_tiles,
         num_warps=tuning.num_warps, num_stages=tuning.num_stages,
-        maxnreg=tuning.max_registers, **shared,
+        maxnreg=tuning.max_registers, **shared, **products,
     )  # fmt: skip
     finishers = min(rows * MAX_CHUNKS, work.multiprocessors * FINISH_PROGRAMS)
     finish_kernel[(rows * group + finishers,)](
-        query, output, state.pages, state.page_table, items, num_items, row_items, partial, lse,
-        probs, most, layer, scale * LOG2_E, score_tiles, rows * group,
+        output, state.pages, state.page_table, items, num_items, row_items, partial, lse,
+        probs, most, layer, score_tiles, rows * group,
         D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), MAX=MAX_CHUNKS,
         num_warps=2, num_stages=2, **shared,
     )  # fmt: skip
+    if not keeps_all:
+        recompute_kernel[(programs,)](
+            query, state.pages, state.page_table, items, num_items, row_items, lse,
+            layer, scale * LOG2_E, score_tiles,
+            MAX=MAX_CHUNKS, num_warps=1, num_stages=2, **shared, **products,
+        )  # fmt: skip

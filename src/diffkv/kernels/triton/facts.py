@@ -22,11 +22,11 @@ MIN_DOT = 16
 MIN_COLUMNS = 8
 """Fewest columns."""
 
-TILE_CODE_BYTES = 12288
+TILE_CODE_BYTES = 8192
 """Packed bytes of K and V that one tile of attention converts, at most: more do not fit registers."""
 
 TILE_VECTOR_BYTES = 16384
-"""Bytes of a tile's keys as float16, at most."""
+"""Bytes of a tile's keys as float16, at most, and of K and V of 16 bits."""
 
 MAX_TILE_TOKENS = 64
 
@@ -167,8 +167,9 @@ def tile_tokens(layout: PageLayout) -> int:
         + (tier.v_code_bytes if tier.format.v_bits < 16 else 0)
         for tier in layout.tiers
     )
+    raw = [t.k_code_bytes + t.v_code_bytes for t in layout.tiers if t.format.v_bits == 16]
+    vector_bytes = max([2 * triton.next_power_of_2(layout.head_dim), *raw])
     tile = MAX_TILE_TOKENS
-    vector_bytes = 2 * triton.next_power_of_2(layout.head_dim)
     while tile > MIN_DOT and (
         tile * token_bytes > TILE_CODE_BYTES or tile * vector_bytes > TILE_VECTOR_BYTES
     ):

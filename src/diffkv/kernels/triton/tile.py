@@ -253,7 +253,9 @@ def tile_values(
     decays = tl.broadcast_to(decay[:, None], [decay.shape[0], S.padded_words])
     if S.bits == 16:
         value = _load_vectors(page_ptr, index, S, DTYPE).to(DOT)
-        sums = (tl.fma(sums[0], decays, tl.dot(tl.trans(p.to(DOT)), value, input_precision="tf32x3")),)
+        sums = (
+            tl.fma(sums[0], decays, tl.dot(tl.trans(p.to(DOT)), value, input_precision="tf32x3")),
+        )
     else:
         x = _load_words(page_ptr, index, S)
         new_offsets = ()

@@ -9,7 +9,14 @@ import triton.language as tl
 
 from diffkv.layout import PageLayout
 
-__all__ = ["ITEM_FIELDS", "MAX_CHUNKS", "MIN_CHUNK_TOKENS", "item_of", "list_kernel", "min_chunk_pages"]
+__all__ = [
+    "ITEM_FIELDS",
+    "MAX_CHUNKS",
+    "MIN_CHUNK_TOKENS",
+    "item_of",
+    "list_kernel",
+    "min_chunk_pages",
+]
 
 MAX_CHUNKS = 64
 """Most chunks of a head: partial results of one head are merged by one program."""
