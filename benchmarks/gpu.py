@@ -42,7 +42,7 @@ MIXED_HIGH = 0.2
 SWEEP = tuple(
     Tuning(num_stages=s, programs=p, tile=t, max_registers=r)
     for s, p, t, r in (
-        (5, 8, None, None), (5, 12, None, 168), (3, 12, 64, 168), (5, 12, 32, 168),
+        (5, 8, None, None), (5, 12, None, 168), (3, 12, 64, 168),
     )
 )  # fmt: skip
 
@@ -637,7 +637,7 @@ def timings(report: Report, sweep: bool) -> None:
     grid = [
         (context, batch)
         for context, batch in (
-            (4096, 128), (16384, 8), (65536, 8), (65536, 1), (16384, 1), (4096, 32), (1024, 128),
+            (65536, 8), (4096, 128), (16384, 8), (65536, 1), (16384, 1), (4096, 32), (1024, 128),
             (1024, 32), (4096, 8), (16384, 128), (65536, 32), (1024, 8), (4096, 1), (1024, 1),
         )
         if context * batch * HEADS * HEAD_DIM * 4 * 1.4 < free
