@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffkv.kernels.triton import facts, worklist
+from diffkv.kernels.triton import facts, worklist, workspace
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 
@@ -74,13 +74,14 @@ def cases(quant: str, head_dim: int, group: int) -> dict[str, tuple]:
     padded, vectors = triton.next_power_of_2(head_dim), facts.tile_vectors(head_dim)
     tables = {"L": LAYERS, "H": HEADS}
     paged = {**tables, "M": TABLE_WIDTH, "TIERS": tiers, "PAGE": layout.page_bytes}
-    attention = {
-        **paged, "G": group, "GROUP": 16, "TILE": facts.tile_tokens(layout), "RAW_DOT": tl.bfloat16,
-        "CODE_DOT": tl.float16, "FAST": True,
+    grouped = {
+        **paged, "G": group, "GROUP": max(8, group), "TILE": facts.tile_tokens(layout)
     }  # fmt: skip
+    attention = {**grouped, "RAW_DOT": tl.bfloat16, "CODE_DOT": tl.float16, "FAST": True}
     listed = {
-        **tables, "TIERS": tiers, "TILE": 64, "MIN": worklist.min_chunk_pages(layout), "MAX": 32,
-        "ROWS": 32, "COUNT": 1024,
+        **tables, "TIERS": tiers, "TILE": 64, "MIN": worklist.min_chunk_pages(layout),
+        "MAX": worklist.MAX_CHUNKS,
+        "ROWS": 8, "COUNT": 1024,
     }  # fmt: skip
     scored = {
         "R_PADDED": 8, "H": HEADS, "G": group, "D": head_dim, "DP": padded, "DOT": tl.bfloat16,
@@ -96,7 +97,10 @@ def cases(quant: str, head_dim: int, group: int) -> dict[str, tuple]:
     }
     ring = {**tables, "M": TABLE_WIDTH, "B": 128}
     exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}
-    finish = {**attention, "D": head_dim, "D_PADDED": padded, "MAX": 32}
+    finish = {**grouped, "D": head_dim, "D_PADDED": padded, "MAX": worklist.MAX_CHUNKS}
+    recomputed = {**attention, "MAX": worklist.MAX_CHUNKS}
+    tuning = workspace.Tuning()
+    launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
     counted = {**tables, "TIERS": tiers, "B": 2048}
     gathered = {**paged, "D": head_dim, "D_PADDED": padded, "B": vectors}
     applied = {
@@ -106,8 +110,11 @@ def cases(quant: str, head_dim: int, group: int) -> dict[str, tuple]:
     released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS}
     appended = {**tables, "D": head_dim, "PAGE": layout.page_bytes, "TIERS": tiers}
     return {
-        "attend": (kernel("attend", "_attend_kernel"), attention, {"num_stages": 3}),
-        "finish": (kernel("finish", "finish_kernel"), finish, {"num_stages": 2}),
+        "attend": (kernel("attend", "_attend_kernel"), attention, launch),
+        "finish": (kernel("finish", "finish_kernel"), finish, {"num_stages": 2, "num_warps": 2}),
+        "recompute": (
+            kernel("finish", "recompute_kernel"), recomputed, {"num_stages": 2, "num_warps": 1}
+        ),
         "list": (kernel("worklist", "list_kernel"), listed, {}),
         "decide": (kernel("plan", "_decide_kernel"), decided, {}),
         "apply": (kernel("plan", "_apply_kernel"), applied, {}),

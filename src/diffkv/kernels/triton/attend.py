@@ -12,9 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.triton.check import check_layer, check_tensor
-from diffkv.kernels.triton.facts import DTYPES, MIN_DOT, tile_tokens
-from diffkv.kernels.triton.finish import finish_kernel
-from diffkv.kernels.triton.tile import load_query, tile_places, tile_scores, tile_values
+from diffkv.kernels.triton.facts import DTYPES, MIN_COLUMNS, tile_tokens
+from diffkv.kernels.triton.finish import finish_kernel, recompute_kernel
+from diffkv.kernels.triton.tile import (
+    folded,
+    load_query,
+    part_elements,
+    tile_places,
+    tile_scores,
+    tile_values,
+)
 from diffkv.kernels.triton.worklist import (
     ITEM_FIELDS,
     MAX_CHUNKS,
@@ -29,13 +36,16 @@ __all__ = ["attend"]
 
 LOG2_E = math.log2(math.e)
 
-LIST_ROWS = 32
+LIST_ROWS = 8
 LIST_COUNT = 1024
+
+FINISH_PROGRAMS = 16
+"""Of the last launch, for each multiprocessor, beside those that merge."""
 
 SCORE_SHARE = 64
 """Kept probabilities may take one part in so many of the pool's bytes, or MIN_SCORE_BYTES."""
 
-MIN_SCORE_BYTES = 32 << 20
+MIN_SCORE_BYTES = 128 << 20
 
 
 @triton.jit
@@ -53,7 +63,7 @@ def _attend_item(
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     K_DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
     V_DOT: tl.constexpr = RAW_DOT if V.bits == 16 else CODE_DOT
-    PLANES: tl.constexpr = V.planes
+    PARTS: tl.constexpr = V.planes * V.word
     GROUPS: tl.constexpr = V.groups
     SPLITS: tl.constexpr = V.split
     head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
@@ -62,50 +72,49 @@ def _attend_item(
     g = tl.arange(0, GROUP)
     keeps_scores = score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles
 
+    factor = factor * scale
     most = tl.full([GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP, TILE], tl.float32)
+    total = tl.zeros([8, GROUP], tl.float32)
     sums = ()
-    for _ in tl.static_range(PLANES):
-        sums = sums + (tl.zeros([GROUP, V.padded], tl.float32),)
+    for _ in tl.static_range(PARTS):
+        sums = sums + (tl.zeros([GROUP, V.padded_words], tl.float32),)
     offsets = ()
     for _ in tl.static_range(GROUPS):
-        offsets = offsets + (tl.zeros([GROUP, TILE], tl.float32),)
+        offsets = offsets + (tl.zeros([8, GROUP], tl.float32),)
     for tile in range(0, tl.cdiv(num_tokens, TILE)):
         page_ptr, index, valid = tile_places(
             pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
         )
-        scores = tile_scores(
-            operands, totals, factor, page_ptr, index, valid, scale, K, GROUP, DTYPE, K_DOT, FAST
-        )
-        new_most = tl.maximum(most, tl.max(scores, 1))
+        scores = tile_scores(operands, totals, page_ptr, index, valid, K, GROUP, DTYPE, K_DOT, FAST)
+        new_most = tl.maximum(most, tl.max(scores, 0) * factor)
         decay = tl.exp2(most - new_most)
         most = new_most
-        p = tl.exp2(scores - most[:, None])
-        total = total * decay[:, None] + p
-        kept = (score_tile + tile + tl.zeros_like(g)).to(tl.int64) * G + g
+        p = tl.exp2(scores * factor[None, :] - most[None, :])
+        total = total * decay[None, :] + folded(p)
+        kept = (score_tile + tile).to(tl.int64)
         in_group = g < tl.where(keeps_scores, G, 0)
-        at = probs_ptr + kept[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        tl.store(at, p.to(probs_ptr.dtype.element_ty), mask=in_group[:, None])
-        tl.store(most_ptr + kept, most, mask=in_group)
+        at = probs_ptr + kept * (TILE * G) + tl.arange(0, TILE)[:, None] * G + g[None, :]
+        tl.store(at, p.to(probs_ptr.dtype.element_ty), mask=in_group[None, :])
+        tl.store(most_ptr + kept * G + g, most, mask=in_group)
         sums, offsets = tile_values(sums, offsets, decay, p, page_ptr, index, V, DTYPE, V_DOT, FAST)
 
-    total_p = tl.sum(total, 1)
+    total_p = tl.sum(total, 0)
     at = (item * G + g).to(tl.int64)
     tl.store(lse_ptr + at, most + tl.log2(total_p), mask=g < G)
-    column = tl.arange(0, V.padded)
-    for plane in tl.static_range(PLANES):
-        out = sums[plane] * (1.0 / (V.boost * V.unit))
+    inside = tl.arange(0, V.padded_words) < V.width // V.word
+    for part in tl.static_range(PARTS):
+        element = part_elements(part, V)
+        out = sums[part] * (1.0 / (V.boost * V.unit))
         if V.bits < 16:
             if V.split == 1:
-                out += tl.sum(offsets[plane * V.groups // V.planes], 1)[:, None]
+                out += tl.sum(offsets[part // V.word * V.groups // V.planes], 0)[:, None]
             else:
                 for u in tl.static_range(SPLITS):
-                    inside = column // V.group_dim == u
-                    offset = tl.sum(offsets[plane * V.split + u], 1)
-                    out += tl.where(inside[None, :], offset[:, None], 0.0)
-        out_ptr = partial_ptr + at[:, None] * V.head_dim + plane * V.width + column[None, :]
-        mask = (g < G)[:, None] & (column < V.width)[None, :]
-        tl.store(out_ptr, out / total_p[:, None], mask=mask)
+                    in_split = element // V.group_dim % V.split == u
+                    offset = tl.sum(offsets[part // V.word * V.split + u], 0)
+                    out += tl.where(in_split[None, :], offset[:, None], 0.0)
+        out_ptr = partial_ptr + at[:, None] * V.head_dim + element[None, :]
+        tl.store(out_ptr, out / total_p[:, None], mask=(g < G)[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["layer", "score_tiles"])
@@ -114,10 +123,10 @@ def _attend_kernel(
     pages_ptr,  # [num_pages, PAGE]
     page_table_ptr,  # [S, L, H, M]
     items_ptr,  # [., ITEM_FIELDS]
-    num_items_ptr,  # [1]
+    num_items_ptr,  # [2] items, next one to take
     partial_ptr,  # [items, G, D] f32, out
     lse_ptr,  # [items, G] f32, out, to base 2
-    probs_ptr,  # [score_tiles, G, TILE] out
+    probs_ptr,  # [score_tiles, TILE, G] out
     most_ptr,  # [score_tiles, G] f32, out
     layer,
     scale,
@@ -134,11 +143,12 @@ def _attend_kernel(
     CODE_DOT: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Programs go through the work list side by side."""
+    """Programs take items from the work list until none is left; who takes one changes no result."""
     HIGH: tl.constexpr = TIERS[0]
     LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     num_items = tl.load(num_items_ptr)
-    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+    item = tl.program_id(0)
+    while item < num_items:
         row, tier, slot, first_page, num_tokens, score_tile = item_of(items_ptr, item)
         if tier == 0:
             _attend_item(
@@ -154,16 +164,27 @@ def _attend_kernel(
                 scale, score_tiles, 1, LOW, L, H, G, GROUP, M, PAGE, TILE,
                 RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
+        item = tl.atomic_add(num_items_ptr + 1, 1)
 
 
-def _score_tiles(state: PoolState, work: Workspace, tile: int, tile_bytes: int) -> int:
-    """Tiles of one layer whose probabilities are kept: all that it can have, or what they may take."""
-    if work.tuning.score_tiles is not None:
-        return work.tuning.score_tiles
-    budget = max(MIN_SCORE_BYTES, state.pages.numel() // SCORE_SHARE)
-    most_tokens = _most_pages(state, work) * max(t.tokens_per_page for t in state.layout.tiers)
-    chunks = work.num_slots * state.num_kv_heads * MAX_CHUNKS
-    return min(triton.cdiv(most_tokens, tile) + chunks, budget // tile_bytes)
+def _score_tiles(
+    state: PoolState, work: Workspace, tile: int, tile_bytes: int, least_pages: int
+) -> tuple[int, bool]:
+    """Tiles of one layer whose probabilities are kept, and whether that is all that it can have.
+
+    Every chunk has tiles of its own, and a head's last one of each tier as many as a full one.
+    """
+    most_per_page = max(t.tokens_per_page for t in state.layout.tiers)
+    chunk_pages = max(least_pages, triton.cdiv(state.table_width, MAX_CHUNKS - 2))
+    chunk_tiles = triton.cdiv(chunk_pages * most_per_page, tile)
+    rows = work.num_slots * state.num_kv_heads
+    full = triton.cdiv(_most_pages(state, work) * most_per_page, tile)
+    every = full + rows * (MAX_CHUNKS + len(state.layout.tiers) * chunk_tiles)
+    tiles = work.tuning.score_tiles
+    if tiles is None:
+        budget = max(MIN_SCORE_BYTES, state.pages.numel() // SCORE_SHARE)
+        tiles = min(every, budget // tile_bytes)
+    return tiles, tiles >= every
 
 
 def _most_pages(state: PoolState, work: Workspace) -> int:
@@ -173,7 +194,7 @@ def _most_pages(state: PoolState, work: Workspace) -> int:
 def attend(
     state: PoolState, layer: int, slots: Tensor, query: Tensor, scale: float, output: Tensor
 ) -> None:
-    """Same contract as `reference.attend`. Three launches.
+    """Same contract as `reference.attend`. Three launches, or four where probabilities are many.
 
     Significance is deterministic: probabilities are kept from the first pass, relative to their tile's
     maximum and in float16 unless the model is in float32, and added up in the last.
@@ -183,6 +204,8 @@ def attend(
     num_requests, num_q_heads, head_dim = query.shape
     heads, tiers = state.num_kv_heads, work.tiers
     check_layer(layer, state.num_layers)
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     if num_q_heads % heads:
         raise ValueError(f"query must have a multiple of {heads} heads, got {num_q_heads}")
     check_tensor("slots", slots, device, i32, num_requests)
@@ -193,26 +216,27 @@ def attend(
         return
 
     group, rows = num_q_heads // heads, num_requests * heads
-    least_pages = min_chunk_pages(state.layout)
+    least_pages = min_chunk_pages(state.layout, tuning.chunk_tokens)
     real_rows = work.num_slots * heads
     most_items = min(
         real_rows * MAX_CHUNKS, _most_pages(state, work) // least_pages + 2 * real_rows
     )
     items = work.buffer("items", i32, most_items, ITEM_FIELDS)
     row_items = work.buffer("row_items", i32, rows, 2, least=2 * real_rows)
-    num_items = work.buffer("num_items", i32, 1)
+    num_items = work.buffer("num_items", i32, 2)
     partial = work.buffer("partial", f32, most_items, group, head_dim)
     lse = work.buffer("lse", f32, most_items, group)
     tile = tuning.tile or tile_tokens(state.layout)
     score_dtype = f32 if state.dtype is f32 else torch.float16
     tile_bytes = group * (tile * score_dtype.itemsize + f32.itemsize)
-    score_tiles = _score_tiles(state, work, tile, tile_bytes)
-    probs = work.buffer("probs", score_dtype, score_tiles, group, tile)
+    score_tiles, keeps_all = _score_tiles(state, work, tile, tile_bytes, least_pages)
+    probs = work.buffer("probs", score_dtype, score_tiles, tile, group)
     most = work.buffer("most", f32, score_tiles, group)
 
+    programs = min(rows * MAX_CHUNKS, work.multiprocessors * tuning.programs)
     tables = {"L": state.num_layers, "H": heads, "TIERS": tiers, "TILE": tile}
     list_kernel[(triton.cdiv(rows, LIST_ROWS),)](
-        slots, state.num_tokens, items, row_items, num_items, layer, rows,
+        slots, state.num_tokens, items, row_items, num_items, layer, rows, programs,
         MIN=least_pages, MAX=MAX_CHUNKS, ROWS=LIST_ROWS, COUNT=LIST_COUNT, num_warps=4, **tables,
     )  # fmt: skip
     dtype = DTYPES[state.dtype]
@@ -220,20 +244,26 @@ def attend(
     raw_dot = dtype if tuning.fast or dtype is not tl.bfloat16 else tl.float32
     code_dot = tl.float32 if dtype is tl.float32 else tl.float16
     shared = {
-        "G": group, "GROUP": max(MIN_DOT, triton.next_power_of_2(group)), "M": state.table_width,
-        "PAGE": state.layout.page_bytes, "RAW_DOT": raw_dot, "CODE_DOT": code_dot, "FAST": tuning.fast,
-        **tables,
+        "G": group, "GROUP": max(MIN_COLUMNS, triton.next_power_of_2(group)),
+        "M": state.table_width, "PAGE": state.layout.page_bytes, **tables,
     }  # fmt: skip
-    programs = min(rows * MAX_CHUNKS, work.multiprocessors * tuning.programs)
+    products = {"RAW_DOT": raw_dot, "CODE_DOT": code_dot, "FAST": tuning.fast}
     _attend_kernel[(programs,)](
         query, state.pages, state.page_table, items, num_items, partial, lse, probs, most,
         layer, scale * LOG2_E, score_tiles,
         num_warps=tuning.num_warps, num_stages=tuning.num_stages,
-        maxnreg=tuning.max_registers, **shared,
+        maxnreg=tuning.max_registers, **shared, **products,
     )  # fmt: skip
-    finish_kernel[(rows * group + programs,)](
-        query, output, state.pages, state.page_table, items, num_items, row_items, partial, lse,
-        probs, most, layer, scale * LOG2_E, score_tiles, rows * group,
+    finishers = min(rows * MAX_CHUNKS, work.multiprocessors * FINISH_PROGRAMS)
+    finish_kernel[(rows * group + finishers,)](
+        output, state.pages, state.page_table, items, num_items, row_items, partial, lse,
+        probs, most, layer, score_tiles, rows * group,
         D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), MAX=MAX_CHUNKS,
-        num_warps=4, num_stages=2, **shared,
+        num_warps=2, num_stages=2, **shared,
     )  # fmt: skip
+    if not keeps_all:
+        recompute_kernel[(programs,)](
+            query, state.pages, state.page_table, items, num_items, row_items, lse,
+            layer, scale * LOG2_E, score_tiles,
+            MAX=MAX_CHUNKS, num_warps=1, num_stages=2, **shared, **products,
+        )  # fmt: skip

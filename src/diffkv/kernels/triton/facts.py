@@ -17,13 +17,16 @@ __all__ = ["DTYPES", "Side", "Tier", "tiers_of", "tile_vectors", "vector_side"]
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 MIN_DOT = 16
-"""Fewest rows, columns and elements that a matrix product takes."""
+"""Fewest rows and elements that a matrix product takes."""
 
-TILE_CODE_BYTES = 12288
+MIN_COLUMNS = 8
+"""Fewest columns."""
+
+TILE_CODE_BYTES = 8192
 """Packed bytes of K and V that one tile of attention converts, at most: more do not fit registers."""
 
 TILE_VECTOR_BYTES = 16384
-"""Bytes of a tile's keys as float16, at most."""
+"""Bytes of a tile's keys as float16, at most, and of K and V of 16 bits."""
 
 MAX_TILE_TOKENS = 64
 
@@ -65,6 +68,8 @@ class Side(_Facts):
         padded: width as a matrix product takes it.
         group_dim: elements of a group.
         split: groups of one plane where a plane has several, else 1.
+        word: bytes that are transposed together where tokens are to be paired: 2 if a vector has enough.
+        padded_words: words of a vector as a matrix product takes them.
         unit: what a code counts for in a product: codes of fewer bits are moved to the top of a byte.
         boost: power of two that keeps probability times scale away from float16's subnormal range,
             and below its maximum whatever the scale is.
@@ -81,6 +86,8 @@ class Side(_Facts):
     padded: int
     group_dim: int
     split: int
+    word: int
+    padded_words: int
     unit: float
     boost: float
 
@@ -117,10 +124,12 @@ def _boost(bits: int) -> float:
 def _side(bits: int, groups: int, head_dim: int, codes: int, meta: int, code_bytes: int) -> Side:
     planes = 1 if bits == 16 else 8 // bits
     width = head_dim // planes
+    word = 2 if bits < 16 and width % 2 == 0 and width >= 2 * MIN_DOT else 1
     return Side(
         bits, groups, head_dim, codes, meta, code_bytes, planes, width,
         max(MIN_DOT, triton.next_power_of_2(width)),
         head_dim // groups, max(1, groups // planes),
+        word, max(MIN_DOT, triton.next_power_of_2(width // word)),
         1.0 if bits == 16 else float(2 ** (8 - bits)), _boost(bits),
     )  # fmt: skip
 
@@ -158,8 +167,9 @@ def tile_tokens(layout: PageLayout) -> int:
         + (tier.v_code_bytes if tier.format.v_bits < 16 else 0)
         for tier in layout.tiers
     )
+    raw = [t.k_code_bytes + t.v_code_bytes for t in layout.tiers if t.format.v_bits == 16]
+    vector_bytes = max([2 * triton.next_power_of_2(layout.head_dim), *raw])
     tile = MAX_TILE_TOKENS
-    vector_bytes = 2 * triton.next_power_of_2(layout.head_dim)
     while tile > MIN_DOT and (
         tile * token_bytes > TILE_CODE_BYTES or tile * vector_bytes > TILE_VECTOR_BYTES
     ):

@@ -1,4 +1,4 @@
-"""The last launch of attention: merge the chunks of every head, and add to the significance sums."""
+"""The last launches of attention: merge the chunks of every head, and add to the significance sums."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,11 @@ from diffkv.kernels.triton.codes import rounded
 from diffkv.kernels.triton.tile import load_query, tile_places, tile_scores
 from diffkv.kernels.triton.worklist import item_of
 
-__all__ = ["finish_kernel"]
+__all__ = ["finish_kernel", "recompute_kernel"]
+
+MERGED = tl.constexpr(16)
+ADDED = tl.constexpr(256)
+"""Tokens whose kept probabilities are added at a time."""
 
 
 @triton.jit
@@ -23,11 +27,18 @@ def _merge(
     d = tl.arange(0, D_PADDED)
     at = (first + each).to(tl.int64) * G + head % G
     lse = tl.load(lse_ptr + at, mask=each < count, other=float("-inf"))
-    weight = tl.where(each < count, tl.exp2(lse - tl.max(lse, 0)), 0.0)
-    weight = weight / tl.maximum(tl.sum(weight, 0), 1.0e-30)
-    mask = (each < count)[:, None] & (d < D)[None, :]
-    partial = tl.load(partial_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
-    out = tl.sum(partial * weight[:, None], 0)
+    most = tl.maximum(tl.max(lse, 0), -1.0e30)
+    total = tl.maximum(tl.sum(tl.exp2(lse - most), 0), 1.0e-30)
+    out = tl.zeros([D_PADDED], tl.float32)
+    for start in range(0, count, MERGED):
+        chunk = start + tl.arange(0, MERGED)
+        chunk_at = (first + chunk).to(tl.int64) * G + head % G
+        chunk_lse = tl.load(lse_ptr + chunk_at, mask=chunk < count, other=float("-inf"))
+        weight = tl.exp2(chunk_lse - most) / total
+        mask = (chunk < count)[:, None] & (d < D)[None, :]
+        partial_at = partial_ptr + chunk_at[:, None] * D + d[None, :]
+        partial = tl.load(partial_at, mask=mask, other=0.0)
+        out += tl.sum(partial * weight[:, None], 0)
     out_ptr = output_ptr + head.to(tl.int64) * D + d
     tl.store(out_ptr, rounded(out, output_ptr.dtype.element_ty), mask=d < D)
 
@@ -47,73 +58,68 @@ def _row_lse(lse_ptr, row_items_ptr, row, G: tl.constexpr, GROUP: tl.constexpr, 
 
 
 @triton.jit
-def _add_significance(
-    row, slot, first_page, num_tokens, score_tile, lse,
-    q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_tiles,
-    TIER: tl.constexpr, T: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    GROUP: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
+def _add(page_ptr, index, valid, growth, T: tl.constexpr):
+    """Add to the significance sums of some tokens."""
+    sum_ptr = (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
+    tl.store(sum_ptr, tl.load(sum_ptr, mask=valid, other=0.0) + growth, mask=valid)
+
+
+@triton.jit
+def _add_kept(
+    first_page, num_tokens, score_tile, lse, pages_ptr, table_ptr, probs_ptr, most_ptr,
+    TIER: tl.constexpr, T: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add the group's largest probability to the sums of one chunk's tokens."""
+    """Add the group's largest probability to the sums of one chunk's tokens, from what was kept."""
+    g = tl.arange(0, GROUP)
+    for start in range(0, num_tokens, ADDED):
+        page_ptr, index, valid = tile_places(
+            pages_ptr, table_ptr, first_page, start // ADDED, num_tokens, TIER, T, ADDED, M, PAGE
+        )
+        token = start + tl.arange(0, ADDED)
+        tile = (score_tile + token // TILE).to(tl.int64)
+        in_group = valid[:, None] & (g < G)[None, :]
+        at = probs_ptr + (score_tile.to(tl.int64) * TILE + token)[:, None] * G + g[None, :]
+        p = tl.load(at, mask=in_group, other=0.0).to(tl.float32)
+        most = tl.load(most_ptr + tile[:, None] * G + g[None, :], mask=in_group, other=0.0)
+        _add(page_ptr, index, valid, tl.max(p * tl.exp2(most - lse[None, :]), 1), T)
+
+
+@triton.jit
+def _add_recomputed(
+    row, first_page, num_tokens, lse, q_ptr, pages_ptr, table_ptr, scale,
+    TIER: tl.constexpr, T: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """Like `_add_kept`, from keys."""
     K: tl.constexpr = T.k
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    K_DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
-    table_ptr = page_table_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * M
-    g = tl.arange(0, GROUP)
-    tiles = tl.cdiv(num_tokens, TILE)
-    if score_tile + tiles <= score_tiles:
-        for tile in range(0, tiles):
-            page_ptr, index, valid = tile_places(
-                pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
-            )
-            kept = (score_tile + tile + tl.zeros_like(g)).to(tl.int64) * G + g
-            at = probs_ptr + kept[:, None] * TILE + tl.arange(0, TILE)[None, :]
-            p = tl.load(at, mask=(g < G)[:, None], other=0.0).to(tl.float32)
-            most = tl.load(most_ptr + kept, mask=g < G, other=0.0)
-            growth = tl.max(p * tl.exp2(most - lse)[:, None], 0)
-            sum_ptr = (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
-            tl.store(sum_ptr, tl.load(sum_ptr, mask=valid, other=0.0) + growth, mask=valid)
-    else:
-        head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
-        operands, totals, factor = load_query(head_ptr, G, GROUP, K, K_DOT)
-        for tile in range(0, tiles):
-            page_ptr, index, valid = tile_places(
-                pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
-            )
-            scores = tile_scores(
-                operands,
-                totals,
-                factor,
-                page_ptr,
-                index,
-                valid,
-                scale,
-                K,
-                GROUP,
-                DTYPE,
-                K_DOT,
-                FAST,
-            )
-            growth = tl.max(tl.exp2(scores - lse[:, None]), 0)
-            sum_ptr = (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
-            tl.store(sum_ptr, tl.load(sum_ptr, mask=valid, other=0.0) + growth, mask=valid)
+    DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
+    head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
+    operands, totals, factor = load_query(head_ptr, G, GROUP, K, DOT)
+    for tile in range(0, tl.cdiv(num_tokens, TILE)):
+        page_ptr, index, valid = tile_places(
+            pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
+        )
+        scores = tile_scores(operands, totals, page_ptr, index, valid, K, GROUP, DTYPE, DOT, FAST)
+        p = tl.exp2(scores * (factor * scale)[None, :] - lse[None, :])
+        _add(page_ptr, index, valid, tl.max(p, 1), T)
 
 
 @triton.jit(do_not_specialize=["layer", "score_tiles", "num_heads"])
 def finish_kernel(
-    q_ptr,  # [R, H * G, D]
     output_ptr,  # [R, H * G, D], out
     pages_ptr,  # [num_pages, PAGE], its sums change
     page_table_ptr,  # [S, L, H, M]
     items_ptr,  # [., ITEM_FIELDS]
-    num_items_ptr,  # [1]
+    num_items_ptr,  # [2]
     row_items_ptr,  # [R * H, 2]
     partial_ptr,  # [items, G, D] f32
     lse_ptr,  # [items, G] f32, to base 2
-    probs_ptr,  # [score_tiles, G, TILE]
+    probs_ptr,  # [score_tiles, TILE, G]
     most_ptr,  # [score_tiles, G] f32
     layer,
-    scale,
     score_tiles,
     num_heads,  # R * H * G
     L: tl.constexpr,
@@ -127,9 +133,6 @@ def finish_kernel(
     TILE: tl.constexpr,
     TIERS: tl.constexpr,
     MAX: tl.constexpr,
-    RAW_DOT: tl.constexpr,
-    CODE_DOT: tl.constexpr,
-    FAST: tl.constexpr,
 ):
     """The first programs merge a query head each, the others go through the work list again."""
     HIGH: tl.constexpr = TIERS[0]
@@ -141,18 +144,62 @@ def finish_kernel(
         num_items = tl.load(num_items_ptr)
         for item in range(pid - num_heads, num_items, tl.num_programs(0) - num_heads):
             row, tier, slot, first_page, num_tokens, score_tile = item_of(items_ptr, item)
+            if score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles:
+                lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP, MAX)
+                table_ptr = page_table_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * M
+                if tier == 0:
+                    _add_kept(
+                        first_page, num_tokens, score_tile, lse, pages_ptr, table_ptr,
+                        probs_ptr, most_ptr, 0, HIGH, G, GROUP, M, PAGE, TILE,
+                    )  # fmt: skip
+                elif len(TIERS) > 1:
+                    _add_kept(
+                        first_page, num_tokens, score_tile, lse, pages_ptr, table_ptr,
+                        probs_ptr, most_ptr, 1, LOW, G, GROUP, M, PAGE, TILE,
+                    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["layer", "score_tiles"])
+def recompute_kernel(
+    q_ptr,  # [R, H * G, D]
+    pages_ptr,  # [num_pages, PAGE], its sums change
+    page_table_ptr,  # [S, L, H, M]
+    items_ptr,  # [., ITEM_FIELDS]
+    num_items_ptr,  # [2]
+    row_items_ptr,  # [R * H, 2]
+    lse_ptr,  # [items, G] f32, to base 2
+    layer,
+    scale,
+    score_tiles,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    M: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    TIERS: tl.constexpr,
+    MAX: tl.constexpr,
+    RAW_DOT: tl.constexpr,
+    CODE_DOT: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Significance of the items whose probabilities were not kept; usually there are none."""
+    HIGH: tl.constexpr = TIERS[0]
+    LOW: tl.constexpr = TIERS[len(TIERS) - 1]
+    num_items = tl.load(num_items_ptr)
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        row, tier, slot, first_page, num_tokens, score_tile = item_of(items_ptr, item)
+        if score_tile + tl.cdiv(num_tokens, TILE) > score_tiles:
             lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP, MAX)
+            table_ptr = page_table_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * M
             if tier == 0:
-                _add_significance(
-                    row, slot, first_page, num_tokens, score_tile, lse,
-                    q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_tiles,
-                    0, HIGH, L, H, G, GROUP, M, PAGE, TILE,
-                    RAW_DOT, CODE_DOT, FAST,
+                _add_recomputed(
+                    row, first_page, num_tokens, lse, q_ptr, pages_ptr, table_ptr, scale,
+                    0, HIGH, G, GROUP, M, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip
             elif len(TIERS) > 1:
-                _add_significance(
-                    row, slot, first_page, num_tokens, score_tile, lse,
-                    q_ptr, pages_ptr, page_table_ptr, probs_ptr, most_ptr, layer, scale, score_tiles,
-                    1, LOW, L, H, G, GROUP, M, PAGE, TILE,
-                    RAW_DOT, CODE_DOT, FAST,
+                _add_recomputed(
+                    row, first_page, num_tokens, lse, q_ptr, pages_ptr, table_ptr, scale,
+                    1, LOW, G, GROUP, M, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip

@@ -4,6 +4,9 @@ Scale and zero are applied outside of the products: q . (scale * c + zero) = sca
 sum(q), and likewise for values. Codes enter a product as float16 numbers 1024 + c, whose bits are 0x6400
 | c, and the 1024 goes into the zero. Codes of fewer than 8 bits are moved to the top of c, so that the
 1024 stays small beside them and its rounding, too. `S` is a `facts.Side`, `T` a `facts.Tier`.
+
+Tokens are the rows of both products and the query heads their columns, of which a product takes as few
+as 8: a group of 4 heads as rows would leave three quarters of every tile idle.
 """
 
 # Tuples of tensors grow in kernels by +, for Triton knows no (*a, b)
@@ -15,7 +18,15 @@ import triton.language as tl
 
 from diffkv.kernels.triton.ring import table_column
 
-__all__ = ["BIAS", "load_query", "tile_places", "tile_scores", "tile_values"]
+__all__ = [
+    "BIAS",
+    "folded",
+    "load_query",
+    "part_elements",
+    "tile_places",
+    "tile_scores",
+    "tile_values",
+]
 
 BIAS = tl.constexpr(1024.0)
 
@@ -47,6 +58,35 @@ def _codes_as_float16(x, PLANE: tl.constexpr, S: tl.constexpr, FAST: tl.constexp
 
 
 @triton.jit
+def _word_codes_as_float16(
+    x, BYTE: tl.constexpr, PLANE: tl.constexpr, S: tl.constexpr, FAST: tl.constexpr
+):
+    """Like `_codes_as_float16`, of one byte of words of two; FAST turns two words into one."""
+    SHIFT: tl.constexpr = 8 - S.bits - PLANE * S.bits - BYTE * 8
+    LEFT: tl.constexpr = max(SHIFT, 0)
+    RIGHT: tl.constexpr = max(-SHIFT, 0)
+    MASK: tl.constexpr = 256 - (1 << (8 - S.bits))
+    if FAST:
+        if S.bits == 8:
+            PICK: tl.constexpr = 0x4240 + 0x0101 * BYTE
+            y = tl.inline_asm_elementwise(
+                f"prmt.b32 $0, $1, 0x64646464, {PICK};",
+                "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            TWO: tl.constexpr = MASK * 0x00010001
+            y = tl.inline_asm_elementwise(
+                f"{{ .reg .b32 t; shl.b32 t, $1, {LEFT}; shr.b32 t, t, {RIGHT}; "
+                f"lop3.b32 $0, t, {TWO}, 0x64006400, 0xEA; }}",
+                "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+    else:
+        code = ((x.to(tl.uint16, bitcast=True) << LEFT) >> RIGHT) & MASK
+        y = (code | 0x6400).to(tl.float16, bitcast=True)
+    return y
+
+
+@triton.jit
 def _plane(x, PLANE: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr):
     """One plane of loaded vectors as an operand: 16 bits as they are, codes with BIAS."""
     if S.bits == 16:
@@ -71,6 +111,21 @@ def _load_vectors(page_ptr, index, S: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _load_words(page_ptr, index, S: tl.constexpr):
+    """[tokens, padded_words] words of codes."""
+    column = tl.arange(0, S.padded_words)[None, :]
+    at = page_ptr[:, None] + (S.codes + index * S.code_bytes)[:, None]
+    if S.word == 2:
+        at = at.to(tl.pointer_type(tl.int16))
+    if S.padded_words * S.word == S.width:
+        x = tl.load(at + column)
+    else:
+        inside = (index[:, None] >= 0) & (column < S.width // S.word)
+        x = tl.load(at + column, mask=inside, other=0)
+    return x
+
+
+@triton.jit
 def _load_meta(page_ptr, index, GROUP: tl.constexpr, S: tl.constexpr):
     """(scale, zero) of a group of some tokens in float32."""
     at = page_ptr + (S.meta + (index * S.groups + GROUP) * 4)
@@ -82,8 +137,8 @@ def _load_meta(page_ptr, index, GROUP: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def _in_split(SPLIT: tl.constexpr, S: tl.constexpr):
-    """[1, padded]: the columns of a plane that are in one of its groups."""
-    column = tl.arange(0, S.padded)[None, :]
+    """[padded, 1]: the elements of a plane that are in one of its groups."""
+    column = tl.arange(0, S.padded)[:, None]
     first: tl.constexpr = SPLIT * S.group_dim
     if S.split > 1:
         inside = (column >= first) & (column < first + S.group_dim)
@@ -94,13 +149,13 @@ def _in_split(SPLIT: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr):
-    """The query heads of a group, by plane and split of the keys: G at q_ptr, padded to GROUP rows.
+    """The query heads of a group, by plane and split of the keys: G at q_ptr, padded to GROUP columns.
 
-    Returns operands [GROUP, padded] and their sums [GROUP], as tuples, and the factor [GROUP] of all of
+    Returns operands [padded, GROUP] and their sums [GROUP], as tuples, and the factor [GROUP] of all of
     them: a power of two that keeps them in float16's range.
     """
-    g = tl.arange(0, GROUP)[:, None]
-    column = tl.arange(0, S.padded)[None, :]
+    g = tl.arange(0, GROUP)[None, :]
+    column = tl.arange(0, S.padded)[:, None]
     largest = tl.full([GROUP], 2.0**-100, tl.float32)
     PLANES: tl.constexpr = S.planes
     SPLITS: tl.constexpr = S.split
@@ -108,7 +163,7 @@ def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT
     for p in tl.static_range(PLANES):
         at = q_ptr + g * S.head_dim + p * S.width + column
         x = tl.load(at, mask=(g < G) & (column < S.width), other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+        largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
         planes = planes + (x,)
     exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
     factor = exponent.to(tl.float32, bitcast=True)
@@ -120,9 +175,9 @@ def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT
     totals = ()
     for p in tl.static_range(PLANES):
         for u in tl.static_range(SPLITS):
-            x = tl.where(_in_split(u, S), planes[p] * inverse[:, None], 0.0).to(DOT)
+            x = tl.where(_in_split(u, S), planes[p] * inverse[None, :], 0.0).to(DOT)
             operands = operands + (x,)
-            totals = totals + (tl.sum(x.to(tl.float32), 1),)
+            totals = totals + (tl.sum(x.to(tl.float32), 0),)
     return operands, totals, factor
 
 
@@ -146,32 +201,36 @@ def tile_places(
 
 @triton.jit
 def tile_scores(
-    operands, totals, factor, page_ptr, index, valid, scale,
+    operands, totals, page_ptr, index, valid,
     S: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """[GROUP, tokens] float32 scores times `scale`, -inf where there is no token."""
+    """[tokens, GROUP] float32 scores over the query's factor, -inf where there is no token."""
     GROUPS: tl.constexpr = S.groups
     x = _load_vectors(page_ptr, index, S, DTYPE)
-    scores = tl.zeros([GROUP, page_ptr.shape[0]], tl.float32)
+    scores = tl.zeros([page_ptr.shape[0], GROUP], tl.float32)
     if S.bits == 16:
-        scores = tl.dot(operands[0], tl.trans(_plane(x, 0, S, DOT, FAST)), input_precision="tf32x3")
+        scores = tl.dot(_plane(x, 0, S, DOT, FAST), operands[0], input_precision="tf32x3")
     else:
         EACH: tl.constexpr = S.planes * S.split // S.groups  # operands of a group
         for g in tl.static_range(GROUPS):
-            product = tl.zeros([GROUP, page_ptr.shape[0]], tl.float32)
+            product = tl.zeros([page_ptr.shape[0], GROUP], tl.float32)
             total = tl.zeros([GROUP], tl.float32)
             for k in tl.static_range(EACH):
                 code = _plane(x, (g * EACH + k) // S.split, S, DOT, FAST)
-                product = tl.dot(
-                    operands[g * EACH + k], tl.trans(code), product, input_precision="tf32x3"
-                )
+                product = tl.dot(code, operands[g * EACH + k], product, input_precision="tf32x3")
                 total += totals[g * EACH + k]
             code_scale, zero = _load_meta(page_ptr, index, g, S)
             code_scale = code_scale * (1.0 / S.unit)
-            offset = (zero - BIAS * code_scale)[None, :]
-            scores += product * code_scale[None, :] + total[:, None] * offset
-    return tl.where(valid[None, :], scores * (factor * scale)[:, None], float("-inf"))
+            offset = (zero - BIAS * code_scale)[:, None]
+            scores += product * code_scale[:, None] + total[None, :] * offset
+    return tl.where(valid[:, None], scores, float("-inf"))
+
+
+@triton.jit
+def folded(x):
+    """[tokens, GROUP] to [8, GROUP]: sums of rows that one thread holds, so that none are exchanged."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // 8, 8, x.shape[1]]), 0)
 
 
 @triton.jit
@@ -179,45 +238,59 @@ def tile_values(
     sums, offsets, decay, p, page_ptr, index,
     S: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile's values, weighted by p [GROUP, tokens], to sums that decay [GROUP].
+    """Add a tile's values, weighted by p [tokens, GROUP], to sums that decay [GROUP].
 
-    sums is a tuple of [GROUP, padded], by plane, `S.boost * S.unit` times too large; offsets one of
-    [GROUP, tokens], by group: what scale and zero add to all columns. Returns both.
+    sums is a tuple of [GROUP, padded_words], by plane and byte of a word, `S.boost * S.unit` times too
+    large; offsets one of [8, GROUP], by group: what scale and zero add to all elements. Returns both.
+
+    Codes are loaded in words of two bytes because the hardware transposes those, and products need
+    tokens in pairs. Products of a tile begin at 0 and are added by `fma`, which rounds: matrix units cut
+    off what they add to, always downwards, and BIAS is much larger than what is left once it is gone.
     """
     GROUPS: tl.constexpr = S.groups
-    PLANES: tl.constexpr = S.planes
+    PARTS: tl.constexpr = S.planes * S.word
     SPLITS: tl.constexpr = S.split
-    x = _load_vectors(page_ptr, index, S, DTYPE)
+    decays = tl.broadcast_to(decay[:, None], [decay.shape[0], S.padded_words])
     if S.bits == 16:
+        value = _load_vectors(page_ptr, index, S, DTYPE).to(DOT)
         sums = (
-            tl.dot(
-                p.to(DOT), _plane(x, 0, S, DOT, FAST), sums[0] * decay[:, None],
-                input_precision="tf32x3",
-            ),
-        )  # fmt: skip
+            tl.fma(sums[0], decays, tl.dot(tl.trans(p.to(DOT)), value, input_precision="tf32x3")),
+        )
     else:
+        x = _load_words(page_ptr, index, S)
         new_offsets = ()
         weights = ()
         for g in tl.static_range(GROUPS):
             scale, zero = _load_meta(page_ptr, index, g, S)
-            weight = (p * (scale * S.boost)[None, :]).to(DOT)
+            weight = (p * (scale * S.boost)[:, None]).to(DOT)
             bias = weight.to(tl.float32) * (BIAS / (S.boost * S.unit))
-            new_offsets = new_offsets + (offsets[g] * decay[:, None] + p * zero[None, :] - bias,)
-            weights = weights + (weight,)
+            offset = folded(p * zero[:, None] - bias)
+            new_offsets = new_offsets + (offsets[g] * decay[None, :] + offset,)
+            weights = weights + (tl.trans(weight),)
         offsets = new_offsets
         new_sums = ()
-        for plane in tl.static_range(PLANES):
-            code = _plane(x, plane, S, DOT, FAST)
-            if S.split == 1:
-                total = tl.dot(
-                    weights[plane * S.groups // S.planes], code, sums[plane] * decay[:, None],
-                    input_precision="tf32x3",
-                )  # fmt: skip
+        for part in tl.static_range(PARTS):
+            if S.word == 2:
+                code = _word_codes_as_float16(x, part % 2, part // 2, S, FAST).to(DOT)
             else:
-                total = sums[plane] * decay[:, None]
+                code = _codes_as_float16(x, part, S, FAST).to(DOT)
+            if S.split == 1:
+                weight = weights[part // S.word * S.groups // S.planes]
+                product = tl.dot(weight, code, input_precision="tf32x3")
+            else:
+                product = tl.zeros([decay.shape[0], S.padded_words], tl.float32)
                 for u in tl.static_range(SPLITS):
-                    product = tl.dot(weights[plane * S.split + u], code, input_precision="tf32x3")
-                    total += tl.where(_in_split(u, S), product, 0.0)
-            new_sums = new_sums + (total,)
+                    weight = weights[part // S.word * S.split + u]
+                    term = tl.dot(weight, code, input_precision="tf32x3")
+                    inside = part_elements(part, S) // S.group_dim % S.split == u
+                    product = tl.where(inside[None, :], term, product)
+            new_sums = new_sums + (tl.fma(sums[part], decays, product),)
         sums = new_sums
     return sums, offsets
+
+
+@triton.jit
+def part_elements(PART: tl.constexpr, S: tl.constexpr):
+    """[padded_words] elements of a vector that the sums of a plane and byte are of."""
+    column = tl.arange(0, S.padded_words)
+    return PART // S.word * S.width + column * S.word + PART % S.word

@@ -9,10 +9,17 @@ import triton.language as tl
 
 from diffkv.layout import PageLayout
 
-__all__ = ["ITEM_FIELDS", "MAX_CHUNKS", "item_of", "list_kernel", "min_chunk_pages"]
+__all__ = [
+    "ITEM_FIELDS",
+    "MAX_CHUNKS",
+    "MIN_CHUNK_TOKENS",
+    "item_of",
+    "list_kernel",
+    "min_chunk_pages",
+]
 
-MAX_CHUNKS = 32
-"""Most chunks of a head: partial results of one head are merged by one program, all at once."""
+MAX_CHUNKS = 64
+"""Most chunks of a head: partial results of one head are merged by one program."""
 
 MIN_CHUNK_TOKENS = 512
 
@@ -22,9 +29,9 @@ ITEM_FIELDS = 8
 _FIELDS = tl.constexpr(ITEM_FIELDS)
 
 
-def min_chunk_pages(layout: PageLayout) -> int:
+def min_chunk_pages(layout: PageLayout, tokens: int = MIN_CHUNK_TOKENS) -> int:
     """Fewest pages of a chunk, where the head has more: all tiers' pages have the same bytes."""
-    return max(1, MIN_CHUNK_TOKENS // layout.high.tokens_per_page)
+    return max(1, tokens // layout.high.tokens_per_page)
 
 
 @triton.jit
@@ -54,15 +61,16 @@ def _chunk_tiles(chunk, T: tl.constexpr, TILE: tl.constexpr):
     return tl.cdiv(chunk * T.tokens, TILE)
 
 
-@triton.jit(do_not_specialize=["layer", "R_H"])
+@triton.jit(do_not_specialize=["layer", "R_H", "programs"])
 def list_kernel(
     slots_ptr,  # [R]
     num_tokens_ptr,  # [S, L, H, 2]
     items_ptr,  # [., ITEM_FIELDS] out
     row_items_ptr,  # [R * H, 2] out: first item of a row, and how many
-    num_items_ptr,  # [1] out
+    num_items_ptr,  # [2] out: items, and the first that no program begins with
     layer,
     R_H,
+    programs,
     L: tl.constexpr,
     H: tl.constexpr,
     TIERS: tl.constexpr,
@@ -109,6 +117,7 @@ def list_kernel(
     tl.store(row_items_ptr + row * 2 + 1, items, mask=exists)
     if start + ROWS >= R_H:
         tl.store(num_items_ptr, first_item + tl.sum(items))
+        tl.store(num_items_ptr + 1, programs)
 
     each = tl.arange(0, MAX)[None, :]
     mask = each < items[:, None]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffkv.kernels.triton.check import check_tensor
 from diffkv.kernels.triton.facts import DTYPES, Tier, tiers_of
+from diffkv.kernels.triton.worklist import MIN_CHUNK_TOKENS
 from diffkv.state import PoolState
 
 __all__ = ["Tuning", "Workspace", "workspace"]
@@ -34,15 +35,17 @@ class Tuning:
         fast: convert codes with `prmt`, which the interpreter does not know.
         score_tiles: tiles of one layer whose probabilities are kept between the passes; those of
             further tiles are computed twice. None: a share of the pool.
+        chunk_tokens: high tokens of the smallest chunk.
     """
 
-    num_warps: int = 4
-    num_stages: int = 3
-    programs: int = 4
+    num_warps: int = 1
+    num_stages: int = 5
+    programs: int = 8
     tile: int | None = None
     max_registers: int | None = None
     fast: bool = True
     score_tiles: int | None = None
+    chunk_tokens: int = MIN_CHUNK_TOKENS
 
 
 @dataclass(eq=False)
