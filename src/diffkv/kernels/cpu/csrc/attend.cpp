@@ -23,7 +23,6 @@ constexpr int MAX_BLOCK = 8;      // query heads that share one pass
 constexpr int GROUP = layout::GROUP;
 constexpr int PAGES_AHEAD = 8;  // of the sums
 constexpr float LOG2_E = 1.44269504f;
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 constexpr int pages_per_item(int tier) {
   const int pages = ITEM_TOKENS / tokens_per_page(tier);
@@ -56,13 +55,13 @@ using Queries =
     std::conditional_t<integer_keys(TIER), IntegerQueries<TIER, G>, FloatQueries<TIER, G>>;
 
 // Scores of a tile's tokens, to base 2: scores[h][token], -inf in the padding.
-template <int TIER, int G>
+template <int TIER, int G, class Lines>
 INLINE void score_tile(const Tile<TIER>& tile, int num, const Queries<TIER, G>& queries,
-                       float scale, float* scores, Floats* most, Ahead* ahead) {
+                       float scale, float* scores, Floats* most, const Lines& lines) {
   constexpr Side side = key_side(TIER);
-  constexpr int GROUPS = num_groups(side), LINES = tile_lines(TIER) / 2 * LANES / TILE + 1;
+  constexpr int GROUPS = num_groups(side);
   for (int start = 0; start < num; start += LANES) {
-    if (ahead != nullptr) ahead->fetch(LINES);
+    lines.score_step(start);
     Floats dots[GROUPS][G], totals[G] = {};
     queries.dot(tile.keys + start, dots);
     each<GROUPS>([&](auto g) {
@@ -113,9 +112,11 @@ INLINE void weigh_tile(const Tile<TIER>& tile, int num, const float* scores, con
   }
 }
 
-// One item for G query heads from `first_head` of its group on.
+// One item for G query heads from `first_head` of its group on. Flattened: a lambda that is called
+// takes its vectors through memory.
 template <int TIER, int G>
-void attend_item(const Call& call, const Item& item, int64_t number, int first_head, Ahead* ahead) {
+__attribute__((flatten)) void attend_item(const Call& call, const Item& item, int64_t number,
+                                          int first_head, Ahead& ahead) {
   constexpr Side side = value_side(TIER);
   constexpr int GROUPS = num_groups(side), GROUP_WIDTH = D / GROUPS;
   const int64_t head = item.head * GROUP + first_head, at = number * GROUP + first_head;
@@ -126,13 +127,18 @@ void attend_item(const Call& call, const Item& item, int64_t number, int first_h
   for (float& x : largest) x = -INFINITE;
   float* scores = call.scores + at * item_stride();
   Tile<TIER> tile;
+  constexpr int VALUE_BLOCKS =
+      integer_values(TIER) ? integer_value_blocks(TIER, G) : float_value_blocks(TIER, G);
+  Schedule<TIER, VALUE_BLOCKS> lines;
 
   for (int done = 0; done < item.num_tokens; done += TILE, scores += TILE) {
     const int num = std::min(TILE, item.num_tokens - done);
     tile.find(call.pool, item, done, num);
+    if (first_head == 0) ahead.take(lines.lines, lines.NUM);
+    if (first_head != 0 && done == 0) std::fill_n(lines.lines, lines.NUM, tile.keys[0]);
     Floats most[G];
     each<G>([&](auto h) { most[h] = broadcast(largest[h]); });
-    score_tile<TIER, G>(tile, num, queries, call.scale, scores, most, ahead);
+    score_tile<TIER, G>(tile, num, queries, call.scale, scores, most, lines);
     for (int h = 0; h < G; h++) {
       const float tile_largest = max_lane(most[h]);
       // Equal infinities would give NaN; there is nothing to keep then.
@@ -141,9 +147,9 @@ void attend_item(const Call& call, const Item& item, int64_t number, int first_h
     }
     weigh_tile<TIER, G>(tile, num, scores, largest, keep, total, weights, zeros);
     if constexpr (integer_values(TIER))
-      add_integer_values<TIER, G>(tile, num, weights, keep, out, ahead);
+      add_integer_values<TIER, G>(tile, num, weights, keep, out, lines);
     else
-      add_float_values<TIER, G>(tile, num, weights, keep, out, ahead);
+      add_float_values<TIER, G>(tile, num, weights, keep, out, lines);
   }
 
   for (int h = 0; h < G; h++) {
@@ -159,11 +165,11 @@ void attend_item(const Call& call, const Item& item, int64_t number, int first_h
 
 // Groups of more than MAX_BLOCK query heads are cut into blocks of nearly equal size.
 template <int TIER>
-void attend_group(const Call& call, const Item& item, int64_t number, Ahead* ahead) {
+void attend_group(const Call& call, const Item& item, int64_t number, Ahead& ahead) {
   constexpr int BLOCKS = (GROUP + MAX_BLOCK - 1) / MAX_BLOCK;
   each<BLOCKS>([&](auto b) {
     constexpr int FIRST = GROUP * b / BLOCKS, SIZE = GROUP * (b + 1) / BLOCKS - FIRST;
-    attend_item<TIER, SIZE>(call, item, number, FIRST, b == 0 ? ahead : nullptr);
+    attend_item<TIER, SIZE>(call, item, number, FIRST, ahead);
   });
 }
 
@@ -273,13 +279,17 @@ EXPORT int diffkv_attend(const Pool* pool_ptr, int64_t layer, const int32_t* slo
   {
     Ahead ahead(pool);
     int64_t i = taken++;
-    if (i < N) ahead.start(work[i]);
+    if (i < N) {
+      ahead.start(work[i]);
+      const uint8_t* first[64];
+      ahead.take(first, 64);
+    }
     while (i < N) {
       // Known one item early, so that its first pages can be asked for.
       const int64_t next = taken++;
       ahead.follow(next < N ? work + next : nullptr);
       with_tier(work[i].tier,
-                [&](auto tier) { attend_group<tier.value>(call, work[i], i, &ahead); });
+                [&](auto tier) { attend_group<tier.value>(call, work[i], i, ahead); });
       i = next;
     }
 #pragma omp barrier

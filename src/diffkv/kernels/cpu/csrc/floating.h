@@ -31,9 +31,10 @@ struct FloatQueries {
   // Dot products with LANES rows: dots[group][h], by lane.
   INLINE void dot(const uint8_t* const* rows, Floats (*dots)[G]) const {
     constexpr int NUM = num_chunks(side), ROWS = rows_at_once(G);
-    Floats sums_of_rows[num_groups(side)][G][LANES] = {};
+    Floats sums_of_rows[num_groups(side)][G][LANES];
     for (int t = 0; t < LANES; t += ROWS) {
-      Floats partial[G][ROWS] = {};
+      Floats partial[G][ROWS];
+      each<G>([&](auto h) { each<ROWS>([&](auto i) { partial[h][i] = Floats{}; }); });
       each<NUM>([&](auto c) {
         constexpr const Chunk& chunk = CHUNK<TIER, true, c.value>;
         Floats k[ROWS];
@@ -63,15 +64,19 @@ constexpr int chunks_at_once(int group, int num) {
   return chunks < num ? chunks : num;
 }
 
+constexpr int float_value_blocks(int tier, int group) {
+  const int num = num_chunks(value_side(tier)), at_once = chunks_at_once(group, num);
+  return (num + at_once - 1) / at_once;
+}
+
 // out[h] = out[h] * keep[h] + sum over tokens of weights[group][h][token] * value codes.
-template <int TIER, int G>
+template <int TIER, int G, class Lines>
 INLINE void add_float_values(const Tile<TIER>& tile, int num, const float (*weights)[G][TILE],
-                             const float* keep, float (*out)[layout::HEAD_DIM], Ahead* ahead) {
+                             const float* keep, float (*out)[layout::HEAD_DIM],
+                             const Lines& lines) {
   constexpr const Side& side = SIDE<TIER, false>;
   constexpr int NUM = num_chunks(side), AT_ONCE = chunks_at_once(G, NUM);
-  constexpr int BLOCKS = (NUM + AT_ONCE - 1) / AT_ONCE;
-  constexpr int LINES = tile_lines(TIER) / 2 / BLOCKS / TILE + 1;
-  each<BLOCKS>([&](auto block) {
+  each<float_value_blocks(TIER, G)>([&](auto block) {
     constexpr int FIRST = block * AT_ONCE, WIDTH = NUM - FIRST < AT_ONCE ? NUM - FIRST : AT_ONCE;
     Floats sums[G][WIDTH];
     each<G>([&](auto h) {
@@ -81,7 +86,7 @@ INLINE void add_float_values(const Tile<TIER>& tile, int num, const float (*weig
       });
     });
     for (int t = 0; t < num; t++) {
-      if (ahead != nullptr) ahead->fetch(LINES);
+      if (t % 4 == 0) lines.value_step(block, t);
       each<WIDTH>([&](auto c) {
         constexpr const Chunk& chunk = CHUNK<TIER, false, FIRST + c.value>;
         const Floats v = unpack<side.bits, chunk.shift, chunk.count>(tile.values[t] + chunk.byte);

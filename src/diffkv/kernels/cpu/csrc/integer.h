@@ -18,6 +18,7 @@ constexpr int DIGITS = 2;
 constexpr int CELL = 16;              // bytes of a row that make a vector with those of four tokens
 constexpr float MOST_DIGITS = 32639;  // 256 * 127 + 127
 constexpr float LEAST_WEIGHT = 1e-30f;
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 constexpr bool has_integers(Side side) {
 #if defined(DIFFKV_VNNI)
@@ -33,7 +34,7 @@ constexpr bool integer_keys(int tier) {
   return has_integers(side) && ((1ll << side.bits) - 1) * layout::HEAD_DIM < (1ll << 16);
 }
 
-constexpr int num_planes(Side side) { return 8 / side.bits; }
+constexpr int num_planes(Side side) { return side.bits < 8 ? 8 / side.bits : 1; }
 constexpr int num_columns(Side side) { return (side.code_bytes + CELL - 1) / CELL; }
 
 // One plane of one column of CELL bytes.
@@ -61,6 +62,13 @@ constexpr bool integer_values(int tier) {
   return true;
 }
 
+constexpr int cells_at_once(int group) { return group >= 8 ? 1 : 8 / group; }
+
+constexpr int integer_value_blocks(int tier, int group) {
+  const int num = num_columns(value_side(tier)) * num_planes(value_side(tier));
+  return (num + cells_at_once(group) - 1) / cells_at_once(group);
+}
+
 template <int TIER, int NUMBER>
 constexpr Cell CELL_OF = cell_of(value_side(TIER), NUMBER);
 
@@ -68,6 +76,13 @@ constexpr Cell CELL_OF = cell_of(value_side(TIER), NUMBER);
 
 INLINE Ints dot_bytes(Ints sum, __m512i codes, __m512i factors) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sum, codes, factors);
+}
+
+// x = 256 * first + second, by lane.
+INLINE void store_digits(__m512i x, int8_t* first, int8_t* second) {
+  const __m512i rounded = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8);
+  _mm_storeu_si128((__m128i*)first, _mm512_cvtepi32_epi8(rounded));
+  _mm_storeu_si128((__m128i*)second, _mm512_cvtepi32_epi8(x));
 }
 
 template <int BITS>
@@ -135,10 +150,10 @@ struct IntegerQueries {
   float sums[GROUPS][G];
   float steps[G];
 
-  explicit IntegerQueries(const uint8_t* query) {
+  __attribute__((noinline)) explicit IntegerQueries(const uint8_t* query) {
     std::memset(digits, 0, sizeof(digits));
     for (int h = 0; h < G; h++) {
-      float q[layout::HEAD_DIM];
+      float q[whole_vectors(layout::HEAD_DIM)] = {};
       load_row<layout::DTYPE>(query + h * ROW_BYTES, q, layout::HEAD_DIM);
       set_head(h, q);
     }
@@ -159,7 +174,8 @@ struct IntegerQueries {
       });
       each<GROUPS>([&](auto g) {
         each<G>([&](auto h) {
-          Ints sums_of_rows[4] = {};
+          Ints sums_of_rows[4];
+          each<4>([&](auto i) { sums_of_rows[i] = Ints{}; });
           each<DIGITS>([&](auto d) {
             if constexpr (d > 0) each<4>([&](auto i) { sums_of_rows[i] <<= 8; });
             each<VECTORS>([&](auto v) {
@@ -184,37 +200,45 @@ struct IntegerQueries {
 
  private:
   void set_head(int h, const float* q) {
-    float most = 0.0f;
-    bool finite = true;
-    for (int j = 0; j < layout::HEAD_DIM; j++) {
-      const float x = std::fabs(q[j]);
-      finite &= x <= std::numeric_limits<float>::max();
-      most = x > most ? x : most;
+    constexpr int PADDED = whole_vectors(layout::HEAD_DIM);
+    Floats mosts{};
+    for (int j = 0; j < PADDED; j += LANES) {
+      const Floats x = load<Floats>(q + j), size = x < 0.0f ? -x : x;
+      // Infinities and NaN, which a comparison would miss, count as infinite.
+      mosts =
+          maximum(size <= std::numeric_limits<float>::max() ? size : broadcast(INFINITE), mosts);
     }
+    const float most = max_lane(mosts);
+    const bool finite = most < INFINITE;
     int exponent;
-    std::frexp(most / MOST_DIGITS, &exponent);
+    std::frexp(finite ? most / MOST_DIGITS : 0.0f, &exponent);
     const float step = std::ldexp(1.0f, exponent > -100 ? exponent : -100);
     const float per_step = finite ? 1.0f / step : 0.0f;
     steps[h] = finite ? step : std::numeric_limits<float>::quiet_NaN();
-    int8_t bytes[DIGITS][layout::HEAD_DIM];
-    for (int g = 0; g < GROUPS; g++) {
-      int64_t sum = 0;
-      for (int j = g * WIDTH; j < (g + 1) * WIDTH; j++) {
-        const int32_t x = finite ? (int32_t)std::nearbyint(q[j] * per_step) : 0;
-        bytes[1][j] = (int8_t)x;
-        bytes[0][j] = (int8_t)((x + 128) >> 8);
-        sum += x;
-      }
-      sums[g][h] = (float)sum * steps[h];
-      for (int d = 0; d < DIGITS; d++)
-        for (int v = 0; v < VECTORS; v++)
-          for (int p = 0; p < PLANES; p++) {
-            const Run r = run(v, p, g);
-            for (int i = 0; i < PACK && r.first < r.last; i++)
-              std::memcpy((uint8_t*)&digits[g][h][d][v][p] + i * BYTES + r.first - v * BYTES,
-                          bytes[d] + p * N + r.first, r.last - r.first);
-          }
+    int32_t whole[PADDED];
+    int8_t bytes[DIGITS][PADDED];
+    for (int j = 0; j < PADDED; j += LANES) {
+      const __m512i x = _mm512_cvtps_epi32((__m512)(load<Floats>(q + j) * per_step));
+      store(whole + j, x);
+      store_digits(x, bytes[0] + j, bytes[1] + j);
     }
+    for (int g = 0; g < GROUPS; g++) {
+      int32_t sum = 0;
+      for (int j = g * WIDTH; j < (g + 1) * WIDTH; j++) sum += whole[j];
+      sums[g][h] = (float)sum * steps[h];
+    }
+    each<GROUPS>([&](auto g) {
+      each<VECTORS>([&](auto v) {
+        each<PLANES>([&](auto p) {
+          constexpr Run r = run(v, p, g);
+          if constexpr (r.first < r.last)
+            for (int d = 0; d < DIGITS; d++)
+              for (int i = 0; i < PACK; i++)
+                std::memcpy((uint8_t*)&digits[g][h][d][v][p] + i * BYTES + r.first - v * BYTES,
+                            bytes[d] + p * N + r.first, r.last - r.first);
+        });
+      });
+    });
   }
 };
 
@@ -245,30 +269,28 @@ struct IntegerWeights {
         steps[g][h] = most / MOST_DIGITS;
         for (int t = 0; t < num; t += LANES) {
           const __m512i x = _mm512_cvtps_epi32((__m512)(load<Floats>(from + t) * per_step));
-          const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8);
-          _mm_store_si128((__m128i*)(digits[g][h][0] + t), _mm512_cvtepi32_epi8(high));
-          _mm_store_si128((__m128i*)(digits[g][h][1] + t), _mm512_cvtepi32_epi8(x));
+          store_digits(x, digits[g][h][0] + t, digits[g][h][1] + t);
         }
       }
   }
 };
 
-constexpr int cells_at_once(int group) { return group >= 8 ? 1 : 8 / group; }
-
 // out[h] = out[h] * keep[h] + sum over tokens of weights[group][h][token] * value codes.
-template <int TIER, int G>
+template <int TIER, int G, class Lines>
 INLINE void add_integer_values(const Tile<TIER>& tile, int num, const float (*weights)[G][TILE],
-                               const float* keep, float (*out)[layout::HEAD_DIM], Ahead* ahead) {
+                               const float* keep, float (*out)[layout::HEAD_DIM],
+                               const Lines& lines) {
   constexpr Side side = value_side(TIER);
   constexpr int NUM = num_columns(side) * num_planes(side), AT_ONCE = cells_at_once(G);
-  constexpr int BLOCKS = (NUM + AT_ONCE - 1) / AT_ONCE;
-  constexpr int LINES = tile_lines(TIER) / 2 / BLOCKS * 4 / TILE + 1;
   const IntegerWeights<TIER, G> factors(weights, num);
-  each<BLOCKS>([&](auto block) {
+  each<integer_value_blocks(TIER, G)>([&](auto block) {
     constexpr int FIRST = block * AT_ONCE, WIDTH = NUM - FIRST < AT_ONCE ? NUM - FIRST : AT_ONCE;
-    Ints sums[WIDTH][G][DIGITS] = {};
+    // An array that starts as {} would stay in memory.
+    Ints sums[WIDTH][G][DIGITS];
+    each<WIDTH * G * DIGITS>(
+        [&](auto i) { sums[i / (G * DIGITS)][i / DIGITS % G][i % DIGITS] = Ints{}; });
     for (int t = 0; t < num; t += 4) {
-      if (ahead != nullptr) ahead->fetch(LINES);
+      lines.value_step(block, t);
       __m512i bytes{};
       each<WIDTH>([&](auto c) {
         constexpr Cell cell = CELL_OF<TIER, FIRST + c.value>;

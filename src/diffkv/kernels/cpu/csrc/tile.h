@@ -31,7 +31,7 @@ struct Tile {
 
   // Find `num` tokens of an item from token `start` on. Up to a whole vector, rows repeat the last
   // one and meta is zero.
-  void find(const Pool& pool, const Item& item, int start, int num) {
+  __attribute__((noinline)) void find(const Pool& pool, const Item& item, int start, int num) {
     int number = item.first_page + start / T, index = start % T;
     for (int t = 0; t < num; number++, index = 0) {
       const uint8_t* page = pool.page(pool.entry(item.row, TIER, number));
@@ -61,13 +61,39 @@ struct Tile {
   }
 };
 
-// Asks for pages ahead of their use, a few lines at a time: all at once would fill the queue of
-// misses, and pages are too small for the machine's own prefetchers.
+// Lines of a tile of full pages.
+constexpr int tile_lines(int tier) {
+  return TILE * layout::PAGE_BYTES / tokens_per_page(tier) / LINE_BYTES + 1;
+}
+
+// Which lines to ask for at each step of a tile, half of them while it is scored: all at once would
+// fill the queue of misses, and pages are too small for the machine's own prefetchers.
+template <int TIER, int VALUE_BLOCKS>
+struct Schedule {
+  static constexpr int HALF = tile_lines(TIER) / 2 + 1;
+  static constexpr int SCORE_STEPS = TILE / LANES, VALUE_STEPS = VALUE_BLOCKS * TILE / 4;
+  static constexpr int PER_SCORE = (HALF + SCORE_STEPS - 1) / SCORE_STEPS;
+  static constexpr int PER_VALUE = (HALF + VALUE_STEPS - 1) / VALUE_STEPS;
+  static constexpr int NUM = SCORE_STEPS * PER_SCORE + VALUE_STEPS * PER_VALUE;
+
+  const uint8_t* lines[NUM];
+
+  INLINE void score_step(int start) const {
+    for (int i = 0; i < PER_SCORE; i++) __builtin_prefetch(lines[start / LANES * PER_SCORE + i]);
+  }
+  INLINE void value_step(int block, int t) const {
+    const int step = block * (TILE / 4) + t / 4;
+    for (int i = 0; i < PER_VALUE; i++)
+      __builtin_prefetch(lines[SCORE_STEPS * PER_SCORE + step * PER_VALUE + i]);
+  }
+};
+
+// Walks over the lines of one item's pages, then of the next item's.
 class Ahead {
  public:
   explicit Ahead(const Pool& pool) : pool_(pool) {}
 
-  // The item that follows the one whose lines are being asked for.
+  // The item that follows the one that is being walked over.
   void follow(const Item* next) { next_ = next; }
 
   void start(const Item& item) {
@@ -75,16 +101,18 @@ class Ahead {
     step_ = item.tier == HIGH ? 1 : -1;
     const int T = layout::TIERS[item.tier].tokens_per_page;
     pages_ = (item.num_tokens + T - 1) / T;
+    tile_lines_ = tile_lines(item.tier);
     lines_ = 0;
   }
 
-  INLINE void fetch(int num) {
-    for (; num > 0; num--) {
-      if (lines_ == 0 && !next_page()) return;
-      __builtin_prefetch(at_);
+  // The lines of the next tile; the last one repeated where there are fewer than `num`.
+  __attribute__((noinline)) void take(const uint8_t** lines, int num) {
+    int i = 0;
+    for (; i < num && i < tile_lines_ && (lines_ > 0 || next_page()); i++, lines_--) {
+      lines[i] = at_;
       at_ += LINE_BYTES;
-      lines_--;
     }
+    for (; i < num; i++) lines[i] = at_ - LINE_BYTES;
   }
 
  private:
@@ -105,10 +133,5 @@ class Ahead {
   const Item* next_ = nullptr;
   const int32_t* entry_ = nullptr;
   const uint8_t* at_ = nullptr;
-  int step_ = 0, pages_ = 0, lines_ = 0;
+  int step_ = 0, pages_ = 0, lines_ = 0, tile_lines_ = 0;
 };
-
-// Lines of a tile of full pages.
-constexpr int tile_lines(int tier) {
-  return TILE * layout::PAGE_BYTES / tokens_per_page(tier) / LINE_BYTES + 1;
-}
