@@ -18,7 +18,7 @@
 namespace {
 
 constexpr int D = layout::HEAD_DIM;
-constexpr int ITEM_TOKENS = 512;  // tokens of a work item, rounded to whole pages
+constexpr int ITEM_TOKENS = 1024;  // tokens of a work item, rounded to whole pages
 constexpr int MAX_BLOCK = 8;      // query heads that share one pass
 constexpr int GROUP = layout::GROUP;
 constexpr int PAGES_AHEAD = 8;  // of the sums
@@ -187,7 +187,12 @@ void merge(const Call& call, int64_t request, int64_t head, int64_t first, int64
       const int64_t at = i * GROUP + h;
       const float share = std::exp2(call.largest[at] - largest);
       total += call.total[at] * share;
-      for (int j = 0; j < D; j++) out[j] += call.partial[at * D + j] * share;
+      const float* partial = call.partial + at * D;
+      for (int j = 0; j < D; j += LANES) {
+        const int count = std::min(LANES, D - j);
+        const Floats x = load_floats(partial + j, count) * share;
+        store_floats(out + j, load_floats(out + j, count) + x, count);
+      }
     }
     for (int j = 0; j < D && first < last; j++) out[j] /= total;
     store_row<layout::DTYPE>(call.output + request * call.output_stride + q_head * ROW_BYTES, out,

@@ -108,11 +108,15 @@ class Ahead {
   // The lines of the next tile; the last one repeated where there are fewer than `num`.
   __attribute__((noinline)) void take(const uint8_t** lines, int num) {
     int i = 0;
-    for (; i < num && i < tile_lines_ && (lines_ > 0 || next_page()); i++, lines_--) {
-      lines[i] = at_;
-      at_ += LINE_BYTES;
+    const int most = std::min(num, tile_lines_);
+    while (i < most && (lines_ > 0 || next_page())) {
+      const int count = std::min(lines_, most - i);
+      for (int k = 0; k < count; k++) lines[i + k] = at_ + k * LINE_BYTES;
+      at_ += count * LINE_BYTES;
+      lines_ -= count;
+      i += count;
     }
-    for (; i < num; i++) lines[i] = at_ - LINE_BYTES;
+    std::fill(lines + i, lines + num, at_ - LINE_BYTES);
   }
 
  private:
