@@ -19,7 +19,7 @@ namespace {
 
 constexpr int D = layout::HEAD_DIM;
 constexpr int ITEM_TOKENS = 1024;  // tokens of a work item, rounded to whole pages
-constexpr int MAX_BLOCK = 8;      // query heads that share one pass
+constexpr int MAX_BLOCK = 8;       // query heads that share one pass
 constexpr int GROUP = layout::GROUP;
 constexpr int PAGES_AHEAD = 8;  // of the sums
 constexpr float LOG2_E = 1.44269504f;
@@ -86,7 +86,7 @@ INLINE void score_tile(const Tile<TIER>& tile, int num, const Queries<TIER, G>& 
 // Softmax weights of a tile from its scores, times each token's value scale; sums of p, p * zero.
 template <int TIER, int G>
 INLINE void weigh_tile(const Tile<TIER>& tile, int num, const float* scores, const float* largest,
-                       const float* keep, Floats* total, float (*weights)[G][TILE],
+                       const float* keep, Floats* total, float (*weights)[G][tile_tokens(TIER)],
                        Floats (*zeros)[num_groups(value_side(TIER))]) {
   constexpr Side side = value_side(TIER);
   constexpr int GROUPS = num_groups(side);
@@ -121,7 +121,7 @@ __attribute__((flatten)) void attend_item(const Call& call, const Item& item, in
   constexpr int GROUPS = num_groups(side), GROUP_WIDTH = D / GROUPS;
   const int64_t head = item.head * GROUP + first_head, at = number * GROUP + first_head;
   const Queries<TIER, G> queries(call.query + item.request * call.query_stride + head * ROW_BYTES);
-  alignas(LINE_BYTES) float out[G][D] = {}, weights[GROUPS][G][TILE];
+  alignas(LINE_BYTES) float out[G][D] = {}, weights[GROUPS][G][tile_tokens(TIER)];
   float largest[G], keep[G];
   Floats total[G] = {}, zeros[G][GROUPS] = {};
   for (float& x : largest) x = -INFINITE;
@@ -131,8 +131,9 @@ __attribute__((flatten)) void attend_item(const Call& call, const Item& item, in
       integer_values(TIER) ? integer_value_blocks(TIER, G) : float_value_blocks(TIER, G);
   Schedule<TIER, VALUE_BLOCKS> lines;
 
-  for (int done = 0; done < item.num_tokens; done += TILE, scores += TILE) {
-    const int num = std::min(TILE, item.num_tokens - done);
+  for (int done = 0; done < item.num_tokens;
+       done += tile_tokens(TIER), scores += tile_tokens(TIER)) {
+    const int num = std::min(tile_tokens(TIER), item.num_tokens - done);
     tile.find(call.pool, item, done, num);
     if (first_head == 0) ahead.take(lines.lines, lines.NUM);
     if (first_head != 0 && done == 0) std::fill_n(lines.lines, lines.NUM, tile.keys[0]);

@@ -71,9 +71,9 @@ constexpr int float_value_blocks(int tier, int group) {
 
 // out[h] = out[h] * keep[h] + sum over tokens of weights[group][h][token] * value codes.
 template <int TIER, int G, class Lines>
-INLINE void add_float_values(const Tile<TIER>& tile, int num, const float (*weights)[G][TILE],
-                             const float* keep, float (*out)[layout::HEAD_DIM],
-                             const Lines& lines) {
+INLINE void add_float_values(const Tile<TIER>& tile, int num,
+                             const float (*weights)[G][tile_tokens(TIER)], const float* keep,
+                             float (*out)[layout::HEAD_DIM], const Lines& lines) {
   constexpr const Side& side = SIDE<TIER, false>;
   constexpr int NUM = num_chunks(side), AT_ONCE = chunks_at_once(G, NUM);
   each<float_value_blocks(TIER, G)>([&](auto block) {

@@ -256,10 +256,10 @@ INLINE __m512i interleave(const uint8_t* const* rows, int offset) {
 template <int TIER, int G>
 struct IntegerWeights {
   static constexpr int GROUPS = num_groups(value_side(TIER));
-  alignas(LINE_BYTES) int8_t digits[GROUPS][G][DIGITS][TILE];
+  alignas(LINE_BYTES) int8_t digits[GROUPS][G][DIGITS][tile_tokens(TIER)];
   float steps[GROUPS][G];
 
-  INLINE IntegerWeights(const float (*weights)[G][TILE], int num) {
+  INLINE IntegerWeights(const float (*weights)[G][tile_tokens(TIER)], int num) {
     for (int g = 0; g < GROUPS; g++)
       for (int h = 0; h < G; h++) {
         const float* from = weights[g][h];
@@ -277,9 +277,9 @@ struct IntegerWeights {
 
 // out[h] = out[h] * keep[h] + sum over tokens of weights[group][h][token] * value codes.
 template <int TIER, int G, class Lines>
-INLINE void add_integer_values(const Tile<TIER>& tile, int num, const float (*weights)[G][TILE],
-                               const float* keep, float (*out)[layout::HEAD_DIM],
-                               const Lines& lines) {
+INLINE void add_integer_values(const Tile<TIER>& tile, int num,
+                               const float (*weights)[G][tile_tokens(TIER)], const float* keep,
+                               float (*out)[layout::HEAD_DIM], const Lines& lines) {
   constexpr Side side = value_side(TIER);
   constexpr int NUM = num_columns(side) * num_planes(side), AT_ONCE = cells_at_once(G);
   const IntegerWeights<TIER, G> factors(weights, num);

@@ -8,7 +8,6 @@
 
 #include "codes.h"
 
-constexpr int TILE = 128;       // tokens
 constexpr int LINE_BYTES = 64;  // of the machine's caches
 
 // Neighbouring pages of one head and tier.
@@ -16,6 +15,12 @@ struct Item {
   int64_t request, head, row;
   int tier, first_page, num_tokens;
 };
+
+// Tokens of a tile: a tile and the next, which is being asked for, share the first cache.
+constexpr int tile_tokens(int tier) {
+  const int token_bytes = layout::PAGE_BYTES / tokens_per_page(tier);
+  return token_bytes <= 128 ? 128 : token_bytes <= 256 ? 64 : 32;
+}
 
 constexpr int whole_vectors(int tokens) { return (tokens + LANES - 1) / LANES * LANES; }
 
@@ -25,9 +30,9 @@ struct Tile {
   static constexpr int T = tokens_per_page(TIER);
   static constexpr int PAD_BYTES = LINE_BYTES;  // what `load_strided` may read beyond the last
 
-  const uint8_t *keys[TILE], *values[TILE];
-  alignas(LINE_BYTES) uint8_t k_meta[TILE * K.meta_bytes() + PAD_BYTES];
-  alignas(LINE_BYTES) uint8_t v_meta[TILE * V.meta_bytes() + PAD_BYTES];
+  const uint8_t *keys[tile_tokens(TIER)], *values[tile_tokens(TIER)];
+  alignas(LINE_BYTES) uint8_t k_meta[tile_tokens(TIER) * K.meta_bytes() + PAD_BYTES];
+  alignas(LINE_BYTES) uint8_t v_meta[tile_tokens(TIER) * V.meta_bytes() + PAD_BYTES];
 
   // Find `num` tokens of an item from token `start` on. Up to a whole vector, rows repeat the last
   // one and meta is zero.
@@ -63,7 +68,7 @@ struct Tile {
 
 // Lines of a tile of full pages.
 constexpr int tile_lines(int tier) {
-  return TILE * layout::PAGE_BYTES / tokens_per_page(tier) / LINE_BYTES + 1;
+  return tile_tokens(tier) * layout::PAGE_BYTES / tokens_per_page(tier) / LINE_BYTES + 1;
 }
 
 // Which lines to ask for at each step of a tile, half of them while it is scored: all at once would
@@ -71,7 +76,8 @@ constexpr int tile_lines(int tier) {
 template <int TIER, int VALUE_BLOCKS>
 struct Schedule {
   static constexpr int HALF = tile_lines(TIER) / 2 + 1;
-  static constexpr int SCORE_STEPS = TILE / LANES, VALUE_STEPS = VALUE_BLOCKS * TILE / 4;
+  static constexpr int SCORE_STEPS = tile_tokens(TIER) / LANES,
+                       VALUE_STEPS = VALUE_BLOCKS * tile_tokens(TIER) / 4;
   static constexpr int PER_SCORE = (HALF + SCORE_STEPS - 1) / SCORE_STEPS;
   static constexpr int PER_VALUE = (HALF + VALUE_STEPS - 1) / VALUE_STEPS;
   static constexpr int NUM = SCORE_STEPS * PER_SCORE + VALUE_STEPS * PER_VALUE;
@@ -82,7 +88,7 @@ struct Schedule {
     for (int i = 0; i < PER_SCORE; i++) __builtin_prefetch(lines[start / LANES * PER_SCORE + i]);
   }
   INLINE void value_step(int block, int t) const {
-    const int step = block * (TILE / 4) + t / 4;
+    const int step = block * (tile_tokens(TIER) / 4) + t / 4;
     for (int i = 0; i < PER_VALUE; i++)
       __builtin_prefetch(lines[SCORE_STEPS * PER_SCORE + step * PER_VALUE + i]);
   }
