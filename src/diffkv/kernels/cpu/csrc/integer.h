@@ -72,6 +72,14 @@ constexpr int integer_value_blocks(int tier, int group) {
 template <int TIER, int NUMBER>
 constexpr Cell CELL_OF = cell_of(value_side(TIER), NUMBER);
 
+template <int TIER, int G>
+struct IntegerQueries;
+
+template <int TIER, int G, class Lines>
+INLINE void add_integer_values(const Tile<TIER>& tile, int num,
+                               const float (*weights)[G][tile_tokens(TIER)], const float* keep,
+                               float (*out)[layout::HEAD_DIM], const Lines& lines);
+
 #if defined(DIFFKV_VNNI)
 
 INLINE Ints dot_bytes(Ints sum, __m512i codes, __m512i factors) {
