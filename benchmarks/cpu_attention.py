@@ -119,15 +119,15 @@ def read_case() -> Case:
     return Case("read (sum)", run, 2, COLD_BYTES)
 
 
-def measure(cases: list[Case], repeats: int) -> dict[str, list[float]]:
+def measure(cases: list[Case], repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of every case in every repeat, cases in turn; the first two repeats warm up."""
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     for repeat in range(repeats + 2):
         for case in cases:
-            start = time.perf_counter()
+            start = clock()
             case.run(repeat % case.num_layers)
             if repeat >= 2:
-                seconds[case.name].append(time.perf_counter() - start)
+                seconds[case.name].append(clock() - start)
     return seconds
 
 
@@ -143,7 +143,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--no-vllm", action="store_true")
-    return parser.parse_args()
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="time of the one thread, on a machine that is shared",
+    )
+    args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time is the time of one thread: add --threads 1")
+    return args
 
 
 def main() -> None:
@@ -157,7 +165,7 @@ def main() -> None:
         cases.append(vllm_case(args, query))
     for quant in args.quant:
         cases.append(diffkv_case(args, quant, args.low_share if "-" in quant else 0.0, query))
-    seconds = measure(cases, args.repeats)
+    seconds = measure(cases, args.repeats, time.thread_time if args.cpu_time else time.perf_counter)
     best = cases[0].num_bytes / statistics.median(seconds[cases[0].name])
     rows = []
     titles = ("ms", "best", "p20", "p80", "MB", "GB/s")

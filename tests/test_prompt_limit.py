@@ -7,6 +7,7 @@ from small_pool import HEAD_DIM, MAX_MODEL_LEN, NUM_KV_HEADS, NUM_LAYERS, make_s
 from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk
 from diffkv.policy import Thresholds
+from diffkv.state import CacheState
 
 NOBODY = torch.empty(0, dtype=torch.int32)
 
@@ -15,7 +16,8 @@ def run(limit, slots):
     """Two prompts of the same batch, or one of them; the first may be limited."""
     torch.manual_seed(0)
     state = make_state("k8v4-k4v2", 256, 64)
-    cache = DiffKVCache(state, ops.load("cpu", "reference"), 0.3)
+    one_group = CacheState((state,), (tuple(range(NUM_LAYERS)),))
+    cache = DiffKVCache(one_group, ops.load("cpu", "reference"), 0.3)
     rows = len(slots) * MAX_MODEL_LEN
     packed = torch.randn(NUM_LAYERS, 3, 2 * MAX_MODEL_LEN, NUM_KV_HEADS, HEAD_DIM)
     packed = packed[:, :, MAX_MODEL_LEN * slots[0] :][:, :, :rows]

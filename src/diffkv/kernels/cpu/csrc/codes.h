@@ -79,20 +79,22 @@ INLINE Floats unpack(const uint8_t* from) {
   }
 }
 
-// (scale, zero) of one group for `count` <= LANES neighbouring tokens; 0 in the other lanes.
-template <int GROUPS>
-INLINE void load_meta(const uint8_t* from, int group, int count, Floats* scale, Floats* zero) {
-  int32_t raw[LANES];
-  Ints x{};
-  if (GROUPS == 1 && count == LANES) {
-    x = load<Ints>(from);
+// Lanes from[0], from[STRIDE], from[2 * STRIDE], ...: reads up to STRIDE * LANES values.
+template <int STRIDE>
+INLINE Ints load_strided(const uint8_t* from) {
+  if constexpr (STRIDE == 1) {
+    return load<Ints>(from);
   } else {
-    for (int t = 0; t < LANES; t++) {
-      raw[t] = 0;
-      if (t < count) std::memcpy(raw + t, from + (t * GROUPS + group) * 4, 4);
-    }
-    x = load<Ints>(raw);
+    const Ints low = load_strided<STRIDE / 2>(from);
+    const Ints high = load_strided<STRIDE / 2>(from + STRIDE / 2 * LANES * 4);
+    return __builtin_shuffle(low, high, iota() * 2);
   }
+}
+
+// (scale, zero) of one group for LANES neighbouring tokens.
+template <int GROUPS>
+INLINE void load_meta(const uint8_t* from, int group, Floats* scale, Floats* zero) {
+  const Ints x = load_strided<GROUPS>(from + group * 4);
   *scale = from_halves(x);
   *zero = from_halves(x >> 16);
 }

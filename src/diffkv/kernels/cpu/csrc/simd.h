@@ -85,9 +85,13 @@ INLINE Floats madd(Floats a, Floats b, Floats c) {
 INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
 INLINE float max_lane(Floats x) {
+#if defined(DIFFKV_AVX512)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   float most = x[0];
   for (int l = 1; l < LANES; l++) most = x[l] > most ? x[l] : most;
   return most;
+#endif
 }
 
 INLINE float sum_lanes(Floats x) {
@@ -125,28 +129,67 @@ INLINE Floats exp2(Floats x) {
   return x < floor_x ? Floats{} : y;
 }
 
-// One stage of a transposed sum: lanes whose bit `BIT` is clear add pairs of `a`, the others of
-// `b`.
-template <int BIT, int... L>
-INLINE Floats add_pairs(Floats a, Floats b, std::integer_sequence<int, L...>) {
-  const Ints own = {(L & BIT ? L + LANES : L)...};
-  const Ints other = {(L & BIT ? (L ^ BIT) + LANES : (L ^ BIT))...};
-  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+// Lane `l` of part 0 or 1 of one step of a transposed sum of vectors a and b (+ LANES): steps 1 and
+// 2 pair lanes within 16 bytes, step 4 pairs runs of 16 bytes. Each is one shuffle instruction.
+constexpr int paired_lane(int step, int l, int part) {
+  const int base = l & ~3, i = l & 3, blocks = LANES / 4, block = l / 4;
+  if (step == 1) return base + (i >> 1) + 2 * part + (i & 1) * LANES;
+  if (step == 2) return base + (i & 1) + 2 * part + (i >> 1) * LANES;
+  const int half = blocks > 1 ? blocks / 2 : 1;
+  return (2 * (block % half) + part) * 4 + i + block / half * LANES;
 }
 
-template <int BIT>
-INLINE Floats sum_columns_of(const Floats* rows) {
-  if constexpr (BIT == 0) {
-    return rows[0];
-  } else {
-    const Floats a = sum_columns_of<BIT / 2>(rows);
-    const Floats b = sum_columns_of<BIT / 2>(rows + BIT);
-    return add_pairs<BIT>(a, b, std::make_integer_sequence<int, LANES>{});
-  }
+template <int STEP, class V, int... L>
+INLINE V add_pairs(V a, V b, std::integer_sequence<int, L...>) {
+  const Ints first = {paired_lane(STEP, L, 0)...}, second = {paired_lane(STEP, L, 1)...};
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+}
+
+template <int STEP, class V>
+INLINE V add_pairs(V a, V b) {
+  return add_pairs<STEP>(a, b, std::make_integer_sequence<int, LANES>{});
+}
+
+// Of four vectors: lane i of each 16 bytes is the sum of those 16 bytes of rows[i].
+template <class V>
+INLINE V sum_quad(const V* rows) {
+  return add_pairs<2>(add_pairs<1>(rows[0], rows[1]), add_pairs<1>(rows[2], rows[3]));
+}
+
+// Of NUM results of `sum_quad`: neighbouring 16 bytes summed, in the order of the quads.
+template <int NUM, class V>
+INLINE V sum_quads(const V* quads) {
+  if constexpr (NUM == 1) return quads[0];
+  if constexpr (NUM == 2) return add_pairs<4>(quads[0], quads[1]);
+  if constexpr (NUM == 4)
+    return add_pairs<4>(add_pairs<4>(quads[0], quads[1]), add_pairs<4>(quads[2], quads[3]));
 }
 
 // Lane t of the result is the sum of the lanes of rows[t].
-INLINE Floats sum_rows(const Floats* rows) { return sum_columns_of<LANES / 2>(rows); }
+INLINE Floats sum_rows(const Floats* rows) {
+  Floats quads[LANES / 4];
+  each<LANES / 4>([&](auto q) { quads[q] = sum_quad(rows + 4 * q); });
+  return sum_quads<LANES / 4>(quads);
+}
+
+// `count` <= LANES floats, the other lanes 0; nothing beyond them is touched.
+INLINE Floats load_floats(const void* from, int count) {
+#if defined(DIFFKV_AVX512)
+  return (Floats)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+#else
+  Floats x{};
+  std::memcpy(&x, from, 4 * count);
+  return x;
+#endif
+}
+
+INLINE void store_floats(void* to, Floats x, int count) {
+#if defined(DIFFKV_AVX512)
+  _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)x);
+#else
+  std::memcpy(to, &x, 4 * count);
+#endif
+}
 
 INLINE float bits_to_float(uint32_t bits) {
   float x;
