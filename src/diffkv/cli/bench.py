@@ -229,7 +229,7 @@ def _throughput(args: argparse.Namespace) -> None:
 
     options = _options(args)
     if args.smoke:
-        vars(args).update(num_prompts=4, input_len=128, output_len=8, repeats=1)
+        vars(args).update(num_prompts=6, input_len=260, output_len=8, repeats=1)
         if args.model is None:
             args.random_weights = "bench-tiny"
     rows = Rows(args.json, args.out)
