@@ -5,13 +5,13 @@ memory, threads or compiled code. It stands between vLLM and the figures: it dri
 step and notes what each step was made of.
 """
 
-import contextlib
+import cProfile
 import json
 import os
+import pstats
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from diffkv.quant import ConfigError
 __all__ = ["Job", "main"]
 
 KIB = 1 << 10
+PROFILE_ROWS = 30
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Job:
         prompts: token ids.
         max_tokens: to generate, for each prompt.
         kv_bytes: of the cache.
-        profile: print where the time goes (torch's profiler) to standard error.
+        profile: print where the time goes (Python's profiler) to standard error.
     """
 
     engine: dict[str, Any]
@@ -76,11 +77,12 @@ def _drive(llm: Any, job: Job) -> tuple[_Steps, float]:
     from vllm import SamplingParams
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    steps, schedule = _Steps(), scheduler.schedule
+    steps, schedule, profiles = _Steps(), scheduler.schedule, _Profiles(job.profile)
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
         steps.tokens = _scheduled(scheduler, output)
+        profiles.start("prefill" if steps.tokens[0] else "decode")
         return output
 
     scheduler.schedule = noting
@@ -92,6 +94,7 @@ def _drive(llm: Any, job: Job) -> tuple[_Steps, float]:
     while llm.llm_engine.has_unfinished_requests():
         start, steps.tokens = time.perf_counter(), (0, 0)
         llm.llm_engine.step()
+        profiles.stop()
         elapsed = time.perf_counter() - start
         prompt_tokens, new_tokens = steps.tokens
         if prompt_tokens:
@@ -106,7 +109,10 @@ def _drive(llm: Any, job: Job) -> tuple[_Steps, float]:
         covered = sum(request.num_computed_tokens for request in scheduler.running)
         if covered > steps.peak[1]:
             steps.peak = held, covered
-    return steps, time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
+    profiles.show()
+    scheduler.schedule = schedule
+    return steps, seconds
 
 
 def _peak_memory(device: str) -> int:
@@ -115,15 +121,31 @@ def _peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
 
 
-@contextlib.contextmanager
-def _profiled(wanted: bool) -> Iterator[None]:
-    if not wanted:
-        yield
-        return
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        yield
-    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30)
-    print(table, file=sys.stderr)
+class _Profiles:
+    """Where the time goes, of steps with prompt tokens in them and of steps without, apart."""
+
+    def __init__(self, wanted: bool) -> None:
+        names = ("prefill", "decode") if wanted else ()
+        self._of_kind = {name: cProfile.Profile() for name in names}
+        self._running: cProfile.Profile | None = None
+
+    def start(self, kind: str) -> None:
+        """Begin a step of a kind, if profiles are wanted."""
+        self._running = self._of_kind.get(kind)
+        if self._running is not None:
+            self._running.enable()
+
+    def stop(self) -> None:
+        """End the step."""
+        if self._running is not None:
+            self._running.disable()
+            self._running = None
+
+    def show(self) -> None:
+        """Print both to standard error, what took longest first."""
+        for name, profile in self._of_kind.items():
+            print(f"{name} steps:", file=sys.stderr)
+            pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(PROFILE_ROWS)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -139,8 +161,7 @@ def run(job: Job) -> dict[str, Any]:
     }  # fmt: skip
     with offline.engine(arguments) as llm:
         _drive(llm, Job({}, None, [job.prompts[0][:64]], [4], job.kv_bytes))
-        with _profiled(job.profile):
-            steps, seconds = _drive(llm, job)
+        steps, seconds = _drive(llm, job)
         preemptions = sum(
             metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
         )
