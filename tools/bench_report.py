@@ -111,7 +111,7 @@ SERVING: list[Column] = [
     ("requests/s", number("rate", 2)),
     ("tokens/s", number("output_throughput")),
     *(
-        (f"{metric} p50 / p95 / p99 ms", lambda row, m=metric: percentiles(row, m))  # type: ignore[misc]
+        (f"{metric} p50 / p95 / p99 ms", lambda row, m=metric: percentiles(row, m))
         for metric in ("ttft", "tpot", "itl", "e2el")
     ),
     ("good requests/s", number("request_goodput", 2)),
