@@ -173,20 +173,27 @@ def run(
             )  # fmt: skip
             done.append(_run_child(job))
     rows.note(f"{workload.name}, {len(workload.prompts)} requests, {kv_bytes} bytes of KV")
-    known: dict[str, dict[str, Any]] = {}
-    for setting, done in zip(compared, results, strict=True):
-        row = {**facts, **_joined(setting, done), "kv_bytes": kv_bytes, "workload": workload.name,
-               "requests": len(workload.prompts), "repeats": len(done)}  # fmt: skip
-        if "error" not in row:
-            known.setdefault(setting.name, row)
-            for name in ("stock bf16", "stock fp8"):
-                code = name.replace("stock ", "vs_stock_")
-                for figure in COMPARED:
-                    key = code if figure == "tokens_per_s" else f"decode_{code}"
-                    row[key] = row[figure] / known[name][figure] if name in known else None
+    joined = [_joined(setting, done) for setting, done in zip(compared, results, strict=True)]
+    ran = [row for row in joined if "error" not in row]
+    for row, done in zip(joined, results, strict=True):
+        budget = {"kv_bytes": kv_bytes, "workload": workload.name}
+        counts = {"requests": len(workload.prompts), "repeats": len(done)}
+        row = {**facts, **row, **budget, **counts, **_ratios(row, ran)}
         rows.add(row, _text(row))
-    if not known:
-        raise ConfigError(f"no engine could run: {results[0][0]['error']}")
+    if not ran:
+        raise ConfigError(f"no engine could run: {joined[0]['error']}")
+
+
+def _ratios(row: dict[str, Any], ran: list[dict[str, Any]]) -> dict[str, float | None]:
+    """A setting's figures over those of the stock ones; None where one of the two did not run."""
+    stock = {other["engine"]: other for other in ran if other["engine"].startswith("stock")}
+    ratios: dict[str, float | None] = {}
+    for code in ("bf16", "fp8"):
+        other = stock.get(f"stock {code}")
+        for figure, name in zip(COMPARED, ("vs_stock_", "decode_vs_stock_"), strict=True):
+            known = other is not None and "error" not in row
+            ratios[name + code] = row[figure] / other[figure] if known and other else None
+    return ratios
 
 
 def _joined(setting: Setting, results: list[dict[str, Any]]) -> dict[str, Any]:
