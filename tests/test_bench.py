@@ -70,6 +70,19 @@ def test_random_workload_is_the_same_again_and_keeps_its_spread():
     assert {*itertools.chain(*workload.prompts)} <= set(range(3, 512))
 
 
+def test_ratios_do_not_depend_on_the_order_of_settings():
+    stock = {"engine": "stock bf16", "tokens_per_s": 2.0, "decode_tokens_per_s": 4.0}
+    ours = {"engine": "diffkv", "tokens_per_s": 3.0, "decode_tokens_per_s": 10.0}
+    failed = {"engine": "stock fp8", "error": "not here"}
+    expected = {
+        "vs_stock_bf16": 1.5, "decode_vs_stock_bf16": 2.5,
+        "vs_stock_fp8": None, "decode_vs_stock_fp8": None,
+    }  # fmt: skip
+    assert throughput._ratios(ours, [stock, ours]) == expected
+    assert throughput._ratios(ours, [ours, stock]) == expected
+    assert set(throughput._ratios(failed, [stock, ours]).values()) == {None}
+
+
 def test_sizes_of_known_models():
     per_token = {name: models.kv_bytes_per_token(config) for name, config in models.MODELS.items()}
     assert per_token["llama-3-8b"] == 131072

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 TIMEOUT_SECONDS = 300
 FACTS = {"device", "diffkv", "torch", "vllm", "python", "commit"}
 
@@ -26,10 +28,7 @@ def test_attention() -> None:
     assert kernels >= {("bf16", None), ("k16v16", "high"), ("k8v4-k4v2", "mix")}
     for row in rows:
         assert 0 < row["ms_p20"] <= row["ms"] <= row["ms_p80"]
-        assert (
-            row["gb_per_s"] * row["ms"] * 1e6 == row["bytes"]
-            or abs(row["gb_per_s"] * row["ms"] * 1e6 / row["bytes"] - 1) < 1e-9
-        )
+        assert row["gb_per_s"] * row["ms"] * 1e6 == pytest.approx(row["bytes"])
     worst = {name: max(r["relative_error"] for r in rows if r["quant"] == name) for name in
              ("bf16", "k16v16", "k8v4")}  # fmt: skip
     assert worst["bf16"] < 0.01
