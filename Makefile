@@ -24,7 +24,10 @@ TORCH := $(if $(WHEELS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-bac
 ENGINE_TESTS := $(wildcard tests/vllm_plugin/test_*.py)
 CPP := $(shell find src -name '*.cpp' -o -name '*.h')
 
-.PHONY: help env run test lint format clean
+# What `make bench` writes; tools/bench_report.py makes its tables and plots.
+RESULTS := docs/results/cpu
+
+.PHONY: help env run test lint bench format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -49,6 +52,13 @@ run: env ## generate with the shipped model, compressed and not, side by side
 test: env ## all tests
 	$(BIN)/pytest tests --ignore=tests/vllm_plugin
 	$(if $(ENGINE_TESTS),$(BIN)/pytest tests/vllm_plugin)
+
+bench: env ## measure on this machine, beside vLLM's own cache: tables and plots in docs/results/cpu
+	$(BIN)/diffkv bench attention --ctx 1K 4K 16K --batch 1 8 --ragged both --out $(RESULTS)/attention.jsonl
+	$(BIN)/diffkv bench manager --out $(RESULTS)/manager.jsonl
+	$(BIN)/diffkv bench throughput --random-weights bench-small --input-len 4096 --output-len 512 --num-prompts 12 --out $(RESULTS)/throughput.jsonl
+	$(BIN)/diffkv bench serving --random-weights bench-small --input-len 1024 --output-len 64 --num-prompts 12 --rates 0.5 1 2 --goodput ttft:10000 tpot:200 --out $(RESULTS)/serving.jsonl
+	$(BIN)/python tools/bench_report.py
 
 lint: env ## style, types, layers
 	$(BIN)/ruff check

@@ -21,7 +21,7 @@ CODE = re.compile(r"`([^`\n]+)`")
 BLOCK = re.compile(r"^```.*?^```", re.M | re.S)
 
 # Looked up in vLLM's sources: importing it would change threads and logging for other tests.
-PASS_FLAGS_ON = ("generate", "inspect", "serve")
+PASS_FLAGS_ON = ("bench", "generate", "inspect", "serve")
 VLLM = find_spec("vllm")
 needs_vllm = pytest.mark.skipif(VLLM is None, reason="vLLM is not installed: its sources are read")
 
@@ -42,7 +42,13 @@ def options(command):
     module = importlib.import_module(f"diffkv.cli.{command}")
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
-    return set(parser._option_string_actions)
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {
+                name for sub in action.choices.values() for name in sub._option_string_actions
+            }
+    return found
 
 
 @pytest.fixture(scope="module", name="known_options")

@@ -19,6 +19,7 @@ from diffkv.quant import ConfigError
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
+    "bench": "measure kernels, the pool, throughput and serving, beside vLLM's own cache",
     "doctor": "check what this machine has: versions, plugin, compiler, kernels",
     "generate": "answer prompts with a compressed cache, or compare it with an uncompressed one",
     "inspect": "show what each layer and head kept of a prompt",

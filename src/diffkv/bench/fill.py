@@ -1,0 +1,126 @@
+"""Pools full of random tokens, as attention and the pool's own operations find them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffkv import pool
+from diffkv.layout import PageLayout
+from diffkv.ops import Ops
+from diffkv.policy import HIGH, LOW, WINDOW
+from diffkv.quant import QuantConfig
+from diffkv.state import PoolState, PromptTokens
+
+__all__ = ["TIER_MIXES", "Tokens", "fill", "make_pool", "pack", "random_tokens", "useful_bytes"]
+
+TIER_MIXES = {"high": 1.0, "low": 0.0, "mix": 0.2}
+"""Share of the tokens that are high."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Keys and values that requests share: request r has the first `lengths[r]` of them.
+
+    Attributes:
+        key: [N, num_kv_heads, head_dim], N the longest length.
+        value: likewise.
+        lengths: of the requests.
+    """
+
+    key: Tensor
+    value: Tensor
+    lengths: list[int]
+
+
+def random_tokens(
+    lengths: Sequence[int], num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: str
+) -> Tokens:
+    """Normal random keys and values."""
+    shape = (max(lengths), num_kv_heads, head_dim)
+    key, value = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    return Tokens(key, value, list(lengths))
+
+
+def make_pool(
+    quant: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    num_slots: int,
+    max_tokens: int,
+    device: str = "cpu",
+    num_pages: int | None = None,
+) -> PoolState:
+    """An empty pool, its free pages in random order.
+
+    Args:
+        quant: quantisation configuration.
+        head_dim: elements of a head's key.
+        dtype: the model's.
+        heads: layers, and KV heads of each.
+        num_slots: requests.
+        max_tokens: longest of them.
+        device: "cpu" or "cuda".
+        num_pages: of the pool; enough for all slots at their longest if None.
+    """
+    layout = PageLayout.derive(QuantConfig.parse(quant), head_dim, None, dtype.itemsize)
+    width = layout.max_pages(max_tokens)
+    if num_pages is None:
+        num_pages = num_slots * heads[0] * heads[1] * width
+    shape = pool.PoolShape(layout, *heads, num_slots, width, num_pages)
+    num_bytes = shape.table_bytes + num_pages * layout.page_bytes
+    buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    state = pool.create(shape, buffer, dtype, WINDOW)
+    state.free_ring.copy_(torch.randperm(num_pages))
+    return state
+
+
+def pack(tokens: Tokens, slots: Sequence[int], device: str = "cpu") -> PromptTokens:
+    """The prompts of some slots; slot r has the r-th length."""
+    lengths = [tokens.lengths[slot] for slot in slots]
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    parts = [tokens.key[:n] for n in lengths], [tokens.value[:n] for n in lengths]
+    key, value = (torch.cat(part) if len(part) > 1 else part[0] for part in parts)
+    positions = torch.cat([torch.arange(n, dtype=torch.int32, device=device) for n in lengths])
+    return PromptTokens(
+        torch.tensor(slots, dtype=torch.int32, device=device), starts.to(device), key, value,
+        positions,
+    )  # fmt: skip
+
+
+def fill(
+    state: PoolState, ops: Ops, tokens: Tokens, high_share: float, ragged_heads: bool = False
+) -> None:
+    """Store all requests' tokens in every layer, tiers at random; the window is always high.
+
+    Args:
+        state: an empty pool.
+        ops: of its device.
+        tokens: of the requests; slot r is the r-th.
+        high_share: of the tokens outside the window; the others are low, if there is such a tier.
+        ragged_heads: let the share grow from head to head, from none to twice `high_share`.
+    """
+    heads, device = state.num_kv_heads, state.pages.device.type
+    share = torch.full((heads, 1), high_share, device=device)
+    if ragged_heads:
+        share = share * torch.linspace(0, 2, heads, device=device)[:, None]
+    for slot, length in enumerate(tokens.lengths):
+        state.prompt_lens[slot] = length
+        packed = pack(tokens, [slot], device)
+        chance = torch.rand(heads, length, device=device)
+        is_high = (chance < share) | (torch.arange(length, device=device) >= length - state.window)
+        if len(state.layout.tiers) == 1:
+            is_high = torch.ones_like(is_high)
+        tiers = torch.where(is_high, HIGH, LOW).to(torch.int8)
+        sums = torch.rand(heads, length, device=device)
+        for layer in range(state.num_layers):
+            ops.store_prompt(state, layer, packed, tiers, sums)
+
+
+def useful_bytes(state: PoolState, layer: int) -> int:
+    """Bytes of the tokens that all requests keep in a layer, without what pages leave unused."""
+    kept = state.num_tokens[:, layer].sum((0, 1)).tolist()
+    tiers = state.layout.tiers
+    return sum(n * tier.token_bytes for n, tier in zip(kept, tiers, strict=False))

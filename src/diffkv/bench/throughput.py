@@ -1,0 +1,230 @@
+"""Offline throughput: the same prompts and the same KV budget, vLLM's own cache and DiffKV's in turn."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from diffkv.bench.engine import Job
+from diffkv.bench.facts import Rows
+from diffkv.bench.models import kv_bytes_per_token
+from diffkv.quant import ConfigError
+
+__all__ = [
+    "Setting",
+    "Workload",
+    "four_requests",
+    "random_workload",
+    "run",
+    "settings",
+    "text_workload",
+]
+
+TIMEOUT_SECONDS = 3600
+COMPARED = ("tokens_per_s", "decode_tokens_per_s")
+BLOCK_TOKENS = 128
+"""Of vLLM's own cache on CPUs; one block is never given to a request."""
+
+
+def four_requests(config: dict[str, Any], longest: int) -> int:
+    """A KV budget in which vLLM's own bf16 cache holds four requests of a length, and no fifth."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    kv_heads = config.get("num_key_value_heads", heads)
+    per_token = kv_bytes_per_token(
+        {**config, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    )
+    blocks = 4 * -(-longest // BLOCK_TOKENS) + 2
+    return blocks * BLOCK_TOKENS * per_token
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One engine: vLLM's own cache in a dtype, or DiffKV's.
+
+    Attributes:
+        name: of its rows.
+        options: DiffKV's; None for vLLM's own.
+        engine: arguments of vLLM's engine that make it so.
+    """
+
+    name: str
+    options: dict[str, Any] | None
+    engine: dict[str, Any]
+
+
+def settings(options: Sequence[dict[str, Any]]) -> list[Setting]:
+    """Stock bf16, stock fp8, then DiffKV with each set of options."""
+    stock = [
+        Setting("stock bf16", None, {}),
+        Setting("stock fp8", None, {"kv_cache_dtype": "fp8"}),
+    ]
+    return stock + [Setting("diffkv", each, {}) for each in options]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts, and how many tokens to generate for each."""
+
+    name: str
+    prompts: list[list[int]]
+    max_tokens: list[int]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request with its answer."""
+        return max(len(p) + n for p, n in zip(self.prompts, self.max_tokens, strict=True))
+
+
+def random_workload(
+    num: int, input_len: int, output_len: int, range_ratio: float, vocabulary: int, seed: int = 0
+) -> Workload:
+    """Prompts of random tokens; lengths are uniform within a share of the mean, as in vLLM's own."""
+    rng = random.Random(seed)
+
+    def length(mean: int) -> int:
+        spread = int(mean * range_ratio)
+        return max(1, rng.randint(mean - spread, mean + spread))
+
+    prompts = [rng.choices(range(3, vocabulary), k=length(input_len)) for _ in range(num)]
+    name = f"random {input_len} in, {output_len} out"
+    return Workload(name, prompts, [length(output_len) for _ in range(num)])
+
+
+def text_workload(path: Path, model: str, num: int | None, output_len: int) -> Workload:
+    """Prompts from JSON lines with "prompt", in the tokens of a model's folder.
+
+    Raises:
+        ConfigError: the file or the tokenizer cannot be read.
+    """
+    tokenizer = Path(model) / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise ConfigError(f"a workload of texts needs a model folder with tokenizer.json: {model}")
+    from tokenizers import Tokenizer
+
+    encode = Tokenizer.from_file(str(tokenizer)).encode
+    try:
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        texts = [str(json.loads(line)["prompt"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f'{path} is no file of JSON lines with "prompt": {error}') from None
+    if not texts:
+        raise ConfigError(f"{path} holds no prompt")
+    texts = [texts[i % len(texts)] for i in range(num or len(texts))]
+    prompts = [encode(text).ids for text in texts]
+    return Workload(path.name, prompts, [output_len] * len(prompts))
+
+
+def _run_child(job: Job) -> dict[str, Any]:
+    """Run a job in a process of its own; what went wrong is in its result as `error`."""
+    command = [sys.executable, "-m", "diffkv.bench.engine"]
+    done = subprocess.run(
+        command, input=json.dumps(asdict(job)), capture_output=True, text=True,
+        timeout=TIMEOUT_SECONDS,
+    )  # fmt: skip
+    if job.profile:
+        print(done.stderr, file=sys.stderr)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return {"error": f"the engine ended with status {done.returncode}: {last}"}
+
+
+def run(
+    engine: dict[str, Any],
+    workload: Workload,
+    kv_bytes: int,
+    compared: Sequence[Setting],
+    repeats: int,
+    rows: Rows,
+    facts: dict[str, Any],
+    profile: bool = False,
+) -> None:
+    """Run every setting `repeats` times, in turn, each in a process of its own; a row for each setting.
+
+    Args:
+        engine: arguments of vLLM's engine that all settings share, the model among them.
+        workload: what to generate.
+        kv_bytes: the KV budget, tables included, the same for all.
+        compared: the settings; ratios are to those named stock.
+        repeats: of each setting.
+        rows: gets the rows.
+        facts: that belong into every row.
+        profile: print the first repeat's profile of each setting to standard error.
+
+    Raises:
+        ConfigError: no setting could run.
+    """
+    results: list[list[dict[str, Any]]] = [[] for _ in compared]
+    for repeat in range(repeats):
+        for setting, done in zip(compared, results, strict=True):
+            if done and "error" in done[-1]:
+                continue
+            shared = {"max_model_len": workload.longest + 1, "max_num_seqs": len(workload.prompts)}
+            job = Job(
+                {**shared, **engine, **setting.engine}, setting.options, workload.prompts,
+                workload.max_tokens, kv_bytes, profile and repeat == 0,
+            )  # fmt: skip
+            done.append(_run_child(job))
+    rows.note(f"{workload.name}, {len(workload.prompts)} requests, {kv_bytes} bytes of KV")
+    joined = [_joined(setting, done) for setting, done in zip(compared, results, strict=True)]
+    ran = [row for row in joined if "error" not in row]
+    for row, done in zip(joined, results, strict=True):
+        budget = {"kv_bytes": kv_bytes, "workload": workload.name}
+        counts = {"requests": len(workload.prompts), "repeats": len(done)}
+        row = {**facts, **row, **budget, **counts, **_ratios(row, ran)}
+        rows.add(row, _text(row))
+    if not ran:
+        raise ConfigError(f"no engine could run: {joined[0]['error']}")
+
+
+def _ratios(row: dict[str, Any], ran: list[dict[str, Any]]) -> dict[str, float | None]:
+    """A setting's figures over those of the stock ones; None where one of the two did not run."""
+    stock = {other["engine"]: other for other in ran if other["engine"].startswith("stock")}
+    ratios: dict[str, float | None] = {}
+    for code in ("bf16", "fp8"):
+        other = stock.get(f"stock {code}")
+        for figure, name in zip(COMPARED, ("vs_stock_", "decode_vs_stock_"), strict=True):
+            known = other is not None and "error" not in row
+            ratios[name + code] = row[figure] / other[figure] if known and other else None
+    return ratios
+
+
+def _joined(setting: Setting, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of a setting's repeats, with the least and the most of what is compared."""
+    quant = setting.name.removeprefix("stock ")
+    options = setting.options or {}
+    row: dict[str, Any] = {"engine": setting.name, "quant": options.get("quant", quant)}
+    row |= {name: value for name, value in options.items() if name != "quant"}
+    failed = [result["error"] for result in results if "error" in result]
+    if failed:
+        return {**row, "error": failed[0]}
+    row |= {name: median(result[name] for result in results) for name in results[0]}
+    for name in COMPARED:
+        values = [result[name] for result in results]
+        row[f"{name}_min"], row[f"{name}_max"] = min(values), max(values)
+    return row
+
+
+def _text(row: dict[str, Any]) -> str:
+    name = f"  {row['engine'] + ' ' + row['quant'] if row['engine'] == 'diffkv' else row['engine']}"
+    if "error" in row:
+        return f"{name:24} did not run: {row['error']}"
+    text = (
+        f"{name:24} {row['tokens_per_s']:8.1f} tokens/s, decoding {row['decode_tokens_per_s']:.1f} "
+        f"({row['decode_tokens_per_s_min']:.1f} to {row['decode_tokens_per_s_max']:.1f}), prefill "
+        f"{row['prefill_tokens_per_s']:.0f}, at once {row['max_running']:.0f}, "
+        f"{row['preemptions']:.0f} preempted, {row['bytes_per_token']:.0f} B/token, "
+        f"{row['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    for code in ("bf16", "fp8"):
+        whole, decode = row.get(f"vs_stock_{code}"), row.get(f"decode_vs_stock_{code}")
+        if whole is not None and row["engine"] == "diffkv":
+            text += f"; {whole:.2f}x of {code}, decoding {decode:.2f}x"
+    return text

@@ -1,0 +1,325 @@
+"""`diffkv bench`: measure kernels, the pool's own work, engines and servers."""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from diffkv.cli.engine_options import model_folder
+from diffkv.quant import ConfigError, QuantConfig
+
+__all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
+
+PASSES_FLAGS_ON = True
+"""`throughput` and `serving` pass to vLLM what is not listed here; the others refuse it."""
+
+KIB = 1024
+SUFFIXES = {"K": KIB, "KiB": KIB, "MiB": KIB**2, "M": KIB**2, "GiB": KIB**3, "G": KIB**3}
+DEFAULT_QUANTS = ["k8v4", "k8v4-k4v2", "k16v16"]
+FULL_GRID = {"ctx": [KIB, 4 * KIB, 16 * KIB, 64 * KIB], "batch": [1, 8, 32, 128], "group": [4, 8]}
+SMOKE_REPEATS = 3
+SHIPPED = "shipped"
+RANDOM = "random"
+
+
+def size(text: str) -> int:
+    """A whole number, with K, M, G, KiB, MiB or GiB behind it if wanted."""
+    for suffix, factor in SUFFIXES.items():
+        if text.endswith(suffix):
+            return int(float(text.removesuffix(suffix)) * factor)
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    commands = parser.add_subparsers(dest="bench", metavar="WHAT", required=True)
+    for name, text, add in (
+        ("attention", "decode attention, beside vLLM's own kernels", _add_attention),
+        ("manager", "the pool's own work, and how it grows", _add_manager),
+        ("throughput", "offline tokens a second, at one KV budget", _add_throughput),
+        ("serving", "latency and goodput of a server, by request rate", _add_serving),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--smoke", action="store_true", help="a minute's worth, to see it run")
+        command.add_argument("--json", action="store_true", help="JSON lines on standard output")
+        command.add_argument("--out", type=Path, help="a file for the JSON lines")
+        add(command)
+
+
+def _add_attention(parser: argparse.ArgumentParser) -> None:
+    from diffkv.bench.fill import TIER_MIXES
+
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quant", nargs="+", default=DEFAULT_QUANTS, help="formats")
+    parser.add_argument("--tiers", nargs="+", choices=TIER_MIXES, default=["low", "mix"],
+                        help="all tokens high, all low, or 20 %% high (default: low mix)")  # fmt: skip
+    parser.add_argument("--ctx", nargs="+", type=size, default=[KIB, 4 * KIB, 16 * KIB])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--group", nargs="+", type=int, default=[4], help="query heads a KV head")
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--ragged", choices=["no", "yes", "both"], nargs="?", const="yes",
+                        default="no", help="lengths and tiers that differ")  # fmt: skip
+    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    parser.add_argument("--cpu-time", action="store_true",
+                        help="time of the one thread, on a machine that is shared")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--full", choices=["grid"], help="contexts, batches and groups of the grid")
+
+
+def _add_manager(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quant", default="k8v4-k4v2")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=20, help="decode steps that are timed")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    parser.add_argument(
+        "--full", action="store_true", help="to 64K tokens, 256 requests, 2560 heads"
+    )
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", help="a folder, a model id, or 'reference'")
+    source.add_argument("--random-weights", metavar="NAME", help="sizes of a known model")
+    parser.add_argument("--kv-bytes", type=size, help="KV budget (default: four requests in bf16)")
+    parser.add_argument("--quant", nargs="+", default=["k8v4-k4v2"])
+    parser.add_argument("--alpha-high", type=float)
+    parser.add_argument("--alpha-low", type=float)
+    parser.add_argument("--input-len", type=int, default=1024)
+    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--num-prompts", type=int, default=16)
+    parser.epilog = "Any other option is passed on to vLLM's engine, in all settings."
+
+
+def _add_throughput(parser: argparse.ArgumentParser) -> None:
+    _add_engine_options(parser)
+    parser.add_argument("--workload", default=RANDOM,
+                        help="random, shipped, or a file of JSON lines with prompts")  # fmt: skip
+    parser.add_argument("--range-ratio", type=float, default=0.0, help="spread of random lengths")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--profile", action="store_true", help="where each engine spends its time")
+    parser.add_argument("--paper", action="store_true", help="the original's models, with weights")
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    _add_engine_options(parser)
+    parser.add_argument("--url", help="of a running server, instead of starting some")
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 1.0, 2.0],
+                        help="requests a second")  # fmt: skip
+    parser.add_argument("--goodput", nargs="+", default=[], metavar="METRIC:MS",
+                        help="what a good answer keeps to, such as ttft:5000 tpot:200")  # fmt: skip
+    parser.add_argument("--request-alpha-high", type=float, help="sent with every request")
+    parser.add_argument("--request-alpha-low", type=float, help="likewise")
+    parser.add_argument("--plot", type=Path, help="a PNG of latency against rate")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure."""
+    commands: dict[str, Callable[[argparse.Namespace], None]] = {
+        "attention": _attention,
+        "manager": _manager,
+        "throughput": _throughput,
+        "serving": _serving,
+    }
+    if args.flags and args.bench in ("attention", "manager"):
+        raise ConfigError(f"diffkv bench {args.bench} has no option {args.flags[0]}: see --help")
+    for name in ("ctx", "batch", "group", "requests", "layers", "kv_heads", "num_prompts", "repeats",
+                 "steps", "threads", "kv_bytes", "input_len", "output_len", "rates"):  # fmt: skip
+        value = getattr(args, name, None)
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and each <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {each}")
+    quants = args.quant if isinstance(args.quant, list) else [args.quant]
+    for quant in quants:
+        QuantConfig.parse(quant)
+    commands[args.bench](args)
+    return 0
+
+
+def _prepare_device(args: argparse.Namespace) -> None:
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device here: leave out --device cuda")
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+        torch.set_num_threads(args.threads)
+
+
+def _attention(args: argparse.Namespace) -> None:
+    from diffkv.bench import attention
+    from diffkv.bench.facts import Rows
+
+    if args.cpu_time and (args.device, args.threads) != ("cpu", 1):
+        raise ConfigError("--cpu-time is the time of one thread of a CPU: add --threads 1")
+    _prepare_device(args)
+    if args.full:
+        vars(args).update(FULL_GRID, ragged="both", tiers=["high", "low", "mix"])
+    if args.smoke:
+        vars(args).update(ctx=[KIB], batch=[1, 2], repeats=SMOKE_REPEATS, ragged="both")
+    ragged = {"no": [False], "yes": [True], "both": [False, True]}[args.ragged]
+    grid = attention.Grid(
+        args.quant, args.tiers, args.ctx, args.batch, args.group, ragged, args.kv_heads,
+        args.head_dim, args.repeats,
+    )  # fmt: skip
+    clock = time.thread_time if args.cpu_time else time.perf_counter
+    attention.run(grid, args.device, Rows(args.json, args.out, args.device), clock)
+
+
+def _manager(args: argparse.Namespace) -> None:
+    from diffkv.bench import manager
+    from diffkv.bench.facts import Rows
+
+    _prepare_device(args)
+    if args.smoke:
+        vars(args).update(layers=4, requests=2, steps=3)
+    load = manager.Load(
+        args.layers, args.kv_heads, args.requests, head_dim=args.head_dim, quant=args.quant
+    )
+    rows = Rows(args.json, args.out, args.device)
+    manager.run(load, args.device, rows, args.steps, args.full, small=args.smoke)
+
+
+def _options(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """DiffKV's options for each quant; what they do not take is refused before anything runs."""
+    from diffkv.vllm_plugin.options import Options
+
+    options = []
+    for quant in args.quant:
+        given = {"quant": quant, "alpha_high": args.alpha_high, "alpha_low": args.alpha_low}
+        given = {name: value for name, value in given.items() if value is not None}
+        Options.parse(given)
+        options.append(given)
+    return options
+
+
+def _model(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The model's folder or id, arguments of the engine for it, and its `config.json`."""
+    from diffkv.bench import models
+
+    if args.model is None:
+        name = args.random_weights or "bench-small"
+        load_format = models.write_model(name, folder)
+        return str(folder), {"load_format": load_format}, models.find(name)
+    from diffkv.vllm_plugin.offline import check_model
+
+    model = model_folder(args.model)
+    check_model(model)
+    config = Path(model) / "config.json"
+    return model, {}, json.loads(config.read_text()) if config.is_file() else {}
+
+
+def _kv_bytes(args: argparse.Namespace, config: dict[str, Any], longest: int) -> int:
+    from diffkv.bench.throughput import four_requests
+
+    if args.kv_bytes:
+        return int(args.kv_bytes)
+    if not config:
+        raise ConfigError("a model id needs --kv-bytes: the sizes of its cache are not known here")
+    return four_requests(config, longest)
+
+
+def _throughput(args: argparse.Namespace) -> None:
+    from diffkv.bench import throughput
+    from diffkv.bench.facts import Rows
+    from diffkv.bench.models import PAPER_MODELS
+
+    options = _options(args)
+    if args.smoke:
+        vars(args).update(num_prompts=6, input_len=260, output_len=8, repeats=1)
+        if args.model is None:
+            args.random_weights = "bench-tiny"
+    rows = Rows(args.json, args.out)
+    if args.paper and args.kv_bytes is None:
+        raise ConfigError("--paper needs --kv-bytes: what a GPU has left beside the weights")
+    for model in PAPER_MODELS if args.paper else [args.model]:
+        args.model = model
+        with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
+            name, engine, config = _model(args, Path(folder))
+            workload = _workload(args, name, config)
+            engine |= {"model": name, **_engine_flags(args)}
+            facts = {"op": "throughput", "model": args.model or args.random_weights or "bench-small",
+                     "weights": engine.get("load_format", "own")}  # fmt: skip
+            throughput.run(
+                engine, workload, _kv_bytes(args, config, workload.longest),
+                _compared(args, options, rows), args.repeats, rows, facts, args.profile,
+            )  # fmt: skip
+
+
+def _compared(args: argparse.Namespace, options: list[dict[str, Any]], rows: Any) -> list[Any]:
+    """The settings to compare; a smoke run leaves fp8 out, for its time."""
+    from diffkv.bench.throughput import settings
+
+    compared = settings(options)
+    if not args.smoke:
+        return compared
+    rows.note("smoke: stock fp8 is left out")
+    return [setting for setting in compared if setting.name != "stock fp8"]
+
+
+def _workload(args: argparse.Namespace, model: str, config: dict[str, Any]) -> Any:
+    from diffkv.bench import throughput
+
+    if args.workload == RANDOM:
+        words = config.get("vocab_size", 512)
+        return throughput.random_workload(
+            args.num_prompts, args.input_len, args.output_len, args.range_ratio, words
+        )
+    shipped = files("diffkv") / "data" / "prompts.jsonl"
+    path = Path(str(shipped)) if args.workload == SHIPPED else Path(args.workload)
+    return throughput.text_workload(path, model, args.num_prompts, args.output_len)
+
+
+def _engine_flags(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.flags:
+        return {}
+    from diffkv.vllm_plugin.offline import engine_flags
+
+    return engine_flags(args.flags)
+
+
+def _serving(args: argparse.Namespace) -> None:
+    from diffkv.bench import plots, serving
+    from diffkv.bench.facts import Rows
+    from diffkv.bench.throughput import Setting, settings
+
+    compared = settings(_options(args))
+    if args.smoke:
+        vars(args).update(num_prompts=4, input_len=64, output_len=8, rates=[4.0])
+        compared = [compared[-1]]
+        if args.model is None:
+            args.random_weights = "bench-tiny"
+    if args.url:
+        compared = [Setting("url", None, {})]
+    given = {
+        "diffkv_alpha_high": args.request_alpha_high,
+        "diffkv_alpha_low": args.request_alpha_low,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    traffic = serving.Traffic(
+        args.rates, args.num_prompts, args.input_len, args.output_len, args.goodput,
+        {"vllm_xargs": given} if given else None,
+    )  # fmt: skip
+    rows = Rows(args.json, args.out)
+    with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
+        model, engine, config = _model(args, Path(folder))
+        longest = args.input_len + args.output_len
+        flags = [
+            "--kv-cache-memory-bytes", str(_kv_bytes(args, config, longest)), "--enforce-eager",
+            "--max-model-len", str(longest + 16), "--max-num-seqs", str(max(8, args.num_prompts)),
+        ]  # fmt: skip
+        for name, value in engine.items():
+            flags += [f"--{name.replace('_', '-')}", value]
+        facts = {"model": args.model or args.random_weights or "bench-small"}
+        serving.run(model, traffic, compared, [*flags, *args.flags], rows, facts, args.url)
+    if args.plot:
+        plots.plot_serving(rows.rows, args.plot)

@@ -1,0 +1,110 @@
+"""What `diffkv bench` computes from its timings, and that it refuses what makes no sense."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from diffkv import ops
+from diffkv.bench import fill, manager, models, throughput
+from diffkv.bench.attention import Grid, Point
+from diffkv.bench.facts import percentile
+from diffkv.bench.host_table import HostTable
+from diffkv.bench.timing import Case, measure
+from diffkv.cli import main
+
+
+def test_percentile_is_a_value_that_was_measured():
+    values = [float(x) for x in range(10)]
+    assert [percentile(values, share) for share in (0.0, 0.2, 0.8, 1.0)] == [0, 2, 8, 9]
+
+
+def test_exponent_of_a_power_law():
+    sizes = [1, 4, 16, 64]
+    assert manager.exponent(sizes, [3 * size**0.5 for size in sizes]) == pytest.approx(0.5)
+
+
+def test_cases_run_in_turn():
+    order = []
+    cases = [Case(name, lambda n=name: order.append(n), 1, {}) for name in "ab"]
+    timings = measure(cases, repeats=3)
+    assert "".join(order) == "ab" * (len(order) // 2)
+    assert all(0 <= t.p20 <= t.ms <= t.p80 for t in timings)
+
+
+def test_grid_has_no_ragged_batch_of_one():
+    grid = Grid(["k8v4"], ["high"], [1024], [1, 8], [4, 8], [False, True])
+    points = list(grid.points())
+    assert len(points) == 2 * 2 + 2
+    assert len(set(map(str, points))) == len(points)
+    assert sum(Point(1024, 8, 4, True).lengths()) == pytest.approx(8 * 1024, abs=8)
+
+
+def test_useful_bytes_are_those_of_the_kept_tokens():
+    state = fill.make_pool("k8v4-k4v2", 64, torch.bfloat16, (1, 2), 2, 300)
+    tokens = fill.random_tokens([300, 100], 2, 64, torch.bfloat16, "cpu")
+    fill.fill(state, ops.load("cpu"), tokens, high_share=0.0)
+    high, low = state.layout.tiers
+    in_window = state.window
+    assert fill.useful_bytes(state, 0) == 2 * (
+        2 * in_window * high.token_bytes + (400 - 2 * in_window) * low.token_bytes
+    )
+
+
+def test_host_tables_do_the_same():
+    shape = (2, 3, 2, 64)
+    vectorised, by_hand = (HostTable(shape, (8, 12), 0.3, 3.0) for _ in range(2))
+    for _ in range(20):
+        vectorised.step_numpy()
+        by_hand.step_python()
+    for one, other in ((vectorised._counts, by_hand._counts), (vectorised._pages, by_hand._pages)):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_random_workload_is_the_same_again_and_keeps_its_spread():
+    workload = throughput.random_workload(50, 100, 20, 0.5, vocabulary=512)
+    assert workload == throughput.random_workload(50, 100, 20, 0.5, vocabulary=512)
+    lengths = [len(prompt) for prompt in workload.prompts]
+    assert 50 <= min(lengths) < 70 < 130 < max(lengths) <= 150
+    assert {*itertools.chain(*workload.prompts)} <= set(range(3, 512))
+
+
+def test_ratios_do_not_depend_on_the_order_of_settings():
+    stock = {"engine": "stock bf16", "tokens_per_s": 2.0, "decode_tokens_per_s": 4.0}
+    ours = {"engine": "diffkv", "tokens_per_s": 3.0, "decode_tokens_per_s": 10.0}
+    failed = {"engine": "stock fp8", "error": "not here"}
+    expected = {
+        "vs_stock_bf16": 1.5, "decode_vs_stock_bf16": 2.5,
+        "vs_stock_fp8": None, "decode_vs_stock_fp8": None,
+    }  # fmt: skip
+    assert throughput._ratios(ours, [stock, ours]) == expected
+    assert throughput._ratios(ours, [ours, stock]) == expected
+    assert set(throughput._ratios(failed, [stock, ours]).values()) == {None}
+
+
+def test_sizes_of_known_models():
+    per_token = {name: models.kv_bytes_per_token(config) for name, config in models.MODELS.items()}
+    assert per_token["llama-3-8b"] == 131072
+    assert per_token["qwen2.5-7b"] == 57344
+    assert per_token["bench-small"] == 16384
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("attention --quant k3v3", "k_bits must be one of"),
+        ("attention --no-such-option", "has no option --no-such-option"),
+        ("attention --ctx 0", "--ctx must be above 0, got 0"),
+        ("manager --quant k8v4-k8v8", "diffkv: "),
+        ("throughput --random-weights gpt-9", "--random-weights must be one of bench-tiny"),
+        ("throughput --paper", "--paper needs --kv-bytes"),
+        ("throughput --alpha-high -1", "alpha_high"),
+        ("throughput --workload /no/such/file", "is no file of JSON lines"),
+    ],
+)  # fmt: skip
+def test_refuses_in_one_line(capsys, command, message):
+    assert main(["bench", *command.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
