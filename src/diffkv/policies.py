@@ -102,7 +102,7 @@ def _top(scores: Tensor, num_kept: int) -> Tensor:
     """Mark the `num_kept` largest of each row; of equal ones the later."""
     keep = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     if num_kept:
-        order = scores.flip(-1).argsort(-1, descending=True, stable=True)[..., :num_kept]
+        order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
         keep.scatter_(-1, scores.shape[-1] - 1 - order, True)
     return keep
 
@@ -256,11 +256,10 @@ def _read(name: str, text: str) -> float | int | str:
         value = -1
     if name == "keep" and not 0 <= value <= 1:
         raise ConfigError(f"keep must be a share of 0 .. 1, got {text!r}")
-    if value < (1 if name == "queries" else 0):
+    least = 1 if name == "queries" else 0
+    if value < least:
         also = ", or all" if name == "queries" else ""
-        raise ConfigError(
-            f"{name} must be a whole number of at least {(also and 1) or 0}{also}, got {text!r}"
-        )
+        raise ConfigError(f"{name} must be a whole number of at least {least}{also}, got {text!r}")
     return value
 
 
