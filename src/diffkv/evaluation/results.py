@@ -56,6 +56,7 @@ class TaskRow(Use):
     Attributes:
         task: name of the task.
         setting: easy: the question ends the prompt. hard: it comes when the prompt is compressed.
+            benchmark: the prompt of a task of lm-evaluation-harness.
         n: samples.
         accuracy: mean share of right answer words of a sample.
         accuracy_full: of the same samples through the full-precision cache.
@@ -65,7 +66,7 @@ class TaskRow(Use):
     """
 
     task: str
-    setting: Literal["easy", "hard"]
+    setting: Literal["easy", "hard", "benchmark"]
     n: int = Field(gt=0)
     accuracy: float = Share
     accuracy_full: float = Share
