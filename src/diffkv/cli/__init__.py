@@ -19,6 +19,7 @@ from diffkv.quant import ConfigError
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
+    "calibrate": "choose thresholds for a model within a loss that you allow",
     "doctor": "check what this machine has: versions, plugin, compiler, kernels",
     "generate": "answer prompts with a compressed cache, or compare it with an uncompressed one",
     "inspect": "show what each layer and head kept of a prompt",

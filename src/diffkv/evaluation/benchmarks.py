@@ -118,5 +118,3 @@ def _absolute(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_absolute(each, folder) for each in value]
     return value if "://" in value else str(folder / value)
-
-

@@ -1,7 +1,7 @@
 """lm-evaluation-harness drives vLLM, with DiffKV and with vLLM's own cache.
 
-The harness makes the prompts, runs the engine and scores the answers; what is here starts its engine with
-our arguments, reads what the cache spent, and pairs the scores of the two caches by sample.
+The harness makes the prompts, runs the engine and scores the answers; what is here starts its engine
+with our arguments, reads what the cache spent, and pairs the scores of the two caches by sample.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from diffkv.vllm_plugin.offline import CacheUse, first_line, refusals_in_one_lin
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.session import Meter, engine_arguments
 
-__all__ = ["Scores", "run", "rows"]
+__all__ = ["Scores", "rows", "run"]
 
 THINK_END = "</think>"
 """What ends the thoughts of the models that --thinking is for; only what follows is scored."""
