@@ -12,14 +12,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffkv.ops import Ops
-from diffkv.policy import (
-    HIGH,
-    SCORED_QUERIES,
-    PromptPolicy,
-    Thresholds,
-    num_queries_seen,
-    paper_tiers,
-)
+from diffkv.policies import PAPER, Policy
+from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds, num_queries_seen
 from diffkv.state import DecodePlan, PoolState, PromptTokens
 
 __all__ = ["DiffKVCache", "PromptChunk", "Step"]
@@ -77,9 +71,7 @@ class DiffKVCache:
         policy: decides the tiers of prompts.
     """
 
-    def __init__(
-        self, state: PoolState, ops: Ops, scale: float, policy: PromptPolicy = paper_tiers
-    ) -> None:
+    def __init__(self, state: PoolState, ops: Ops, scale: float, policy: Policy = PAPER) -> None:
         self.state = state
         self._ops = ops
         self._scale = scale
@@ -108,13 +100,15 @@ class DiffKVCache:
         self._ops.release(self.state, nobody, -1)
 
     def open(self, slot: int, prompt_len: int, thresholds: Thresholds) -> None:
-        """Begin a request in an empty slot.
+        """Begin a request in an empty slot. A policy without thresholds lets go of them.
 
         Raises:
             ValueError: the slot is not empty.
         """
         if slot in self._thresholds:
             raise ValueError(f"slot {slot} already has a request")
+        if not self._policy.uses_thresholds:
+            thresholds = Thresholds()
         self._thresholds[slot] = thresholds
         self.state.prompt_lens[slot] = prompt_len
         self.state.thresholds[slot, 0] = thresholds.alpha_high
@@ -132,7 +126,7 @@ class DiffKVCache:
 
     def compresses(self, chunk: PromptChunk) -> bool:
         """Whether a prompt's tokens are sorted into tiers with this chunk."""
-        return chunk.is_last and self._thresholds[chunk.slot] != Thresholds()
+        return chunk.is_last and self._policy.decides(self._thresholds[chunk.slot])
 
     def plan(
         self,
@@ -216,9 +210,9 @@ class DiffKVCache:
             self._store_decided(layer, complete)
 
     def _carry_queries(self, layer: int, chunk: PromptChunk, query: Tensor) -> None:
-        """Keep the queries of an early chunk that are among the prompt's last 64."""
-        scored = chunk.end - max(chunk.num_stored, chunk.prompt_len - SCORED_QUERIES)
-        if chunk.is_last or scored <= 0 or self._thresholds[chunk.slot] == Thresholds():
+        """Keep the queries of an early chunk that are among those that score the prompt."""
+        scored = chunk.end - max(chunk.num_stored, chunk.prompt_len - self._policy.scored_queries)
+        if chunk.is_last or scored <= 0 or not self._policy.decides(self._thresholds[chunk.slot]):
             return
         earlier = self._carried_queries.get((chunk.slot, layer))
         latest = query[-scored:].clone()
@@ -227,9 +221,9 @@ class DiffKVCache:
         )
 
     def _scored_queries(self, layer: int, chunk: PromptChunk, query: Tensor) -> Tensor:
-        """The prompt's last 64 queries, those of earlier chunks included."""
+        """The queries that score a prompt, those of earlier chunks included."""
         earlier = self._carried_queries.pop((chunk.slot, layer), None)
-        query = query[-SCORED_QUERIES:]
+        query = query[-self._policy.scored_queries :]
         return query if earlier is None else torch.cat([earlier, query])
 
     def _store_high(self, layer: int, chunks: list[tuple[PromptChunk, Tensor, Tensor]]) -> None:
@@ -254,9 +248,10 @@ class DiffKVCache:
             [0] * len(prompts),
         )  # fmt: skip
         queries = [q for _, q, _, _ in prompts]
+        scored = self._policy.scored_queries
         sums = self._ops.significance(
             _join(queries), tokens.key, self._starts([len(q) for q in queries]),
-            tokens.cu_seqlens, self._scale, SCORED_QUERIES,
+            tokens.cu_seqlens, self._scale, min(scored, max(len(q) for q in queries)),
         )  # fmt: skip
         tiers = torch.empty(sums.shape, dtype=torch.int8, device=sums.device)
         start = 0
@@ -264,8 +259,13 @@ class DiffKVCache:
             span = slice(start, start + chunk.prompt_len)
             length = torch.tensor(chunk.prompt_len, device=sums.device)
             seen = num_queries_seen(tokens.positions[span], length, length)
-            tiers[:, span] = self._policy(
-                sums[:, span] / seen, self._thresholds[chunk.slot], self.state.window
+            if scored == SCORED_QUERIES:
+                means = sums[:, span] / seen
+            else:  # decode divides by `seen`, whoever has scored the prompt
+                means = sums[:, span] / (length - tokens.positions[span]).clamp(max=scored)
+                sums[:, span] = means * seen
+            tiers[:, span] = self._policy.tiers(
+                means, self._thresholds[chunk.slot], self.state.window
             )
             start = span.stop
         stored = [c.slot for c in chunks if c.num_stored]

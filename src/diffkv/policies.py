@@ -25,7 +25,7 @@ from diffkv.policy import (
 )
 from diffkv.quant import ConfigError, QuantConfig
 
-__all__ = ["ALL_QUERIES", "POLICIES", "Policy", "parse"]
+__all__ = ["ALL_QUERIES", "PAPER", "POLICIES", "Policy", "parse"]
 
 ALL_QUERIES = 1 << 30
 """As `scored_queries`: every query of the prompt counts."""
@@ -42,7 +42,7 @@ class Policy:
             are both 0.
         scored_queries: a prompt is scored by so many of its last queries.
         needs_low: whether it puts tokens in the low tier whatever the thresholds are.
-        needs_scores: whether the tiers depend on the scores.
+        keeps_all: whether every token stays high, so that there is nothing to decide.
     """
 
     text: str
@@ -50,11 +50,17 @@ class Policy:
     uses_thresholds: bool = False
     scored_queries: int = SCORED_QUERIES
     needs_low: bool = False
-    needs_scores: bool = True
+    keeps_all: bool = False
 
     def __str__(self) -> str:
         """The text form."""
         return self.text
+
+    def decides(self, thresholds: Thresholds) -> bool:
+        """Whether any token of a prompt may leave the high tier."""
+        if self.uses_thresholds:
+            return thresholds != Thresholds()
+        return not self.keeps_all
 
     def check(self, quant: QuantConfig) -> None:
         """Refuse formats that the policy cannot work with.
@@ -196,7 +202,7 @@ class _Kind:
     settings: tuple[str, ...]
     make: Callable[[_Settings], PromptPolicy]
     uses_thresholds: bool = False
-    needs_scores: bool = True
+    keeps_all: bool = False
 
 
 _BUDGET = ("keep", "sinks", "survivors")
@@ -212,11 +218,11 @@ POLICIES = {
     ),
     "none": _Kind(
         "every token in the high tier: uniform quantisation",
-        (), lambda _: _none, needs_scores=False,
+        (), lambda _: _none, keeps_all=True,
     ),
     "window": _Kind(
         "StreamingLLM: the first and the latest tokens",
-        _BUDGET, lambda settings: partial(_window, settings), needs_scores=False,
+        _BUDGET, lambda settings: partial(_window, settings),
     ),
     "topk": _Kind(
         "SnapKV, or H2O with queries=all: the most significant tokens of each head",
@@ -232,7 +238,7 @@ POLICIES = {
     ),
     "random": _Kind(
         "tokens at random, each head its own",
-        (*_BUDGET, "seed"), _Random, needs_scores=False,
+        (*_BUDGET, "seed"), _Random,
     ),
 }  # fmt: skip
 """Every policy by name."""
@@ -289,5 +295,9 @@ def parse(text: str) -> Policy:
         kind.uses_thresholds,
         settings.queries,
         needs_low=settings.survivors == "low",
-        needs_scores=kind.needs_scores,
+        keeps_all=kind.keeps_all,
     )
+
+
+PAPER = parse("paper")
+"""The default."""

@@ -89,6 +89,11 @@ class PoolShape:
         """Bytes of the tables of one slot: page table, two counts of two tiers, thresholds, length."""
         return self.num_layers * self.num_kv_heads * 4 * (self.table_width + 4) + 3 * 4
 
+    def spent_bytes(self, num_pages: int, num_requests: int) -> int:
+        """What requests take of the budget: pages, their ring entries, and the requests' tables."""
+        page_bytes = self.layout.page_bytes + RING_ENTRY_BYTES
+        return num_pages * page_bytes + num_requests * self.slot_bytes
+
     @property
     def table_bytes(self) -> int:
         """Bytes of all tables: what of the budget is not pages."""
