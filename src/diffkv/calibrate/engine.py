@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from diffkv.calibrate.questions import AGREEMENT, Question, agreement, right_words
+from diffkv.calibrate.questions import AGREEMENT, Question, agreement
 from diffkv.calibrate.search import Cost, Measure, Part
 from diffkv.policy import Thresholds
 from diffkv.vllm_plugin.session import Session, session
@@ -42,8 +42,7 @@ def full_precision(
     if metric == AGREEMENT:
         return [answer.token_ids for answer in answers]
     return [
-        right_words(answer.text, question.answer or "")
-        for answer, question in zip(answers, questions, strict=True)
+        question.score(answer.text) for answer, question in zip(answers, questions, strict=True)
     ]
 
 
@@ -71,7 +70,7 @@ def measure(
             if metric == AGREEMENT:
                 losses.append(1.0 - agreement(answer.token_ids, best))
             else:
-                losses.append(best - right_words(answer.text, question.answer or ""))
+                losses.append(best - question.score(answer.text))
         num_bytes, bf16_bytes = (
             each * use.tokens for each in (use.bytes_per_token, use.bf16_bytes_per_token)
         )

@@ -7,19 +7,35 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from diffkv.evaluation.languages import LANGUAGES
+from diffkv.evaluation.tasks import Answer, draw
 from diffkv.quant import ConfigError
 
-__all__ = ["AGREEMENT", "METRIC_HELP", "RIGHT_WORDS", "Question", "agreement", "choose", "digest",
-           "metric", "right_words"]  # fmt: skip
+__all__ = [
+    "AGREEMENT",
+    "ANYWHERE",
+    "PLACE",
+    "RIGHT_WORDS",
+    "Question",
+    "agreement",
+    "as_answer",
+    "choose",
+    "digest",
+    "metric",
+    "synthetic",
+]
 
 RIGHT_WORDS = "right_words"
-AGREEMENT = "agreement"
+"""Loss: the share of right words in full precision, minus that of the compressed answer."""
 
-METRIC_HELP = {
-    RIGHT_WORDS: "share of right words, full precision minus compressed",
-    AGREEMENT: "share of an answer's tokens from the first one that differs from full precision",
-}
-"""What the loss of a metric is."""
+AGREEMENT = "agreement"
+"""Loss: the share of an answer's tokens from the first one on that differs from full precision."""
+
+PLACE, ANYWHERE = "reference", "english"
+"""Languages whose way of scoring fits any text: words at their places, or phrases anywhere."""
+
+ANSWER_ROOM = {"reference": 1, "english": 4}
+"""New tokens for each token of the right answer: how much a model may say around it."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +46,48 @@ class Question:
         prompt: the text.
         answer: the right answer; None if none is known, and then the full-precision one counts.
         max_tokens: new tokens.
+        language: of `diffkv.evaluation.languages`; scores the answer.
     """
 
     prompt: str
-    answer: str | None
+    answer: Answer | None
     max_tokens: int
+    language: str = PLACE
+
+    def score(self, text: str) -> float:
+        """Share of the answer's words that a text has right."""
+        assert self.answer is not None
+        return LANGUAGES[self.language].score(text, self.answer)
+
+
+def as_answer(text: str, language: str) -> Answer:
+    """A right answer as it is scored: word by word at their places, or as a phrase anywhere."""
+    words = text.split() if language == PLACE else [text]
+    return tuple((word, True) for word in words)
+
+
+def synthetic(language: str, num_tokens: int, num_samples: int, seed: int) -> list[Question]:
+    """Questions about facts in the context, of every task that a language has words for.
+
+    The question ends the prompt, so prompt and question are compressed together, as an engine does
+    with a first request.
+
+    Args:
+        language: name in `diffkv.evaluation.languages.LANGUAGES`.
+        num_tokens: of a prompt.
+        num_samples: of all tasks together, the same number of each or one less.
+        seed: of all choices.
+    """
+    spoken = LANGUAGES[language]
+    questions = []
+    for index, task in enumerate(spoken.tasks):
+        num = len(range(index, num_samples, len(spoken.tasks)))
+        for sample in draw(task, spoken, "easy", num_tokens, num, seed):
+            num_words = sum(spoken.count(word) for word, _ in sample.answer)
+            questions.append(
+                Question(sample.prompt, sample.answer, ANSWER_ROOM[language] * num_words, language)
+            )
+    return questions
 
 
 def choose(questions: Sequence[Question], n: int | None, seed: int) -> list[Question]:
@@ -61,13 +114,6 @@ def metric(questions: Sequence[Question]) -> str:
             f"{with_answer} of {len(questions)} prompts have an answer: give one to all or to none"
         )
     return RIGHT_WORDS if with_answer else AGREEMENT
-
-
-def right_words(text: str, answer: str) -> float:
-    """Share of the answer's words that stand at their place in a text."""
-    words = answer.split()
-    pairs = zip(text.split(), words, strict=False)
-    return sum(word == right for word, right in pairs) / len(words)
 
 
 def agreement(token_ids: Sequence[int], full: Sequence[int]) -> float:

@@ -32,6 +32,7 @@ PASSES_FLAGS_ON = True
 """Options that are not listed here are those of vLLM's engine."""
 
 SYNTH = "synth"
+SYNTH_SAMPLES = 100
 DEFAULT_OUT = Path("calibration.toml")
 PARTIAL = ".partial"
 
@@ -57,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, metavar="N", help="so many of the prompts, at random"
     )
     parser.add_argument("--seed", type=int, default=0, help="of that choice (default: 0)")
-    parser.add_argument("--max-tokens", type=int, help="new tokens for each prompt (default: 64, or "
-                        "as many as its answer has words)")  # fmt: skip
+    parser.add_argument("--max-tokens", type=int, metavar="N",
+                        help="new tokens for each prompt of a FILE (default: 64)")  # fmt: skip
     parser.add_argument("--quant", default=DEFAULT_QUANT,
                         help="formats of the tiers (default: %(default)s)")  # fmt: skip
     parser.add_argument("--window", type=int, default=WINDOW,
@@ -84,16 +85,21 @@ def _share(text: str) -> float:
 
 
 def _questions(args: argparse.Namespace) -> "list[Question]":
-    from diffkv.calibrate.questions import Question, choose
+    from diffkv.calibrate import questions
 
     if args.data == SYNTH:
-        raise ConfigError("not yet")
+        language = "reference" if args.model == REFERENCE else "english"
+        num = args.samples or SYNTH_SAMPLES
+        drawn = questions.synthetic(language, args.prompt_tokens, num, args.seed)
+        return questions.choose(drawn, None, args.seed)
+    scoring = questions.ANYWHERE if args.match == "anywhere" else questions.PLACE
     args.prompt, args.prompts = None, Path(args.data)
-    found = [
-        Question(each.prompt, each.answer, each.max_tokens(args.max_tokens))
-        for each in generate._questions(args)
-    ]
-    return choose(found, args.samples, args.seed)
+    found = []
+    for each in generate._questions(args):
+        answer = None if each.answer is None else questions.as_answer(each.answer, scoring)
+        num_tokens = args.max_tokens or generate.DEFAULT_MAX_TOKENS
+        found.append(questions.Question(each.prompt, answer, num_tokens, scoring))
+    return questions.choose(found, args.samples, args.seed)
 
 
 def _options(args: argparse.Namespace) -> "Options":
@@ -109,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     """Search, write the file, and print what was chosen."""
     if not args.verbose:
         generate._silence_engine()
-    for name in ("max_tokens", "kv_memory", "samples"):
+    for name in ("max_tokens", "kv_memory", "samples", "prompt_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
