@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "show what each layer and head kept of a prompt",
     "layout": "show what a page holds and what a token costs",
     "plan": "show what fits a GPU's memory in each format, and whether compression pays",
+    "report": "turn result files into tables and plots",
     "serve": "start vLLM's OpenAI server with a compressed cache",
 }
 """Each command's module in this package, and its line in the help."""
