@@ -35,6 +35,8 @@ SYNTH = "synth"
 SYNTH_SAMPLES = 100
 DEFAULT_OUT = Path("calibration.toml")
 PARTIAL = ".partial"
+RULE_OF_THREE = 3.0
+"""What one sample in n / 3 loses is missed by n samples with a probability of 5 %."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,9 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", default=DEFAULT_OUT,
                         help="the file to write (default: %(default)s)")  # fmt: skip
     parser.add_argument(
-        "--samples", type=int, metavar="N", help="so many of the prompts, at random"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of that choice (default: 0)")
+        "--samples", type=int, metavar="N",
+        help=f"so many of the prompts, at random (default: all; {SYNTH_SAMPLES} of {SYNTH})",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N",
+                        help=f"length of the prompts of {SYNTH} (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--match", choices=("place", "anywhere"), default="place",
+        help="how answers of a FILE are scored: each word at its place, or the whole answer anywhere "
+        "in what the model says (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--max-tokens", type=int, metavar="N",
                         help="new tokens for each prompt of a FILE (default: 64)")  # fmt: skip
     parser.add_argument("--quant", default=DEFAULT_QUANT,
@@ -233,9 +243,10 @@ def _print(args: argparse.Namespace, calibration: "Calibration") -> None:
         f"(95 % interval {low:.2%} to {high:.2%}, {choice.samples} samples), "
         f"{choice.bytes_per_token:.1f} B a token, {choice.ratio_bf16:.2f}x less than bf16"
     )
-    if high > args.max_loss:
+    if max(high, RULE_OF_THREE / choice.samples) > args.max_loss:
         print(
-            f"The interval reaches beyond {args.max_loss:.2%}: more samples would tell.",
+            f"diffkv: {choice.samples} samples are too few to be sure of {args.max_loss:.2%}: give "
+            f"more --samples",
             file=sys.stderr,
         )
     print(f"{args.out} is written; use it as --calibration {args.out}")

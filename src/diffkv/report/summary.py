@@ -36,7 +36,7 @@ class Method:
     def label(self) -> str:
         """In few words; thresholds only where the policy has them."""
         uses = self.alpha_high > 0 or self.alpha_low > 0
-        alphas = f" a{self.alpha_high:g}/{self.alpha_low:g}" if uses else ""
+        alphas = f" alpha {self.alpha_high:g}/{self.alpha_low:g}" if uses else ""
         return f"{self.policy} {self.quant}{alphas}"
 
 
