@@ -161,7 +161,7 @@ def test_other_files_are_refused(tmp_path, content, message):
         (("--data", "synth", "--max-loss", "120%"), "a share of 0 to 1, as 1% or 0.01"),
         (("--data", "synth", "--max-loss", "1%", "--samples", "0"), "--samples must be at least 1"),
         (("--data", "synth", "--max-loss", "1%", "--out", "/no/c.toml"), "/no is no folder"),
-        (("--data", "synth", "--max-loss", "1%", "--quant", "k3v3"), "k3v3"),
+        (("--data", "synth", "--max-loss", "1%", "--quant", "k3v3"), "k_bits must be one of"),
     ],
 )
 def test_options_are_refused(capsys, arguments, message):
