@@ -132,6 +132,7 @@ class DiffKVHFCache(Cache):
         thresholds: alpha_high and alpha_low; None: the defaults for the formats.
         window: recent tokens that always stay high.
         max_tokens: most tokens of a sequence, answer included; None: the model's limit, at most 4096.
+        page_bytes: of a page; None: the size that wastes least.
         kernels: "reference" for the plain torch operations; None for the device's kernels.
 
     Raises:
@@ -146,6 +147,7 @@ class DiffKVHFCache(Cache):
         thresholds: Thresholds | None = None,
         window: int = WINDOW,
         max_tokens: int | None = None,
+        page_bytes: int | None = None,
         kernels: str | None = None,
     ) -> None:
         config = model.config.get_text_config(decoder=True)
@@ -164,7 +166,7 @@ class DiffKVHFCache(Cache):
         self._num_kv_heads = getattr(config, "num_key_value_heads", None) or self._num_q_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._num_q_heads
         self._dtype, self._device, self._window = model.dtype, model.device, window
-        self._layout = PageLayout.derive(self.quant, head_dim, element_bytes=model.dtype.itemsize)
+        self._layout = PageLayout.derive(self.quant, head_dim, page_bytes, model.dtype.itemsize)
         self._ops = ops.load(self._device.type, kernels)
         self._shape: PoolShape | None = None
         self._pages: DiffKVCache | None = None

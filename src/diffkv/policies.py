@@ -56,6 +56,10 @@ class Policy:
         """The text form."""
         return self.text
 
+    def fresh(self) -> "Policy":
+        """The same policy before its first call: one that draws begins its draws again."""
+        return parse(self.text)
+
     def decides(self, thresholds: Thresholds) -> bool:
         """Whether any token of a prompt may leave the high tier."""
         if self.uses_thresholds:

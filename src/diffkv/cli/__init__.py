@@ -21,6 +21,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "calibrate": "choose thresholds for a model within a loss that you allow",
     "doctor": "check what this machine has: versions, plugin, compiler, kernels",
+    "eval": "measure what answers lose against full precision: tasks, KL divergence",
     "generate": "answer prompts with a compressed cache, or compare it with an uncompressed one",
     "inspect": "show what each layer and head kept of a prompt",
     "layout": "show what a page holds and what a token costs",

@@ -1,8 +1,7 @@
 """Greedy answers through a transformers model, with a compressed cache or the full one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +11,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from diffkv import hf
 from diffkv.evaluation.tasks import Sample
 from diffkv.hf import CacheUse, DiffKVHFCache
+from diffkv.quant import ConfigError
 
-__all__ = ["Batch", "HFModel", "add_uses"]
+__all__ = ["Batch", "HFModel", "MakeCache", "add_uses", "load"]
 
 MakeCache = Callable[[PreTrainedModel, int], DiffKVHFCache]
 """(model, most tokens of a sequence) -> an empty cache; the model is attached."""
@@ -58,6 +58,11 @@ class HFModel:
         self._tokenizer = tokenizer
         self._batch_size = batch_size
 
+    def knows(self, words: Sequence[str]) -> bool:
+        """Whether each of some words is a token."""
+        vocabulary = self._tokenizer.get_vocab()
+        return all(word in vocabulary for word in words)
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's own opening if `special`."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=special).input_ids
@@ -71,16 +76,28 @@ class HFModel:
         text: str = self._tokenizer.decode(ids)
         return text
 
-    def batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
-        """Sort samples into batches by the length of their questions."""
+    def batches(self, samples: Sequence[Sample]) -> list[Batch]:
+        """Token ids of samples."""
+        return self.batched(
+            [
+                (
+                    self.encode(sample.prompt),
+                    self.encode(sample.question, special=False) if sample.question else [],
+                )
+                for sample in samples
+            ]
+        )
+
+    def batched(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[Batch]:
+        """Sort (prompt, question) into batches by the length of the question."""
         by_length: dict[int, list[tuple[int, list[int], list[int]]]] = {}
-        for number, sample in enumerate(samples):
-            question = self.encode(sample.question, special=False) if sample.question else []
-            row = number, self.encode(sample.prompt), question
-            by_length.setdefault(len(question), []).append(row)
-        for rows in by_length.values():
-            for first in range(0, len(rows), self._batch_size):
-                yield self._batch(rows[first : first + self._batch_size])
+        for number, (prompt, question) in enumerate(rows):
+            by_length.setdefault(len(question), []).append((number, prompt, question))
+        return [
+            self._batch(same[first : first + self._batch_size])
+            for same in by_length.values()
+            for first in range(0, len(same), self._batch_size)
+        ]
 
     def _batch(self, rows: list[tuple[int, list[int], list[int]]]) -> Batch:
         longest = max(len(prompt) for _, prompt, _ in rows)
@@ -119,7 +136,7 @@ class HFModel:
         return out
 
     def greedy(self, cache: Cache, batch: Batch, num_tokens: int) -> list[list[int]]:
-        """Read the prompts, then the questions token by token, then continue with the likeliest tokens."""
+        """Read prompts, then questions token by token, then continue with the likeliest tokens."""
         is_token, more = batch.is_token, torch.ones(len(batch.numbers), 1, dtype=torch.bool)
         logits = self.forward(cache, batch.prompts, is_token)
         answers = []
@@ -170,9 +187,19 @@ class HFModel:
         hf.detach(self.model)
 
 
-def load(folder: str, dtype: Any, batch_size: int, device: str) -> HFModel:
-    """Load a model and its tokenizer from a folder or the Hub."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load(folder: str, dtype: torch.dtype, batch_size: int, device: str) -> HFModel:
+    """Load a model and its tokenizer from a folder or the Hub.
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
-    return HFModel(model, AutoTokenizer.from_pretrained(folder), batch_size)
+    Raises:
+        ConfigError: transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+        return HFModel(model, AutoTokenizer.from_pretrained(folder), batch_size)
+    except (OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise ConfigError(f"transformers cannot load {folder}: {reason}") from error

@@ -21,12 +21,14 @@ class ReferenceWords:
     """
 
     name = "reference"
+    max_answer_tokens = None
     opening = "<bos> "
     tasks = ("retrieval", "passkey", "chain", "copy", "sum")
     keys = tuple(f"k{i}" for i in range(256))
     values = tuple(f"v{i}" for i in range(128))
     numbers = tuple(range(16))
     modulus = 16
+    num_copied = 100
     separator = " "
     _words = tuple(f"w{i}" for i in range(96))
     _word_shares = 1 / np.arange(1, 97) / (1 / np.arange(1, 97)).sum()
@@ -58,10 +60,10 @@ class ReferenceWords:
         """Ask for the keys that follow `start`."""
         return f"@ {start}", tuple((key, True) for key in keys)
 
-    def ask_copy(self, words: Sequence[str], num_cues: int) -> tuple[str, str, Answer]:
-        """Words to copy; the cue after which they are copied; what follows the cue."""
-        cue = " ".join(["again", *words[:num_cues]])
-        return f"copy {' '.join(words)}", cue, tuple((word, True) for word in words[num_cues:])
+    def ask_copy(self, words: Sequence[str]) -> tuple[list[str], str, Answer]:
+        """No facts: the question itself holds the words to copy."""
+        text = f"copy {' '.join(words)} again"
+        return [], text, tuple((word, True) for word in words)
 
     def ask_sum(self, keys: Sequence[str], numbers: Sequence[int]) -> tuple[str, Answer]:
         """Ask for the sum of the numbers of keys, step by step, modulo 16."""
@@ -72,7 +74,7 @@ class ReferenceWords:
         return f"sum sum {' '.join(keys)} ;", tuple(words)
 
     def count(self, text: str) -> int:
-        """Tokens of a text."""
+        """Tokens of a text; exact."""
         return len(text.split())
 
     def score(self, text: str, answer: Answer) -> float:
@@ -89,11 +91,12 @@ class English:
     """
 
     name = "english"
+    max_answer_tokens = 96
     opening = ""
     tasks = ("retrieval", "passkey", "chain", "copy", "sum", "frequent-words")
     separator = "\n"
     numbers = tuple(range(2, 10))
-    modulus = 0
+    num_copied = 12
     values = tuple(str(i) for i in range(1000, 10000))
     _tokens_per_word = 1.5
     _first = (
@@ -144,11 +147,10 @@ class English:
         )
         return text, tuple((key, True) for key in keys)
 
-    def ask_copy(self, words: Sequence[str], num_cues: int) -> tuple[str, str, Answer]:
-        """Words to copy; the cue after which they are copied; what follows the cue."""
-        listed = ", ".join(words)
-        cue = f"Question: Repeat the list exactly.\nAnswer: The list is: {', '.join(words[:num_cues])},"
-        return f"The list is: {listed}.", cue, tuple((word, True) for word in words[num_cues:])
+    def ask_copy(self, words: Sequence[str]) -> tuple[list[str], str, Answer]:
+        """Facts, the question, and the words that it asks to be copied from them."""
+        text = "Question: Repeat the list exactly.\nAnswer: The list is:"
+        return [f"The list is: {', '.join(words)}."], text, tuple((word, True) for word in words)
 
     def ask_sum(self, keys: Sequence[str], numbers: Sequence[int]) -> tuple[str, Answer]:
         """Ask for the cost of several things; only the total is scored."""

@@ -24,8 +24,7 @@ SETTINGS: tuple[Setting, ...] = ("easy", "hard")
 FILLER_TOKENS = 160
 """Between the last fact and the question, in the setting hard: more than twice the window."""
 
-LISTED, WALKED, COPIED, ADDED, PASSKEYS, FREQUENT = 16, 24, 48, 12, 2, 3
-COPY_CUES = 3
+LISTED, WALKED, ADDED, PASSKEYS, FREQUENT = 16, 24, 12, 2, 3
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,9 @@ def chain(rng: np.random.Generator, language: Any, num_tokens: int, number: int)
 
 
 def copy(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
-    """A list of words, asked for again by its first ones."""
-    words = _pick(rng, language.keys, COPIED)
-    fact, question, answer = language.ask_copy(words, COPY_CUES)
-    return _Parts([fact], question, answer, [0.5])
+    """A list of words, to be repeated."""
+    facts, question, answer = language.ask_copy(_pick(rng, language.keys, language.num_copied))
+    return _Parts(facts, question, answer, [0.5] * len(facts))
 
 
 def running_sum(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
