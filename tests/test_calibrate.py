@@ -171,3 +171,22 @@ def test_options_are_refused(capsys, arguments, message):
         status = refused.code
     assert status == 2
     assert message in capsys.readouterr().err.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--alpha-high", "3"), "sets formats, thresholds and window: leave out --alpha-high"),
+        (("--preset", "auto", "--quant", "k8v4"), "leave out --quant and --preset"),
+        ((), "is of reference, and reference has another configuration: calibrate it"),
+    ],
+)
+def test_a_calibration_stands_alone_and_is_of_one_model(tmp_path, capsys, flags, message):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"hidden_size": 8}))
+    calibration(config).write(tmp_path / "c.toml")
+    for command in (["generate", "--prompt", "x"], ["serve", "reference"]):
+        arguments = [*command, "--calibration", str(tmp_path / "c.toml"), *flags]
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line

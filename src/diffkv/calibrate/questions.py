@@ -34,9 +34,6 @@ AGREEMENT = "agreement"
 PLACE, ANYWHERE = "reference", "english"
 """Languages whose way of scoring fits any text: words at their places, or phrases anywhere."""
 
-ANSWER_ROOM = {"reference": 1, "english": 4}
-"""New tokens for each token of the right answer: how much a model may say around it."""
-
 
 @dataclass(frozen=True)
 class Question:
@@ -83,10 +80,8 @@ def synthetic(language: str, num_tokens: int, num_samples: int, seed: int) -> li
     for index, task in enumerate(spoken.tasks):
         num = len(range(index, num_samples, len(spoken.tasks)))
         for sample in draw(task, spoken, "easy", num_tokens, num, seed):
-            num_words = sum(spoken.count(word) for word, _ in sample.answer)
-            questions.append(
-                Question(sample.prompt, sample.answer, ANSWER_ROOM[language] * num_words, language)
-            )
+            num_tokens = spoken.max_answer_tokens or len(sample.answer)
+            questions.append(Question(sample.prompt, sample.answer, num_tokens, language))
     return questions
 
 

@@ -14,7 +14,7 @@ from diffkv.cli import generate
 from diffkv.cli.engine_options import DEFAULT_QUANT, REFERENCE, model_folder
 from diffkv.cli.models import config_file
 from diffkv.policy import WINDOW, Thresholds
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,9 +116,7 @@ def _options(args: argparse.Namespace) -> "Options":
     """What the engine starts with; thresholds come with each request."""
     from diffkv.vllm_plugin.options import Options
 
-    has_low = QuantConfig.parse(args.quant).low is not None
-    thresholds = {"alpha_high": 0.0, "alpha_low": 0.0} if has_low else {}
-    return Options.parse({"quant": args.quant, "window": args.window, **thresholds})
+    return Options.parse({"quant": args.quant, "window": args.window}).without_thresholds()
 
 
 def run(args: argparse.Namespace) -> int:

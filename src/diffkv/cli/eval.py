@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffkv import policies
+from diffkv.cli import eval_lm
 from diffkv.cli.engine_options import REFERENCE, add_cache_options, cache_options, model_folder
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
     from diffkv.evaluation.results import Run
     from diffkv.evaluation.runs import CacheSpec, HFRun
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
 
-SUITES = ("synth", "kld")
+PASSES_FLAGS_ON = True
+"""With the suite lm-eval: options that are not listed here are those of vLLM's engine."""
+
+SUITES = ("synth", "kld", eval_lm.SUITE)
 DEFAULT_NUM_SAMPLES = 32
 DEFAULT_TOKENS = 1024
 DEFAULT_STEPS = 128
@@ -31,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
         "--suite", choices=SUITES, default=SUITES[0],
-        help="synth: generated tasks; kld: distances of next-token distributions (default: synth)",
+        help="synth: generated tasks; kld: distances of next-token distributions; lm-eval: real "
+        "benchmarks in vLLM (default: synth)",
     )  # fmt: skip
     parser.add_argument(
         "--model", default=REFERENCE, help="a folder or a model id (default: the shipped model)"
@@ -78,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, default=DEFAULT_STEPS,
         help="most compared steps of a text (default: %(default)s)",
     )  # fmt: skip
+    eval_lm.add_arguments(parser)
     add_cache_options(parser)
 
 
@@ -90,6 +96,14 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} must be at least {least}, got {getattr(args, name)}")
+    if args.suite != eval_lm.SUITE:
+        if args.flags:
+            raise ConfigError(
+                f"unknown option {args.flags[0]}: only --suite lm-eval passes some on"
+            )
+        for name in ("limit", "thinking", "run_code"):
+            if getattr(args, name):
+                raise ConfigError(f"--{name.replace('_', '-')} is for --suite {eval_lm.SUITE}")
     if args.suite != "kld" and args.texts is not None:
         raise ConfigError("--texts is for --suite kld")
     if args.engine == "vllm" and args.suite != "synth":
@@ -163,8 +177,10 @@ def _vllm(args: argparse.Namespace, spec: "CacheSpec") -> "Run":
 def run(args: argparse.Namespace) -> int:
     """Evaluate, and print a table and one JSON object."""
     _check(args)
-    spec = _spec(args)
-    if args.engine == "vllm":
+    spec = None if args.suite == eval_lm.SUITE else _spec(args)
+    if spec is None:
+        result = eval_lm.evaluate(args)
+    elif args.engine == "vllm":
         result = _vllm(args, spec)
     else:
         from diffkv.evaluation import hf_runs
