@@ -80,8 +80,8 @@ def synthetic(language: str, num_tokens: int, num_samples: int, seed: int) -> li
     for index, task in enumerate(spoken.tasks):
         num = len(range(index, num_samples, len(spoken.tasks)))
         for sample in draw(task, spoken, "easy", num_tokens, num, seed):
-            num_tokens = spoken.max_answer_tokens or len(sample.answer)
-            questions.append(Question(sample.prompt, sample.answer, num_tokens, language))
+            num_new = spoken.max_answer_tokens or len(sample.answer)
+            questions.append(Question(sample.prompt, sample.answer, num_new, language))
     return questions
 
 

@@ -122,7 +122,7 @@ def _options(args: argparse.Namespace) -> "Options":
 def run(args: argparse.Namespace) -> int:
     """Search, write the file, and print what was chosen."""
     if not args.verbose:
-        generate._silence_engine()
+        generate.silence_engine()
     for name in ("max_tokens", "kv_memory", "samples", "prompt_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:

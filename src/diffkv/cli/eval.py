@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import sys
+from collections.abc import Collection
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +17,9 @@ from diffkv.quant import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from diffkv.evaluation.results import Run
-    from diffkv.evaluation.runs import CacheSpec, HFRun
+    from diffkv.evaluation.results import Run, TaskRow
+    from diffkv.evaluation.runs import CacheSpec
+    from diffkv.evaluation.synth import Plan
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
 
@@ -25,7 +27,7 @@ PASSES_FLAGS_ON = True
 """With the suite lm-eval: options that are not listed here are those of vLLM's engine."""
 
 SUITES = ("synth", "kld", eval_lm.SUITE)
-DEFAULT_NUM_SAMPLES = 32
+DEFAULT_NUM_SAMPLES = 16
 DEFAULT_TOKENS = 1024
 DEFAULT_STEPS = 128
 DEFAULT_BATCH = 16
@@ -106,6 +108,8 @@ def _check(args: argparse.Namespace) -> None:
                 raise ConfigError(f"--{name.replace('_', '-')} is for --suite {eval_lm.SUITE}")
     if args.suite != "kld" and args.texts is not None:
         raise ConfigError("--texts is for --suite kld")
+    if args.engine == "vllm" and args.device is not None:
+        raise ConfigError("--device is for --engine hf: vLLM runs where it was built for")
     if args.engine == "vllm" and args.suite != "synth":
         raise ConfigError("--engine vllm runs --suite synth only: leave it out for kld")
     if args.out is not None and not args.out.parent.is_dir():
@@ -150,51 +154,65 @@ def _texts(args: argparse.Namespace) -> str:
     return content
 
 
-def _synth(args: argparse.Namespace, spec: "CacheSpec", runner: "HFRun") -> "Run":
+def _plan(args: argparse.Namespace, vocabulary: Collection[str]) -> "Plan":
     from diffkv.evaluation.runs import language_of
     from diffkv.evaluation.synth import Plan
 
-    plan = Plan.choose(
-        language_of(runner.model, args.language), args.tasks, args.settings,
+    only = "easy" if args.engine == "vllm" else None
+    return Plan.choose(
+        language_of(vocabulary, args.language), args.tasks, args.settings or only,
         args.tokens, args.n, args.seed,
     )  # fmt: skip
-    return runner.tasks(spec, plan, lambda row: _progress(args, row.task, row.setting))
 
 
-def _progress(args: argparse.Namespace, *words: str) -> None:
-    if not args.json:
-        print("diffkv:", *words, file=sys.stderr)
+def _hf(args: argparse.Namespace, spec: "CacheSpec") -> "Run":
+    from diffkv.evaluation import hf_runs
+    from diffkv.evaluation.kld import read_texts
+    from diffkv.evaluation.runs import HFRun
+
+    texts = read_texts(_texts(args)) if args.suite == "kld" else []
+    device, dtype = _device_and_dtype(args)
+    model = hf_runs.load(model_folder(args.model), dtype, args.batch_size, device)
+    runner = HFRun(model, args.model)
+    if args.suite == "kld":
+        return runner.kld(spec, texts, args.steps)
+
+    def report(row: "TaskRow") -> None:
+        if not args.json:
+            print(f"diffkv: {row.task} {row.setting}", file=sys.stderr)
+
+    return runner.tasks(spec, _plan(args, model.vocabulary), report)
 
 
 def _vllm(args: argparse.Namespace, spec: "CacheSpec") -> "Run":
-    from diffkv.cli.generate import _silence_engine
+    from diffkv.cli.generate import REFERENCE_KV_MEMORY_BYTES, silence_engine
+    from diffkv.vllm_plugin.offline import check_model
+
+    silence_engine()
+    folder = model_folder(args.model)
+    check_model(folder)
+    from diffkv.evaluation.hf_runs import vocabulary_of
     from diffkv.evaluation.vllm_runs import run_tasks
 
-    _silence_engine()
-    return run_tasks(args, spec, model_folder(args.model))
+    engine = {
+        "model": folder,
+        "enforce_eager": True,
+        "use_tqdm_on_load": False,
+        "max_num_seqs": args.batch_size,
+        **({"kv_cache_memory_bytes": REFERENCE_KV_MEMORY_BYTES} if args.model == REFERENCE else {}),
+        **({"dtype": args.dtype} if args.dtype else {}),
+    }
+    return run_tasks(args.model, engine, spec, _plan(args, vocabulary_of(folder)))
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, and print a table and one JSON object."""
     _check(args)
-    spec = None if args.suite == eval_lm.SUITE else _spec(args)
-    if spec is None:
+    if args.suite == eval_lm.SUITE:
         result = eval_lm.evaluate(args)
-    elif args.engine == "vllm":
-        result = _vllm(args, spec)
     else:
-        from diffkv.evaluation import hf_runs
-        from diffkv.evaluation.kld import read_texts
-        from diffkv.evaluation.runs import HFRun
-
-        texts = read_texts(_texts(args)) if args.suite == "kld" else []
-        device, dtype = _device_and_dtype(args)
-        model = hf_runs.load(model_folder(args.model), dtype, args.batch_size, device)
-        runner = HFRun(model, args.model)
-        if args.suite == "kld":
-            result = runner.kld(spec, texts, args.steps)
-        else:
-            result = _synth(args, spec, runner)
+        spec = _spec(args)
+        result = _vllm(args, spec) if args.engine == "vllm" else _hf(args, spec)
     if not args.json:
         from diffkv.cli.eval_tables import print_run
 

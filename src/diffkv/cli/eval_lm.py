@@ -61,10 +61,10 @@ def _check(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> "Run":
     """Run the tasks with vLLM's own cache, then with DiffKV."""
-    from diffkv.cli.generate import REFERENCE_KV_MEMORY_BYTES, _silence_engine
+    from diffkv.cli.generate import REFERENCE_KV_MEMORY_BYTES, silence_engine
 
     _check(args)
-    _silence_engine()
+    silence_engine()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     options = cache_options(args)
     if args.policy == "none":

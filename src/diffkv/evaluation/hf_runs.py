@@ -1,6 +1,6 @@
 """Greedy answers through a transformers model, with a compressed cache or the full one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,7 +13,7 @@ from diffkv.evaluation.tasks import Sample
 from diffkv.hf import CacheUse, DiffKVHFCache
 from diffkv.quant import ConfigError
 
-__all__ = ["Batch", "HFModel", "MakeCache", "add_uses", "load"]
+__all__ = ["Batch", "HFModel", "MakeCache", "add_uses", "load", "vocabulary_of"]
 
 MakeCache = Callable[[PreTrainedModel, int], DiffKVHFCache]
 """(model, most tokens of a sequence) -> an empty cache; the model is attached."""
@@ -58,10 +58,11 @@ class HFModel:
         self._tokenizer = tokenizer
         self._batch_size = batch_size
 
-    def knows(self, words: Sequence[str]) -> bool:
-        """Whether each of some words is a token."""
-        vocabulary = self._tokenizer.get_vocab()
-        return all(word in vocabulary for word in words)
+    @property
+    def vocabulary(self) -> Collection[str]:
+        """Texts of its tokens."""
+        words: Collection[str] = self._tokenizer.get_vocab().keys()
+        return words
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's own opening if `special`."""
@@ -136,21 +137,23 @@ class HFModel:
         return out
 
     def greedy(self, cache: Cache, batch: Batch, num_tokens: int) -> list[list[int]]:
-        """Read prompts, then questions token by token, then continue with the likeliest tokens."""
-        is_token, more = batch.is_token, torch.ones(len(batch.numbers), 1, dtype=torch.bool)
+        """Read prompts, then questions, then continue with the likeliest tokens.
+
+        A compressed cache reads a question token by token, as if the model had made it.
+        """
+        is_token = batch.is_token
         logits = self.forward(cache, batch.prompts, is_token)
-        answers = []
-        num_questions = batch.questions.shape[1]
-        for step in range(num_questions + num_tokens):
-            if step < num_questions:
-                following = batch.questions[:, step : step + 1]
-            else:
-                following = logits[:, -1:].argmax(-1).cpu()
-                answers.append(following)
-                if step == num_questions + num_tokens - 1:
-                    break
-            is_token = torch.cat([is_token, more], 1)
-            logits = self.forward(cache, following, is_token)
+        at_once = 1 if isinstance(cache, DiffKVHFCache) else max(1, batch.questions.shape[1])
+        for part in batch.questions.split(at_once, 1) if batch.questions.numel() else ():
+            is_token = torch.cat([is_token, torch.ones_like(part, dtype=torch.bool)], 1)
+            logits = self.forward(cache, part, is_token)
+        answers: list[Tensor] = []
+        while len(answers) < num_tokens:
+            answers.append(logits[:, -1:].argmax(-1).cpu())
+            if len(answers) == num_tokens:
+                break
+            is_token = torch.cat([is_token, torch.ones_like(answers[-1], dtype=torch.bool)], 1)
+            logits = self.forward(cache, answers[-1], is_token)
         rows: list[list[int]] = torch.cat(answers, 1).tolist()
         return rows
 
@@ -203,3 +206,11 @@ def load(folder: str, dtype: torch.dtype, batch_size: int, device: str) -> HFMod
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise ConfigError(f"transformers cannot load {folder}: {reason}") from error
+
+
+def vocabulary_of(folder: str) -> Collection[str]:
+    """Texts of a model's tokens, without the model."""
+    from transformers import AutoTokenizer
+
+    words: Collection[str] = AutoTokenizer.from_pretrained(folder).get_vocab()
+    return words

@@ -28,7 +28,7 @@ class ReferenceWords:
     values = tuple(f"v{i}" for i in range(128))
     numbers = tuple(range(16))
     modulus = 16
-    num_copied = 100
+    num_copied = 80
     separator = " "
     _words = tuple(f"w{i}" for i in range(96))
     _word_shares = 1 / np.arange(1, 97) / (1 / np.arange(1, 97)).sum()

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,14 +89,18 @@ def provenance(device: str, packages: Sequence[str] = ("torch", "transformers"))
     )
 
 
-def language_of(model: HFModel, name: str | None) -> ReferenceWords | English:
+def language_of(vocabulary: Collection[str], name: str | None) -> ReferenceWords | English:
     """The language for a model: the one asked for, else the one whose words it has.
+
+    Args:
+        vocabulary: texts of its tokens.
+        name: of the language asked for; None: whichever fits.
 
     Raises:
         ConfigError: there is no such language, or the model has not its words.
     """
     words = ReferenceWords()
-    knows = model.knows([*words.keys, *words.values])
+    knows = all(word in vocabulary for word in (*words.keys, *words.values))
     if name is None:
         return words if knows else English()
     if name not in LANGUAGES:
