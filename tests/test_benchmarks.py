@@ -14,9 +14,22 @@ SAMPLING = {"temperature": "T", "top_p": "top_p", "top_k": "top_k"}
 
 @pytest.fixture(scope="module", name="harness")
 def _harness():
+    import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    folder = Path(lm_eval.tasks.__file__).parent
+    names = (
+        "aime",
+        "benchmarks",
+        "gpqa",
+        "gsm8k",
+        "humaneval",
+        "longbench",
+        "mbpp",
+        "mmlu",
+        "mmlu_pro",
+    )
+    return TaskManager(include_defaults=False, include_path=[folder / name for name in names])
 
 
 def test_the_harness_has_every_task_and_filter(harness):

@@ -71,13 +71,15 @@ def evaluate(args: argparse.Namespace) -> "Run":
         if (args.alpha_high, args.alpha_low) != (None, None):
             raise ConfigError("policy none has no thresholds: leave out --alpha-high, --alpha-low")
         options = options.without_thresholds()
-    from diffkv.evaluation import benchmarks, lm_eval
+    from diffkv.evaluation import benchmarks
+
+    found = benchmarks.find(args.tasks.split(","), args.thinking)
+    from diffkv.evaluation import lm_eval
     from diffkv.evaluation.intervals import interval
     from diffkv.evaluation.results import Run
     from diffkv.evaluation.runs import provenance
     from diffkv.vllm_plugin.offline import check_model, engine_flags
 
-    found = benchmarks.find(args.tasks.split(","), args.thinking)
     model = model_folder(args.model)
     check_model(model)
     memory = REFERENCE_KV_MEMORY_BYTES if args.model == REFERENCE else None

@@ -5,6 +5,7 @@ with our arguments, reads what the cache spent, and pairs the scores of the two 
 """
 
 import contextlib
+import functools
 import gc
 import os
 import sys
@@ -112,12 +113,19 @@ def _stdout_to_stderr() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def _task_manager(with_the_harness_own: bool) -> Any:
+    """The harness's index of its tasks, which takes seconds to make; a task of a file needs none."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=with_the_harness_own)
+
+
 def _samples(
     model: Any, benchmark: Benchmark, limit: int | None, run_code: bool
 ) -> dict[str, list[dict[str, Any]]]:
     """Every sample of every task of a benchmark, as the harness logs them."""
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     is_local = isinstance(benchmark.task, dict)
     generation: dict[str, Any] = {}
@@ -134,7 +142,7 @@ def _samples(
             bootstrap_iters=0,
             apply_chat_template=benchmark.chat,
             gen_kwargs=generation or None,
-            task_manager=TaskManager(include_defaults=not is_local),
+            task_manager=_task_manager(not is_local),
             confirm_run_unsafe_code=run_code,
         )
     except ImportError as error:
