@@ -24,7 +24,7 @@ TORCH := $(if $(WHEELS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-bac
 ENGINE_TESTS := $(wildcard tests/vllm_plugin/test_*.py)
 CPP := $(shell find src -name '*.cpp' -o -name '*.h')
 
-.PHONY: help env run test lint format clean
+.PHONY: help env run test eval lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -49,6 +49,9 @@ run: env ## generate with the shipped model, compressed and not, side by side
 test: env ## all tests
 	$(BIN)/pytest tests --ignore=tests/vllm_plugin
 	$(if $(ENGINE_TESTS),$(BIN)/pytest tests/vllm_plugin)
+
+eval: env ## compare methods on the shipped model's tasks: docs/results/fidelity
+	$(BIN)/python benchmarks/fidelity.py docs/results/fidelity
 
 lint: env ## style, types, layers
 	$(BIN)/ruff check
