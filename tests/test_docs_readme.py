@@ -21,7 +21,7 @@ CODE = re.compile(r"`([^`\n]+)`")
 BLOCK = re.compile(r"^```.*?^```", re.M | re.S)
 
 # Looked up in vLLM's sources: importing it would change threads and logging for other tests.
-PASS_FLAGS_ON = ("bench", "generate", "inspect", "serve")
+PASS_FLAGS_ON = ("bench", "calibrate", "eval", "generate", "inspect", "serve")
 VLLM = find_spec("vllm")
 needs_vllm = pytest.mark.skipif(VLLM is None, reason="vLLM is not installed: its sources are read")
 

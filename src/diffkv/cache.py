@@ -5,68 +5,21 @@ all high, undecided; the last one decides for the whole prompt, as if it had com
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from diffkv import pool
 from diffkv.ops import Ops
-from diffkv.policy import (
-    HIGH,
-    SCORED_QUERIES,
-    PromptPolicy,
-    Thresholds,
-    num_queries_seen,
-    paper_tiers,
-)
+from diffkv.policies import PAPER, Policy
+from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds, num_queries_seen
 from diffkv.prefill import Prefill, torch_prefill
 from diffkv.rotation import Rotation
-from diffkv.state import CacheState, DecodePlan, PoolState, PromptTokens
+from diffkv.state import CacheState, PoolState, PromptTokens
+from diffkv.steps import PromptChunk, Step, joined, pack, slot_tensor, starts_of
 
 __all__ = ["DiffKVCache", "PromptChunk", "Step"]
-
-
-@dataclass(frozen=True)
-class PromptChunk:
-    """Some tokens of one request's prompt, as a span of a packed batch.
-
-    Attributes:
-        slot: of the request.
-        span: rows of the batch.
-        num_stored: prompt tokens that came in earlier chunks.
-        prompt_len: tokens of the whole prompt.
-    """
-
-    slot: int
-    span: slice
-    num_stored: int
-    prompt_len: int
-
-    @property
-    def end(self) -> int:
-        """Prompt tokens that are in the cache after this chunk."""
-        return self.num_stored + self.span.stop - self.span.start
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the prompt is complete with this chunk."""
-        return self.end == self.prompt_len
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one forward pass adds to the cache; the same for every layer.
-
-    Attributes:
-        prompts: chunks of prompts.
-        decode_rows: [R] int64, rows of the batch that are generated tokens, or a slice of them.
-        plans: where those tokens go, for each group of layers; empty if there are none.
-    """
-
-    prompts: tuple[PromptChunk, ...]
-    decode_rows: slice | Tensor
-    plans: tuple[DecodePlan, ...]
 
 
 class DiffKVCache:
@@ -86,7 +39,7 @@ class DiffKVCache:
         state: CacheState,
         ops: Ops,
         scale: float,
-        policy: PromptPolicy = paper_tiers,
+        policy: Policy = PAPER,
         prefill: Prefill = torch_prefill,
         rotation: Rotation | None = None,
     ) -> None:
@@ -109,7 +62,7 @@ class DiffKVCache:
         Args:
             num_q_heads: query heads of a layer, on this rank.
         """
-        nobody, one = self._slot_tensor([-1]), self._starts([1])
+        nobody, one = self._slot_tensor([-1]), starts_of([1], self._device)
         pool = self.state.pool
         shape = (pool.num_kv_heads, pool.layout.head_dim)
         device, dtype = self._device, pool.dtype
@@ -128,7 +81,7 @@ class DiffKVCache:
     def open(
         self, slot: int, prompt_len: int, thresholds: Thresholds, max_pages: int | None = None
     ) -> None:
-        """Begin a request in an empty slot.
+        """Begin a request in an empty slot. A policy without thresholds lets go of them.
 
         Args:
             slot: which.
@@ -142,6 +95,8 @@ class DiffKVCache:
         """
         if slot in self._thresholds:
             raise ValueError(f"slot {slot} already has a request")
+        if not self._policy.uses_thresholds:
+            thresholds = Thresholds()
         self._thresholds[slot] = thresholds
         if max_pages is not None:
             self._limits[slot] = max_pages
@@ -165,11 +120,11 @@ class DiffKVCache:
 
     def compresses(self, chunk: PromptChunk) -> bool:
         """Whether a prompt's tokens are sorted into tiers with this chunk, in any layer."""
-        return any(self._decides(group, chunk) for group in self.state.groups)
+        return chunk.is_last and any(self._decides(g, chunk) for g in self.state.groups)
 
     def _decides(self, group: PoolState, chunk: PromptChunk) -> bool:
-        """Whether the layers of a group sort a prompt's tokens into tiers with this chunk."""
-        return chunk.is_last and self._thresholds_of(group, chunk.slot) != Thresholds()
+        """Whether a prompt's tokens are sorted into tiers in the layers of a group."""
+        return self._policy.decides(self._thresholds_of(group, chunk.slot))
 
     def _thresholds_of(self, group: PoolState, slot: int) -> Thresholds:
         """A request's thresholds as they are in the layers of a group."""
@@ -256,7 +211,7 @@ class DiffKVCache:
         for chunk, q, all_k, all_v in zip(prompts, queries, keys, values, strict=True):
             if chunk.slot in self._given_up:
                 continue
-            if not self._decides(group, chunk):
+            if not (chunk.is_last and self._decides(group, chunk)):
                 self._carry_queries(layer, chunk, q)
                 undecided.append((chunk, key[chunk.span], value[chunk.span]))
             else:
@@ -291,10 +246,10 @@ class DiffKVCache:
         return self.state.groups[number], index
 
     def _carry_queries(self, layer: int, chunk: PromptChunk, query: Tensor) -> None:
-        """Keep the queries of an early chunk that are among the prompt's last 64."""
-        scored = chunk.end - max(chunk.num_stored, chunk.prompt_len - SCORED_QUERIES)
+        """Keep the queries of an early chunk that are among those that score the prompt."""
+        scored = chunk.end - max(chunk.num_stored, chunk.prompt_len - self._policy.scored_queries)
         group, _ = self._group(layer)
-        if chunk.is_last or scored <= 0 or self._thresholds_of(group, chunk.slot) == Thresholds():
+        if chunk.is_last or scored <= 0 or not self._decides(group, chunk):
             return
         earlier = self._carried_queries.get((chunk.slot, layer))
         latest = query[-scored:].clone()
@@ -303,13 +258,13 @@ class DiffKVCache:
         )
 
     def _scored_queries(self, layer: int, chunk: PromptChunk, query: Tensor) -> Tensor:
-        """The prompt's last 64 queries, those of earlier chunks included."""
+        """The queries that score a prompt, those of earlier chunks included."""
         earlier = self._carried_queries.pop((chunk.slot, layer), None)
-        query = query[-SCORED_QUERIES:]
+        query = query[-self._policy.scored_queries :]
         return query if earlier is None else torch.cat([earlier, query])
 
     def _store_high(self, layer: int, chunks: list[tuple[PromptChunk, Tensor, Tensor]]) -> None:
-        tokens = self._pack(
+        tokens = pack(
             [c.slot for c, _, _ in chunks],
             [k for _, k, _ in chunks],
             [v for _, _, v in chunks],
@@ -327,14 +282,15 @@ class DiffKVCache:
         """Score whole prompts, choose their tiers and store them, in place of what was stored."""
         group, index = self._group(layer)
         chunks = [c for c, _, _, _ in prompts]
-        tokens = self._pack(
+        tokens = pack(
             [c.slot for c in chunks], [k for _, _, k, _ in prompts], [v for _, _, _, v in prompts],
             [0] * len(prompts),
         )  # fmt: skip
         queries = [q for _, q, _, _ in prompts]
+        scored = self._policy.scored_queries
         sums = self._ops.significance(
-            _join(queries), tokens.key, self._starts([len(q) for q in queries]),
-            tokens.cu_seqlens, self._scale, SCORED_QUERIES,
+            joined(queries), tokens.key, starts_of([len(q) for q in queries], self._device),
+            tokens.cu_seqlens, self._scale, min(scored, max(len(q) for q in queries)),
         )  # fmt: skip
         tiers = torch.empty(sums.shape, dtype=torch.int8, device=sums.device)
         start = 0
@@ -342,8 +298,13 @@ class DiffKVCache:
             span = slice(start, start + chunk.prompt_len)
             length = torch.tensor(chunk.prompt_len, device=sums.device)
             seen = num_queries_seen(tokens.positions[span], length, length)
-            tiers[:, span] = self._policy(
-                sums[:, span] / seen, self._thresholds_of(group, chunk.slot), group.window
+            if scored == SCORED_QUERIES:
+                means = sums[:, span] / seen
+            else:  # decode divides by `seen`, whoever has scored the prompt
+                means = sums[:, span] / (length - tokens.positions[span]).clamp(max=scored)
+                sums[:, span] = means * seen
+            tiers[:, span] = self._policy.tiers(
+                means, self._thresholds_of(group, chunk.slot), group.window
             )
             start = span.stop
             self._keep_limit(chunk, group, tiers[:, span])
@@ -366,28 +327,5 @@ class DiffKVCache:
             for each in self.state.groups:
                 self._ops.release(each, slot, -1)
 
-    def _pack(
-        self, slots: list[int], keys: list[Tensor], values: list[Tensor], firsts: list[int]
-    ) -> PromptTokens:
-        lengths = [len(k) for k in keys]
-        positions = torch.cat(
-            [
-                torch.arange(first, first + length, dtype=torch.int32)
-                for first, length in zip(firsts, lengths, strict=True)
-            ]
-        ).to(self._device)
-        return PromptTokens(
-            self._slot_tensor(slots), self._starts(lengths), _join(keys), _join(values), positions
-        )
-
     def _slot_tensor(self, slots: Sequence[int]) -> Tensor:
-        return torch.tensor(slots, dtype=torch.int32, device=self._device)
-
-    def _starts(self, lengths: list[int]) -> Tensor:
-        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        starts[1:] = torch.tensor(lengths).cumsum(0)
-        return starts.to(self._device)
-
-
-def _join(tensors: list[Tensor]) -> Tensor:
-    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).contiguous()
+        return slot_tensor(slots, self._device)

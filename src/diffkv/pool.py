@@ -151,6 +151,11 @@ class CacheShape:
         tables = sum(group.slot_bytes - SLOT_FIXED_BYTES for group in self.groups)
         return tables + SLOT_FIXED_BYTES
 
+    def spent_bytes(self, num_pages: int, num_requests: int) -> int:
+        """What requests take of the budget: pages, their ring entries, and the requests' tables."""
+        page_bytes = self.layout.page_bytes + RING_ENTRY_BYTES
+        return num_pages * page_bytes + num_requests * self.slot_bytes
+
     @property
     def table_bytes(self) -> int:
         """Bytes of all tables: what of the budget is not pages."""

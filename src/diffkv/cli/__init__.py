@@ -20,11 +20,14 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "bench": "measure kernels, the pool, throughput and serving, beside vLLM's own cache",
+    "calibrate": "choose thresholds for a model within a loss that you allow",
     "doctor": "check what this machine has: versions, plugin, compiler, kernels",
+    "eval": "measure what answers lose against full precision: tasks, KL divergence",
     "generate": "answer prompts with a compressed cache, or compare it with an uncompressed one",
     "inspect": "show what each layer and head kept of a prompt",
     "layout": "show what a page holds and what a token costs",
     "plan": "show what fits a GPU's memory in each format, and whether compression pays",
+    "report": "turn result files into tables and plots",
     "serve": "start vLLM's OpenAI server with a compressed cache",
 }
 """Each command's module in this package, and its line in the help."""

@@ -2,22 +2,33 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from diffkv import presets
-from diffkv.cli.models import load_config
+from diffkv.cli.models import config_file, load_config
 from diffkv.presets import Preset
-from diffkv.quant import LayerQuant
+from diffkv.quant import ConfigError, LayerQuant
 from diffkv.rotation import ROTATIONS
 from diffkv.vllm_plugin.options import ADMISSIONS, DEFAULT_QUANT, Options
 
-__all__ = ["REFERENCE", "SHIPPED", "add_cache_options", "cache_options", "model_folder"]
+__all__ = [
+    "DEFAULT_QUANT",
+    "REFERENCE",
+    "SHIPPED",
+    "add_cache_options",
+    "cache_options",
+    "model_folder",
+]
 
 REFERENCE = "reference"
 """Name of the model that commands take by default."""
 
 SHIPPED = (REFERENCE, "reference-128")
 """Names of the models that ship with the package: head_dim 64 and 128, same words."""
+
+CALIBRATED = ("quant", "alpha_high", "alpha_low", "window")
+"""Options that a calibration sets."""
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +39,10 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         "--preset", metavar="NAME",
         help=f"formats and thresholds by name: {presets.AUTO} (by the model), {names}; options below "
         f"override its values (default: those of {presets.DEFAULT})",
+    )  # fmt: skip
+    group.add_argument(
+        "--calibration", type=Path, metavar="FILE",
+        help="formats, thresholds and window that diffkv calibrate chose for this model",
     )  # fmt: skip
     group.add_argument(
         "--quant",
@@ -57,15 +72,18 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 
 def cache_options(args: argparse.Namespace) -> Options:
-    """Read them back; say on standard error which preset was taken, if one was asked for.
+    """Read them back; say on standard error which preset or calibration was taken, if one was named.
 
     Raises:
-        ConfigError: an unknown preset, a model that cannot be read for `auto`, or a bad value.
+        ConfigError: an unknown preset, a model that cannot be read for `auto`, a calibration of another
+            model or with an option that it sets, or a bad value.
     """
     names = (
         "quant", "alpha_high", "alpha_low", "window", "page_bytes", "rotate", "kernels", "admission"
     )  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.calibration is not None:
+        return _calibrated(args, given)
     if args.preset is None:
         return Options.parse(given)
     if args.preset == presets.AUTO:
@@ -75,11 +93,37 @@ def cache_options(args: argparse.Namespace) -> Options:
         preset = presets.find(args.preset)
         why = preset.description
     options = Options.parse(_override(preset, given))
+    yours = f", with your {', '.join(given)}" if given else ""
+    print(f"diffkv: preset {preset.name} ({why}): {_words(options)}{yours}", file=sys.stderr)
+    return options
+
+
+def _words(options: Options) -> str:
     thresholds = options.thresholds()
+    return (
+        f"{options.quant}, alpha_high {thresholds.alpha_high:g}, alpha_low "
+        f"{thresholds.alpha_low:g}, window {options.window}"
+    )
+
+
+def _calibrated(args: argparse.Namespace, given: dict[str, Any]) -> Options:
+    """What a calibration chose; only options that it does not set may stand beside it."""
+    from diffkv.calibrate import file
+
+    names = [name for name in (*CALIBRATED, "preset") if getattr(args, name) is not None]
+    if names:
+        flags = " and ".join("--" + name.replace("_", "-") for name in names)
+        raise ConfigError(f"--calibration sets formats, thresholds and window: leave out {flags}")
+    calibration = file.read(args.calibration)
+    if calibration.model.config_sha256 != file.model_digest(config_file(model_folder(args.model))):
+        raise ConfigError(
+            f"--calibration {args.calibration} is of {calibration.model.name}, and {args.model} has "
+            f"another configuration: calibrate it, or leave the option out"
+        )
+    options = Options.parse({**given, **calibration.values()})
     print(
-        f"diffkv: preset {preset.name} ({why}): {options.quant}, alpha_high "
-        f"{thresholds.alpha_high:g}, alpha_low {thresholds.alpha_low:g}, window {options.window}"
-        f"{', with your ' + ', '.join(given) if given else ''}",
+        f"diffkv: calibration {args.calibration} (loss {calibration.choice.loss:.2%} on "
+        f"{calibration.data.samples} samples of {calibration.data.source}): {_words(options)}",
         file=sys.stderr,
     )
     return options

@@ -22,7 +22,7 @@ from diffkv.quant import ConfigError
 if TYPE_CHECKING:
     from diffkv.vllm_plugin.offline import Result
 
-__all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
+__all__ = ["PASSES_FLAGS_ON", "add_arguments", "run", "silence_engine"]
 
 PASSES_FLAGS_ON = True
 """Options that are not listed here are those of vLLM's engine."""
@@ -124,7 +124,7 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _silence_engine() -> None:
+def silence_engine() -> None:
     """Keep off the console what every start of vLLM says, unless it is an error."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is ours
@@ -136,7 +136,7 @@ def _silence_engine() -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate, compare if asked to, and print."""
     if not args.verbose:
-        _silence_engine()
+        silence_engine()
     options = cache_options(args)
     questions = _questions(args)
     for name in ("max_tokens", "kv_memory"):

@@ -79,7 +79,7 @@ def _check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the prompts, look, and print."""
     if not args.verbose:
-        generate._silence_engine()
+        generate.silence_engine()
     options = cache_options(args)
     prompts = [question.prompt for question in generate._questions(args)]
     _check(args)

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffkv.model_config import ModelConfig, stored_weight_bytes
 from diffkv.quant import ConfigError
 
-__all__ = ["Weights", "load_config", "weights_of"]
+__all__ = ["Weights", "config_file", "load_config", "weights_of"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -46,22 +46,33 @@ def _hub_file(model: str, file: str) -> Path:
         raise ConfigError(f"cannot get {file} of {model} from the Hub: {reason}") from None
 
 
+def config_file(model: str) -> Path:
+    """Where a model's config.json is: in a folder, the file itself, or from the Hub.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_file() and folder.suffix == ".json":
+        return folder
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model folder {model} has no config.json: it holds no model")
+        return folder / "config.json"
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ConfigError(f"model folder {model} does not exist: give a folder or a model id")
+    return _hub_file(model, "config.json")
+
+
 def load_config(model: str) -> ModelConfig:
     """Read a model's config.json.
 
     Raises:
         ConfigError: there is none, or it cannot be used.
     """
-    folder = Path(model).expanduser()
-    if folder.is_file() and folder.suffix == ".json":
-        return ModelConfig.read(folder, str(folder.parent.name or folder))
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"model folder {model} has no config.json: it holds no model")
-        return ModelConfig.read(folder / "config.json", model)
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ConfigError(f"model folder {model} does not exist: give a folder or a model id")
-    return ModelConfig.read(_hub_file(model, "config.json"), model)
+    file = config_file(model)
+    is_file = Path(model).expanduser() == file
+    return ModelConfig.read(file, str(file.parent.name or file) if is_file else model)
 
 
 def weights_of(model: str, config: ModelConfig) -> Weights:

@@ -144,12 +144,7 @@ class Accounts:
                 for count, tier in zip((high, low), group.layout.tiers, strict=False):
                     totals.nominal_bits += count * tier.format.nominal_bits / num_heads
             totals.num_pages += pages
-            totals.num_bytes += self._bytes(pages, 1)
-
-    def _bytes(self, num_pages: int, num_requests: int) -> int:
-        """What the budget spends on requests: pages, their ring entries, and tables."""
-        page_bytes = self._shape.layout.page_bytes + pool.RING_ENTRY_BYTES
-        return num_pages * page_bytes + num_requests * self._shape.slot_bytes
+            totals.num_bytes += self._shape.spent_bytes(pages, 1)
 
     def gauges(self, requests: list[Request]) -> dict[str, float]:
         """The pool at this moment; token counts are means over heads."""
@@ -158,7 +153,7 @@ class Accounts:
         high, low = (n / num_heads for n in torch.stack(counts).sum(0).tolist())
         num_tokens = sum(request.num_tokens for request in requests)
         held = self.num_held
-        per_token = self._bytes(held, len(requests)) / num_tokens if num_tokens else 0.0
+        per_token = self._shape.spent_bytes(held, len(requests)) / num_tokens if num_tokens else 0.0
         return {
             "pages_total": self._state.num_pages,
             "pages_free": self._state.num_pages - held,

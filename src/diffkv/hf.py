@@ -1,0 +1,415 @@
+"""A transformers cache with real pages: `generate` over compressed keys and values.
+
+    model = AutoModelForCausalLM.from_pretrained(...)
+    diffkv.hf.attach(model)
+    cache = DiffKVHFCache(model, quant="k8v4-k4v2")
+    model.generate(**inputs, past_key_values=cache)
+    print(cache.use())
+
+The first forward pass is the prompt: exact attention, then its tokens are sorted into tiers and
+stored. Every later one adds one token to each sequence and attends to pages. No dense copy is kept.
+Batches may be padded on the left: padding is neither stored nor attended to.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import AttentionMaskInterface
+
+from diffkv import ops, pool
+from diffkv.cache import DiffKVCache, PromptChunk, Step
+from diffkv.layout import PageLayout
+from diffkv.policies import PAPER, Policy, parse
+from diffkv.policy import WINDOW, Thresholds
+from diffkv.pool import PoolShape
+from diffkv.quant import ConfigError, QuantConfig
+from diffkv.state import PoolState
+
+__all__ = ["IMPLEMENTATION", "CacheUse", "DiffKVHFCache", "attach", "detach", "feed"]
+
+IMPLEMENTATION = "diffkv"
+"""Name of the attention implementation, as `attn_implementation` takes it."""
+
+DEFAULT_MAX_TOKENS = 4096
+
+UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
+"""Arguments of an attention function that change what it computes in a way that the pages cannot."""
+
+_before_attach: "weakref.WeakKeyDictionary[PreTrainedModel, str]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """What sequences hold, measured on the pool.
+
+    Attributes:
+        tokens: of all sequences, padding not among them.
+        high: tokens in the high tier, mean over layers and heads.
+        low: likewise in the low tier.
+        pages: held.
+        num_bytes: pages, half-empty ones included, their ring entries, and the sequences' tables.
+        bf16_bytes: of the same tokens in bf16.
+        nominal_bytes: bits of the codes of kept tokens alone.
+    """
+
+    tokens: int
+    high: float
+    low: float
+    pages: int
+    num_bytes: int
+    bf16_bytes: int
+    nominal_bytes: float
+
+    @property
+    def dropped(self) -> float:
+        """Tokens that are gone, mean over layers and heads."""
+        return max(0.0, self.tokens - self.high - self.low)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """All layers and heads."""
+        return self.num_bytes / self.tokens
+
+    @property
+    def ratio_bf16(self) -> float:
+        """How many times fewer bytes than bf16."""
+        return self.bf16_bytes / self.num_bytes
+
+    @property
+    def nominal_ratio_bf16(self) -> float:
+        """By bits alone: never to be shown without `ratio_bf16`."""
+        return self.bf16_bytes / self.nominal_bytes
+
+
+class _Layer(CacheLayerMixin):
+    """One layer's entry in the list that transformers keeps: hands keys to the pool's owner."""
+
+    def __init__(self, cache: "DiffKVHFCache", index: int) -> None:
+        super().__init__()
+        self._cache = weakref.ref(cache)
+        self._index = index
+        self.num_seen = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Mark the keys with their cache: the attention function that follows stores them."""
+        self.num_seen += key_states.shape[2]
+        key_states.diffkv = (self._cache(), self._index)  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.num_seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.num_seen
+
+    def get_max_length(self) -> int:
+        cache = self._cache()
+        assert cache is not None
+        return cache.max_tokens
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise NotImplementedError("pages belong to one sequence: beam search is not supported")
+
+
+class DiffKVHFCache(Cache):
+    """Keys and values of a batch of sequences, in pages.
+
+    Args:
+        model: a causal language model of transformers, already passed to `attach`.
+        quant: formats of the tiers, as text or parsed.
+        policy: as text (`diffkv.policies`) or parsed.
+        thresholds: alpha_high and alpha_low; None: the defaults for the formats.
+        window: recent tokens that always stay high.
+        max_tokens: most tokens of a sequence, answer included; None: the model's limit, at most 4096.
+        page_bytes: of a page; None: the size that wastes least.
+        kernels: "reference" for the plain torch operations; None for the device's kernels.
+
+    Raises:
+        ConfigError: formats, a policy or a model that cannot be combined.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        quant: str | QuantConfig = "k8v4-k4v2",
+        policy: str | Policy = PAPER,
+        thresholds: Thresholds | None = None,
+        window: int = WINDOW,
+        max_tokens: int | None = None,
+        page_bytes: int | None = None,
+        kernels: str | None = None,
+    ) -> None:
+        config = model.config.get_text_config(decoder=True)
+        _check(model, config, window)
+        self.quant = QuantConfig.parse(quant) if isinstance(quant, str) else quant
+        self.policy = parse(policy) if isinstance(policy, str) else policy
+        self.policy.check(self.quant)
+        self.thresholds = (
+            (Thresholds.choose(self.quant) if thresholds is None else thresholds)
+            if self.policy.uses_thresholds
+            else Thresholds()
+        )
+        limit = getattr(config, "max_position_embeddings", DEFAULT_MAX_TOKENS)
+        self.max_tokens = max_tokens or min(limit, DEFAULT_MAX_TOKENS)
+        self._num_layers, self._num_q_heads = config.num_hidden_layers, config.num_attention_heads
+        self._num_kv_heads = getattr(config, "num_key_value_heads", None) or self._num_q_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._num_q_heads
+        self._dtype, self._device, self._window = model.dtype, model.device, window
+        self._layout = PageLayout.derive(self.quant, head_dim, page_bytes, model.dtype.itemsize)
+        self._ops = ops.load(self._device.type, kernels)
+        self._shape: PoolShape | None = None
+        self._pages: DiffKVCache | None = None
+        self._step: Step | None = None
+        self._first: list[int] = []
+        super().__init__(layers=[_Layer(self, i) for i in range(self._num_layers)])
+
+    def use(self, row: int | None = None) -> CacheUse:
+        """What all sequences hold, or one of them.
+
+        Raises:
+            ValueError: nothing is stored yet.
+        """
+        if self._pages is None or self._shape is None:
+            raise ValueError("the cache is empty: nothing has been stored yet")
+        state = self._pages.state
+        rows = slice(None) if row is None else slice(row, row + 1)
+        lengths = [self.get_seq_length() - first for first in self._first[rows]]
+        num_heads = self._num_layers * self._num_kv_heads
+        kept = state.num_tokens[rows].sum((0, 1, 2)).tolist()
+        num_pages = int(state.num_pages_held[rows].sum())
+        elements = 2 * self._layout.head_dim
+        bits = sum(
+            count * fmt.nominal_bits for count, fmt in zip(kept, self.quant.tiers, strict=False)
+        )
+        return CacheUse(
+            tokens=sum(lengths),
+            high=kept[0] / num_heads,
+            low=kept[1] / num_heads,
+            pages=num_pages,
+            num_bytes=self._shape.spent_bytes(num_pages, len(lengths)),
+            bf16_bytes=sum(lengths) * num_heads * elements * 2,
+            nominal_bytes=bits * elements / 8,
+        )
+
+    def next_positions(self) -> Tensor:
+        """[batch, 1] int64: the position of each sequence's next token, padding not counted."""
+        first = torch.tensor(self._first, device=self._device)
+        return (self.get_seq_length() - first)[:, None]
+
+    def reset(self) -> None:
+        """Forget all sequences and give their memory back."""
+        self._pages, self._shape, self._step, self._first = None, None, None, []
+        for layer in self.layers:
+            layer.num_seen = 0
+
+    def crop(self, max_length: int) -> None:
+        """Refused: what was demoted or dropped for later tokens does not come back."""
+        raise NotImplementedError("a compressed cache cannot be cut back to an earlier length")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused: pages are not shared."""
+        raise NotImplementedError("pages belong to one sequence: repeat the prompts instead")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refused: pages are not shared."""
+        raise NotImplementedError("pages belong to one sequence: select the prompts instead")
+
+    @property
+    def state(self) -> PoolState:
+        """The pool: what it holds is documented there. Only to be read.
+
+        Raises:
+            ValueError: nothing is stored yet.
+        """
+        if self._pages is None:
+            raise ValueError("the cache is empty: nothing has been stored yet")
+        return self._pages.state
+
+    def _attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Store one layer's keys and values, and attend: [batch, tokens, num_q_heads, head_dim]."""
+        batch, num_q_heads, num_tokens, head_dim = query.shape
+        if layer == 0:
+            self._step = self._begin(batch, num_tokens, scale, mask)
+        assert self._step is not None and self._pages is not None, "layers come in order"
+        query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        output = torch.zeros_like(query)
+        self._pages.attend(layer, self._step, query, key, value, output)
+        return output.view(batch, num_tokens, num_q_heads, head_dim)
+
+    def _begin(self, batch: int, num_tokens: int, scale: float, mask: Tensor | None) -> Step:
+        seen = self.get_seq_length()  # these tokens included
+        if seen > self.max_tokens:
+            raise ValueError(
+                f"the cache is for {self.max_tokens} tokens a sequence, got {seen}: raise max_tokens"
+            )
+        none = torch.empty(0, dtype=torch.int32, device=self._device)
+        if self._pages is None:
+            self._first = _paddings(mask, batch, num_tokens)
+            self._pages = self._make(batch, scale)
+            prompts = []
+            for row, first in enumerate(self._first):
+                length = num_tokens - first
+                self._pages.open(row, length, self.thresholds)
+                span = slice(row * num_tokens + first, (row + 1) * num_tokens)
+                prompts.append(PromptChunk(row, span, 0, length))
+            return self._pages.plan(prompts, none.long(), none, none)
+        if batch != len(self._first):
+            raise ValueError(f"the cache holds {len(self._first)} sequences, got {batch}")
+        if num_tokens != 1:
+            raise ValueError(
+                f"after the prompt tokens come one at a time, got {num_tokens}: use diffkv.hf.feed"
+            )
+        slots = torch.arange(batch, dtype=torch.int32, device=self._device)
+        lengths = torch.tensor([seen - first for first in self._first], dtype=torch.int32)
+        return self._pages.plan((), slice(0, batch), slots, lengths.to(self._device))
+
+    def _make(self, batch: int, scale: float) -> DiffKVCache:
+        heads = self._num_layers, self._num_kv_heads
+        request = PoolShape.request_bytes(self._layout, *heads, self.max_tokens)
+        shape = PoolShape.fit(batch * request, self._layout, *heads, self.max_tokens, batch)
+        buffer = torch.empty(
+            shape.table_bytes + shape.num_pages * self._layout.page_bytes,
+            dtype=torch.uint8, device=self._device,
+        )  # fmt: skip
+        self._shape = shape
+        state = pool.create(shape, buffer, self._dtype, self._window)
+        return DiffKVCache(state, self._ops, scale, self.policy)
+
+
+def _check(model: PreTrainedModel, config: Any, window: int) -> None:
+    if config._attn_implementation != IMPLEMENTATION:
+        raise ConfigError(
+            f"the model attends by {config._attn_implementation}: call diffkv.hf.attach(model) first"
+        )
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if others:
+        raise ConfigError(
+            f"{type(model).__name__} has layers of {', '.join(others)}: only models whose layers all "
+            f"have full attention are supported"
+        )
+    if window < 1:
+        raise ConfigError(f"window must be at least 1, got {window}")
+
+
+def _paddings(mask: Tensor | None, batch: int, num_tokens: int) -> list[int]:
+    """Where each row of a batch begins.
+
+    Args:
+        mask: [batch, num_tokens] bool, False for padding; None: there is none.
+        batch: sequences.
+        num_tokens: of a row, padding included.
+
+    Raises:
+        ValueError: padding that is not on the left, or a row of nothing else.
+    """
+    if mask is None:
+        return [0] * batch
+    lengths = mask.sum(1)
+    expected = torch.arange(num_tokens, device=mask.device) >= (num_tokens - lengths)[:, None]
+    if mask.shape != (batch, num_tokens) or not torch.equal(mask, expected) or lengths.min() < 1:
+        raise ValueError(
+            "pad prompts on the left (padding_side='left'), each with at least one token"
+        )
+    return (num_tokens - lengths).tolist()
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls; shapes are [batch, heads, tokens, head_dim]."""
+    cache, layer = getattr(key, "diffkv", (None, 0))
+    if cache is None:
+        raise ValueError(
+            "this model is attached to DiffKV: pass past_key_values=DiffKVHFCache(model, ...), "
+            "or call diffkv.hf.detach(model)"
+        )
+    asked = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    if asked or dropout:
+        raise ValueError(
+            f"{type(module).__name__} wants {', '.join(asked) or 'dropout'}: not supported by DiffKV"
+        )
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise ValueError("a compressed cache has no gradients: use torch.no_grad()")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return cache._attend(layer, query, key, value, scale, attention_mask), None
+
+
+def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The mask that transformers makes for `_attention`: which tokens are no padding, or None."""
+    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+
+
+def attach(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model attend by DiffKV; it then needs a DiffKVHFCache in every forward pass.
+
+    Returns:
+        The model.
+    """
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _padding_mask)
+    before = model.config.get_text_config(decoder=True)._attn_implementation
+    if before != IMPLEMENTATION:
+        _before_attach[model] = before
+        model.set_attn_implementation(IMPLEMENTATION)
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `attach`.
+
+    Returns:
+        The model.
+    """
+    before = _before_attach.pop(model, None)
+    if before is not None:
+        model.set_attn_implementation(before)
+    return model
+
+
+@torch.no_grad()
+def feed(model: PreTrainedModel, cache: DiffKVHFCache, token_ids: Tensor) -> Tensor:
+    """Add given tokens after the prompt, one at a time, as if the model had generated them.
+
+    Args:
+        model: attached.
+        cache: that holds the prompts.
+        token_ids: [batch, num_tokens].
+
+    Returns:
+        [batch, num_tokens, vocabulary]: logits after each of them.
+    """
+    logits: Sequence[Tensor] = [
+        model(
+            token_ids[:, i : i + 1],
+            past_key_values=cache,
+            position_ids=cache.next_positions(),
+        ).logits
+        for i in range(token_ids.shape[1])
+    ]
+    return torch.cat(list(logits), 1)

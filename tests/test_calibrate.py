@@ -1,0 +1,192 @@
+"""The search for thresholds against losses that are known, what it keeps, and the file it writes."""
+
+import json
+
+import pytest
+
+from diffkv.calibrate import file, questions
+from diffkv.calibrate.journal import Journal
+from diffkv.calibrate.search import HIGH_GRID, LOW_GRID, Cost, Part, search, stages
+from diffkv.cli import main
+from diffkv.cli.calibrate import _share
+from diffkv.policy import Thresholds
+from diffkv.quant import ConfigError
+
+NUM_SAMPLES = 40
+
+
+class Fake:
+    """Every sample loses `slope` times the thresholds; bytes fall as they grow."""
+
+    def __init__(self, high_slope, low_slope, base=0.0):
+        self.slopes = high_slope, low_slope
+        self.base = base
+        self.calls = []
+
+    def __call__(self, thresholds, samples):
+        self.calls.append((thresholds, samples))
+        high, low = self.slopes
+        loss = self.base + high * thresholds.alpha_high + low * thresholds.alpha_low
+        num = len(samples)
+        num_bytes = num * 100 * (400 - thresholds.alpha_high - thresholds.alpha_low)
+        cost = Cost(100 * num, 50.0 * num, 25.0 * num, num_bytes, 100.0 * num * 1536)
+        return Part((loss,) * num, cost)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.009, 0.011, 0.031, 0.5])
+def test_choice_is_that_of_a_full_sweep(limit):
+    fake = Fake(0.01, 0.1)
+    choice, curve = search(fake, NUM_SAMPLES, limit, has_low=True)
+    high = max(alpha for alpha in HIGH_GRID if 0.01 * alpha <= limit)
+    low = max(a for a in LOW_GRID if a <= high and 0.01 * high + 0.1 * a <= limit)
+    assert choice.thresholds == Thresholds(high, low)
+    assert choice.accepted and choice.n == NUM_SAMPLES
+    assert choice.loss == pytest.approx(0.01 * high + 0.1 * low)
+    assert choice.cost.num_bytes / choice.cost.tokens == pytest.approx(400 - high - low)
+    assert len(curve) <= 1 + 4 + 4  # bisections of 16 and 11
+    assert len(curve) == len({point.thresholds for point in curve})
+
+
+def test_one_tier_has_one_threshold():
+    choice, curve = search(Fake(0.0, 0.1), NUM_SAMPLES, 0.009, has_low=False)
+    assert choice.thresholds == Thresholds(0.08, 0.08)
+    assert all(p.thresholds.alpha_high == p.thresholds.alpha_low for p in curve)
+
+
+def test_nothing_fits():
+    choice, curve = search(Fake(0.01, 0.1, base=0.2), NUM_SAMPLES, 0.01, has_low=True)
+    assert choice is None
+    assert [point.thresholds for point in curve] == [Thresholds(0, 0)]
+    assert not curve[0].accepted
+
+
+def test_a_bad_setting_is_given_up_early_and_a_good_one_never():
+    fake = Fake(0.1, 1.0)
+    search(fake, NUM_SAMPLES, 0.01, has_low=True)
+    asked = {}
+    for thresholds, samples in fake.calls:
+        asked[thresholds] = asked.get(thresholds, 0) + len(samples)
+    assert asked[Thresholds(0.0, 0.0)] == NUM_SAMPLES
+    assert asked[Thresholds(0.8, 0.0)] == NUM_SAMPLES // 8
+
+
+@pytest.mark.parametrize("num", [1, 2, 7, 8, 9, 100])
+def test_stages_cover_every_sample_once(num):
+    assert [i for part in stages(num) for i in part] == list(range(num))
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    path, identity = tmp_path / "c.partial", {"model": "m", "seed": 0}
+    fake = Fake(0.01, 0.1)
+    first = search(Journal(path, identity).kept(fake), NUM_SAMPLES, 0.02, has_low=True)
+    num_calls = len(fake.calls)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]) + lines[4][:10])  # stopped in the middle of a line
+    journal = Journal(path, identity)
+    assert journal.num_found == 3
+    again = search(journal.kept(fake), NUM_SAMPLES, 0.02, has_low=True)
+    assert again == first
+    assert len(fake.calls) == 2 * num_calls - 3
+    assert len(path.read_text().splitlines()) == 1 + num_calls
+    with pytest.raises(ConfigError, match=r"is of another run \(other seed\)"):
+        Journal(path, {**identity, "seed": 1})
+
+
+def test_scores():
+    place = questions.Question("p", questions.as_answer("k1 v2", questions.PLACE), 4)
+    assert [place.score(text) for text in (" k1 v2 ;", "k1 v3", "v2 k1", "")] == [1, 0.5, 0, 0]
+    words = questions.as_answer("42 apples", questions.ANYWHERE)
+    anywhere = questions.Question("p", words, 4, questions.ANYWHERE)
+    assert [anywhere.score(text) for text in ("It is 42 Apples.", "42", "")] == [1, 0, 0]
+    assert questions.agreement([1, 2, 3, 4], [1, 2, 9, 4]) == 0.5
+    assert questions.agreement([1, 2], [1, 2]) == 1
+    assert questions.agreement([1], [1, 2]) == 0.5
+
+
+def test_generated_questions():
+    found = questions.synthetic("reference", 512, 12, seed=1)
+    assert len(found) == 12
+    assert {len(question.prompt.split()) for question in found} == {512}
+    assert all(question.score(" ".join(w for w, _ in question.answer)) == 1 for question in found)
+    assert questions.digest(found) != questions.digest(questions.synthetic("reference", 512, 12, 2))
+
+
+@pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("0.5%", 0.005), ("0.02", 0.02)])
+def test_shares(text, share):
+    assert _share(text) == pytest.approx(share)
+
+
+def calibration(model_file, quant="k8v4-k4v2", alpha_high=1.5):
+    choice, curve = search(Fake(0.01, 0.1), NUM_SAMPLES, 0.0161, has_low=True)
+    assert choice.thresholds == Thresholds(alpha_high, 0.0)
+    return file.Calibration(
+        max_loss=0.016,
+        model=file.Model(name="reference", config_sha256=file.model_digest(model_file)),
+        data=file.Data(source="d", samples=NUM_SAMPLES, seed=0, sha256="0", metric="right_words"),
+        choice=file.Choice.of(choice, quant=quant, window=32),
+        source=file.Source(command="diffkv calibrate", versions={}),
+        curve=[file.CurvePoint.of(point) for point in curve],
+    )
+
+
+def test_file_round_trip_and_digest(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"hidden_size": 8, "transformers_version": "1"}))
+    made = calibration(config)
+    made.write(tmp_path / "c.toml")
+    assert file.read(tmp_path / "c.toml") == made
+    config.write_text(json.dumps({"transformers_version": "2", "hidden_size": 8}, indent=1))
+    assert file.model_digest(config) == made.model.config_sha256
+    config.write_text(json.dumps({"hidden_size": 16}))
+    assert file.model_digest(config) != made.model.config_sha256
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x = [", "is not TOML"),
+        ("x = 1", "is no file of diffkv calibrate: max_loss: Field required"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    (tmp_path / "c.toml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        file.read(tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "none.jsonl", "--max-loss", "1%"), "cannot read"),
+        (("--data", "synth", "--max-loss", "120%"), "a share of 0 to 1, as 1% or 0.01"),
+        (("--data", "synth", "--max-loss", "1%", "--samples", "0"), "--samples must be at least 1"),
+        (("--data", "synth", "--max-loss", "1%", "--out", "/no/c.toml"), "/no is no folder"),
+        (("--data", "synth", "--max-loss", "1%", "--quant", "k3v3"), "k_bits must be one of"),
+    ],
+)
+def test_options_are_refused(capsys, arguments, message):
+    try:
+        status = main(["calibrate", *arguments])
+    except SystemExit as refused:
+        status = refused.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--alpha-high", "3"), "sets formats, thresholds and window: leave out --alpha-high"),
+        (("--preset", "auto", "--quant", "k8v4"), "leave out --quant and --preset"),
+        ((), "is of reference, and reference has another configuration: calibrate it"),
+    ],
+)
+def test_a_calibration_stands_alone_and_is_of_one_model(tmp_path, capsys, flags, message):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"hidden_size": 8}))
+    calibration(config).write(tmp_path / "c.toml")
+    for command in (["generate", "--prompt", "x"], ["serve", "reference"]):
+        arguments = [*command, "--calibration", str(tmp_path / "c.toml"), *flags]
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line

@@ -1,0 +1,145 @@
+"""Tasks are deterministic and well formed; a run prints what the schema says."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the extra eval")
+
+from diffkv.cli import main
+from diffkv.cli.engine_options import model_folder
+from diffkv.evaluation import hf_runs
+from diffkv.evaluation.languages import LANGUAGES, English, ReferenceWords
+from diffkv.evaluation.results import Run
+from diffkv.evaluation.runs import language_of
+from diffkv.evaluation.tasks import FILLER_TOKENS, SETTINGS, draw
+
+NUM_TOKENS = 512
+CASES = [
+    (language, task, setting)
+    for language in LANGUAGES.values()
+    for task in language.tasks
+    for setting in SETTINGS
+]
+
+
+@pytest.mark.parametrize(
+    ("language", "task", "setting"), CASES, ids=[f"{c[0].name}-{c[1]}-{c[2]}" for c in CASES]
+)
+def test_samples_are_a_function_of_the_seed(language, task, setting):
+    first, again = (draw(task, language, setting, NUM_TOKENS, 3, 1) for _ in range(2))
+    assert first == again
+    assert first[0] != first[1]
+    assert first != draw(task, language, setting, NUM_TOKENS, 3, 2)
+    for sample in first:
+        assert (sample.question == "") == (setting == "easy")
+        right = language.separator.join(word for word, _ in sample.answer)
+        assert language.score(right, sample.answer) == 1
+        assert language.score("nothing", sample.answer) == 0
+
+
+def test_reference_prompts_have_the_length_and_only_known_words():
+    words = ReferenceWords()
+    known = hf_runs.vocabulary_of(model_folder("reference"))
+    for task in words.tasks:
+        for setting in SETTINGS:
+            for sample in draw(task, words, setting, NUM_TOKENS, 2, 0):
+                answer = [word for word, _ in sample.answer]
+                assert words.count(sample.prompt) == NUM_TOKENS
+                assert set(f"{sample.prompt} {sample.question}".split() + answer) <= set(known)
+
+
+def test_hard_prompts_end_in_filler():
+    for sample in draw("retrieval", ReferenceWords(), "hard", NUM_TOKENS, 2, 0):
+        assert not any(word[0] in "kv?" for word in sample.prompt.split()[-FILLER_TOKENS:])
+
+
+def test_sum_goes_step_by_step():
+    question, answer = ReferenceWords().ask_sum(["k3", "k8"], [5, 13])
+    assert question == "sum sum k3 k8 ;"
+    assert [word for word, _ in answer] == ["n0", "k3", "n5", "n5", "k8", "n13", "n2"]
+    assert [word for word, scored in answer if scored] == ["n5", "n5", "n13", "n2"]
+
+
+def test_language_follows_the_vocabulary():
+    assert isinstance(
+        language_of(hf_runs.vocabulary_of(model_folder("reference")), None), ReferenceWords
+    )
+    assert isinstance(language_of(["hello", "world"], None), English)
+
+
+def run(capsys, *options):
+    status = main(["eval", "--json", "--n", "2", "--tokens", "512", *options])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_two_samples_through_the_command(capsys):
+    status, out, _ = run(capsys, "--tasks", "retrieval", "--seed", "3")
+    assert status == 0 and out.count("\n") == 1
+    result = Run.model_validate_json(out)
+    assert (result.model, result.seed, result.quant) == ("reference", 3, "k8v4-k4v2")
+    assert [(row.task, row.setting, row.n) for row in result.tasks] == [
+        ("retrieval", "easy", 2), ("retrieval", "hard", 2),
+    ]  # fmt: skip
+    for row in result.tasks:
+        assert row.accuracy == row.accuracy_full == 1
+        assert row.high + row.low + row.dropped == pytest.approx(1)
+        assert 2 < row.ratio_bf16 < row.nominal_ratio_bf16
+
+
+def test_a_window_forgets_what_is_asked_for(capsys):
+    _, out, _ = run(
+        capsys, "--tasks", "retrieval", "--quant", "k8v4", "--policy", "window:keep=0.3,sinks=4"
+    )
+    for row in json.loads(out)["tasks"]:
+        assert row["accuracy"] < 0.7 and row["accuracy_full"] == 1
+        assert row["ci95_difference"][1] < 0
+        assert row["dropped"] > 0.5
+
+
+def test_lossless_has_no_divergence(capsys, tmp_path):
+    texts = tmp_path / "texts.txt"
+    prompt = draw("chain", ReferenceWords(), "easy", 256, 2, 0)
+    texts.write_text("\n".join(sample.prompt for sample in prompt))
+    options = ("--suite", "kld", "--texts", str(texts), "--steps", "8")
+    exact = Run.model_validate_json(
+        run(capsys, *options, "--quant", "k16v16", "--policy", "none")[1]
+    )
+    lossy = Run.model_validate_json(run(capsys, *options, "--quant", "k2v2", "--policy", "none")[1])
+    assert [row.mode for row in exact.kld] == ["forced", "free"]
+    for good, bad in zip(exact.kld, lossy.kld, strict=True):
+        assert good.kld_mean < 1e-6 < 1e-4 < bad.kld_mean
+        assert good.same_top1 == 1 and good.diverged == 0 and good.first_divergence == 8
+        assert good.steps == 16 >= bad.steps
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--policy", "h2o"), "unknown policy 'h2o': there are paper"),
+        (("--tasks", "recall"), "unknown task 'recall'"),
+        (("--settings", "medium"), "there are easy, hard"),
+        (("--policy", "none", "--alpha-low", "1"), "leave out --alpha-high"),
+        (("--n", "1"), "at least 2"),
+        (("--language", "latin"), "unknown language"),
+        (("--texts", "x"), "--suite kld"),
+        (("--engine", "vllm", "--policy", "topk"), "policies paper, none"),
+        (("--engine", "vllm", "--settings", "hard"), "--settings easy"),
+        (("--model", "/nowhere"), "cannot load /nowhere"),
+        (("--suite", "kld", "--texts", "/nowhere"), "cannot read --texts"),
+    ],
+)
+def test_refused_in_one_line(capsys, options, words):
+    status, out, err = run(capsys, *options)
+    assert (status, out) == (2, "")
+    assert err.startswith("diffkv: ") and err.count("\n") == 1
+    assert words in err
+
+
+def test_answers_do_not_depend_on_the_batch(capsys):
+    model = hf_runs.load(model_folder("reference"), torch.float32, 1, "cpu")
+    many = hf_runs.HFModel(model.model, model._tokenizer, 4)
+    samples = draw("sum", ReferenceWords(), "hard", 512, 3, 5)
+    assert model.answers(samples, 6, None)[0] == many.answers(samples, 6, None)[0]

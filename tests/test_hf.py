@@ -1,0 +1,135 @@
+"""The transformers cache: exact without loss, padded or not, and honest about bytes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+
+from diffkv import hf  # noqa: E402
+from diffkv.hf import DiffKVHFCache  # noqa: E402
+from diffkv.policy import Thresholds  # noqa: E402
+from diffkv.pool import check_invariants  # noqa: E402
+from diffkv.quant import ConfigError  # noqa: E402
+
+DATA = Path(__file__).parents[1] / "src" / "diffkv" / "data"
+ROWS = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()][:3]
+NEW_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    folder = DATA / "reference"
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / "reference", padding_side="left")
+    tokenizer.pad_token = "<pad>"
+    return tokenizer([row["prompt"] for row in ROWS], return_tensors="pt", padding=True)
+
+
+def generate(model, inputs, cache=None):
+    return model.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, past_key_values=cache,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def attached(model):
+    yield hf.attach(model)
+    hf.detach(model)
+
+
+@pytest.fixture(scope="module")
+def plain(model, inputs):
+    return generate(model, inputs)
+
+
+def test_without_loss_the_logits_are_those_of_the_plain_cache(plain, attached, inputs):
+    assert len(set(inputs.attention_mask.sum(1).tolist())) > 1, "padding is part of the test"
+    cache = DiffKVHFCache(attached, "k16v16")
+    ours = generate(attached, inputs, cache)
+
+    assert torch.equal(ours.sequences, plain.sequences)
+    for step, (got, expected) in enumerate(zip(ours.logits, plain.logits, strict=True)):
+        assert torch.allclose(got, expected, atol=2e-4, rtol=1e-4), step
+    check_invariants(cache.state)
+    assert cache.use().dropped == 0
+
+
+def test_feeding_tokens_is_generating_them(plain, attached, inputs):
+    cache = DiffKVHFCache(attached, "k16v16")
+    first = plain.sequences[:, inputs.input_ids.shape[1] :]
+    with torch.no_grad():
+        attached(**inputs, past_key_values=cache, position_ids=positions(inputs))
+    logits = hf.feed(attached, cache, first[:, :-1])
+    assert torch.equal(logits.argmax(-1), first[:, 1:])
+
+
+def positions(inputs):
+    return (inputs.attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def test_bytes_are_those_of_the_pool(attached, inputs):
+    cache = DiffKVHFCache(attached, "k8v4-k4v2", thresholds=Thresholds(3.0, 0.5), max_tokens=1200)
+    generate(attached, inputs, cache)
+    state, use = cache.state, cache.use()
+    head, tail = state.ring_ends.tolist()
+    num_tokens = int(inputs.attention_mask.sum()) + len(ROWS) * (NEW_TOKENS - 1)
+
+    assert use.tokens == num_tokens
+    assert use.pages == state.num_pages - (tail - head)
+    assert use.num_bytes > use.pages * state.layout.page_bytes
+    assert use.dropped > 0 and use.low > use.high
+    assert use.high + use.low + use.dropped == pytest.approx(num_tokens)
+    assert sum(cache.use(row).num_bytes for row in range(len(ROWS))) == use.num_bytes
+    assert use.bf16_bytes == num_tokens * 3 * 2 * 64 * 2 * 2
+    assert 3 < use.ratio_bf16 < use.nominal_ratio_bf16
+
+
+def test_budget_of_a_baseline_shows_in_the_pool(attached, inputs):
+    cache = DiffKVHFCache(attached, "k8v4", policy="topk:keep=0.5")
+    with torch.no_grad():
+        attached(**inputs, past_key_values=cache, position_ids=positions(inputs))
+    kept = cache.state.num_tokens[: len(ROWS), :, :, 0]
+    for row, length in enumerate(inputs.attention_mask.sum(1).tolist()):
+        assert (kept[row] == round(length / 2)).all()
+
+
+def test_all_queries_score_otherwise_and_keep_the_means_in_proportion(attached, inputs):
+    used = []
+    for policy in ("paper", "paper:queries=all"):
+        cache = DiffKVHFCache(attached, "k8v4-k4v2", policy, Thresholds(3.0, 0.5))
+        generate(attached, inputs, cache)
+        check_invariants(cache.state)
+        used.append(cache.use().high)
+    assert used[0] != used[1]
+
+
+def test_refusals(model, attached, inputs):
+    ids = inputs.input_ids
+    with torch.no_grad():
+        cache = DiffKVHFCache(attached)
+        with pytest.raises(ValueError, match="pad prompts on the left"):
+            attached(ids, attention_mask=inputs.attention_mask.flip(1), past_key_values=cache)
+        cache = DiffKVHFCache(attached, max_tokens=64)
+        with pytest.raises(ValueError, match="raise max_tokens"):
+            attached(ids, past_key_values=cache)
+        cache = DiffKVHFCache(attached)
+        attached(ids[:, -80:], past_key_values=cache)
+        with pytest.raises(ValueError, match=r"diffkv\.hf\.feed"):
+            attached(ids[:, :2], past_key_values=cache)
+        with pytest.raises(NotImplementedError):
+            cache.reorder_cache(torch.tensor([0]))
+        with pytest.raises(ValueError, match="DiffKVHFCache"):
+            attached(ids[:, -8:])
+    with pytest.raises(ConfigError, match="low tier"):
+        DiffKVHFCache(attached, "k8v4", policy="topk:survivors=low")
+    hf.detach(model)
+    with pytest.raises(ConfigError, match="attach"):
+        DiffKVHFCache(model)
