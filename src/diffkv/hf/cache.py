@@ -1,29 +1,18 @@
-"""A transformers cache with real pages: `generate` over compressed keys and values.
-
-    model = AutoModelForCausalLM.from_pretrained(...)
-    diffkv.hf.attach(model)
-    cache = DiffKVHFCache(model, quant="k8v4-k4v2")
-    model.generate(**inputs, past_key_values=cache)
-    print(cache.use())
-
-The first forward pass is the prompt: exact attention, then its tokens are sorted into tiers and
-stored. Every later one adds one token to each sequence and attends to pages. No dense copy is kept.
-Batches may be padded on the left: padding is neither stored nor attended to.
-"""
+"""The cache itself: a pool for a batch, and its steps."""
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import AttentionMaskInterface
 
 from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
+from diffkv.hf.attention import IMPLEMENTATION
+from diffkv.hf.use import CacheUse
 from diffkv.layout import PageLayout
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
@@ -31,60 +20,9 @@ from diffkv.pool import PoolShape
 from diffkv.quant import ConfigError, QuantConfig
 from diffkv.state import PoolState
 
-__all__ = ["IMPLEMENTATION", "CacheUse", "DiffKVHFCache", "attach", "detach", "feed"]
-
-IMPLEMENTATION = "diffkv"
-"""Name of the attention implementation, as `attn_implementation` takes it."""
+__all__ = ["DiffKVHFCache", "feed"]
 
 DEFAULT_MAX_TOKENS = 4096
-
-UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
-"""Arguments of an attention function that change what it computes in a way that the pages cannot."""
-
-_before_attach: "weakref.WeakKeyDictionary[PreTrainedModel, str]" = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class CacheUse:
-    """What sequences hold, measured on the pool.
-
-    Attributes:
-        tokens: of all sequences, padding not among them.
-        high: tokens in the high tier, mean over layers and heads.
-        low: likewise in the low tier.
-        pages: held.
-        num_bytes: pages, half-empty ones included, their ring entries, and the sequences' tables.
-        bf16_bytes: of the same tokens in bf16.
-        nominal_bytes: bits of the codes of kept tokens alone.
-    """
-
-    tokens: int
-    high: float
-    low: float
-    pages: int
-    num_bytes: int
-    bf16_bytes: int
-    nominal_bytes: float
-
-    @property
-    def dropped(self) -> float:
-        """Tokens that are gone, mean over layers and heads."""
-        return max(0.0, self.tokens - self.high - self.low)
-
-    @property
-    def bytes_per_token(self) -> float:
-        """All layers and heads."""
-        return self.num_bytes / self.tokens
-
-    @property
-    def ratio_bf16(self) -> float:
-        """How many times fewer bytes than bf16."""
-        return self.bf16_bytes / self.num_bytes
-
-    @property
-    def nominal_ratio_bf16(self) -> float:
-        """By bits alone: never to be shown without `ratio_bf16`."""
-        return self.bf16_bytes / self.nominal_bytes
 
 
 class _Layer(CacheLayerMixin):
@@ -330,66 +268,6 @@ def _paddings(mask: Tensor | None, batch: int, num_tokens: int) -> list[int]:
             "pad prompts on the left (padding_side='left'), each with at least one token"
         )
     return (num_tokens - lengths).tolist()
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls; shapes are [batch, heads, tokens, head_dim]."""
-    cache, layer = getattr(key, "diffkv", (None, 0))
-    if cache is None:
-        raise ValueError(
-            "this model is attached to DiffKV: pass past_key_values=DiffKVHFCache(model, ...), "
-            "or call diffkv.hf.detach(model)"
-        )
-    asked = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
-    if asked or dropout:
-        raise ValueError(
-            f"{type(module).__name__} wants {', '.join(asked) or 'dropout'}: not supported by DiffKV"
-        )
-    if torch.is_grad_enabled() and query.requires_grad:
-        raise ValueError("a compressed cache has no gradients: use torch.no_grad()")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return cache._attend(layer, query, key, value, scale, attention_mask), None
-
-
-def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask that transformers makes for `_attention`: which tokens are no padding, or None."""
-    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
-
-
-def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model attend by DiffKV; it then needs a DiffKVHFCache in every forward pass.
-
-    Returns:
-        The model.
-    """
-    AttentionInterface.register(IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _padding_mask)
-    before = model.config.get_text_config(decoder=True)._attn_implementation
-    if before != IMPLEMENTATION:
-        _before_attach[model] = before
-        model.set_attn_implementation(IMPLEMENTATION)
-    return model
-
-
-def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `attach`.
-
-    Returns:
-        The model.
-    """
-    before = _before_attach.pop(model, None)
-    if before is not None:
-        model.set_attn_implementation(before)
-    return model
 
 
 @torch.no_grad()
