@@ -7,9 +7,11 @@ answers is computed once for each seed. Methods are named by their formats, poli
 """
 
 import argparse
+import multiprocessing
 import re
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +25,7 @@ from diffkv.evaluation.results import Run
 from diffkv.evaluation.runs import CacheSpec, HFRun, language_of
 from diffkv.evaluation.synth import Plan
 from diffkv.policy import WINDOW, Thresholds
-from diffkv.quant import QuantConfig
+from diffkv.quant import LayerQuant
 
 KLD_STEPS = 64
 
@@ -47,7 +49,7 @@ class Method:
 
     @property
     def spec(self) -> CacheSpec:
-        quant, policy = QuantConfig.parse(self.quant), policies.parse(self.policy)
+        quant, policy = LayerQuant.parse(self.quant), policies.parse(self.policy)
         thresholds = Thresholds()
         if policy.uses_thresholds:
             thresholds = Thresholds.choose(quant, self.alpha_high, self.alpha_low)
@@ -94,6 +96,24 @@ def run_method(runner: HFRun, method: Method, args: argparse.Namespace) -> list[
     return runs
 
 
+def load_runner(args: argparse.Namespace) -> HFRun:
+    torch.set_num_threads(1)  # one process a core: the model is too small to be shared out
+    shipped = files("diffkv") / "data" / args.model
+    folder = str(shipped) if (shipped / "config.json").is_file() else args.model
+    return HFRun(hf_runs.load(folder, torch.float32, args.n, args.device), args.model)
+
+
+def work(part: int, args: argparse.Namespace) -> None:
+    """Every `args.workers`-th method."""
+    runner = load_runner(args)
+    start = time.perf_counter()
+    for method in METHODS[: args.methods][part :: args.workers]:
+        runs = run_method(runner, method, args)
+        path = args.out / f"{method.name}.json"
+        path.write_text("".join(run.model_dump_json() + "\n" for run in runs))
+        print(f"{time.perf_counter() - start:6.0f} s  {path.name}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder")
@@ -103,19 +123,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of a prompt")
     parser.add_argument("--tasks", help="names, separated by commas (default: all)")
     parser.add_argument("--methods", type=int, default=len(METHODS), help="only the first so many")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
-    shipped = files("diffkv") / "data" / args.model
-    folder = str(shipped) if (shipped / "config.json").is_file() else args.model
-    runner = HFRun(hf_runs.load(folder, torch.float32, args.n, args.device), args.model)
-    start = time.perf_counter()
-    for method in METHODS[: args.methods]:
-        runs = run_method(runner, method, args)
-        path = args.out / f"{method.name}.json"
-        path.write_text("".join(run.model_dump_json() + "\n" for run in runs))
-        print(f"{time.perf_counter() - start:6.0f} s  {path.name}", file=sys.stderr, flush=True)
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(work, part, args) for part in range(args.workers)]:
+            done.result()
 
 
 if __name__ == "__main__":

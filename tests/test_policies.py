@@ -5,7 +5,7 @@ import torch
 
 from diffkv import policies
 from diffkv.policy import DROPPED, HIGH, LOW, WINDOW, Thresholds, paper_tiers
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.quant import ConfigError, LayerQuant
 
 NUM_HEADS, NUM_TOKENS = 4, 400
 MEANS = torch.rand(NUM_HEADS, NUM_TOKENS, generator=torch.Generator().manual_seed(0))
@@ -104,4 +104,4 @@ def test_refused(text, words):
 
 def test_low_survivors_need_a_low_tier():
     with pytest.raises(ConfigError, match="k8v4-k4v2"):
-        policies.parse("topk:survivors=low").check(QuantConfig.parse("k8v4"))
+        policies.parse("topk:survivors=low").check(LayerQuant.parse("k8v4"))

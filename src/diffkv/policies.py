@@ -23,7 +23,7 @@ from diffkv.policy import (
     Thresholds,
     paper_tiers,
 )
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.quant import ConfigError, LayerQuant
 
 __all__ = ["ALL_QUERIES", "PAPER", "POLICIES", "Policy", "parse"]
 
@@ -66,16 +66,16 @@ class Policy:
             return thresholds != Thresholds()
         return not self.keeps_all
 
-    def check(self, quant: QuantConfig) -> None:
+    def check(self, quant: LayerQuant) -> None:
         """Refuse formats that the policy cannot work with.
 
         Raises:
             ConfigError: it wants a low tier and there is none.
         """
-        if self.needs_low and quant.low is None:
+        if self.needs_low and not quant.all_have_low:
             raise ConfigError(
-                f"policy {self.text} keeps tokens in the low tier, but {quant} has none: name two "
-                f"formats, as in k8v4-k4v2, or survivors=high"
+                f"policy {self.text} keeps tokens in the low tier, but {quant} has none, or not in "
+                f"every layer: name two formats, as in k8v4-k4v2, or survivors=high"
             )
 
 

@@ -278,6 +278,11 @@ class LayerQuant:
         """Whether any layer has a low tier."""
         return any(span.quant.has_low for span in self.spans)
 
+    @property
+    def all_have_low(self) -> bool:
+        """Whether every layer has a low tier."""
+        return all(span.quant.has_low for span in self.spans)
+
     def groups(self, num_layers: int) -> dict[QuantConfig, tuple[int, ...]]:
         """The layers of each configuration, in the order in which they first occur.
 

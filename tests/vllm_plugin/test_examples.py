@@ -23,6 +23,13 @@ def test_offline() -> None:
     assert float(summary.split(": ")[-1].split()[0]) > 3
 
 
+def test_hf_generate() -> None:
+    *answers, summary = run("hf_generate.py")
+    assert len(answers) == 3
+    assert all(answer.endswith("(right)") for answer in answers)
+    assert float(summary.split(": ")[-1].split()[0]) > 3
+
+
 def test_per_request() -> None:
     lines = run("per_request.py")
     assert len(lines) == 5

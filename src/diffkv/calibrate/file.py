@@ -10,7 +10,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffkv.calibrate.search import Point
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.quant import ConfigError, LayerQuant
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -130,7 +130,7 @@ class Calibration(_Table):
         """What an engine is started with, by the names of its options."""
         choice = self.choice
         values = {"quant": choice.quant, "alpha_low": choice.alpha_low, "window": choice.window}
-        has_low = QuantConfig.parse(choice.quant).low is not None
+        has_low = LayerQuant.parse(choice.quant).has_low
         return {**values, "alpha_high": choice.alpha_high} if has_low else values
 
     def write(self, path: Path) -> None:

@@ -198,7 +198,7 @@ def _search(
             def measured(point: "Point") -> None:
                 progress.console.print(_line(point), soft_wrap=True)
 
-            has_low = options.quant_config().low is not None
+            has_low = options.quant_config().has_low
             return search(watched, len(asked), args.max_loss, has_low, measured)
 
 
@@ -225,7 +225,7 @@ def _line(point: "Point") -> str:
 
 
 def _nothing_fits(args: argparse.Namespace, options: "Options", mildest: "Point") -> str:
-    high = options.quant_config().high
+    high = ", ".join(str(span.quant.high) for span in options.quant_config().spans)
     return (
         f"nothing keeps the loss within {args.max_loss:.2%}: {high} alone, every token high, loses "
         f"{mildest.loss:.2%} of {mildest.n} samples; take a larger --max-loss, or a --quant with a "

@@ -58,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the model (default: float32 on a CPU, bfloat16 on a GPU)",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), help="of the model (default: the GPU)")
+    parser.add_argument(
+        "--threads", type=int,
+        help="CPU threads of --engine hf (default: 1 for the shipped model, which is too small to share "
+        "out; torch's own choice for others)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=DEFAULT_BATCH, help="samples at once")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object there too")
     parser.add_argument("--json", action="store_true", help="only the JSON object, no table")
@@ -94,10 +99,18 @@ def _check(args: argparse.Namespace) -> None:
     for package in ("transformers", "pydantic"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"diffkv eval needs {package}: pip install 'diffkv[eval]'")
-    for name, least in (("n", 2), ("tokens", 256), ("steps", 1), ("batch_size", 1), ("seed", 0)):
-        if getattr(args, name) < least:
+    for name, least in (
+        ("n", 2),
+        ("tokens", 256),
+        ("steps", 1),
+        ("batch_size", 1),
+        ("seed", 0),
+        ("threads", 1),
+    ):
+        value = getattr(args, name)
+        if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} must be at least {least}, got {getattr(args, name)}")
+            raise ConfigError(f"{flag} must be at least {least}, got {value}")
     if args.suite != eval_lm.SUITE:
         if args.flags:
             raise ConfigError(
@@ -108,8 +121,9 @@ def _check(args: argparse.Namespace) -> None:
                 raise ConfigError(f"--{name.replace('_', '-')} is for --suite {eval_lm.SUITE}")
     if args.suite != "kld" and args.texts is not None:
         raise ConfigError("--texts is for --suite kld")
-    if args.engine == "vllm" and args.device is not None:
-        raise ConfigError("--device is for --engine hf: vLLM runs where it was built for")
+    for name in ("device", "threads"):
+        if args.engine == "vllm" and getattr(args, name) is not None:
+            raise ConfigError(f"--{name} is for --engine hf: vLLM chooses for itself")
     if args.engine == "vllm" and args.suite != "synth":
         raise ConfigError("--engine vllm runs --suite synth only: leave it out for kld")
     if args.out is not None and not args.out.parent.is_dir():
@@ -127,7 +141,7 @@ def _spec(args: argparse.Namespace) -> "CacheSpec":
     return CacheSpec(
         options.quant_config(), policy,
         options.thresholds() if policy.uses_thresholds else Thresholds(),
-        options.window, options.page_bytes, options.kernels,
+        options.window, options.page_bytes, options.kernels, options.rotate,
     )  # fmt: skip
 
 
@@ -166,22 +180,30 @@ def _plan(args: argparse.Namespace, vocabulary: Collection[str]) -> "Plan":
 
 
 def _hf(args: argparse.Namespace, spec: "CacheSpec") -> "Run":
+    import torch
+
     from diffkv.evaluation import hf_runs
     from diffkv.evaluation.kld import read_texts
     from diffkv.evaluation.runs import HFRun
 
     texts = read_texts(_texts(args)) if args.suite == "kld" else []
     device, dtype = _device_and_dtype(args)
-    model = hf_runs.load(model_folder(args.model), dtype, args.batch_size, device)
-    runner = HFRun(model, args.model)
-    if args.suite == "kld":
-        return runner.kld(spec, texts, args.steps)
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or (1 if args.model == REFERENCE else before))
+    try:
+        model = hf_runs.load(model_folder(args.model), dtype, args.batch_size, device)
+        runner = HFRun(model, args.model)
+        if args.suite == "kld":
+            return runner.kld(spec, texts, args.steps)
+        return runner.tasks(spec, _plan(args, model.vocabulary), lambda row: _report(args, row))
+    finally:
+        torch.set_num_threads(before)
 
-    def report(row: "TaskRow") -> None:
-        if not args.json:
-            print(f"diffkv: {row.task} {row.setting}", file=sys.stderr)
 
-    return runner.tasks(spec, _plan(args, model.vocabulary), report)
+def _report(args: argparse.Namespace, row: "TaskRow") -> None:
+    """Say on standard error what is done."""
+    if not args.json:
+        print(f"diffkv: {row.task} {row.setting}", file=sys.stderr)
 
 
 def _vllm(args: argparse.Namespace, spec: "CacheSpec") -> "Run":

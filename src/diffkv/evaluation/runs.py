@@ -21,7 +21,7 @@ from diffkv.evaluation.results import KldRow, Provenance, Run, TaskRow
 from diffkv.hf import DiffKVHFCache
 from diffkv.policies import Policy
 from diffkv.policy import Thresholds
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.quant import ConfigError, LayerQuant
 
 __all__ = ["CacheSpec", "HFRun", "language_of", "provenance"]
 
@@ -37,14 +37,16 @@ class CacheSpec:
         window: recent tokens that stay high.
         page_bytes: of a page; None: the size that wastes least.
         kernels: "reference", or None for the device's own.
+        rotate: "hadamard" or "none".
     """
 
-    quant: QuantConfig
+    quant: LayerQuant
     policy: Policy
     thresholds: Thresholds
     window: int
     page_bytes: int | None = None
     kernels: str | None = None
+    rotate: str = "none"
 
     def __post_init__(self) -> None:
         """Refuse formats that the policy cannot work with."""
@@ -54,7 +56,7 @@ class CacheSpec:
         """An empty cache for a model of transformers."""
         return DiffKVHFCache(
             model, self.quant, self.policy.fresh(), self.thresholds, self.window,
-            max_tokens, self.page_bytes, self.kernels,
+            max_tokens, self.page_bytes, self.kernels, self.rotate,
         )  # fmt: skip
 
 

@@ -37,11 +37,15 @@ def _options(spec: CacheSpec) -> Options:
             f"--engine vllm runs the policies {', '.join(POLICIES)}, got {spec.policy}: leave it out "
             f"to run this one in transformers"
         )
-    one_tier = spec.quant.low is None
     return Options(
-        str(spec.quant), None if one_tier else spec.thresholds.alpha_high,
-        spec.thresholds.alpha_low, spec.window, spec.page_bytes, spec.kernels,
-    )  # fmt: skip
+        quant=str(spec.quant),
+        alpha_high=spec.thresholds.alpha_high if spec.quant.has_low else None,
+        alpha_low=spec.thresholds.alpha_low,
+        window=spec.window,
+        page_bytes=spec.page_bytes,
+        rotate=spec.rotate,
+        kernels=spec.kernels,
+    )
 
 
 def _as_use(use: offline.CacheUse) -> CacheUse:

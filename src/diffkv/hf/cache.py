@@ -1,90 +1,29 @@
-"""A transformers cache with real pages: `generate` over compressed keys and values.
-
-    model = AutoModelForCausalLM.from_pretrained(...)
-    diffkv.hf.attach(model)
-    cache = DiffKVHFCache(model, quant="k8v4-k4v2")
-    model.generate(**inputs, past_key_values=cache)
-    print(cache.use())
-
-The first forward pass is the prompt: exact attention, then its tokens are sorted into tiers and
-stored. Every later one adds one token to each sequence and attends to pages. No dense copy is kept.
-Batches may be padded on the left: padding is neither stored nor attended to.
-"""
+"""The cache itself: a pool for a batch, and its steps."""
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import AttentionMaskInterface
 
 from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
-from diffkv.layout import PageLayout
+from diffkv.hf.attention import IMPLEMENTATION
+from diffkv.hf.use import CacheUse
+from diffkv.layout import CacheLayout
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
-from diffkv.pool import PoolShape
-from diffkv.quant import ConfigError, QuantConfig
-from diffkv.state import PoolState
+from diffkv.pool import CacheShape
+from diffkv.quant import ConfigError, LayerQuant
+from diffkv.rotation import Rotation
+from diffkv.state import CacheState
 
-__all__ = ["IMPLEMENTATION", "CacheUse", "DiffKVHFCache", "attach", "detach", "feed"]
-
-IMPLEMENTATION = "diffkv"
-"""Name of the attention implementation, as `attn_implementation` takes it."""
+__all__ = ["DiffKVHFCache", "feed"]
 
 DEFAULT_MAX_TOKENS = 4096
-
-UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
-"""Arguments of an attention function that change what it computes in a way that the pages cannot."""
-
-_before_attach: "weakref.WeakKeyDictionary[PreTrainedModel, str]" = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class CacheUse:
-    """What sequences hold, measured on the pool.
-
-    Attributes:
-        tokens: of all sequences, padding not among them.
-        high: tokens in the high tier, mean over layers and heads.
-        low: likewise in the low tier.
-        pages: held.
-        num_bytes: pages, half-empty ones included, their ring entries, and the sequences' tables.
-        bf16_bytes: of the same tokens in bf16.
-        nominal_bytes: bits of the codes of kept tokens alone.
-    """
-
-    tokens: int
-    high: float
-    low: float
-    pages: int
-    num_bytes: int
-    bf16_bytes: int
-    nominal_bytes: float
-
-    @property
-    def dropped(self) -> float:
-        """Tokens that are gone, mean over layers and heads."""
-        return max(0.0, self.tokens - self.high - self.low)
-
-    @property
-    def bytes_per_token(self) -> float:
-        """All layers and heads."""
-        return self.num_bytes / self.tokens
-
-    @property
-    def ratio_bf16(self) -> float:
-        """How many times fewer bytes than bf16."""
-        return self.bf16_bytes / self.num_bytes
-
-    @property
-    def nominal_ratio_bf16(self) -> float:
-        """By bits alone: never to be shown without `ratio_bf16`."""
-        return self.bf16_bytes / self.nominal_bytes
 
 
 class _Layer(CacheLayerMixin):
@@ -127,13 +66,14 @@ class DiffKVHFCache(Cache):
 
     Args:
         model: a causal language model of transformers, already passed to `attach`.
-        quant: formats of the tiers, as text or parsed.
+        quant: formats of the tiers, or of each layer, as text or parsed.
         policy: as text (`diffkv.policies`) or parsed.
         thresholds: alpha_high and alpha_low; None: the defaults for the formats.
         window: recent tokens that always stay high.
         max_tokens: most tokens of a sequence, answer included; None: the model's limit, at most 4096.
         page_bytes: of a page; None: the size that wastes least.
         kernels: "reference" for the plain torch operations; None for the device's kernels.
+        rotate: "hadamard" rotates keys and values before they are quantised.
 
     Raises:
         ConfigError: formats, a policy or a model that cannot be combined.
@@ -142,17 +82,18 @@ class DiffKVHFCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        quant: str | QuantConfig = "k8v4-k4v2",
+        quant: str | LayerQuant = "k8v4-k4v2",
         policy: str | Policy = PAPER,
         thresholds: Thresholds | None = None,
         window: int = WINDOW,
         max_tokens: int | None = None,
         page_bytes: int | None = None,
         kernels: str | None = None,
+        rotate: str = "none",
     ) -> None:
         config = model.config.get_text_config(decoder=True)
         _check(model, config, window)
-        self.quant = QuantConfig.parse(quant) if isinstance(quant, str) else quant
+        self.quant = LayerQuant.parse(quant) if isinstance(quant, str) else quant
         self.policy = parse(policy) if isinstance(policy, str) else policy
         self.policy.check(self.quant)
         self.thresholds = (
@@ -166,9 +107,12 @@ class DiffKVHFCache(Cache):
         self._num_kv_heads = getattr(config, "num_key_value_heads", None) or self._num_q_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._num_q_heads
         self._dtype, self._device, self._window = model.dtype, model.device, window
-        self._layout = PageLayout.derive(self.quant, head_dim, page_bytes, model.dtype.itemsize)
+        self._layout = CacheLayout.derive(
+            self.quant, self._num_layers, head_dim, page_bytes, model.dtype.itemsize
+        )
+        self._rotation = Rotation.of(rotate, head_dim, self._device, self._dtype)
         self._ops = ops.load(self._device.type, kernels)
-        self._shape: PoolShape | None = None
+        self._shape: CacheShape | None = None
         self._pages: DiffKVCache | None = None
         self._step: Step | None = None
         self._first: list[int] = []
@@ -182,20 +126,22 @@ class DiffKVHFCache(Cache):
         """
         if self._pages is None or self._shape is None:
             raise ValueError("the cache is empty: nothing has been stored yet")
-        state = self._pages.state
+        groups = self._pages.state.groups
         rows = slice(None) if row is None else slice(row, row + 1)
         lengths = [self.get_seq_length() - first for first in self._first[rows]]
         num_heads = self._num_layers * self._num_kv_heads
-        kept = state.num_tokens[rows].sum((0, 1, 2)).tolist()
-        num_pages = int(state.num_pages_held[rows].sum())
+        kept = [group.num_tokens[rows].sum((0, 1, 2)).tolist() for group in groups]
+        num_pages = sum(int(group.num_pages_held[rows].sum()) for group in groups)
         elements = 2 * self._layout.head_dim
         bits = sum(
-            count * fmt.nominal_bits for count, fmt in zip(kept, self.quant.tiers, strict=False)
+            count * tier.format.nominal_bits
+            for counts, group in zip(kept, groups, strict=True)
+            for count, tier in zip(counts, group.layout.tiers, strict=False)
         )
         return CacheUse(
             tokens=sum(lengths),
-            high=kept[0] / num_heads,
-            low=kept[1] / num_heads,
+            high=sum(high for high, _ in kept) / num_heads,
+            low=sum(low for _, low in kept) / num_heads,
             pages=num_pages,
             num_bytes=self._shape.spent_bytes(num_pages, len(lengths)),
             bf16_bytes=sum(lengths) * num_heads * elements * 2,
@@ -226,8 +172,8 @@ class DiffKVHFCache(Cache):
         raise NotImplementedError("pages belong to one sequence: select the prompts instead")
 
     @property
-    def state(self) -> PoolState:
-        """The pool: what it holds is documented there. Only to be read.
+    def state(self) -> CacheState:
+        """The pool, by groups of layers: what it holds is documented there. Only to be read.
 
         Raises:
             ValueError: nothing is stored yet.
@@ -283,16 +229,16 @@ class DiffKVHFCache(Cache):
         return self._pages.plan((), slice(0, batch), slots, lengths.to(self._device))
 
     def _make(self, batch: int, scale: float) -> DiffKVCache:
-        heads = self._num_layers, self._num_kv_heads
-        request = PoolShape.request_bytes(self._layout, *heads, self.max_tokens)
-        shape = PoolShape.fit(batch * request, self._layout, *heads, self.max_tokens, batch)
+        sizes = self._layout, self._num_kv_heads, self.max_tokens
+        request = CacheShape.request_bytes(*sizes)
+        shape = CacheShape.fit(batch * request, *sizes, batch)
         buffer = torch.empty(
             shape.table_bytes + shape.num_pages * self._layout.page_bytes,
             dtype=torch.uint8, device=self._device,
         )  # fmt: skip
         self._shape = shape
-        state = pool.create(shape, buffer, self._dtype, self._window)
-        return DiffKVCache(state, self._ops, scale, self.policy)
+        state = pool.create_cache(shape, buffer, self._dtype, self._window)
+        return DiffKVCache(state, self._ops, scale, self.policy, rotation=self._rotation)
 
 
 def _check(model: PreTrainedModel, config: Any, window: int) -> None:
@@ -330,66 +276,6 @@ def _paddings(mask: Tensor | None, batch: int, num_tokens: int) -> list[int]:
             "pad prompts on the left (padding_side='left'), each with at least one token"
         )
     return (num_tokens - lengths).tolist()
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls; shapes are [batch, heads, tokens, head_dim]."""
-    cache, layer = getattr(key, "diffkv", (None, 0))
-    if cache is None:
-        raise ValueError(
-            "this model is attached to DiffKV: pass past_key_values=DiffKVHFCache(model, ...), "
-            "or call diffkv.hf.detach(model)"
-        )
-    asked = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
-    if asked or dropout:
-        raise ValueError(
-            f"{type(module).__name__} wants {', '.join(asked) or 'dropout'}: not supported by DiffKV"
-        )
-    if torch.is_grad_enabled() and query.requires_grad:
-        raise ValueError("a compressed cache has no gradients: use torch.no_grad()")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return cache._attend(layer, query, key, value, scale, attention_mask), None
-
-
-def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask that transformers makes for `_attention`: which tokens are no padding, or None."""
-    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
-
-
-def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model attend by DiffKV; it then needs a DiffKVHFCache in every forward pass.
-
-    Returns:
-        The model.
-    """
-    AttentionInterface.register(IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _padding_mask)
-    before = model.config.get_text_config(decoder=True)._attn_implementation
-    if before != IMPLEMENTATION:
-        _before_attach[model] = before
-        model.set_attn_implementation(IMPLEMENTATION)
-    return model
-
-
-def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `attach`.
-
-    Returns:
-        The model.
-    """
-    before = _before_attach.pop(model, None)
-    if before is not None:
-        model.set_attn_implementation(before)
-    return model
 
 
 @torch.no_grad()

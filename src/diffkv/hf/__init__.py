@@ -1,0 +1,18 @@
+"""A transformers cache with real pages: `generate` over compressed keys and values.
+
+    model = AutoModelForCausalLM.from_pretrained(...)
+    diffkv.hf.attach(model)
+    cache = DiffKVHFCache(model, quant="k8v4-k4v2")
+    model.generate(**inputs, past_key_values=cache)
+    print(cache.use())
+
+The first forward pass is the prompt: exact attention, then its tokens are sorted into tiers and
+stored. Every later one adds one token to each sequence and attends to pages. No dense copy is kept.
+Batches may be padded on the left: padding is neither stored nor attended to.
+"""
+
+from diffkv.hf.attention import IMPLEMENTATION, attach, detach
+from diffkv.hf.cache import DiffKVHFCache, feed
+from diffkv.hf.use import CacheUse
+
+__all__ = ["IMPLEMENTATION", "CacheUse", "DiffKVHFCache", "attach", "detach", "feed"]

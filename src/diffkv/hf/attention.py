@@ -1,0 +1,79 @@
+"""The attention function that transformers calls, and how a model gets it."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+__all__ = ["IMPLEMENTATION", "attach", "detach"]
+
+IMPLEMENTATION = "diffkv"
+"""Name of the attention implementation, as `attn_implementation` takes it."""
+
+UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
+"""Arguments of an attention function that change what it computes in a way that the pages cannot."""
+
+_before_attach: "weakref.WeakKeyDictionary[PreTrainedModel, str]" = weakref.WeakKeyDictionary()
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls; shapes are [batch, heads, tokens, head_dim]."""
+    cache, layer = getattr(key, "diffkv", (None, 0))
+    if cache is None:
+        raise ValueError(
+            "this model is attached to DiffKV: pass past_key_values=DiffKVHFCache(model, ...), "
+            "or call diffkv.hf.detach(model)"
+        )
+    asked = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    if asked or dropout:
+        raise ValueError(
+            f"{type(module).__name__} wants {', '.join(asked) or 'dropout'}: not supported by DiffKV"
+        )
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise ValueError("a compressed cache has no gradients: use torch.no_grad()")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return cache._attend(layer, query, key, value, scale, attention_mask), None
+
+
+def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The mask that transformers makes for `_attention`: which tokens are no padding, or None."""
+    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+
+
+def attach(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model attend by DiffKV; it then needs a DiffKVHFCache in every forward pass.
+
+    Returns:
+        The model.
+    """
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _padding_mask)
+    before = model.config.get_text_config(decoder=True)._attn_implementation
+    if before != IMPLEMENTATION:
+        _before_attach[model] = before
+        model.set_attn_implementation(IMPLEMENTATION)
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `attach`.
+
+    Returns:
+        The model.
+    """
+    before = _before_attach.pop(model, None)
+    if before is not None:
+        model.set_attn_implementation(before)
+    return model

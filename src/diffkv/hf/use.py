@@ -1,0 +1,48 @@
+"""What a cache holds, in numbers."""
+
+from dataclasses import dataclass
+
+__all__ = ["CacheUse"]
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """What sequences hold, measured on the pool.
+
+    Attributes:
+        tokens: of all sequences, padding not among them.
+        high: tokens in the high tier, mean over layers and heads.
+        low: likewise in the low tier.
+        pages: held.
+        num_bytes: pages, half-empty ones included, their ring entries, and the sequences' tables.
+        bf16_bytes: of the same tokens in bf16.
+        nominal_bytes: bits of the codes of kept tokens alone.
+    """
+
+    tokens: int
+    high: float
+    low: float
+    pages: int
+    num_bytes: int
+    bf16_bytes: int
+    nominal_bytes: float
+
+    @property
+    def dropped(self) -> float:
+        """Tokens that are gone, mean over layers and heads."""
+        return max(0.0, self.tokens - self.high - self.low)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """All layers and heads."""
+        return self.num_bytes / self.tokens
+
+    @property
+    def ratio_bf16(self) -> float:
+        """How many times fewer bytes than bf16."""
+        return self.bf16_bytes / self.num_bytes
+
+    @property
+    def nominal_ratio_bf16(self) -> float:
+        """By bits alone: never to be shown without `ratio_bf16`."""
+        return self.bf16_bytes / self.nominal_bytes
