@@ -3,15 +3,18 @@
 import math
 
 import pytest
-from conftest import NEW_TOKENS, engine
-from stepping import Request, check_empty, check_quotas, drive, worker
+from conftest import NEW_TOKENS, engine, random_prompts
+from stepping import Request, check_empty, check_quotas, drive, manager, worker
+from test_models import arguments, decode, token_ids
 
+from checkpoints import make  # isort: skip
 from diffkv.policy import Thresholds
 from diffkv.vllm_plugin.estimate import FEWEST_SEEN, MARGIN, MOST_KINDS, SEEN, Prompt, PromptSizes
 
 EXACT, NOTHING_DROPPED = "k16v16", {"alpha_low": 1e-30}
 """Prompts are scored, held to limits and given up, but nothing is lost: every token must be right."""
 TIGHT_BYTES = 14 << 20
+LOSSY = {"alpha_high": 3, "alpha_low": 1}
 
 
 class TestPromptSizes:
@@ -85,3 +88,47 @@ def test_tokens_equal_stock_when_every_bet_is_lost(
         assert [driven.token_ids[name] for name in requests] == stock
         assert worker().summary()["totals"]["given_up"] > 0
         check_empty(llm)
+
+
+@pytest.mark.usefixtures("expects_too_little")
+def test_prompts_given_up_on_two_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Ranks hold different heads, so one may give up what the other keeps."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    model = make("llama2", tmp_path_factory.mktemp("llama2"))
+    answers, given_up = {}, {}
+    for ranks, budget in ((1, 256 << 20), (2, 1_200_000)):
+        with engine(
+            EXACT,
+            NOTHING_DROPPED,
+            **arguments(model, tensor_parallel_size=ranks, kv_cache_memory_bytes=budget),
+        ) as llm:
+            answers[ranks] = token_ids(decode(llm))
+            llm.llm_engine.step()
+            summaries = llm.collective_rpc("diffkv_summary")
+            assert [s["pool"]["pages_held"] for s in summaries] == [0] * ranks
+            given_up[ranks] = max(s["totals"]["given_up"] for s in summaries)
+    assert answers[1] == answers[2]
+    assert given_up[1] == 0 < given_up[2]
+
+
+def test_more_run_at_once_than_by_worst_case() -> None:
+    """Prompts of 900 tokens of which a pool holds two by worst case."""
+    peaks = {}
+    prompts = [p for seed in range(2) for p in random_prompts(24, 900, seed) if len(p) > 512]
+    for admission in ("worst-case", "expected"):
+        with engine(
+            "k8v4-k4v2",
+            LOSSY | {"admission": admission},
+            max_model_len=1024,
+            max_num_batched_tokens=1024,
+            kv_cache_memory_bytes=7 << 18,
+        ) as llm:
+            drive(llm, {f"w{i}": Request(p, 2) for i, p in enumerate(prompts[:FEWEST_SEEN])})
+            driven = drive(llm, {f"r{i}": Request(p, 48) for i, p in enumerate(prompts)})
+            assert all(len(tokens) == 48 for tokens in driven.token_ids.values())
+            assert not manager(llm)._prompts
+            check_empty(llm)
+            peaks[admission] = driven.running_peak
+    assert peaks["expected"] > peaks["worst-case"]
