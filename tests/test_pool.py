@@ -157,13 +157,16 @@ def test_held_pages_and_growth():
     slots = torch.tensor([0, 1])
     assert pool.held_pages(state, slots).tolist() == [0, 8]
     # Head 0 could open a high page, head 1 a low one (demoted); without tokens every head opens one.
-    assert pool.page_growth(state, slots, 1).tolist() == [4, 4]
+    assert pool.page_growth(state, slots, 1).tolist() == [[4], [4]]
 
     # One more low token for head 1: both its last pages are half full, the next token opens none.
     for layer in range(NUM_LAYERS):
         store(reference, state, layer, [(1, [4])], [[DROPPED], [LOW]], [[0.0]] * 2)
     assert pool.held_pages(state, slots).tolist() == [0, 10]
-    assert pool.page_growth(state, slots, 1).tolist() == [4, 2]
+    assert pool.page_growth(state, slots, 1).tolist() == [[4], [2]]
+    several = pool.page_growth(state, slots, 40)
+    for n in (1, 7, 40):
+        assert torch.equal(pool.page_growth(state, slots, n), several[:, :n])
 
 
 @pytest.mark.parametrize(

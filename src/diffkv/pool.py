@@ -251,27 +251,27 @@ def prompt_pages(layout: PageLayout, tiers: Tensor) -> int:
     )
 
 
-def page_growth(state: PoolState, slots: Tensor, num_tokens: int) -> Tensor:
-    """Most pages that `num_tokens` more tokens can add to each of some slots: [R] int64.
+def page_growth(state: PoolState, slots: Tensor, most: int) -> Tensor:
+    """Most pages that 1, 2, … `most` more tokens can add to each of some slots: [R, most] int64.
 
     Each token goes to one tier of each head; a tier takes a page when its last one is full.
     """
     slots = slots.long()
-    room = [
-        state.num_pages_held[slots, :, :, i] * tier.tokens_per_page
-        - state.num_tokens[slots, :, :, i]
-        for i, tier in enumerate(state.layout.tiers)
+    added = []  # by tier, pages for 0, 1, … tokens: [most + 1, R, L, H]
+    counts = torch.arange(most + 1, device=slots.device).view(-1, 1, 1, 1)
+    for i, tier in enumerate(state.layout.tiers):
+        held = state.num_pages_held[slots, :, :, i] * tier.tokens_per_page
+        free = held - state.num_tokens[slots, :, :, i]
+        added.append(-(-(counts - free).clamp(min=0) // tier.tokens_per_page))
+    high = added[0]
+    if len(added) == 1:
+        return high[1:].sum((2, 3)).T
+    low = added[1]
+    worst = [
+        torch.stack([high[k] + low[n - k] for k in range(n + 1)]).amax(0)
+        for n in range(1, most + 1)
     ]
-    splits = range(num_tokens + 1) if len(room) > 1 else (num_tokens,)
-    worst = torch.zeros_like(room[0])
-    for to_high in splits:
-        added = torch.zeros_like(worst)
-        for count, free, tier in zip(
-            (to_high, num_tokens - to_high), room, state.layout.tiers, strict=False
-        ):
-            added += -(-(count - free).clamp(min=0) // tier.tokens_per_page)
-        worst = torch.maximum(worst, added)
-    return worst.sum((1, 2))
+    return torch.stack(worst).sum((2, 3)).T
 
 
 def check_invariants(*groups: PoolState) -> None:

@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import NEW_TOKENS, engine, greedy
+from stepping import Request, check_quotas, drive
 from torch import Tensor
 
 from diffkv.prefill import torch_prefill
 from diffkv.vllm_plugin.backend import DiffKVBuilder
 from diffkv.vllm_plugin.connector import DiffKVConnector
 from diffkv.vllm_plugin.prefill import choose_prefill
+from diffkv.vllm_plugin.snapshot import Snapshots
+from diffkv.vllm_plugin.spec import DiffKVManager, Report
 
 
 def test_message_after_metadata(
@@ -44,6 +47,32 @@ def test_message_after_metadata(
         run = greedy(llm, prompts[:12], NEW_TOKENS)
     assert run.token_ids == stock[:12]
     assert not messages
+
+
+def test_reports_a_step_late(
+    monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], stock: list[list[int]]
+) -> None:
+    """A worker that does not wait for its device; some of its reports are of a life that is over."""
+    init, on_report = Snapshots.__init__, DiffKVManager.on_report
+    stale = []
+
+    def late(self: Snapshots, state: Any, late: bool) -> None:
+        init(self, state, late=True)
+
+    def count(self: DiffKVManager, request_id: str, report: Report) -> None:
+        stale.append(report.life != self._lives.get(request_id, report.life))
+        on_report(self, request_id, report)
+
+    monkeypatch.setattr(Snapshots, "__init__", late)
+    monkeypatch.setattr(DiffKVManager, "on_report", count)
+    with engine(
+        "k16v16", {"admission": "worst-case"}, max_model_len=1152,
+        kv_cache_memory_bytes=14 << 20, max_num_batched_tokens=512,
+    ) as llm:  # fmt: skip
+        requests = {f"r{i}": Request(prompt, NEW_TOKENS) for i, prompt in enumerate(prompts)}
+        driven = drive(llm, requests, lambda step: check_quotas(llm))
+    assert [driven.token_ids[name] for name in requests] == stock
+    assert any(stale) and not all(stale)
 
 
 def flash(

@@ -11,9 +11,9 @@ import pytest
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from diffkv.layout import PageLayout
+from diffkv.layout import CacheLayout
 from diffkv.policy import Thresholds
-from diffkv.quant import QuantConfig
+from diffkv.quant import LayerQuant
 from diffkv.vllm_plugin.estimate import Prompt, PromptSizes
 from diffkv.vllm_plugin.spec import MAX_IN_FLIGHT, DiffKVManager, DiffKVSpec, Report
 
@@ -53,7 +53,7 @@ class World:
         base = FullAttentionSpec(
             block_size=16, num_kv_heads=KV_HEADS, head_size=8, dtype=torch.float32
         )
-        layout = PageLayout.derive(QuantConfig.parse("k8v4-k4v2"), 8, 256, 4)
+        layout = CacheLayout.derive(LayerQuant.parse("k8v4-k4v2"), LAYERS, 8, 256, 4)
         spec = DiffKVSpec.of(base, layout, LAYERS, MODEL_LEN, MAX_RUNNING)
         self.blocks = BlockPool(NUM_BLOCKS, False, 16)
         self.manager = DiffKVManager(
@@ -68,7 +68,7 @@ class World:
         self.preemptions = self.given_up = 0
 
     def most(self, num_tokens: int) -> int:
-        return HEADS * self.layout.max_pages(num_tokens)
+        return KV_HEADS * self.layout.max_pages(num_tokens)
 
     def leave(self, job: Job) -> None:
         """Preempted: blocks are free now, pages when the worker hears of it, before the step."""
@@ -80,6 +80,8 @@ class World:
         if needed > self.blocks.get_num_free_blocks():
             return False
         self.manager.allocate_new_blocks(job.name, num_tokens)
+        if not job.computed:
+            self.manager.begin(job.name)
         return True
 
     def schedule(self) -> tuple[dict[Job, int], list[Job]]:
@@ -128,7 +130,7 @@ class World:
             for rank in range(RANKS):
                 given_up = False
                 if job.computed < job.num_tokens:  # a chunk, all high
-                    high = self.layout.tiers[0].tokens_per_page
+                    high = self.layout.groups[0].page.tiers[0].tokens_per_page
                     job.pages[rank] = HEADS * -(-job.computed // high)
                 elif num > 1 or before == 0:  # a prompt is complete
                     wanted = max(HEADS, int(job.shares[rank] * self.most(job.computed)))
@@ -139,7 +141,8 @@ class World:
                     grown = job.pages[rank] + int(self.rng.binomial(HEADS, 0.1))
                     job.pages[rank] = min(grown, self.most(job.computed))
                 growth = tuple(HEADS * n for n in range(1, MAX_IN_FLIGHT + 1))
-                report = Report(job.pages[rank], growth, job.computed, given_up)
+                life = self.manager._lives[job.name]
+                report = Report(job.pages[rank], growth, job.computed, given_up, life)
                 reports[job] = report if rank == 0 else reports[job].fullest(report)
         for rank in range(RANKS):
             held = sum(job.pages[rank] for job in self.running)
@@ -217,4 +220,4 @@ def test_no_overrun_no_leak_all_finish(
     assert world.blocks.get_num_free_blocks() == world.usable
     ours = world.manager
     assert not any((ours._quotas, ours._reports, ours._num_tokens, ours._prompts))
-    assert not any((ours._given_up, ours._must_leave))
+    assert not any((ours._given_up, ours._must_leave, ours._lives))

@@ -1,17 +1,15 @@
 """What a worker counts: totals for a summary, and counters since the last step for metrics."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from diffkv import pool
 from diffkv.state import CacheState
 from diffkv.vllm_plugin.banner import bf16_bytes_per_token
+from diffkv.vllm_plugin.snapshot import Snapshot
 
 __all__ = ["Accounts", "Request", "Totals"]
 
@@ -24,12 +22,14 @@ class Request:
         slot: of the pool.
         block_id: of the vLLM block that identifies it.
         prompt_len: tokens that are prefilled.
+        life: which admission of the request this is.
         num_tokens: tokens of it that the pool covers after the current step.
     """
 
     slot: int
     block_id: int
     prompt_len: int
+    life: int
     num_tokens: int = 0
 
     @property
@@ -81,6 +81,7 @@ class Accounts:
         self._state = state
         self._totals = Totals()
         self._since = _Since()
+        self._snapshot: Snapshot | None = None
 
     @property
     def num_held(self) -> int:
@@ -99,26 +100,22 @@ class Accounts:
         """Note how many requests run."""
         self._totals.running_peak = max(self._totals.running_peak, num_running)
 
-    def step_planned(self, places: Sequence[Tensor], num_compressed: int) -> None:
-        """Count demotions and compressed prompts of a step.
-
-        Args:
-            places: of the step's DecodePlans.
-            num_compressed: prompts that are decided in this step.
-        """
+    def step_planned(self, num_compressed: int) -> None:
+        """Count the prompts that are decided in a step."""
         self._since.prompts_compressed += num_compressed
-        for group in places:
-            if group.device.type == "cpu":
-                self._since.demotions += int((group[..., 2] >= 0).sum())
 
     def prompts_given_up(self, num: int) -> None:
         """Count prompts of a step that exceeded their limit."""
         self._totals.given_up += num
         self._since.prompts_given_up += num
 
-    def step_ended(self) -> None:
-        """Note the pages held, which are most right after a step."""
-        self._totals.pages_peak = max(self._totals.pages_peak, self.num_held)
+    def step_ended(self, snapshot: Snapshot) -> None:
+        """Note what the pool holds; pages are most right after a step."""
+        before = 0 if self._snapshot is None else self._snapshot.demotions
+        self._since.demotions += snapshot.demotions - before
+        held = self._state.num_pages - snapshot.num_free
+        self._totals.pages_peak = max(self._totals.pages_peak, held)
+        self._snapshot = snapshot
 
     def request_ended(self, request: Request) -> None:
         """Count what a request keeps, before it is released."""
@@ -146,14 +143,18 @@ class Accounts:
             totals.num_pages += pages
             totals.num_bytes += self._shape.spent_bytes(pages, 1)
 
-    def gauges(self, requests: list[Request]) -> dict[str, float]:
-        """The pool at this moment; token counts are means over heads."""
+    def gauges(self) -> dict[str, float]:
+        """The pool after the latest step that is known; token counts are means over heads."""
         num_heads = self._shape.num_layers * self._shape.num_kv_heads
-        counts = [group.num_tokens.sum((0, 1, 2)) for group in self._state.groups]
-        high, low = (n / num_heads for n in torch.stack(counts).sum(0).tolist())
-        num_tokens = sum(request.num_tokens for request in requests)
-        held = self.num_held
-        per_token = self._shape.spent_bytes(held, len(requests)) / num_tokens if num_tokens else 0.0
+        high = low = per_token = 0.0
+        held = num_tokens = 0
+        if self._snapshot is not None:
+            high, low = (n / num_heads for n in self._snapshot.kept)
+            num_tokens = self._snapshot.num_tokens
+            held = self._state.num_pages - self._snapshot.num_free
+            if num_tokens:
+                spent = self._shape.spent_bytes(held, self._snapshot.num_requests)
+                per_token = spent / num_tokens
         return {
             "pages_total": self._state.num_pages,
             "pages_free": self._state.num_pages - held,

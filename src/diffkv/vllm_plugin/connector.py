@@ -122,7 +122,11 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Note a request that starts, or resumes: all tokens it has now are its prompt."""
         block_id = blocks.get_block_ids()[0][0]
         thresholds = self._request_thresholds(request, log=True)
-        self._started.append(Started(request.request_id, block_id, request.num_tokens, thresholds))
+        assert self._manager is not None
+        life = self._manager.begin(request.request_id)
+        self._started.append(
+            Started(request.request_id, block_id, request.num_tokens, thresholds, life)
+        )
 
     def _request_thresholds(self, request: Any, log: bool = False) -> Thresholds:
         """A bad setting gets here only if vLLM was started without our admission check."""
@@ -196,7 +200,8 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
         if len(scales) != 1:
             raise ConfigError(f"DiffKV needs one attention scale for all layers, got {scales}")
         num_blocks = self._kv_cache_config.num_blocks
-        self._worker = WorkerCache(self._options, spec, num_blocks, buffer, scales.pop())
+        late = storage.device.type == "cuda" and self._vllm_config.max_concurrent_batches > 1
+        self._worker = WorkerCache(self._options, spec, num_blocks, buffer, scales.pop(), late)
         for name in group.layer_names:
             layers[name].impl.worker = self._worker
         self._worker.cache.warm_up(layers[group.layer_names[0]].impl.num_heads)

@@ -24,8 +24,9 @@ from diffkv.vllm_plugin.estimate import Prompt, PromptSizes
 
 __all__ = ["MAX_IN_FLIGHT", "DiffKVManager", "DiffKVSpec", "Report", "register_spec"]
 
-MAX_IN_FLIGHT = 3
-"""Generated tokens that a report may be behind: with asynchronous scheduling it lags by two steps."""
+MAX_IN_FLIGHT = 4
+"""Generated tokens that a report may be behind: with asynchronous scheduling it lags by two steps, and
+a worker that does not wait for its device adds one."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Report:
         growth: most pages that 1, 2, … more tokens can add; see `pool.page_growth`.
         num_tokens: tokens of the request that the pages cover.
         given_up: whether it was a prompt that exceeded its limit, so that its pages are not kept.
+        life: which admission of the request it is about.
     """
 
     num_pages: int
     growth: tuple[int, ...]
     num_tokens: int
     given_up: bool = False
+    life: int = 0
 
     def fullest(self, other: "Report") -> "Report":
         """The report of two ranks: the fuller one decides."""
@@ -51,6 +54,7 @@ class Report:
             tuple(map(max, self.growth, other.growth)),
             min(self.num_tokens, other.num_tokens),
             self.given_up or other.given_up,
+            self.life,
         )
 
 
@@ -156,6 +160,8 @@ class DiffKVManager(FullAttentionManager):
         self._prompts: dict[str, Prompt] = {}
         self._given_up: set[str] = set()
         self._must_leave: set[str] = set()
+        self._lives: dict[str, int] = {}
+        self._num_lives = 0
         self._reserve_tables(kv_cache_spec)
 
     def _reserve_tables(self, spec: DiffKVSpec) -> None:
@@ -176,6 +182,15 @@ class DiffKVManager(FullAttentionManager):
             self._prompts.pop(request_id, None)
         else:
             self._prompts[request_id] = prompt
+
+    def begin(self, request_id: str) -> int:
+        """A request is admitted, or resumed: the number of this life of it.
+
+        A report that comes late may be about the life before, whose pages are gone.
+        """
+        self._num_lives += 1
+        self._lives[request_id] = self._num_lives
+        return self._num_lives
 
     def forget(self, request_id: str) -> None:
         """A request finished: it will not come back."""
@@ -207,8 +222,8 @@ class DiffKVManager(FullAttentionManager):
 
         A prompt that is larger than expected has stayed within its limit, so the blocks are there.
         """
-        if request_id not in self._quotas:  # finished or preempted meanwhile
-            return
+        if request_id not in self._quotas or report.life != self._lives[request_id]:
+            return  # finished or preempted meanwhile
         self._reports[request_id] = report
         if report.given_up:
             self._given_up.add(request_id)
@@ -296,6 +311,7 @@ class DiffKVManager(FullAttentionManager):
         """The request leaves, for good or until it is resumed; its whole quota is free."""
         self._reports.pop(request_id, None)
         self._num_tokens.pop(request_id, None)
+        self._lives.pop(request_id, None)
         self._must_leave.discard(request_id)
         return super().pop_blocks_for_free(request_id) + self._quotas.pop(request_id, [])
 

@@ -19,7 +19,8 @@ from diffkv.vllm_plugin.accounting import Accounts, Request
 from diffkv.vllm_plugin.metrics import DiffKVStats
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.prefill import choose_prefill
-from diffkv.vllm_plugin.spec import MAX_IN_FLIGHT, DiffKVSpec, Report
+from diffkv.vllm_plugin.snapshot import Snapshot, Snapshots, Subject
+from diffkv.vllm_plugin.spec import DiffKVSpec, Report
 
 __all__ = ["Rows", "Started", "WorkerCache"]
 
@@ -33,6 +34,7 @@ class Started:
         block_id: of the block that is the request's identity in block tables.
         prompt_len: tokens that are prefilled; after a preemption generated ones are among them.
         thresholds: of the request.
+        life: which admission of the request this is; reports of an earlier one may still come.
         max_pages: that the prompt may take on this rank; None: as many as it needs.
     """
 
@@ -40,6 +42,7 @@ class Started:
     block_id: int
     prompt_len: int
     thresholds: Thresholds
+    life: int
     max_pages: int | None = None
 
 
@@ -79,10 +82,17 @@ class WorkerCache:
         num_blocks: vLLM's blocks.
         buffer: [num_bytes] int8, the one allocation behind all layers' caches.
         scale: of the attention's dot products.
+        late: report a step after the next one, so that the host does not wait for the device.
     """
 
     def __init__(
-        self, options: Options, spec: DiffKVSpec, num_blocks: int, buffer: Tensor, scale: float
+        self,
+        options: Options,
+        spec: DiffKVSpec,
+        num_blocks: int,
+        buffer: Tensor,
+        scale: float,
+        late: bool = False,
     ) -> None:
         self.spec = spec
         self.shape = spec.pool_shape(num_blocks)
@@ -97,6 +107,9 @@ class WorkerCache:
             torch.full((num_blocks,), -1, dtype=torch.int32, device=buffer.device),
             np.zeros(self.shape.num_slots + 1, dtype=np.int64),
         )
+        self._snapshots = Snapshots(self.state, late)
+        self._latest: Snapshot | None = None
+        self._is_reported = False
         self._scheduled: dict[str, Request] = {}
         self._awaiting: Rows | None = None
         self._row_slots: list[Tensor] = []
@@ -119,6 +132,7 @@ class WorkerCache:
             request = self._slots.requests[name]
             request.num_tokens = count
             self._scheduled[name] = request
+        self._is_reported = False
         self.accounts.step_began(len(self._slots.requests))
         if self._awaiting is not None:
             self.plan(self._awaiting)
@@ -140,7 +154,7 @@ class WorkerCache:
             self.cache.open(slot, start.prompt_len, start.thresholds, start.max_pages)
             self._slots.of_block[start.block_id] = slot
             self._slots.prompt_lens[slot] = start.prompt_len
-            request = Request(slot, start.block_id, start.prompt_len)
+            request = Request(slot, start.block_id, start.prompt_len, start.life)
             self._slots.requests[start.request_id] = request
 
     def plan_after_message(self, rows: Rows) -> None:
@@ -161,8 +175,8 @@ class WorkerCache:
             slots, seq_lens = slots[generated], seq_lens[generated]
         with self.accounts.managing():
             step = self.cache.plan(prompts, generated_rows, slots, seq_lens.int())
-        places = [plan.places for plan in step.plans]
-        self.accounts.step_planned(places, sum(map(self.cache.compresses, prompts)))
+        self._snapshots.count_demotions([plan.places for plan in step.plans])
+        self.accounts.step_planned(sum(map(self.cache.compresses, prompts)))
         rows.step = step
         return step
 
@@ -197,48 +211,47 @@ class WorkerCache:
         return prompts, index, torch.from_numpy(starts).to(row_slots.device)
 
     def report(self) -> dict[str, Report]:
-        """What each request of the step that just ended holds.
+        """What each request of a step holds: of the one that just ended, or of the one before.
 
         Raises:
             RuntimeError: a plan wanted more pages than were free, which quotas rule out.
         """
-        if int(self.state.pool.overruns):
-            raise RuntimeError(
-                f"DiffKV's pool was overrun: {self.accounts.num_held} of {self.state.num_pages} pages "
-                f"held; please report this"
-            )
-        self.accounts.step_ended()
         with self.accounts.managing():
-            return self._reports()
-
-    def _reports(self) -> dict[str, Report]:
-        requests = self._scheduled
-        slots = torch.tensor([r.slot for r in requests.values()], dtype=torch.int64)
-        slots = slots.to(self.state.pool.pages.device)
-        groups = self.state.groups
-        held = torch.stack([pool.held_pages(g, slots) for g in groups]).sum(0).tolist()
-        growth = torch.stack(
-            [
-                torch.stack([pool.page_growth(g, slots, n) for g in groups]).sum(0)
-                for n in range(1, MAX_IN_FLIGHT + 1)
-            ],
-            -1,
-        ).tolist()
-        given_up = [self.cache.gave_up(r.slot) for r in requests.values()]
-        self.accounts.prompts_given_up(sum(given_up))
-        return {
-            name: Report(held[i], tuple(growth[i]), request.num_tokens, given_up[i])
-            for i, (name, request) in enumerate(requests.items())
-        }
+            self._look()
+            snapshot, self._latest = self._latest, None
+            if snapshot is None:
+                return {}
+            if snapshot.overruns:
+                raise RuntimeError(
+                    f"DiffKV's pool was overrun: {snapshot.num_free} of {self.state.num_pages} pages "
+                    f"free; please report this"
+                )
+            return snapshot.reports()
 
     def stats(self, rank: int) -> DiffKVStats:
         """Metrics after a step; requests are counted once, by the first rank."""
+        self._look()
         counters, ratios = self.accounts.take()
         if rank:
             counters = {name: counters[name] for name in ("demotions", "prompts_given_up")}
             ratios = []
-        gauges = self.accounts.gauges(list(self._slots.requests.values()))
-        return DiffKVStats.of_rank(rank, gauges, counters, ratios)
+        return DiffKVStats.of_rank(rank, self.accounts.gauges(), counters, ratios)
+
+    def _look(self) -> None:
+        """Take the step's snapshot, and note the one that is due; once a step, whoever asks first."""
+        if self._is_reported:
+            return
+        self._is_reported = True
+        subjects = {
+            name: Subject(r.slot, r.life, r.num_tokens, self.cache.gave_up(r.slot))
+            for name, r in self._scheduled.items()
+        }
+        self.accounts.prompts_given_up(sum(s.given_up for s in subjects.values()))
+        running = self._slots.requests.values()
+        self._snapshots.take(subjects, len(running), sum(r.num_tokens for r in running))
+        self._latest = self._snapshots.give()
+        if self._latest is not None:
+            self.accounts.step_ended(self._latest)
 
     def summary(self) -> dict[str, Any]:
         """Totals of all requests so far, running ones included, and the pool's shape."""
