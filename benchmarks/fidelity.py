@@ -28,6 +28,7 @@ from diffkv.policy import WINDOW, Thresholds
 from diffkv.quant import LayerQuant
 
 KLD_STEPS = 64
+SHIPPED = ("reference", "reference-128")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ METHODS = [*UNIFORM, *PAPER, *WITHOUT_A_LEVEL, *BASELINES, *VARIANTS]
 
 
 def run_method(runner: HFRun, method: Method, args: argparse.Namespace) -> list[Run]:
-    language = language_of(runner.model.vocabulary, None)
+    own = args.model if args.model in SHIPPED else None
+    language = language_of(runner.model.vocabulary, own)
     plans = [
         Plan.choose(language, args.tasks, None, args.tokens, args.n, seed) for seed in args.seeds
     ]

@@ -125,7 +125,7 @@ def test_lossless_has_no_divergence(capsys, tmp_path):
         (("--n", "1"), "at least 2"),
         (("--language", "latin"), "unknown language"),
         (("--texts", "x"), "--suite kld"),
-        (("--engine", "vllm", "--policy", "topk"), "policies paper, none"),
+        (("--engine", "vllm", "--policy", "topk"), "by alpha_high and alpha_low: paper"),
         (("--engine", "vllm", "--settings", "hard"), "--settings easy"),
         (("--model", "/nowhere"), "cannot load /nowhere"),
         (("--suite", "kld", "--texts", "/nowhere"), "cannot read --texts"),

@@ -79,6 +79,43 @@ def test_one_budget_spends_what_the_rule_spends():
     assert (uniform.sum(0) - published.sum(0)).abs().max() <= 2 * NUM_HEADS
 
 
+class TestDistinct:
+    """`paper:distinct=…` drops low tokens whose keys are most alike."""
+
+    KEYS = torch.randn(NUM_TOKENS, NUM_HEADS, 16, generator=torch.Generator().manual_seed(1))
+    KEYS[100:200] = KEYS[100] + 0.01 * KEYS[100:200]  # a hundred of one direction
+    BEFORE = NUM_TOKENS - WINDOW
+    LOW_ALL = Thresholds(2.0 * NUM_TOKENS, 0.0)
+
+    def decide(self, text, thresholds=LOW_ALL):
+        return policies.parse(text).decide(MEANS, self.KEYS, thresholds, WINDOW)
+
+    def test_what_is_alike_goes_first(self):
+        result = self.decide("paper:distinct=0.75")
+        num_dropped = self.BEFORE - round(0.75 * self.BEFORE)
+        assert counts(result) == [[WINDOW, self.BEFORE - num_dropped, num_dropped]] * NUM_HEADS
+        assert (result[:, 100:200] == DROPPED).sum() == NUM_HEADS * num_dropped
+
+    def test_what_is_high_stays(self):
+        thresholds = Thresholds(0.5 * NUM_TOKENS, 0.0)
+        published = self.decide("paper", thresholds)
+        result = self.decide("paper:distinct=0.5", thresholds)
+        assert torch.equal(result == HIGH, published == HIGH)
+        assert (result == DROPPED).any() and not (published == DROPPED).any()
+
+    def test_all_or_nothing(self):
+        assert torch.equal(self.decide("paper:distinct=1"), self.decide("paper"))
+        assert (self.decide("paper:distinct=0")[:, : self.BEFORE] == DROPPED).all()
+
+    def test_a_request_that_is_off_keeps_all(self):
+        assert not policies.parse("paper:distinct=0.5").decides(Thresholds())
+
+    @pytest.mark.parametrize("quant", ["k8v4", "0:k8v8,1-:k8v4-k4v2"])
+    def test_needs_a_low_tier(self, quant):
+        with pytest.raises(ConfigError, match="has no low tier"):
+            policies.parse("paper:distinct=0.5").check(LayerQuant.parse(quant))
+
+
 def test_short_prompts_stay_whole():
     for name in policies.POLICIES:
         assert (tiers(name, MEANS[:, :WINDOW]) == HIGH).all()
@@ -89,6 +126,7 @@ def test_short_prompts_stay_whole():
     [
         ("snapkv", "there are paper, paper-uniform, none, window, topk"),
         ("topk:keep=1.5", "0 .. 1"),
+        ("paper:distinct=75", "distinct must be a share of 0 .. 1, got '75'"),
         ("topk:budget=5", "settings: keep, sinks, survivors, queries"),
         ("none:keep=0.5", "settings: none"),
         ("random:seed=-1", "at least 0"),

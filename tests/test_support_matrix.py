@@ -23,7 +23,7 @@ def vllm_config(**changes):
         },
         "parallel_config": {
             "pipeline_parallel_size": 1, "decode_context_parallel_size": 1,
-            "prefill_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1, "use_ubatching": False,
         },
         "cache_config": {"cache_dtype": "auto"},
     }  # fmt: skip
@@ -45,6 +45,7 @@ REFUSALS = {
     "kv_cache_dtype other than auto": {"cache_dtype": "fp8"},
     "pipeline parallelism": {"pipeline_parallel_size": 2},
     "context parallelism": {"decode_context_parallel_size": 2},
+    "micro-batches (--enable-dbo)": {"use_ubatching": True},
 }
 
 

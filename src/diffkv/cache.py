@@ -303,9 +303,8 @@ class DiffKVCache:
             else:  # decode divides by `seen`, whoever has scored the prompt
                 means = sums[:, span] / (length - tokens.positions[span]).clamp(max=scored)
                 sums[:, span] = means * seen
-            tiers[:, span] = self._policy.tiers(
-                means, self._thresholds_of(group, chunk.slot), group.window
-            )
+            thresholds = self._thresholds_of(group, chunk.slot)
+            tiers[:, span] = self._policy.decide(means, tokens.key[span], thresholds, group.window)
             start = span.stop
             self._keep_limit(chunk, group, tiers[:, span])
         kept = [-1 if c.slot in self._given_up else c.slot for c in chunks]

@@ -5,6 +5,10 @@ same bytes. A baseline leaves generated tokens high. `paper` and its ablation de
 too, by the thresholds. A policy is called for one layer of one request at a time.
 
 Text form: `topk`, or with settings `topk:keep=0.25,sinks=4`.
+
+Attention says what the end of a prompt looked at, not what a later question will. So beside it a policy
+with thresholds can look at the keys: `paper:distinct=0.75` drops the quarter of a prompt whose keys are
+most alike (`policy.key_difference`).
 """
 
 from collections.abc import Callable
@@ -21,6 +25,7 @@ from diffkv.policy import (
     SCORED_QUERIES,
     PromptPolicy,
     Thresholds,
+    key_difference,
     paper_tiers,
 )
 from diffkv.quant import ConfigError, LayerQuant
@@ -43,6 +48,8 @@ class Policy:
         scored_queries: a prompt is scored by so many of its last queries.
         needs_low: whether it puts tokens in the low tier whatever the thresholds are.
         keeps_all: whether every token stays high, so that there is nothing to decide.
+        distinct: of the tokens before the window this share stays, those of the most unusual keys;
+            a token that the thresholds call high stays anyway.
     """
 
     text: str
@@ -51,6 +58,7 @@ class Policy:
     scored_queries: int = SCORED_QUERIES
     needs_low: bool = False
     keeps_all: bool = False
+    distinct: float = 1.0
 
     def __str__(self) -> str:
         """The text form."""
@@ -66,12 +74,38 @@ class Policy:
             return thresholds != Thresholds()
         return not self.keeps_all
 
+    def decide(self, means: Tensor, key: Tensor, thresholds: Thresholds, window: int) -> Tensor:
+        """Tiers of a prompt's tokens, [num_kv_heads, N] int8.
+
+        Args:
+            means: [num_kv_heads, N] float32, mean significance.
+            key: [N, num_kv_heads, head_dim], as attention reads them.
+            thresholds: of the request.
+            window: recent tokens that stay high.
+        """
+        tiers = self.tiers(means, thresholds, window)
+        num_before = max(0, means.shape[1] - window)
+        num_alike = num_before - round(self.distinct * num_before)
+        if num_alike:
+            difference = key_difference(key.transpose(0, 1))[:, :num_before]
+            alike = difference.argsort(dim=-1, stable=True)[:, :num_alike]
+            before = tiers[:, :num_before]
+            chosen = before.gather(-1, alike)
+            chosen[chosen == LOW] = DROPPED
+            before.scatter_(-1, alike, chosen)
+        return tiers
+
     def check(self, quant: LayerQuant) -> None:
         """Refuse formats that the policy cannot work with.
 
         Raises:
             ConfigError: it wants a low tier and there is none.
         """
+        if self.distinct < 1 and not quant.all_have_low:
+            raise ConfigError(
+                f"policy {self.text} drops tokens that would be low, but {quant} has no low tier, or "
+                f"not in every layer: name two formats, as in k8v4-k4v2"
+            )
         if self.needs_low and not quant.all_have_low:
             raise ConfigError(
                 f"policy {self.text} keeps tokens in the low tier, but {quant} has none, or not in "
@@ -88,6 +122,7 @@ class _Settings:
     queries: int = SCORED_QUERIES
     survivors: str = "high"
     seed: int = 0
+    distinct: float = 1.0
 
     @property
     def tier(self) -> int:
@@ -209,16 +244,17 @@ class _Kind:
     keeps_all: bool = False
 
 
+_SHARES = ("keep", "distinct")
 _BUDGET = ("keep", "sinks", "survivors")
 
 POLICIES = {
     "paper": _Kind(
         "tiers by significance and two thresholds, each head by itself",
-        ("queries",), lambda _: paper_tiers, uses_thresholds=True,
+        ("queries", "distinct"), lambda _: paper_tiers, uses_thresholds=True,
     ),
     "paper-uniform": _Kind(
         "the same, but the heads of a layer get equal numbers of tokens",
-        ("queries",), lambda _: _paper_uniform, uses_thresholds=True,
+        ("queries", "distinct"), lambda _: _paper_uniform, uses_thresholds=True,
     ),
     "none": _Kind(
         "every token in the high tier: uniform quantisation",
@@ -261,11 +297,11 @@ def _read(name: str, text: str) -> float | int | str:
     if name == "queries" and text == "all":
         return ALL_QUERIES
     try:
-        value = float(text) if name == "keep" else int(text)
+        value = float(text) if name in _SHARES else int(text)
     except ValueError:
         value = -1
-    if name == "keep" and not 0 <= value <= 1:
-        raise ConfigError(f"keep must be a share of 0 .. 1, got {text!r}")
+    if name in _SHARES and not 0 <= value <= 1:
+        raise ConfigError(f"{name} must be a share of 0 .. 1, got {text!r}")
     least = 1 if name == "queries" else 0
     if value < least:
         also = ", or all" if name == "queries" else ""
@@ -300,6 +336,7 @@ def parse(text: str) -> Policy:
         settings.queries,
         needs_low=settings.survivors == "low",
         keeps_all=kind.keeps_all,
+        distinct=settings.distinct,
     )
 
 

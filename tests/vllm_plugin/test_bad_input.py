@@ -183,7 +183,7 @@ def test_flags_that_do_not_go_together(
 def test_options_from_python() -> None:
     from diffkv.vllm_plugin import engine_args
 
-    known = "there are quant, alpha_high, alpha_low, window, page_bytes, rotate, kernels"
+    known = "there are quant, alpha_high, alpha_low, window, policy, page_bytes, rotate"
     with pytest.raises(ConfigError, match=f"unknown DiffKV option 'alpha': {known}"):
         engine_args(alpha=3)
     for name in ("alpha_high", "alpha_low", "window", "page_bytes"):

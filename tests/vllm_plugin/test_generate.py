@@ -17,6 +17,7 @@ CACHE_KEYS = {
     "page_bytes", "bytes_per_token", "bf16_bytes_per_token", "ratio_bf16", "nominal_ratio_bf16",
 }  # fmt: skip
 NUM_HEADS = 3 * 2
+WINDOW = 64
 BF16_BYTES = NUM_HEADS * 64 * 2 * 2
 
 
@@ -151,3 +152,16 @@ def test_a_missing_file_and_a_folder_are_named(
     assert str(tmp_path) in capsys.readouterr().err
     assert main(["generate", "--prompts", "/nowhere/p.txt"]) == 2
     assert "/nowhere/p.txt" in capsys.readouterr().err
+
+
+def test_policy_that_looks_at_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every head drops a quarter of a prompt, but for what is high; answers stay right."""
+    published = run(capsys)
+    result = run(capsys, "--policy", "paper:distinct=0.75")
+    prompt_tokens = [output["prompt_tokens"] for output in result["outputs"]]
+    most = sum(0.25 * (num_tokens - WINDOW) for num_tokens in prompt_tokens)
+    cache = result["cache"]
+    assert 0.8 * most < cache["dropped"] <= most + len(prompt_tokens)
+    assert cache["high"] == pytest.approx(published["cache"]["high"], rel=0.05)
+    assert cache["ratio_bf16"] > 1.15 * published["cache"]["ratio_bf16"]
+    assert [o["text"] for o in result["outputs"]] == [o["text"] for o in published["outputs"]]

@@ -75,7 +75,8 @@ ATTRIBUTES = {
         "disable_sliding_window"
     ),
     "vllm.config:ParallelConfig": (
-        "pipeline_parallel_size decode_context_parallel_size prefill_context_parallel_size"
+        "pipeline_parallel_size decode_context_parallel_size prefill_context_parallel_size "
+        "use_ubatching"
     ),
     "vllm.config:CacheConfig": "cache_dtype kv_cache_memory_bytes enable_prefix_caching",
     "vllm.config:SchedulerConfig": (

@@ -31,7 +31,13 @@ CALIBRATED = ("quant", "alpha_high", "alpha_low", "window")
 """Options that a calibration sets."""
 
 
-def add_cache_options(parser: argparse.ArgumentParser) -> None:
+POLICY_HELP = (
+    "what decides a prompt: paper; paper:distinct=0.75 also drops the quarter of it whose keys are most "
+    "alike (default: paper)"
+)
+
+
+def add_cache_options(parser: argparse.ArgumentParser, policy_help: str = POLICY_HELP) -> None:
     """Declare the cache's options."""
     group = parser.add_argument_group("cache")
     names = ", ".join(preset.name for preset in presets.PRESETS)
@@ -55,6 +61,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--alpha-low", type=float, help="and is dropped if it is < this / N (default: 0, nothing)"
     )
+    group.add_argument("--policy", help=policy_help)
     group.add_argument("--window", type=int, help="most recent tokens that always stay high")
     group.add_argument("--page-bytes", type=int, help="bytes of a page (default: least waste)")
     group.add_argument(
@@ -71,17 +78,24 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def cache_options(args: argparse.Namespace) -> Options:
+def cache_options(args: argparse.Namespace, takes_policy: bool = True) -> Options:
     """Read them back; say on standard error which preset or calibration was taken, if one was named.
+
+    Args:
+        args: of the command line.
+        takes_policy: whether --policy is among the options; else the command reads it itself.
 
     Raises:
         ConfigError: an unknown preset, a model that cannot be read for `auto`, a calibration of another
             model or with an option that it sets, or a bad value.
     """
     names = (
-        "quant", "alpha_high", "alpha_low", "window", "page_bytes", "rotate", "kernels", "admission"
+        "policy", "quant", "alpha_high", "alpha_low", "window", "page_bytes", "rotate", "kernels",
+        "admission",
     )  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if not takes_policy:
+        given.pop("policy", None)
     if args.calibration is not None:
         return _calibrated(args, given)
     if args.preset is None:

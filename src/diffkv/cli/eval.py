@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 from diffkv import policies
 from diffkv.cli import eval_lm
-from diffkv.cli.engine_options import REFERENCE, add_cache_options, cache_options, model_folder
+from diffkv.cli.engine_options import (
+    REFERENCE,
+    SHIPPED,
+    add_cache_options,
+    cache_options,
+    model_folder,
+)
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
 
@@ -44,13 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=REFERENCE, help="a folder or a model id (default: the shipped model)"
     )
     parser.add_argument(
-        "--policy", default="paper",
-        help=f"what decides: {', '.join(policies.POLICIES)}; with settings as in "
-        "topk:keep=0.25,sinks=4 (default: paper)",
-    )  # fmt: skip
-    parser.add_argument(
         "--engine", choices=("hf", "vllm"), default="hf",
-        help="vllm: the policies paper and none, questions at the end of the prompt (default: hf)",
+        help="vllm: policies with thresholds and none, questions at the end of the prompt (default: hf)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument(
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tasks", help="names, separated by commas (default: all of the language)")
     group.add_argument("--settings", help="easy, hard or easy,hard (default: what the engine can)")
     group.add_argument(
-        "--language", help="of the tasks: reference, english (default: by the model)"
+        "--language", help="of the tasks: reference, reference-128, english (default: by the model)"
     )
     group.add_argument(
         "--n",
@@ -91,7 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most compared steps of a text (default: %(default)s)",
     )  # fmt: skip
     eval_lm.add_arguments(parser)
-    add_cache_options(parser)
+    add_cache_options(
+        parser,
+        f"what decides: {', '.join(policies.POLICIES)}; with settings as in "
+        "topk:keep=0.25,sinks=4 or paper:distinct=0.75 (default: paper)",
+    )
+    parser.set_defaults(policy=policies.PAPER.text)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -134,7 +140,7 @@ def _spec(args: argparse.Namespace) -> "CacheSpec":
     """The cache that was asked for."""
     from diffkv.evaluation.runs import CacheSpec
 
-    options = cache_options(args)
+    options = cache_options(args, takes_policy=False)
     policy = policies.parse(args.policy)
     if not policy.uses_thresholds and (args.alpha_high, args.alpha_low) != (None, None):
         raise ConfigError(f"policy {policy} has no thresholds: leave out --alpha-high, --alpha-low")
@@ -173,8 +179,9 @@ def _plan(args: argparse.Namespace, vocabulary: Collection[str]) -> "Plan":
     from diffkv.evaluation.synth import Plan
 
     only = "easy" if args.engine == "vllm" else None
+    own = args.model if args.model in SHIPPED else None
     return Plan.choose(
-        language_of(vocabulary, args.language), args.tasks, args.settings or only,
+        language_of(vocabulary, args.language or own), args.tasks, args.settings or only,
         args.tokens, args.n, args.seed,
     )  # fmt: skip
 

@@ -18,7 +18,6 @@ __all__ = ["SUITE", "add_arguments", "evaluate"]
 
 SUITE = "lm-eval"
 PACKAGES = ("torch", "lm_eval", "vllm")
-POLICIES = ("paper", "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +48,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--suite {SUITE} runs what --tasks names: gsm8k, minerva_math, …")
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit must be at least 1, got {args.limit}")
-    if args.policy not in POLICIES:
-        raise ConfigError(
-            f"--suite {SUITE} runs in vLLM, with the policies {' and '.join(POLICIES)}: got "
-            f"{args.policy}"
-        )
     for name in ("device", "settings", "language", "texts"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name} does not go with --suite {SUITE}: leave it out")
@@ -66,7 +60,7 @@ def evaluate(args: argparse.Namespace) -> "Run":
     _check(args)
     silence_engine()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    options = cache_options(args)
+    options = cache_options(args, takes_policy=args.policy != "none")
     if args.policy == "none":
         if (args.alpha_high, args.alpha_low) != (None, None):
             raise ConfigError("policy none has no thresholds: leave out --alpha-high, --alpha-low")

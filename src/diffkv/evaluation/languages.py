@@ -11,7 +11,7 @@ import numpy as np
 
 from diffkv.evaluation.tasks import Answer
 
-__all__ = ["LANGUAGES", "English", "ReferenceWords"]
+__all__ = ["LANGUAGES", "English", "HardWords", "ReferenceWords"]
 
 
 class ReferenceWords:
@@ -73,6 +73,10 @@ class ReferenceWords:
             words += [(key, False), (f"n{number}", True), (f"n{total}", True)]
         return f"sum sum {' '.join(keys)} ;", tuple(words)
 
+    def asked(self, key: str, value: str) -> str:
+        """A question that the context itself answers."""
+        return f"? {key} {value} ;"
+
     def count(self, text: str) -> int:
         """Tokens of a text; exact."""
         return len(text.split())
@@ -82,6 +86,13 @@ class ReferenceWords:
         given = text.split()
         scored = [(i, word) for i, (word, counts) in enumerate(answer) if counts]
         return sum(i < len(given) and given[i] == word for i, word in scored) / len(scored)
+
+
+class HardWords(ReferenceWords):
+    """The same words in harder tasks, which `reference-128` was trained on."""
+
+    name = "reference-128"
+    tasks = ("retrieval", "passkey", "hot", "long-chain", "pair-chain")
 
 
 class English:
@@ -177,5 +188,5 @@ class English:
         return sum(f" {word.lower()} " in given for word in scored) / len(scored)
 
 
-LANGUAGES = {language.name: language for language in (ReferenceWords(), English())}
+LANGUAGES = {language.name: language for language in (ReferenceWords(), HardWords(), English())}
 """Every language by name."""

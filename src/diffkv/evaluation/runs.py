@@ -107,7 +107,7 @@ def language_of(vocabulary: Collection[str], name: str | None) -> ReferenceWords
         return words if knows else English()
     if name not in LANGUAGES:
         raise ConfigError(f"unknown language {name!r}: there are {', '.join(LANGUAGES)}")
-    if name == words.name and not knows:
+    if isinstance(LANGUAGES[name], ReferenceWords) and not knows:
         raise ConfigError(
             f"this model does not know the words of the language {name}: leave it out"
         )

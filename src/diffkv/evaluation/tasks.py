@@ -25,6 +25,8 @@ FILLER_TOKENS = 160
 """Between the last fact and the question, in the setting hard: more than twice the window."""
 
 LISTED, WALKED, ADDED, PASSKEYS, FREQUENT = 16, 24, 12, 2, 3
+LONG_WALK = 240
+MOST_PAIRS = 256
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,52 @@ def chain(rng: np.random.Generator, language: Any, num_tokens: int, number: int)
     return _Parts(links, question, answer)
 
 
+def long_chain(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+    """The same with links that fill the context, and a walk along nearly all of them."""
+    link = language.link(*language.keys[:2])
+    num_keys = min(len(language.keys), num_tokens // language.count(link))
+    keys = _pick(rng, language.keys, num_keys)
+    links = [language.link(keys[i - 1], keys[i]) for i in rng.permutation(num_keys)]
+    question, answer = language.ask_chain(keys[-1], keys[: min(LONG_WALK, num_keys - 1)])
+    return _Parts(links, question, answer)
+
+
+def pair_chain(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+    """Links between keys of two words out of a small grid: each differs in one word from many others."""
+    first, second = language.keys[:2]
+    link = language.link(f"{first} {second}", f"{second} {first}")
+    num_nodes = min(MOST_PAIRS, num_tokens // language.count(link))
+    side = int(np.ceil(np.sqrt(num_nodes * 1.5)))
+    rows, columns = _pick(rng, language.keys, side), _pick(rng, language.keys, side)
+    cells = rng.permutation(side * side)[:num_nodes]
+    nodes = [(rows[cell // side], columns[cell % side]) for cell in cells]
+    texts = [" ".join(node) for node in nodes]
+    links = [language.link(texts[i - 1], texts[i]) for i in rng.permutation(num_nodes)]
+    walked = nodes[: min(LONG_WALK // 2, num_nodes - 1)]
+    question, answer = language.ask_chain(texts[-1], [word for node in walked for word in node])
+    return _Parts(links, question, answer)
+
+
+def hot(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+    """Facts, then questions about some of them again and again: past attention says what is needed."""
+    num_facts = min(len(language.keys), num_tokens // 6)
+    keys, values = _pick(rng, language.keys, num_facts), _draw(rng, language.values, num_facts)
+    shares = 1 / np.arange(1, num_facts + 1)
+    shares /= shares.sum()
+    parts = [language.fact(key, value) for key, value in zip(keys, values, strict=True)]
+    order = rng.permutation(
+        num_facts
+    )  # so that place and popularity have nothing to do with each other
+    room = num_tokens - sum(map(language.count, parts))
+    while (asked := language.asked(keys[0], values[0])) and room >= language.count(asked):
+        i = order[rng.choice(num_facts, p=shares)]
+        parts.append(language.asked(keys[i], values[i]))
+        room -= language.count(asked)
+    last = order[rng.choice(num_facts, LISTED, replace=False, p=shares)]
+    question, answer = language.ask_values([keys[i] for i in last], [values[i] for i in last])
+    return _Parts(parts, question, answer, [i / len(parts) for i in range(len(parts))])
+
+
 def copy(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
     """A list of words, to be repeated."""
     facts, question, answer = language.ask_copy(_pick(rng, language.keys, language.num_copied))
@@ -142,6 +190,9 @@ TASKS: dict[str, Task] = {
     "copy": copy,
     "sum": running_sum,
     "frequent-words": frequent_words,
+    "long-chain": long_chain,
+    "pair-chain": pair_chain,
+    "hot": hot,
 }
 """Every task by name."""
 

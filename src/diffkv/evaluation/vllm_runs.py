@@ -15,14 +15,14 @@ from diffkv.evaluation.results import Run
 from diffkv.evaluation.runs import CacheSpec, provenance
 from diffkv.evaluation.tasks import Sample
 from diffkv.hf import CacheUse
+from diffkv.policies import PAPER
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import offline
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.session import Session, session
 
-__all__ = ["POLICIES", "SETTING", "run_tasks"]
+__all__ = ["SETTING", "run_tasks"]
 
-POLICIES = ("paper", "none")
 SETTING = "easy"
 
 
@@ -32,16 +32,12 @@ def _options(spec: CacheSpec) -> Options:
     Raises:
         ConfigError: a policy that the plugin does not have.
     """
-    if spec.policy.text not in POLICIES:
-        raise ConfigError(
-            f"--engine vllm runs the policies {', '.join(POLICIES)}, got {spec.policy}: leave it out "
-            f"to run this one in transformers"
-        )
     return Options(
         quant=str(spec.quant),
         alpha_high=spec.thresholds.alpha_high if spec.quant.has_low else None,
         alpha_low=spec.thresholds.alpha_low,
         window=spec.window,
+        policy=PAPER.text if spec.policy.keeps_all else spec.policy.text,
         page_bytes=spec.page_bytes,
         rotate=spec.rotate,
         kernels=spec.kernels,

@@ -229,11 +229,21 @@ _PARALLELISM = (
         "parallelism", "context parallelism", REFUSED, "a head's pages are on one rank",
         "leave its sizes at 1", _REFUSALS, _has_context_parallelism,
     ),
+    Row(
+        "parallelism", "expert parallelism", WORKS, "2 ranks, Mixtral and Qwen 3 MoE", "",
+        (f"{TESTS}test_parallel.py::test_experts_on_two_ranks_equal_one",),
+    ),
     Row("parallelism", "data parallelism", NOT_TRIED, "vLLM itself refuses it within one process"),
-    Row("parallelism", "expert parallelism", NOT_TRIED),
+    Row(
+        "parallelism", "micro-batches (--enable-dbo)", REFUSED, "a step is planned once",
+        "leave out --enable-dbo", _REFUSALS, lambda config: config.parallel_config.use_ubatching,
+    ),
     Row("parallelism", "several machines", NOT_TRIED, "vLLM's part, by Ray or multiprocessing"),
     Row("parallelism", "CPU", WORKS, "every test above runs on one", "", _FAMILIES),
-    Row("parallelism", "GPU", NOT_TRIED, "in an engine"),
+    Row(
+        "parallelism", "GPU", NOT_TRIED,
+        "the kernels were run on one; the plugin is written against vLLM's source",
+    ),
 )  # fmt: skip
 
 MATRIX = (

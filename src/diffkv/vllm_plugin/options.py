@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from diffkv import policies
 from diffkv.layout import CacheLayout
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.quant import ConfigError, LayerQuant
@@ -26,6 +27,7 @@ class Options:
         alpha_high: threshold of the high tier; None takes the default.
         alpha_low: threshold below which tokens are dropped.
         window: most recent tokens that always stay high.
+        policy: what decides a prompt by these thresholds, text form (`diffkv.policies`).
         page_bytes: bytes of a page; None takes the size that wastes least.
         rotate: "hadamard" rotates keys and values before they are quantised; "none" does not.
         kernels: "reference" runs the plain torch operations; None the device's own kernels.
@@ -37,6 +39,7 @@ class Options:
     alpha_high: float | None = None
     alpha_low: float | None = None
     window: int = WINDOW
+    policy: str = policies.PAPER.text
     page_bytes: int | None = None
     rotate: str = "none"
     kernels: str | None = None
@@ -64,6 +67,16 @@ class Options:
                 f"admission must be {' or '.join(map(repr, ADMISSIONS))}, got {self.admission!r}"
             )
         self.thresholds()
+        policy = self.prompt_policy()
+        if not policy.uses_thresholds:
+            able = ", ".join(
+                name for name, kind in policies.POLICIES.items() if kind.uses_thresholds
+            )
+            raise ConfigError(
+                f"vLLM runs policies that go by alpha_high and alpha_low: {able}; got {policy}, which "
+                f"diffkv eval compares in transformers"
+            )
+        policy.check(self.quant_config())
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> "Options":
@@ -79,9 +92,13 @@ class Options:
         return cls(**extra_config)
 
     def to_dict(self) -> dict[str, Any]:
-        """The options that are not left to their defaults, for `kv_connector_extra_config`."""
-        given = {k: v for k, v in asdict(self).items() if v is not None}
-        return given
+        """`quant` and what is not left to its default, for `kv_connector_extra_config`."""
+        given = {name: value for name, value in asdict(self).items() if value != _DEFAULTS[name]}
+        return {"quant": self.quant, **given}
+
+    def prompt_policy(self) -> policies.Policy:
+        """What decides prompts."""
+        return policies.parse(self.policy)
 
     def quant_config(self) -> LayerQuant:
         """The formats of every layer."""
@@ -100,3 +117,6 @@ class Options:
         return CacheLayout.derive(
             self.quant_config(), num_layers, head_dim, self.page_bytes, element_bytes
         )
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Options)}

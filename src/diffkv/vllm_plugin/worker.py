@@ -100,7 +100,9 @@ class WorkerCache:
         kernels = ops.load(buffer.device.type, options.kernels)
         rotation = Rotation.of(options.rotate, spec.head_size, buffer.device, spec.dtype)
         prefill = choose_prefill(buffer.device.type, spec.dtype, spec.head_size)
-        self.cache = DiffKVCache(self.state, kernels, scale, prefill=prefill, rotation=rotation)
+        self.cache = DiffKVCache(
+            self.state, kernels, scale, options.prompt_policy(), prefill, rotation
+        )
         self.accounts = Accounts(self.shape, self.state)
         self._slots = _Slots(
             list(range(self.shape.num_slots))[::-1],
