@@ -39,6 +39,7 @@ class Method:
     policy: str = "paper"
     alpha_high: float | None = None
     alpha_low: float | None = None
+    rotate: str = "none"
 
     @property
     def name(self) -> str:
@@ -46,6 +47,8 @@ class Method:
         parts = [self.quant, self.policy]
         if self.alpha_high is not None or self.alpha_low is not None:
             parts += [f"{alpha or 0:g}" for alpha in (self.alpha_high, self.alpha_low)]
+        if self.rotate != "none":
+            parts.append(self.rotate)
         return re.sub(r"[^\w.=-]+", "_", "_".join(parts))
 
     @property
@@ -54,7 +57,7 @@ class Method:
         thresholds = Thresholds()
         if policy.uses_thresholds:
             thresholds = Thresholds.choose(quant, self.alpha_high, self.alpha_low)
-        return CacheSpec(quant, policy, thresholds, WINDOW)
+        return CacheSpec(quant, policy, thresholds, WINDOW, rotate=self.rotate)
 
 
 UNIFORM = [Method(quant, "none") for quant in ("k8v8", "k8v4", "k4v4", "k4v2", "k2v4", "k2v2")]
@@ -82,7 +85,28 @@ VARIANTS = [
     Method("k8v4-k4v2", "topk:keep=0.8,survivors=low"),
     Method("k8v4-k4v2", "paper:queries=all", 3, 0.1),
 ]
-METHODS = [*UNIFORM, *PAPER, *WITHOUT_A_LEVEL, *BASELINES, *VARIANTS]
+DISTINCT = [
+    Method("k8v4-k4v2", f"paper:distinct={share}", high, 0)
+    for share, high in ((0.75, 3), (0.6, 3), (0.5, 3), (0.75, 10), (0.5, 10))
+]
+METHODS = {
+    "reference": [*UNIFORM, *PAPER, *DISTINCT, *WITHOUT_A_LEVEL, *BASELINES, *VARIANTS],
+    "reference-128": [
+        *UNIFORM[1:4],
+        Method("k4v2", "none", rotate="hadamard"),
+        *PAPER[:2],
+        Method("k8v4-k4v2", "paper", 10, 0),
+        Method("k8v4-k4v2", "paper", 10, 0, rotate="hadamard"),
+        *DISTINCT,
+        WITHOUT_A_LEVEL[0],
+        *BASELINES[1::2],
+    ],
+}
+
+
+def methods_of(model: str) -> list[Method]:
+    """A model of your own gets those of the first shipped one."""
+    return METHODS.get(model, METHODS["reference"])
 
 
 def run_method(runner: HFRun, method: Method, args: argparse.Namespace) -> list[Run]:
@@ -109,7 +133,7 @@ def work(part: int, args: argparse.Namespace) -> None:
     """Every `args.workers`-th method."""
     runner = load_runner(args)
     start = time.perf_counter()
-    for method in METHODS[: args.methods][part :: args.workers]:
+    for method in methods_of(args.model)[: args.methods][part :: args.workers]:
         runs = run_method(runner, method, args)
         path = args.out / f"{method.name}.json"
         path.write_text("".join(run.model_dump_json() + "\n" for run in runs))
@@ -124,7 +148,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=16, help="samples of a task, setting and seed")
     parser.add_argument("--tokens", type=int, default=1024, help="of a prompt")
     parser.add_argument("--tasks", help="names, separated by commas (default: all)")
-    parser.add_argument("--methods", type=int, default=len(METHODS), help="only the first so many")
+    parser.add_argument("--methods", type=int, help="only the first so many")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -84,7 +84,7 @@ def test_names():
         ((), "runs what --tasks names"),
         (("--tasks", "gsm9k"), "unknown task 'gsm9k': did you mean gsm8k?"),
         (("--tasks", "none.yaml"), "cannot read the task none.yaml"),
-        (("--tasks", "gsm8k", "--policy", "random"), "with the policies paper and none"),
+        (("--tasks", "gsm8k", "--policy", "random"), "by alpha_high and alpha_low: paper"),
         (("--tasks", "gsm8k", "--limit", "0"), "--limit must be at least 1"),
         (("--tasks", "gsm8k", "--settings", "hard"), "--settings does not go with"),
     ],

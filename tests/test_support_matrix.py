@@ -24,7 +24,9 @@ def vllm_config(**changes):
         "parallel_config": {
             "pipeline_parallel_size": 1, "decode_context_parallel_size": 1,
             "prefill_context_parallel_size": 1, "use_ubatching": False,
+            "enable_expert_parallel": False,
         },
+        "device_config": {"device_type": "cpu"},
         "cache_config": {"cache_dtype": "auto"},
     }  # fmt: skip
     speculative = changes.pop("speculative", None)
@@ -45,6 +47,7 @@ REFUSALS = {
     "kv_cache_dtype other than auto": {"cache_dtype": "fp8"},
     "pipeline parallelism": {"pipeline_parallel_size": 2},
     "context parallelism": {"decode_context_parallel_size": 2},
+    "expert parallelism on CPUs": {"enable_expert_parallel": True},
     "micro-batches (--enable-dbo)": {"use_ubatching": True},
 }
 

@@ -2,8 +2,10 @@
 
 import ctypes
 import gc
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,3 +182,15 @@ def test_state_of_another_dtype_is_refused():
     state = dataclasses.replace(state, num_tokens=state.num_tokens.long())
     with pytest.raises(ValueError, match=r"state\.num_tokens"):
         library.handle(state)
+
+
+@pytest.mark.parametrize("without", ["avx512vnni", "avx512f", "avx2"])
+def test_older_instruction_sets(tmp_path, without):
+    """The kernels of a CPU that has less than this one, in a process of their own."""
+    environment = {
+        **os.environ, "CXX": f"g++ -mno-{without}", "DIFFKV_CACHE_DIR": str(tmp_path / "cache"),
+    }  # fmt: skip
+    code = "from diffkv import selftest; assert selftest.run('cpu').passed"
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr

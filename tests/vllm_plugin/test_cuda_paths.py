@@ -52,7 +52,7 @@ def test_message_after_metadata(
 def test_reports_a_step_late(
     monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], stock: list[list[int]]
 ) -> None:
-    """A worker that does not wait for its device; some of its reports are of a life that is over."""
+    """A worker does not wait for its device; some requests are preempted before they are reported."""
     init, on_report = Snapshots.__init__, DiffKVManager.on_report
     stale = []
 
@@ -60,7 +60,7 @@ def test_reports_a_step_late(
         init(self, state, late=True)
 
     def count(self: DiffKVManager, request_id: str, report: Report) -> None:
-        stale.append(report.life != self._lives.get(request_id, report.life))
+        stale.append(report.life != self._lives.get(request_id) or request_id not in self._quotas)
         on_report(self, request_id, report)
 
     monkeypatch.setattr(Snapshots, "__init__", late)

@@ -66,19 +66,6 @@ def test_two_ranks_equal_one(
     )
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_experts_on_two_ranks_equal_one(
-    family: str, tmp_path_factory: pytest.TempPathFactory, two_ranks: dict[str, Any]
-) -> None:
-    """With expert parallelism a rank has half of the experts, and half of the heads as ever."""
-    model = make(family, tmp_path_factory.mktemp(family))
-    split, ranks = run("k16v16", None, model, enable_expert_parallel=True, **two_ranks)
-    whole, _ = run("k16v16", None, model, tensor_parallel_size=1)
-    assert token_ids(split) == token_ids(whole)
-    assert drift(whole, split) < SUMMATION_DRIFT
-    assert [rank["pool"]["pages_held"] for rank in ranks] == [0, 0]
-
-
 def test_the_fullest_rank_decides() -> None:
     left = ReportMessage({"a": Report(7, (2, 6), 30), "b": Report(1, (1, 1), 5)})
     right = ReportMessage({"a": Report(5, (4, 5), 29), "c": Report(9, (0, 3), 80)})

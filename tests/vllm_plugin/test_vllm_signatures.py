@@ -76,7 +76,7 @@ ATTRIBUTES = {
     ),
     "vllm.config:ParallelConfig": (
         "pipeline_parallel_size decode_context_parallel_size prefill_context_parallel_size "
-        "use_ubatching"
+        "use_ubatching enable_expert_parallel"
     ),
     "vllm.config:CacheConfig": "cache_dtype kv_cache_memory_bytes enable_prefix_caching",
     "vllm.config:SchedulerConfig": (

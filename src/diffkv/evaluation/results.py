@@ -113,6 +113,7 @@ class Run(_Row):
         alpha_high: threshold.
         alpha_low: threshold.
         window: recent tokens that stay high.
+        rotate: what keys and values were rotated by before they were quantised.
         seed: of the samples.
         suite: synth or kld.
         tasks: rows of the suite synth.
@@ -128,6 +129,7 @@ class Run(_Row):
     alpha_high: float
     alpha_low: float
     window: int
+    rotate: str = "none"
     seed: int
     suite: str
     tasks: list[TaskRow] = []

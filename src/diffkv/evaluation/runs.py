@@ -165,6 +165,7 @@ class HFRun:
             alpha_high=spec.thresholds.alpha_high,
             alpha_low=spec.thresholds.alpha_low,
             window=spec.window,
+            rotate=spec.rotate,
             seed=seed,
             suite=suite,
             tasks=list(tasks),

@@ -130,7 +130,7 @@ def pair_chain(rng: np.random.Generator, language: Any, num_tokens: int, number:
     nodes = [(rows[cell // side], columns[cell % side]) for cell in cells]
     texts = [" ".join(node) for node in nodes]
     links = [language.link(texts[i - 1], texts[i]) for i in rng.permutation(num_nodes)]
-    walked = nodes[: min(LONG_WALK // 2, num_nodes - 1)]
+    walked = nodes[: min(LONG_WALK // 4, num_nodes - 1)]
     question, answer = language.ask_chain(texts[-1], [word for node in walked for word in node])
     return _Parts(links, question, answer)
 

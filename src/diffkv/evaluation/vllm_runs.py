@@ -102,6 +102,7 @@ def run_tasks(name: str, arguments: dict[str, Any], spec: CacheSpec, plan: synth
         alpha_high=spec.thresholds.alpha_high,
         alpha_low=spec.thresholds.alpha_low,
         window=spec.window,
+        rotate=spec.rotate,
         seed=plan.seed,
         suite="synth",
         tasks=rows,

@@ -25,19 +25,22 @@ class Method:
     alpha_high: float
     alpha_low: float
     window: int
+    rotate: str
 
     @classmethod
     def of(cls, run: Run) -> "Method":
         """The method of a run."""
         return cls(
-            run.model, run.engine, run.policy, run.quant, run.alpha_high, run.alpha_low, run.window
-        )
+            run.model, run.engine, run.policy, run.quant, run.alpha_high, run.alpha_low, run.window,
+            run.rotate,
+        )  # fmt: skip
 
     def label(self) -> str:
         """In few words; thresholds only where the policy has them."""
         uses = self.alpha_high > 0 or self.alpha_low > 0
         alphas = f" alpha {self.alpha_high:g}/{self.alpha_low:g}" if uses else ""
-        return f"{self.policy} {self.quant}{alphas}"
+        rotated = "" if self.rotate == "none" else f" {self.rotate}"
+        return f"{self.policy} {self.quant}{alphas}{rotated}"
 
 
 @dataclass(frozen=True)
