@@ -85,23 +85,24 @@ VARIANTS = [
     Method("k8v4-k4v2", "topk:keep=0.8,survivors=low"),
     Method("k8v4-k4v2", "paper:queries=all", 3, 0.1),
 ]
-DISTINCT = [
-    Method("k8v4-k4v2", f"paper:distinct={share}", high, 0)
-    for share, high in ((0.75, 3), (0.6, 3), (0.5, 3), (0.75, 10), (0.5, 10))
-]
+DISTINCT = [Method("k8v4-k4v2", f"paper:distinct={share}", 10, 0) for share in (0.75, 0.5)]
+ROTATED = [
+    Method("k4v2", "none", rotate="hadamard"),
+    *(
+        Method("k8v4-k4v2", policy, high, 0, rotate="hadamard")
+        for policy, high in (
+            ("paper", 3), ("paper", 10), ("paper:distinct=0.75", 10), ("paper:distinct=0.6", 10),
+            ("paper:distinct=0.5", 10),
+        )
+    ),
+]  # fmt: skip
 METHODS = {
-    "reference": [*UNIFORM, *PAPER, *DISTINCT, *WITHOUT_A_LEVEL, *BASELINES, *VARIANTS],
+    "reference": [*UNIFORM, *PAPER, *DISTINCT, *ROTATED, *WITHOUT_A_LEVEL, *BASELINES, *VARIANTS],
     "reference-128": [
-        *UNIFORM[1:4],
-        Method("k4v2", "none", rotate="hadamard"),
-        *PAPER[:2],
-        Method("k8v4-k4v2", "paper", 10, 0),
-        Method("k8v4-k4v2", "paper", 10, 0, rotate="hadamard"),
-        *DISTINCT,
-        WITHOUT_A_LEVEL[0],
-        *BASELINES[1::2],
+        *UNIFORM[1:4], *PAPER[:2], Method("k8v4-k4v2", "paper", 10, 0), *DISTINCT, *ROTATED,
+        WITHOUT_A_LEVEL[0], *BASELINES[1::2],
     ],
-}
+}  # fmt: skip
 
 
 def methods_of(model: str) -> list[Method]:

@@ -10,7 +10,7 @@ from diffkv.layout import CacheLayout
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError, LayerQuant
 from diffkv.reference.quantize import dequantize, quantize
-from diffkv.rotation import Rotation, block_size, hadamard_matrix
+from diffkv.rotation import Rotation, block_size, choose, hadamard_matrix
 
 KV_HEADS, GROUP = 2, 3
 CHUNKS, NEW = (90, 60), 24
@@ -94,4 +94,19 @@ def test_four_bits_survive_outliers() -> None:
 
 def test_unknown_name() -> None:
     with pytest.raises(ConfigError, match="rotate must be none or hadamard, got 'givens'"):
-        Rotation.of("givens", 64, torch.device("cpu"), torch.float32)
+        choose("givens", LayerQuant.parse("k8v4"))
+
+
+@pytest.mark.parametrize(
+    ("quant", "rotation"),
+    [
+        ("k16v16", "none"),
+        ("k8v4-k4v2", "hadamard"),
+        ("k16v8", "hadamard"),
+        ("k16v16-k8v8", "hadamard"),
+        ("0-1:k16v16,2-:k8v8", "hadamard"),
+    ],
+)
+def test_what_is_quantised_is_rotated(quant: str, rotation: str) -> None:
+    assert choose(None, LayerQuant.parse(quant)) == rotation
+    assert choose("none", LayerQuant.parse(quant)) == "none"

@@ -283,6 +283,12 @@ class LayerQuant:
         """Whether every layer has a low tier."""
         return all(span.quant.has_low for span in self.spans)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether every layer stores the model's own numbers."""
+        tiers = [tier for span in self.spans for tier in (span.quant.high, span.quant.low) if tier]
+        return all((tier.k_bits, tier.v_bits) == (16, 16) for tier in tiers)
+
     def groups(self, num_layers: int) -> dict[QuantConfig, tuple[int, ...]]:
         """The layers of each configuration, in the order in which they first occur.
 

@@ -12,14 +12,30 @@ Hadamard transform. The signs keep a vector that is constant over its channels f
 import torch
 from torch import Tensor
 
-from diffkv.quant import ConfigError
+from diffkv.quant import ConfigError, LayerQuant
 
-__all__ = ["ROTATIONS", "Rotation", "block_size", "hadamard_matrix"]
+__all__ = ["ROTATIONS", "Rotation", "block_size", "choose", "hadamard_matrix"]
 
-ROTATIONS = ("none", "hadamard")
+NONE, HADAMARD = ROTATIONS = ("none", "hadamard")
 """Values of the option `rotate`."""
 
 _SIGN_SEED = 0
+
+
+def choose(name: str | None, quant: LayerQuant) -> str:
+    """The rotation that was asked for, or the one that goes with formats.
+
+    Rotating is the default wherever something is quantised: outliers are common, and without it they
+    cost far more than it does where there are none (docs/log.md). `k16v16` stays as it is, bit by bit.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if name is None:
+        return NONE if quant.is_exact else HADAMARD
+    if name not in ROTATIONS:
+        raise ConfigError(f"rotate must be {' or '.join(ROTATIONS)}, got {name!r}")
+    return name
 
 
 def block_size(head_dim: int) -> int:
@@ -67,14 +83,8 @@ class Rotation:
     def of(
         cls, name: str, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> "Rotation | None":
-        """The rotation of that name, None for "none".
-
-        Raises:
-            ConfigError: an unknown name.
-        """
-        if name not in ROTATIONS:
-            raise ConfigError(f"rotate must be {' or '.join(ROTATIONS)}, got {name!r}")
-        return None if name == "none" else cls(head_dim, device, dtype)
+        """The rotation of that name, as `choose` gives it; None for "none"."""
+        return None if name == NONE else cls(head_dim, device, dtype)
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Rotate [..., head_dim] vectors. The result is new."""

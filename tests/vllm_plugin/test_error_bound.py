@@ -90,7 +90,7 @@ def test_logits_within_bound(quant: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     questions = _read_questions(PROMPTS.read_text())
     prompts = [tokenizer(q.prompt).input_ids for q in questions]
-    with engine(quant, max_logprobs=512) as llm:
+    with engine(quant, {"rotate": "none"}, max_logprobs=512) as llm:
         params = SamplingParams(temperature=0, max_tokens=2, logprobs=512)
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     shares = []

@@ -66,7 +66,8 @@ def add_cache_options(parser: argparse.ArgumentParser, policy_help: str = POLICY
     group.add_argument("--page-bytes", type=int, help="bytes of a page (default: least waste)")
     group.add_argument(
         "--rotate", choices=ROTATIONS,
-        help="hadamard spreads outliers of keys and values before they are quantised (default: none)",
+        help="hadamard spreads outliers of keys and values before they are quantised (default: wherever "
+        "something is)",
     )  # fmt: skip
     group.add_argument(
         "--kernels", choices=["reference"], help="run the plain torch operations (slow)"

@@ -147,7 +147,7 @@ def _spec(args: argparse.Namespace) -> "CacheSpec":
     return CacheSpec(
         options.quant_config(), policy,
         options.thresholds() if policy.uses_thresholds else Thresholds(),
-        options.window, options.page_bytes, options.kernels, options.rotate,
+        options.window, options.page_bytes, options.kernels, options.rotation(),
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def evaluate(args: argparse.Namespace) -> "Run":
     return Run(
         model=args.model, engine="vllm", quant=str(options.quant_config()), policy=args.policy,
         alpha_high=thresholds.alpha_high, alpha_low=thresholds.alpha_low, window=options.window,
-        rotate=options.rotate, seed=args.seed, suite=SUITE,
+        rotate=options.rotation(), seed=args.seed, suite=SUITE,
         tasks=lm_eval.rows(found, scores[0], scores[1], interval),
         seconds=time.perf_counter() - start, provenance=provenance(_device(), PACKAGES),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.pool import CacheShape
 from diffkv.quant import ConfigError, LayerQuant
-from diffkv.rotation import Rotation
+from diffkv.rotation import Rotation, choose
 from diffkv.state import CacheState
 
 __all__ = ["DiffKVHFCache", "feed"]
@@ -73,7 +73,8 @@ class DiffKVHFCache(Cache):
         max_tokens: most tokens of a sequence, answer included; None: the model's limit, at most 4096.
         page_bytes: of a page; None: the size that wastes least.
         kernels: "reference" for the plain torch operations; None for the device's kernels.
-        rotate: "hadamard" rotates keys and values before they are quantised.
+        rotate: "hadamard" rotates keys and values before they are quantised, "none" does not; None
+            takes what goes with the formats.
 
     Raises:
         ConfigError: formats, a policy or a model that cannot be combined.
@@ -89,7 +90,7 @@ class DiffKVHFCache(Cache):
         max_tokens: int | None = None,
         page_bytes: int | None = None,
         kernels: str | None = None,
-        rotate: str = "none",
+        rotate: str | None = None,
     ) -> None:
         config = model.config.get_text_config(decoder=True)
         _check(model, config, window)
@@ -110,7 +111,9 @@ class DiffKVHFCache(Cache):
         self._layout = CacheLayout.derive(
             self.quant, self._num_layers, head_dim, page_bytes, model.dtype.itemsize
         )
-        self._rotation = Rotation.of(rotate, head_dim, self._device, self._dtype)
+        self._rotation = Rotation.of(
+            choose(rotate, self.quant), head_dim, self._device, self._dtype
+        )
         self._ops = ops.load(self._device.type, kernels)
         self._shape: CacheShape | None = None
         self._pages: DiffKVCache | None = None

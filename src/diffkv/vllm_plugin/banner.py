@@ -49,7 +49,8 @@ def banner(options: Options, shape: CacheShape, vllm_config: Any) -> list[str]:
         )
     lines = [
         f"DiffKV {layout.quant}: alpha_high {thresholds.alpha_high:g}, alpha_low "
-        f"{thresholds.alpha_low:g}, window {options.window}, policy {options.policy}, kernels "
+        f"{thresholds.alpha_low:g}, window {options.window}, policy {options.policy}, "
+        f"rotation {options.rotation()}, kernels "
         f"{options.kernels or vllm_config.device_config.device_type}",
         f"DiffKV pages of {layout.page_bytes} B ({tiers}; bf16 {bf16} B a token)",
         f"DiffKV capacity in tokens: {capacity}, {budget // bf16} in bf16 of the same "

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from diffkv import policies
+from diffkv import policies, rotation
 from diffkv.layout import CacheLayout
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.quant import ConfigError, LayerQuant
-from diffkv.rotation import ROTATIONS
 
 __all__ = ["ADMISSIONS", "DEFAULT_QUANT", "EXPECTED", "WORST_CASE", "Options"]
 
@@ -29,7 +28,8 @@ class Options:
         window: most recent tokens that always stay high.
         policy: what decides a prompt by these thresholds, text form (`diffkv.policies`).
         page_bytes: bytes of a page; None takes the size that wastes least.
-        rotate: "hadamard" rotates keys and values before they are quantised; "none" does not.
+        rotate: "hadamard" rotates keys and values before they are quantised, "none" does not; None
+            takes what goes with the formats, see `diffkv.rotation.choose`.
         kernels: "reference" runs the plain torch operations; None the device's own kernels.
         admission: "worst-case" sets aside what a prompt can need at most; "expected" what prompts
             like it have needed, see `estimate`.
@@ -41,7 +41,7 @@ class Options:
     window: int = WINDOW
     policy: str = policies.PAPER.text
     page_bytes: int | None = None
-    rotate: str = "none"
+    rotate: str | None = None
     kernels: str | None = None
     admission: str = EXPECTED
 
@@ -58,8 +58,6 @@ class Options:
                 raise ConfigError(f"{name} must be a number, got {value!r}")
         if self.window < 1:
             raise ConfigError(f"window must be at least 1 token, got {self.window}")
-        if self.rotate not in ROTATIONS:
-            raise ConfigError(f"rotate must be {' or '.join(ROTATIONS)}, got {self.rotate!r}")
         if self.kernels not in (None, "reference"):
             raise ConfigError(f"kernels must be 'reference' or left out, got {self.kernels!r}")
         if self.admission not in ADMISSIONS:
@@ -77,6 +75,7 @@ class Options:
                 f"diffkv eval compares in transformers"
             )
         policy.check(self.quant_config())
+        self.rotation()
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> "Options":
@@ -99,6 +98,10 @@ class Options:
     def prompt_policy(self) -> policies.Policy:
         """What decides prompts."""
         return policies.parse(self.policy)
+
+    def rotation(self) -> str:
+        """What keys and values are rotated by."""
+        return rotation.choose(self.rotate, self.quant_config())
 
     def quant_config(self) -> LayerQuant:
         """The formats of every layer."""

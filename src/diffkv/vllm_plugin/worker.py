@@ -98,7 +98,7 @@ class WorkerCache:
         self.shape = spec.pool_shape(num_blocks)
         self.state = pool.create_cache(self.shape, buffer, spec.dtype, options.window)
         kernels = ops.load(buffer.device.type, options.kernels)
-        rotation = Rotation.of(options.rotate, spec.head_size, buffer.device, spec.dtype)
+        rotation = Rotation.of(options.rotation(), spec.head_size, buffer.device, spec.dtype)
         prefill = choose_prefill(buffer.device.type, spec.dtype, spec.head_size)
         self.cache = DiffKVCache(
             self.state, kernels, scale, options.prompt_policy(), prefill, rotation
