@@ -26,6 +26,7 @@ CPP := $(shell find src -name '*.cpp' -o -name '*.h')
 
 # What `make bench` writes; tools/bench_report.py makes its tables and plots.
 RESULTS := docs/results/cpu
+FIDELITY := docs/results/fidelity
 
 .PHONY: help env run test bench eval lint format clean
 
@@ -60,8 +61,11 @@ bench: env ## measure on this machine, beside vLLM's own cache: tables and plots
 	$(BIN)/diffkv bench serving --random-weights bench-small --input-len 1024 --output-len 64 --num-prompts 12 --rates 0.5 1 2 --goodput ttft:10000 tpot:200 --out $(RESULTS)/serving.jsonl
 	$(BIN)/python tools/bench_report.py
 
-eval: env ## compare methods on the shipped model's tasks: docs/results/fidelity
-	$(BIN)/python benchmarks/fidelity.py docs/results/fidelity
+eval: env ## compare methods on the shipped models' tasks: docs/results/fidelity
+	$(BIN)/python benchmarks/fidelity.py $(FIDELITY)/reference
+	$(BIN)/python benchmarks/fidelity.py $(FIDELITY)/reference-128 --model reference-128 --n 8
+	for model in reference reference-128; do \
+		$(BIN)/diffkv report $(FIDELITY)/$$model/*.json --out $(FIDELITY)/$$model || exit; done
 
 lint: env ## style, types, layers
 	$(BIN)/ruff check

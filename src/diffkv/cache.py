@@ -166,29 +166,31 @@ class DiffKVCache:
             value: [num_rows, num_kv_heads, head_dim].
             output: [num_rows, num_q_heads, head_dim], written for the step's rows.
         """
-        if self._rotation is None:
-            self._attend(layer, step, query, key, value, output)
-            return
-        query, key, value = map(self._rotation.apply, (query, key, value))
-        self._attend(layer, step, query, key, value, output)
-        self._rotation.undo(output)
-
-    def _attend(
-        self, layer: int, step: Step, query: Tensor, key: Tensor, value: Tensor, output: Tensor
-    ) -> None:
         if step.prompts:
             self._attend_prompts(layer, step.prompts, query, key, value, output)
-        if not step.plans:
-            return
+        if step.plans:
+            rows = step.decode_rows
+            self._attend_generated(layer, step, query[rows], key[rows], value[rows], output)
+
+    def _rotated(self, vectors: Tensor) -> Tensor:
+        """As they are stored."""
+        return vectors if self._rotation is None else self._rotation.apply(vectors)
+
+    def _attend_generated(
+        self, layer: int, step: Step, query: Tensor, key: Tensor, value: Tensor, output: Tensor
+    ) -> None:
         number, index = self._places[layer]
         group, plan = self.state.groups[number], step.plans[number]
+        query, key, value = (self._rotated(x).contiguous() for x in (query, key, value))
+        self._ops.append(group, index, plan, key, value)
         rows = step.decode_rows
-        self._ops.append(group, index, plan, key[rows].contiguous(), value[rows].contiguous())
         if isinstance(rows, slice) and output[rows].is_contiguous():
             out = output[rows]
         else:
             out = torch.empty_like(output[rows])
-        self._ops.attend(group, index, plan.slots, query[rows].contiguous(), self._scale, out)
+        self._ops.attend(group, index, plan.slots, query, self._scale, out)
+        if self._rotation is not None:
+            self._rotation.undo(out)
         if out.data_ptr() != output[rows].data_ptr():
             output[rows] = out
 
@@ -201,19 +203,38 @@ class DiffKVCache:
         value: Tensor,
         output: Tensor,
     ) -> None:
+        """Attend exactly, then store. Only what has been stored before is attended to as rotated."""
         group, _ = self._group(layer)
-        queries = [query[chunk.span] for chunk in prompts]
-        keys, values = self._prompts_so_far(layer, prompts, key, value)
+        rotated_key, rotated_value = self._rotated(key), self._rotated(value)
+        queries, keys, values = [], [], []
+        for chunk in prompts:
+            span, q = chunk.span, query[chunk.span]
+            if chunk.num_stored:
+                q = self._rotated(q)
+                k, v = self._with_stored(layer, chunk, rotated_key[span], rotated_value[span])
+            else:
+                k, v = key[span], value[span]
+            queries.append(q)
+            keys.append(k)
+            values.append(v)
         outputs = [output[chunk.span] for chunk in prompts]
         self._prefill(queries, keys, values, self._scale, outputs)
         undecided: list[tuple[PromptChunk, Tensor, Tensor]] = []
         complete: list[tuple[PromptChunk, Tensor, Tensor, Tensor]] = []
-        for chunk, q, all_k, all_v in zip(prompts, queries, keys, values, strict=True):
+        for chunk, q, all_k, all_v, out in zip(
+            prompts, queries, keys, values, outputs, strict=True
+        ):
+            k, v = rotated_key[chunk.span], rotated_value[chunk.span]
+            if chunk.num_stored and self._rotation is not None:
+                self._rotation.undo(out)
+            q = q[-self._policy.scored_queries :]
+            if not chunk.num_stored:
+                q, all_k, all_v = self._rotated(q), k, v
             if chunk.slot in self._given_up:
                 continue
             if not (chunk.is_last and self._decides(group, chunk)):
                 self._carry_queries(layer, chunk, q)
-                undecided.append((chunk, key[chunk.span], value[chunk.span]))
+                undecided.append((chunk, k, v))
             else:
                 q = self._scored_queries(layer, chunk, q)
                 complete.append((chunk, q, all_k, all_v))
@@ -222,23 +243,16 @@ class DiffKVCache:
         if complete:
             self._store_decided(layer, complete)
 
-    def _prompts_so_far(
-        self, layer: int, prompts: Sequence[PromptChunk], key: Tensor, value: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of each prompt up to its chunk's end, earlier chunks read back from pages."""
+    def _with_stored(
+        self, layer: int, chunk: PromptChunk, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of a prompt up to its chunk's end, earlier chunks read back from pages."""
         group, index = self._group(layer)
-        keys, values = [], []
-        for chunk in prompts:
-            k, v = key[chunk.span], value[chunk.span]
-            if chunk.num_stored:
-                stored_k, stored_v, _, _ = self._ops.gather(
-                    group, index, chunk.slot, chunk.num_stored
-                )
-                k = torch.cat([stored_k.transpose(0, 1), k])
-                v = torch.cat([stored_v.transpose(0, 1), v])
-            keys.append(k)
-            values.append(v)
-        return keys, values
+        stored_k, stored_v, _, _ = self._ops.gather(group, index, chunk.slot, chunk.num_stored)
+        return (
+            torch.cat([stored_k.transpose(0, 1), key]),
+            torch.cat([stored_v.transpose(0, 1), value]),
+        )
 
     def _group(self, layer: int) -> tuple[PoolState, int]:
         """The group of a layer of the model, and which of its layers that is."""

@@ -78,10 +78,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(command: list[str], model: str, log: Path) -> Iterator[Server]:
+def running(command: list[str], model: str, log: Path, **variables: str) -> Iterator[Server]:
     """A server process, ready; its whole process group ends with the block."""
     port = free_port()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")} | variables
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port), "--host", "127.0.0.1"],
@@ -337,3 +337,30 @@ def test_plain_vllm_with_documented_flags(tmp_path: Path) -> None:
         found = server.wait_until_empty()
         assert found["diffkv_pages_free"] == found["diffkv_pages_total"] > 0
         assert "DiffKV k8v8: alpha_high" in server.log.read_text()
+
+
+def test_two_replicas(tmp_path: Path) -> None:
+    """Data parallelism: two engines behind one address, each with a pool of its own."""
+    command = [
+        sys.executable, "-m", "diffkv", "serve", "reference", *FLAGS, "--data-parallel-size", "2",
+    ]  # fmt: skip
+    with running(command, "reference", tmp_path / "log", VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
+
+        def ask(prompt: str) -> str:
+            done = server.client().completions.create(
+                model="reference", prompt=prompt, max_tokens=8, temperature=0
+            )
+            return done.choices[0].text
+
+        alone = [ask(prompt) for prompt in LONG]
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(ask, LONG)) == alone
+        assert alone[0].split()[:4] == ["k92", "v1", "k252", "v99"]
+        found = server.wait_until_empty()
+        assert found["diffkv_pages_free"] == found["diffkv_pages_total"] > 0
+        served = [
+            float(line.rsplit(" ", 1)[1])
+            for line in httpx.get(f"{server.url}/metrics").text.splitlines()
+            if line.startswith("diffkv_prompts_compressed_total{")
+        ]
+        assert len(served) == 2 and min(served) > 0 and sum(served) == 2 * len(LONG)

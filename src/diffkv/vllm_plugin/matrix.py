@@ -240,7 +240,11 @@ _PARALLELISM = (
         "vLLM 0.32 has no kernel for it there, and its workers die",
         "leave out --enable-expert-parallel", _REFUSALS, _has_experts_on_cpus,
     ),
-    Row("parallelism", "data parallelism", NOT_TRIED, "vLLM itself refuses it within one process"),
+    Row(
+        "parallelism", "data parallelism", WORKS,
+        "2 replicas in diffkv serve, each with a pool; vLLM itself refuses it within one process", "",
+        (f"{TESTS}test_server.py::test_two_replicas",),
+    ),
     Row(
         "parallelism", "micro-batches (--enable-dbo)", REFUSED, "a step is planned once",
         "leave out --enable-dbo", _REFUSALS, lambda config: config.parallel_config.use_ubatching,

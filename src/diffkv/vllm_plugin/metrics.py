@@ -118,12 +118,13 @@ class DiffKVPromMetrics(KVConnectorPromMetrics):
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         _unregister()
-        kinds = ((self._gauge_cls, GAUGES), (self._counter_cls, COUNTERS))
+        # of several API servers each sets a gauge, and the latest is right
+        gauges = {"labelnames": labelnames, "multiprocess_mode": "mostrecent"}
         metrics = {
-            name: kind(name=PREFIX + name, documentation=text, labelnames=labelnames)
-            for kind, texts in kinds
-            for name, text in texts.items()
+            name: self._gauge_cls(PREFIX + name, text, **gauges) for name, text in GAUGES.items()
         }
+        for name, text in COUNTERS.items():
+            metrics[name] = self._counter_cls(PREFIX + name, text, labelnames=labelnames)
         metrics[HISTOGRAM] = self._histogram_cls(
             name=PREFIX + HISTOGRAM,
             documentation="Bytes in bf16 over bytes spent, of each request when it ended.",
