@@ -82,6 +82,12 @@ def test_quality_keeps_all_and_max_compression_drops():
     )
 
 
+def test_a_preset_may_name_a_policy(capsys):
+    assert options("--preset", "distinct").policy == presets.find("distinct").policy
+    assert "alpha_low 0, window 64, policy paper:distinct=" in capsys.readouterr().err
+    assert options("--preset", "distinct", "--policy", "paper").policy == "paper"
+
+
 @pytest.mark.parametrize(
     ("name", "preset"),
     [

@@ -6,9 +6,10 @@ it is up to the command line.
 
 from dataclasses import dataclass
 
+from diffkv import policies
 from diffkv.model_config import ModelConfig
 from diffkv.policy import DEFAULT_ALPHA_HIGH, WINDOW, Thresholds
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.quant import ConfigError, LayerQuant, QuantConfig
 
 __all__ = ["AUTO", "DEFAULT", "PRESETS", "Preset", "Sizes", "choose", "find"]
 
@@ -47,6 +48,7 @@ class Preset:
         sizes: of the models it was published for; None for a generic one.
         words: in the model's name, all of them; they part models of the same sizes.
         window: most recent tokens that always stay high.
+        policy: what decides prompts by these thresholds.
     """
 
     name: str
@@ -58,11 +60,13 @@ class Preset:
     sizes: Sizes | None = None
     words: tuple[str, ...] = ()
     window: int = WINDOW
+    policy: str = policies.PAPER.text
 
     def __post_init__(self) -> None:
         """Refuse what no engine would start with."""
         quant = QuantConfig.parse(self.quant)
         assert Thresholds.choose(quant, self.alpha_high, self.alpha_low) == self.thresholds
+        policies.parse(self.policy).check(LayerQuant.parse(self.quant))
 
     @property
     def thresholds(self) -> Thresholds:
@@ -92,6 +96,13 @@ PRESETS = (
         "balanced", "k8v4-k4v2", DEFAULT_ALPHA_HIGH, 0.0,
         "unimportant tokens in low precision, nothing dropped; the default",
         "DiffKV (SOSP 2025) section 4: the thresholds of its largest Qwen models",
+    ),
+    Preset(
+        "distinct", "k8v4-k4v2", 10.0, 0.0,
+        "drops a quarter of a prompt, where keys are most alike: free on the shipped models, not "
+        "measured on others",
+        "docs/results/fidelity; KeyDiff (Park et al. 2025, arXiv 2504.15364)",
+        policy="paper:distinct=0.75",
     ),
     Preset(
         "max-compression", "k8v4-k4v2", 5.0, 0.04,

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffkv import presets
 from diffkv.cli.models import config_file, load_config
+from diffkv.policies import PAPER
 from diffkv.presets import Preset
 from diffkv.quant import ConfigError, LayerQuant
 from diffkv.rotation import ROTATIONS
@@ -115,9 +116,10 @@ def cache_options(args: argparse.Namespace, takes_policy: bool = True) -> Option
 
 def _words(options: Options) -> str:
     thresholds = options.thresholds()
+    policy = f", policy {options.policy}" if options.policy != PAPER.text else ""
     return (
         f"{options.quant}, alpha_high {thresholds.alpha_high:g}, alpha_low "
-        f"{thresholds.alpha_low:g}, window {options.window}"
+        f"{thresholds.alpha_low:g}, window {options.window}{policy}"
     )
 
 
@@ -153,6 +155,7 @@ def _override(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
     values = {
         "quant": preset.quant,
         "window": preset.window,
+        "policy": preset.policy,
         "alpha_low": preset.alpha_low,
         **given,
     }

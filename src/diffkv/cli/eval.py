@@ -97,7 +97,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"what decides: {', '.join(policies.POLICIES)}; with settings as in "
         "topk:keep=0.25,sinks=4 or paper:distinct=0.75 (default: paper)",
     )
-    parser.set_defaults(policy=policies.PAPER.text)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -141,7 +140,7 @@ def _spec(args: argparse.Namespace) -> "CacheSpec":
     from diffkv.evaluation.runs import CacheSpec
 
     options = cache_options(args, takes_policy=False)
-    policy = policies.parse(args.policy)
+    policy = policies.parse(args.policy or options.policy)
     if not policy.uses_thresholds and (args.alpha_high, args.alpha_low) != (None, None):
         raise ConfigError(f"policy {policy} has no thresholds: leave out --alpha-high, --alpha-low")
     return CacheSpec(

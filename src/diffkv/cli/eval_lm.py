@@ -92,7 +92,8 @@ def evaluate(args: argparse.Namespace) -> "Run":
         )  # fmt: skip
     thresholds = options.thresholds()
     return Run(
-        model=args.model, engine="vllm", quant=str(options.quant_config()), policy=args.policy,
+        model=args.model, engine="vllm", quant=str(options.quant_config()),
+        policy=args.policy or options.policy,
         alpha_high=thresholds.alpha_high, alpha_low=thresholds.alpha_low, window=options.window,
         rotate=options.rotation(), seed=args.seed, suite=SUITE,
         tasks=lm_eval.rows(found, scores[0], scores[1], interval),
