@@ -66,6 +66,7 @@ eval: env ## compare methods on the shipped models' tasks: docs/results/fidelity
 	$(BIN)/python benchmarks/fidelity.py $(FIDELITY)/reference-128 --model reference-128 --n 8
 	for model in reference reference-128; do \
 		$(BIN)/diffkv report $(FIDELITY)/$$model/*.json --out $(FIDELITY)/$$model || exit; done
+	$(BIN)/python tools/fidelity_table.py
 
 lint: env ## style, types, layers
 	$(BIN)/ruff check

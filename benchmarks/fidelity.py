@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -95,7 +95,7 @@ METHODS = {
     "reference": [*UNIFORM, *PAPER, *DISTINCT[1:], *ROTATED, *WITHOUT_A_LEVEL, *BASELINES, *VARIANTS],
     "reference-128": [
         *UNIFORM[1:4], *PAPER[:2], Method("k8v4-k4v2", "paper", 10, 0), *DISTINCT, *ROTATED,
-        WITHOUT_A_LEVEL[0], *BASELINES[1::2],
+        WITHOUT_A_LEVEL[0], *(replace(method, rotate="hadamard") for method in BASELINES[1::2]),
     ],
 }  # fmt: skip
 
@@ -129,7 +129,10 @@ def work(part: int, args: argparse.Namespace) -> None:
     """Every `args.workers`-th method."""
     runner = load_runner(args)
     start = time.perf_counter()
-    for method in methods_of(args.model)[: args.methods][part :: args.workers]:
+    methods = methods_of(args.model)[: args.methods]
+    if args.resume:
+        methods = [method for method in methods if not (args.out / f"{method.name}.json").exists()]
+    for method in methods[part :: args.workers]:
         runs = run_method(runner, method, args)
         path = args.out / f"{method.name}.json"
         path.write_text("".join(run.model_dump_json() + "\n" for run in runs))
@@ -145,6 +148,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of a prompt")
     parser.add_argument("--tasks", help="names, separated by commas (default: all)")
     parser.add_argument("--methods", type=int, help="only the first so many")
+    parser.add_argument("--resume", action="store_true", help="only methods without a file")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

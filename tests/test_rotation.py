@@ -10,7 +10,7 @@ from diffkv.layout import CacheLayout
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError, LayerQuant
 from diffkv.reference.quantize import dequantize, quantize
-from diffkv.rotation import Rotation, block_size, choose, hadamard_matrix
+from diffkv.rotation import block_size, choose, hadamard_matrix, signs_of
 
 KV_HEADS, GROUP = 2, 3
 CHUNKS, NEW = (90, 60), 24
@@ -50,9 +50,9 @@ def _decode(head_dim: int, quant: str, rotate: str, outlier: float, alpha: float
     shape = pool.CacheShape.fit(8 << 20, layout, KV_HEADS, num_tokens, 2)
     buffer = torch.zeros(8 << 20, dtype=torch.uint8)
     state = pool.create_cache(shape, buffer, torch.float32, window=16)
-    rotation = Rotation.of(rotate, head_dim, buffer.device, torch.float32)
+    signs = signs_of(rotate, head_dim, buffer.device)
     kernels = ops.load("cpu", None)
-    cache = DiffKVCache(state, kernels, head_dim**-0.5, rotation=rotation)
+    cache = DiffKVCache(state, kernels, head_dim**-0.5, signs=signs)
     cache.open(0, sum(CHUNKS), Thresholds(alpha, alpha))
     slots, none = torch.zeros(1, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
     outputs, length = [], 0

@@ -15,7 +15,6 @@ from diffkv.ops import Ops
 from diffkv.policies import PAPER, Policy
 from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds, num_queries_seen
 from diffkv.prefill import Prefill, torch_prefill
-from diffkv.rotation import Rotation
 from diffkv.state import CacheState, PoolState, PromptTokens
 from diffkv.steps import PromptChunk, Step, joined, pack, slot_tensor, starts_of
 
@@ -31,7 +30,8 @@ class DiffKVCache:
         scale: of the attention's dot products.
         policy: decides the tiers of prompts.
         prefill: exact attention of prompts.
-        rotation: of queries, keys and values, so that what is stored has no outliers; None for none.
+        signs: of the rotation of queries, keys and values, which spreads their outliers
+            (`diffkv.rotation`); None for none.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class DiffKVCache:
         scale: float,
         policy: Policy = PAPER,
         prefill: Prefill = torch_prefill,
-        rotation: Rotation | None = None,
+        signs: Tensor | None = None,
     ) -> None:
         self.state = state
         self._ops = ops
@@ -50,7 +50,7 @@ class DiffKVCache:
         self._prefill = prefill
         self._places = state.places
         self._device = state.pool.pages.device
-        self._rotation = rotation
+        self._signs = signs
         self._thresholds: dict[int, Thresholds] = {}
         self._limits: dict[int, int] = {}
         self._given_up: set[int] = set()
@@ -174,7 +174,16 @@ class DiffKVCache:
 
     def _rotated(self, vectors: Tensor) -> Tensor:
         """As they are stored."""
-        return vectors if self._rotation is None else self._rotation.apply(vectors)
+        if self._signs is None:
+            return vectors
+        out = torch.empty(vectors.shape, dtype=vectors.dtype, device=vectors.device)
+        self._ops.rotate(vectors, self._signs, False, out)
+        return out
+
+    def _turn_back(self, output: Tensor) -> None:
+        """Turn what was attended among rotated vectors back, in place."""
+        if self._signs is not None:
+            self._ops.rotate(output, self._signs, True, output)
 
     def _attend_generated(
         self, layer: int, step: Step, query: Tensor, key: Tensor, value: Tensor, output: Tensor
@@ -189,8 +198,7 @@ class DiffKVCache:
         else:
             out = torch.empty_like(output[rows])
         self._ops.attend(group, index, plan.slots, query, self._scale, out)
-        if self._rotation is not None:
-            self._rotation.undo(out)
+        self._turn_back(out)
         if out.data_ptr() != output[rows].data_ptr():
             output[rows] = out
 
@@ -225,8 +233,8 @@ class DiffKVCache:
             prompts, queries, keys, values, outputs, strict=True
         ):
             k, v = rotated_key[chunk.span], rotated_value[chunk.span]
-            if chunk.num_stored and self._rotation is not None:
-                self._rotation.undo(out)
+            if chunk.num_stored:
+                self._turn_back(out)
             q = q[-self._policy.scored_queries :]
             if not chunk.num_stored:
                 q, all_k, all_v = self._rotated(q), k, v

@@ -23,6 +23,10 @@ class Ops(Protocol):
         """See `reference.dequantize`."""
         ...
 
+    def rotate(self, x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:
+        """See `reference.rotate`."""
+        ...
+
     def significance(
         self,
         query: Tensor,

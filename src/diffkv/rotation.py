@@ -14,7 +14,15 @@ from torch import Tensor
 
 from diffkv.quant import ConfigError, LayerQuant
 
-__all__ = ["ROTATIONS", "Rotation", "block_size", "choose", "hadamard_matrix"]
+__all__ = [
+    "ROTATIONS",
+    "block_size",
+    "choose",
+    "hadamard_blocks",
+    "hadamard_matrix",
+    "signs",
+    "signs_of",
+]
 
 NONE, HADAMARD = ROTATIONS = ("none", "hadamard")
 """Values of the option `rotate`."""
@@ -43,8 +51,31 @@ def block_size(head_dim: int) -> int:
     return head_dim & -head_dim
 
 
+def hadamard_blocks(head_dim: int) -> Tensor:
+    """[head_dim, head_dim] float32: Hadamard transforms of blocks of neighbours, on the diagonal.
+
+    Orthogonal and symmetric, so that it is its own inverse.
+    """
+    size = block_size(head_dim)
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < size:
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard)
+    return torch.block_diag(*[hadamard * size**-0.5] * (head_dim // size))
+
+
+def signs(head_dim: int) -> Tensor:
+    """[head_dim] float32 of 1 and -1, drawn once and for all."""
+    generator = torch.Generator().manual_seed(_SIGN_SEED)
+    return torch.randint(0, 2, (head_dim,), generator=generator) * 2.0 - 1
+
+
+def signs_of(name: str, head_dim: int, device: torch.device) -> Tensor | None:
+    """What the operation `rotate` needs for the rotation that `choose` gave; None for "none"."""
+    return None if name == NONE else signs(head_dim).to(device)
+
+
 def hadamard_matrix(head_dim: int) -> Tensor:
-    """The rotation as a matrix: random signs, then Hadamard transforms of blocks of neighbours.
+    """The rotation as a matrix: signs, then Hadamard transforms of blocks of neighbours.
 
     Args:
         head_dim: channels of a head; blocks have the largest power of two that divides it.
@@ -52,44 +83,4 @@ def hadamard_matrix(head_dim: int) -> Tensor:
     Returns:
         [head_dim, head_dim] float32, orthogonal; vectors are rows, `x @ matrix` rotates them.
     """
-    size = block_size(head_dim)
-    hadamard = torch.ones(1, 1)
-    while len(hadamard) < size:
-        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard)
-    blocks = torch.block_diag(*[hadamard * size**-0.5] * (head_dim // size))
-    generator = torch.Generator().manual_seed(_SIGN_SEED)
-    signs = torch.randint(0, 2, (head_dim,), generator=generator) * 2.0 - 1
-    return signs[:, None] * blocks
-
-
-class Rotation:
-    """Rotates queries, keys and values after rotary embedding, and turns outputs back.
-
-    Products are of the vectors' dtype with sums in float32, so rotated 16-bit vectors are rounded once
-    more: a cache of k16v16 is then equal to the engine's own up to that rounding, not bit by bit.
-
-    Args:
-        head_dim: of the vectors.
-        device: of the vectors.
-        dtype: of the vectors.
-    """
-
-    def __init__(self, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
-        matrix = hadamard_matrix(head_dim)
-        self._matrix = matrix.to(device, dtype)
-        self._inverse = matrix.T.contiguous().to(device, dtype)
-
-    @classmethod
-    def of(
-        cls, name: str, head_dim: int, device: torch.device, dtype: torch.dtype
-    ) -> "Rotation | None":
-        """The rotation of that name, as `choose` gives it; None for "none"."""
-        return None if name == NONE else cls(head_dim, device, dtype)
-
-    def apply(self, vectors: Tensor) -> Tensor:
-        """Rotate [..., head_dim] vectors. The result is new."""
-        return vectors @ self._matrix
-
-    def undo(self, vectors: Tensor) -> None:
-        """Turn [..., head_dim] vectors back, in place."""
-        vectors.copy_(vectors @ self._inverse)
+    return signs(head_dim)[:, None] * hadamard_blocks(head_dim)

@@ -18,7 +18,7 @@ from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.pool import CacheShape
 from diffkv.quant import ConfigError, LayerQuant
-from diffkv.rotation import Rotation, choose
+from diffkv.rotation import choose, signs_of
 from diffkv.state import CacheState
 
 __all__ = ["DiffKVHFCache", "feed"]
@@ -111,9 +111,7 @@ class DiffKVHFCache(Cache):
         self._layout = CacheLayout.derive(
             self.quant, self._num_layers, head_dim, page_bytes, model.dtype.itemsize
         )
-        self._rotation = Rotation.of(
-            choose(rotate, self.quant), head_dim, self._device, self._dtype
-        )
+        self._signs = signs_of(choose(rotate, self.quant), head_dim, self._device)
         self._ops = ops.load(self._device.type, kernels)
         self._shape: CacheShape | None = None
         self._pages: DiffKVCache | None = None
@@ -241,7 +239,7 @@ class DiffKVHFCache(Cache):
         )  # fmt: skip
         self._shape = shape
         state = pool.create_cache(shape, buffer, self._dtype, self._window)
-        return DiffKVCache(state, self._ops, scale, self.policy, rotation=self._rotation)
+        return DiffKVCache(state, self._ops, scale, self.policy, signs=self._signs)
 
 
 def _check(model: PreTrainedModel, config: Any, window: int) -> None:

@@ -5,6 +5,7 @@
 
 from diffkv.reference.decode import append, attend, plan_decode
 from diffkv.reference.quantize import dequantize, quantize
+from diffkv.reference.rotate import rotate
 from diffkv.reference.significance import significance
 from diffkv.reference.store import gather, release, store_prompt
 
@@ -16,6 +17,7 @@ __all__ = [
     "plan_decode",
     "quantize",
     "release",
+    "rotate",
     "significance",
     "store_prompt",
 ]

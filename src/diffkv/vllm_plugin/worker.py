@@ -14,7 +14,7 @@ from torch import Tensor
 from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.policy import Thresholds
-from diffkv.rotation import Rotation
+from diffkv.rotation import signs_of
 from diffkv.vllm_plugin.accounting import Accounts, Request
 from diffkv.vllm_plugin.metrics import DiffKVStats
 from diffkv.vllm_plugin.options import Options
@@ -98,10 +98,10 @@ class WorkerCache:
         self.shape = spec.pool_shape(num_blocks)
         self.state = pool.create_cache(self.shape, buffer, spec.dtype, options.window)
         kernels = ops.load(buffer.device.type, options.kernels)
-        rotation = Rotation.of(options.rotation(), spec.head_size, buffer.device, spec.dtype)
+        signs = signs_of(options.rotation(), spec.head_size, buffer.device)
         prefill = choose_prefill(buffer.device.type, spec.dtype, spec.head_size)
         self.cache = DiffKVCache(
-            self.state, kernels, scale, options.prompt_policy(), prefill, rotation
+            self.state, kernels, scale, options.prompt_policy(), prefill, signs
         )
         self.accounts = Accounts(self.shape, self.state)
         self._slots = _Slots(

@@ -6,6 +6,7 @@ requests are in a batch.
 
 from diffkv.kernels.cpu.decode import append, attend, plan_decode
 from diffkv.kernels.cpu.quantize import dequantize, quantize
+from diffkv.kernels.cpu.rotate import rotate
 from diffkv.kernels.cpu.significance import significance
 from diffkv.kernels.cpu.store import gather, release, store_prompt
 
@@ -17,6 +18,7 @@ __all__ = [
     "plan_decode",
     "quantize",
     "release",
+    "rotate",
     "significance",
     "store_prompt",
 ]

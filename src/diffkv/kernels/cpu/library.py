@@ -20,13 +20,16 @@ __all__ = ["DTYPES", "Handle", "attend_function", "check_status", "handle", "vec
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the models' dtypes, as in csrc/element.h."""
 
-VECTOR_SOURCES = ("quantize.cpp", "significance.cpp")
+VECTOR_SOURCES = ("quantize.cpp", "rotate.cpp", "significance.cpp")
 PAGE_SOURCES = ("store.cpp", "plan.cpp")
 ATTEND_SOURCES = ("attend.cpp",)
 
 VECTOR_FUNCTIONS = {
     "quantize": (c_void_p, c_int64, *(c_int,) * 4, c_void_p, c_void_p, c_int),
     "dequantize": (c_void_p, c_void_p, c_int64, *(c_int,) * 4, c_void_p, c_int),
+    "rotate": (
+        c_void_p, *(c_int64,) * 2, *(c_int,) * 4, c_void_p, c_int, c_void_p, c_int64, c_int,
+    ),
     "significance": (
         c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, *(c_int64,) * 3, *(c_int,) * 3,
         c_float, c_int, c_void_p, c_int,
@@ -134,7 +137,7 @@ def _declare(
 
 @functools.cache
 def vectors_library() -> ctypes.CDLL:
-    """The functions that know no page: quantize, dequantize, significance."""
+    """The functions that know no page: quantize, dequantize, rotate, significance."""
     return _declare(load_library(VECTOR_SOURCES), VECTOR_FUNCTIONS, None)
 
 

@@ -11,6 +11,7 @@ from diffkv.kernels.triton.gather import gather
 from diffkv.kernels.triton.plan import plan_decode
 from diffkv.kernels.triton.quantize import dequantize, quantize
 from diffkv.kernels.triton.release import release
+from diffkv.kernels.triton.rotate import rotate
 from diffkv.kernels.triton.significance import significance
 from diffkv.kernels.triton.store import store_prompt
 
@@ -22,6 +23,7 @@ __all__ = [
     "plan_decode",
     "quantize",
     "release",
+    "rotate",
     "significance",
     "store_prompt",
 ]

@@ -1,0 +1,55 @@
+"""Rotating: the reference is the product with the matrix, the kernel is the reference up to rounding."""
+
+import pytest
+import torch
+
+from diffkv import ops, reference
+from diffkv.kernels import cpu
+from diffkv.rotation import hadamard_matrix, signs
+
+HEAD_DIMS = (8, 64, 72, 80, 96, 128, 192, 256, 1024)
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+"""Relative to the largest element: two roundings of a sum."""
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_reference_is_the_matrix(head_dim):
+    x = torch.randn(5, 3, head_dim)
+    out = torch.empty_like(x)
+    reference.rotate(x, signs(head_dim), False, out)
+    torch.testing.assert_close(out, x @ hadamard_matrix(head_dim), rtol=1e-5, atol=1e-5)
+    reference.rotate(out, signs(head_dim), True, out)
+    torch.testing.assert_close(out, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("inverse", [False, True], ids=["there", "back"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (100, 2), (0, 4)])
+def test_kernel(dtype, head_dim, inverse, shape):
+    x = torch.randn(*shape, head_dim).to(dtype)
+    expected, out = torch.empty_like(x), torch.empty_like(x)
+    reference.rotate(x, signs(head_dim), inverse, expected)
+    cpu.rotate(x, signs(head_dim), inverse, out)
+    largest = float(expected.float().abs().max()) if x.numel() else 1.0
+    torch.testing.assert_close(out, expected, rtol=0, atol=ROUNDING[dtype] * largest)
+
+
+def test_rows_may_be_apart_and_in_place():
+    kernels, qkv = ops.load("cpu"), torch.randn(9, 5, 64)
+    x = qkv[:, 1:3]
+    expected, before = torch.empty(9, 2, 64), qkv.clone()
+    kernels.rotate(x, signs(64), False, expected)
+    kernels.rotate(x, signs(64), False, x)
+    assert torch.equal(x, expected)
+    assert torch.equal(qkv[:, 0], before[:, 0]) and torch.equal(qkv[:, 3:], before[:, 3:])
+
+
+def test_wrong_tensors_are_refused():
+    x = torch.randn(2, 3, 64)
+    with pytest.raises(ValueError, match="out must be"):
+        cpu.rotate(x, signs(64), False, torch.empty(2, 3, 32))
+    with pytest.raises(ValueError, match="signs must be"):
+        cpu.rotate(x, signs(32), False, x)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        cpu.rotate(torch.randn(2, 3, 20), signs(20), False, torch.empty(2, 3, 20))
