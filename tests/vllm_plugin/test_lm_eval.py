@@ -47,5 +47,5 @@ def test_scores_and_bytes(result):
 
 def test_it_can_be_reported(result, tmp_path):
     assert main(["report", str(result), "--out", str(tmp_path)]) == 0
-    assert "| lists | paper k8v4-k4v2 alpha 5/1 |" in (tmp_path / "report.md").read_text()
+    assert "| lists | paper k8v4-k4v2 alpha 5/1 hadamard |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "pareto-reference-lm-eval-benchmark.png").stat().st_size > 10_000
