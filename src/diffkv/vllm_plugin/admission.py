@@ -2,19 +2,24 @@
 
 vLLM asks every logits processor to validate a request's parameters in the process that receives it, and
 answers a ValueError with HTTP 400. That hook is all that is used here: logits are left alone.
+
+vLLM has two interfaces of that name, one for each model runner, and refuses a class of the other one. Which
+runner an engine takes is known only after its options are given, so one class serves both.
 """
 
 from typing import Any
 
 import torch
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor import BatchUpdate
+from vllm.v1.sample.logits_processor import LogitsProcessor as RunnerV1Processor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as RunnerV2Processor
 
 from diffkv.vllm_plugin.requests import Settings
 
 __all__ = ["Admission"]
 
 
-class Admission(LogitsProcessor):
+class Admission(RunnerV1Processor, RunnerV2Processor):
     """Passed to vLLM as `--logits-processors diffkv.vllm_plugin.admission:Admission`."""
 
     @classmethod
@@ -22,10 +27,10 @@ class Admission(LogitsProcessor):
         """Raise ConfigError, a ValueError, for settings that make no sense."""
         Settings.parse(sampling_params.extra_args)
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        pass
+    def __init__(self, vllm_config: Any, *state: Any) -> None:
+        """Take what either runner gives: a device and pinning, or the state of its requests."""
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, context: Any = None) -> torch.Tensor:
         """Leave logits alone."""
         return logits
 
@@ -35,3 +40,7 @@ class Admission(LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """There is no state."""
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """No request's logits are changed."""
+        return False
