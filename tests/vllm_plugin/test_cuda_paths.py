@@ -10,6 +10,8 @@ from stepping import Request, check_quotas, drive
 from torch import Tensor
 
 from diffkv.prefill import torch_prefill
+from diffkv.vllm_plugin import engine_args
+from diffkv.vllm_plugin.admission import Admission
 from diffkv.vllm_plugin.backend import DiffKVBuilder
 from diffkv.vllm_plugin.connector import DiffKVConnector
 from diffkv.vllm_plugin.prefill import choose_prefill
@@ -123,3 +125,24 @@ def test_prefill_by_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_prefill_by_torch() -> None:
     assert choose_prefill("cuda", torch.float32, 64) is torch_prefill
+
+
+def test_both_runners_take_the_admission_check() -> None:
+    """Each model runner has an interface of its own for it, and refuses a class of the other."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.sample.logits_processor import validate_logits_processors_parameters
+    from vllm.v1.worker.gpu.sample.logits_processor.loader import (
+        build_custom_logits_processors_params_validator,
+    )
+
+    names = engine_args("k8v4")["logits_processors"]
+    good = SamplingParams(extra_args={"diffkv": "off"})
+    bad = SamplingParams(extra_args={"diffkv_alpha_high": "x"})
+    second = build_custom_logits_processors_params_validator(names)
+    for check in (second, lambda params: validate_logits_processors_parameters(names, params)):
+        check(good)
+        with pytest.raises(VLLMValidationError, match="diffkv_alpha_high"):
+            check(bad)
+    assert not Admission(None, None).add_request(0, good)
+    Admission(None, torch.device("cpu"), False).update_state(None)
