@@ -183,6 +183,10 @@ OVERRIDES = {
         "vllm.v1.sample.logits_processor:LogitsProcessor",
         "__init__ validate_params apply is_argmax_invariant update_state",
     ),
+    "diffkv.vllm_plugin.admission:Admission ": (
+        "vllm.v1.worker.gpu.sample.logits_processor.interface:LogitsProcessor",
+        "validate_params apply add_request",
+    ),
 }
 """Our class: vLLM's base, and the methods that vLLM must go on calling."""
 

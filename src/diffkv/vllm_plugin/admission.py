@@ -1,10 +1,10 @@
 """Refuses bad per-request settings before a request is admitted.
 
-vLLM asks every logits processor to validate a request's parameters in the process that receives it, and
-answers a ValueError with HTTP 400. That hook is all that is used here: logits are left alone.
+vLLM asks every logits processor to validate a request's parameters in the process that receives
+it, and answers a ValueError with HTTP 400. That hook is all that is used here: logits are left alone.
 
-vLLM has two interfaces of that name, one for each model runner, and refuses a class of the other one. Which
-runner an engine takes is known only after its options are given, so one class serves both.
+vLLM has two interfaces of that name, one for each model runner, and refuses a class of the other
+one. Which runner an engine takes is known only after its options are given, so one class serves both.
 """
 
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from vllm.v1.sample.logits_processor import BatchUpdate
 from vllm.v1.sample.logits_processor import LogitsProcessor as RunnerV1Processor
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as RunnerV2Processor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import (
+    LogitsProcessor as RunnerV2Processor,
+)
 
 from diffkv.vllm_plugin.requests import Settings
 
@@ -27,10 +29,10 @@ class Admission(RunnerV1Processor, RunnerV2Processor):
         """Raise ConfigError, a ValueError, for settings that make no sense."""
         Settings.parse(sampling_params.extra_args)
 
-    def __init__(self, vllm_config: Any, *state: Any) -> None:
-        """Take what either runner gives: a device and pinning, or the state of its requests."""
+    def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool = False) -> None:
+        """Take what either runner gives: a device and pinning, or, in its place, the requests' state."""
 
-    def apply(self, logits: torch.Tensor, context: Any = None) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """Leave logits alone."""
         return logits
 
