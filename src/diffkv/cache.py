@@ -68,6 +68,8 @@ class DiffKVCache:
         device, dtype = self._device, pool.dtype
         key = torch.zeros(1, *shape, dtype=dtype, device=device)
         query = torch.zeros(1, num_q_heads, shape[1], dtype=dtype, device=device)
+        self._turn_back(query)
+        key = self._rotated(key)
         sums = self._ops.significance(query, key, one, one, self._scale, SCORED_QUERIES)
         tiers = torch.full(sums.shape, HIGH, dtype=torch.int8, device=device)
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
@@ -76,6 +78,7 @@ class DiffKVCache:
             plan = self._ops.plan_decode(group, nobody, torch.ones_like(nobody))
             self._ops.append(group, 0, plan, key, key)
             self._ops.attend(group, 0, nobody, query, self._scale, torch.empty_like(query))
+            self._ops.gather(group, 0, 0, 1)
             self._ops.release(group, nobody, -1)
 
     def open(

@@ -238,7 +238,7 @@ def _throughput(args: argparse.Namespace) -> None:
         vars(args).update(num_prompts=6, input_len=260, output_len=8, repeats=1)
         if args.model is None:
             args.random_weights = "bench-tiny"
-    rows = Rows(args.json, args.out)
+    rows = Rows(args.json, args.out, _engine_device())
     if args.paper and args.kv_bytes is None:
         raise ConfigError("--paper needs --kv-bytes: what a GPU has left beside the weights")
     for model in PAPER_MODELS if args.paper else [args.model]:
@@ -253,6 +253,13 @@ def _throughput(args: argparse.Namespace) -> None:
                 engine, workload, _kv_bytes(args, config, workload.longest),
                 _compared(args, options, rows), args.repeats, rows, facts, args.profile,
             )  # fmt: skip
+
+
+def _engine_device() -> str:
+    """Where vLLM's engine runs."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _compared(args: argparse.Namespace, options: list[dict[str, Any]], rows: Any) -> list[Any]:
@@ -309,7 +316,7 @@ def _serving(args: argparse.Namespace) -> None:
         args.rates, args.num_prompts, args.input_len, args.output_len, args.goodput,
         {"vllm_xargs": given} if given else None,
     )  # fmt: skip
-    rows = Rows(args.json, args.out)
+    rows = Rows(args.json, args.out, _engine_device())
     with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
         model, engine, config = _model(args, Path(folder))
         longest = args.input_len + args.output_len
