@@ -119,7 +119,8 @@ def _drive(llm: Any, job: Job) -> tuple[_Steps, float]:
         return output
 
     def updating(output: Any, *args: Any, **kwargs: Any) -> Any:
-        steps.ended(*made_of.pop(id(output)))
+        # One that was under way when this run began is none of it
+        steps.ended(*made_of.pop(id(output), (0, 0)))
         return update(output, *args, **kwargs)
 
     scheduler.schedule, scheduler.update_from_output = scheduling, updating
