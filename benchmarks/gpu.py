@@ -143,12 +143,14 @@ def check_vectors() -> None:
                     assert torch.equal(got, want), f"dequantize {dtype} {head_dim} {bits}"
 
 
-def check_life(quant: str, head_dim: int, dtype: torch.dtype, group: int) -> dict[str, float]:
+def check_life(
+    quant: str, head_dim: int, dtype: torch.dtype, group: int, drops: bool
+) -> dict[str, float]:
     """A few requests from prompt to release: bytes equal, outputs and sums close."""
-    expected = make_state(quant, head_dim, dtype, num_layers=2, max_tokens=120)
+    expected = make_state(quant, head_dim, dtype, num_layers=2, max_tokens=120, drops=drops)
     expected.prompt_lens.copy_(torch.tensor([70, 33, 5]))
     expected.thresholds[:, 0] = 3.0 if expected.layout.low else 1.0
-    expected.thresholds[:, 1] = 1.0
+    expected.thresholds[:, 1] = 1.0 if drops else 0.0
     expected.pages.copy_(torch.randint(0, 256, expected.pages.shape, dtype=torch.uint8))
     state = on_gpu(expected)
     for layer in range(2):
@@ -233,22 +235,29 @@ def checks(report: Report) -> None:
         ("k8v8", 256, torch.bfloat16, 1), ("k4v1", 96, torch.float16, 2),
         ("k8v2", 128, torch.bfloat16, 8), ("k16v16", 64, torch.float32, 2),
     ):  # fmt: skip
-        report.row(
-            check=quant,
-            head_dim=head_dim,
-            dtype=str(dtype),
-            **check_life(quant, head_dim, dtype, group),
-        )
+        for drops in (False, True):
+            report.row(
+                check=quant,
+                head_dim=head_dim,
+                dtype=str(dtype),
+                drops=drops,
+                **check_life(quant, head_dim, dtype, group, drops),
+            )
 
 
 # Timings ----------------------------------------------------------------------------------------
 
 
 def filled(
-    quant: str, lens: list[int], high: float, num_layers: int = 1, spare: int = 64
+    quant: str,
+    lens: list[int],
+    high: float,
+    num_layers: int = 1,
+    spare: int = 64,
+    drops: bool = False,
 ) -> PoolState:
     """A pool on the GPU with random tokens, a share of them high."""
-    layout = PageLayout.derive(QuantConfig.parse(quant), HEAD_DIM, None, DTYPE.itemsize)
+    layout = PageLayout.derive(QuantConfig.parse(quant), HEAD_DIM, None, DTYPE.itemsize, drops)
     width = layout.max_pages(max(lens) + spare)
     shares = (1.0,) if layout.low is None else (high, 1 - high)
     pages = sum(
@@ -546,7 +555,8 @@ def plan_rows(report: Report) -> None:
 
 def one_call_pool(layers: int, requests: int, num: int) -> PoolState:
     """`requests` prompts of `num` tokens, 40 % of them high, in every layer."""
-    layout = PageLayout.derive(QuantConfig.parse("k8v4-k4v2"), HEAD_DIM, None, DTYPE.itemsize)
+    quant = QuantConfig.parse("k8v4-k4v2")
+    layout = PageLayout.derive(quant, HEAD_DIM, None, DTYPE.itemsize, drops=True)
     width = layout.max_pages(num + 200)
     num_pages = layers * requests * HEADS * width * 3 // 4
     shape = pool.PoolShape(layout, layers, HEADS, requests, width, num_pages)
@@ -573,7 +583,7 @@ def one_call_pool(layers: int, requests: int, num: int) -> PoolState:
 def graph_row(report: Report) -> None:
     """A whole decode step in a CUDA graph gives what the same steps give one by one."""
     layers, batch, num, group, steps = 8, 32, 700, 4, 20
-    state = filled("k8v4-k4v2", [num] * batch, 0.4, num_layers=layers, spare=128)
+    state = filled("k8v4-k4v2", [num] * batch, 0.4, num_layers=layers, spare=128, drops=True)
     state.thresholds[:, 0], state.thresholds[:, 1] = 3.0, 1.0
     eager = copy_of(state)
     slots = torch.arange(batch, dtype=torch.int32, device="cuda")

@@ -16,7 +16,7 @@ WINDOW = 3
 
 
 def make_state(quant, page_bytes, num_pages, num_slots=NUM_SLOTS):
-    layout = PageLayout.derive(QuantConfig.parse(quant), HEAD_DIM, page_bytes, element_bytes=4)
+    layout = PageLayout.derive(QuantConfig.parse(quant), HEAD_DIM, page_bytes, 4, drops=True)
     width = layout.max_pages(MAX_MODEL_LEN)
     shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, num_slots, width, num_pages)
     buffer = torch.empty(shape.table_bytes + num_pages * page_bytes, dtype=torch.uint8)

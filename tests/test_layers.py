@@ -157,7 +157,7 @@ class Run:
 
     def __init__(self, quant, seed, thresholds=THRESHOLDS):
         layout = CacheLayout.derive(
-            LayerQuant.parse(quant), NUM_LAYERS, HEAD_DIM, PAGE_BYTES, element_bytes=4
+            LayerQuant.parse(quant), NUM_LAYERS, HEAD_DIM, PAGE_BYTES, 4, thresholds.alpha_low > 0
         )
         num_pages = NUM_SLOTS * NUM_KV_HEADS * layout.max_pages(MAX_MODEL_LEN)
         shape = CacheShape(layout, NUM_KV_HEADS, NUM_SLOTS, MAX_MODEL_LEN, num_pages)

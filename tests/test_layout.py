@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffkv.layout import MIN_TOKENS_PER_PAGE, PageLayout, TierLayout
+from diffkv.layout import MIN_TOKENS_PER_PAGE, PageLayout
 from diffkv.quant import BITS, GROUPS, ConfigError, Format, QuantConfig
+from diffkv.tier import TierLayout
 
 HEAD_DIMS = range(8, 257, 8)
 ALL_FORMATS = [
@@ -20,6 +21,73 @@ ALL_FORMATS = [
 
 # (page bytes, tokens of a page in each tier). Pages that were written with other numbers cannot be read.
 EXPECTED = {
+    "k16v16": {
+        64: (4096, 16),
+        80: (5120, 16),
+        96: (6144, 16),
+        128: (8192, 16),
+        256: (16384, 16),
+    },
+    "k8v8": {
+        64: (2176, 16),
+        80: (2688, 16),
+        96: (3200, 16),
+        128: (4224, 16),
+        256: (8320, 16),
+    },
+    "k8v4": {
+        64: (1664, 16),
+        80: (2048, 16),
+        96: (2432, 16),
+        128: (3200, 16),
+        256: (6272, 16),
+    },
+    "k4v4": {
+        64: (1152, 16),
+        80: (1408, 16),
+        96: (1664, 16),
+        128: (2176, 16),
+        256: (4224, 16),
+    },
+    "k4v2": {
+        64: (896, 16),
+        80: (1088, 16),
+        96: (1280, 16),
+        128: (1664, 16),
+        256: (3200, 16),
+    },
+    "k8v4-k4v2": {
+        64: (1792, 16, 32),
+        80: (2176, 16, 32),
+        96: (2560, 16, 32),
+        128: (3328, 16, 32),
+        256: (6400, 16, 32),
+    },
+    "k8v4g1x2-k4v2g2x4": {
+        64: (2112, 18, 29),
+        80: (2528, 18, 30),
+        96: (2624, 16, 27),
+        128: (3392, 16, 28),
+        256: (6496, 16, 30),
+    },
+    "k16v16-k8v4": {
+        64: (4512, 17, 43),
+        80: (5280, 16, 41),
+        96: (6688, 17, 44),
+        128: (8864, 17, 44),
+        256: (16512, 16, 42),
+    },
+    "k8v2-k2v1g1x4": {
+        64: (1568, 16, 35),
+        80: (1888, 16, 37),
+        96: (2464, 18, 44),
+        128: (2816, 16, 41),
+        256: (5376, 16, 46),
+    },
+}
+
+# The same where generated tokens may push others out: every tier has sums and positions.
+EXPECTED_WITH_DROPS = {
     "k16v16": {
         64: (4224, 16),
         80: (5248, 16),
@@ -100,35 +168,58 @@ ORIGINAL = {
 }
 
 
-def derive(text, head_dim=128, page_bytes=None, element_bytes=2):
-    return PageLayout.derive(QuantConfig.parse(text), head_dim, page_bytes, element_bytes)
+def derive(text, head_dim=128, page_bytes=None, element_bytes=2, drops=False):
+    return PageLayout.derive(QuantConfig.parse(text), head_dim, page_bytes, element_bytes, drops)
 
 
+@pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("text", EXPECTED)
-def test_chosen_pages(text):
+def test_chosen_pages(text, drops):
+    expected = (EXPECTED_WITH_DROPS if drops else EXPECTED)[text]
     chosen = {}
-    for head_dim in EXPECTED[text]:
-        layout = derive(text, head_dim)
+    for head_dim in expected:
+        layout = derive(text, head_dim, drops=drops)
         tokens = (tier.tokens_per_page for tier in layout.tiers)
         chosen[head_dim] = (layout.page_bytes, *tokens)
-    assert chosen == EXPECTED[text]
+    assert chosen == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "drops", "tracked"),
+    [("k8v4", False, [False]), ("k8v4", True, [True]),
+     ("k8v4-k4v2", False, [True, False]), ("k8v4-k4v2", True, [True, True])],
+)  # fmt: skip
+def test_a_tier_keeps_sums_only_for_victims(text, drops, tracked):
+    """A high token may be demoted; a low one, or one of a single tier, only dropped."""
+    layout, with_drops = derive(text, drops=drops), derive(text, drops=True)
+    assert [tier.tracked for tier in layout.tiers] == tracked
+    assert layout.drops == drops
+    for tier, other in zip(layout.tiers, with_drops.tiers, strict=True):
+        assert (
+            tier.token_bytes
+            == tier.vector_bytes + 8 * tier.tracked
+            == (other.token_bytes - 8 * (not tier.tracked))
+        )
+        if not tier.tracked:
+            assert tier.segments["sums"][1] == tier.segments["positions"][1] == 0
 
 
 @pytest.mark.parametrize(("text", "tokens"), ORIGINAL.items())
 def test_original_page(text, tokens):
-    assert derive(text, page_bytes=ORIGINAL_PAGE_BYTES).high.tokens_per_page == tokens[1]
+    page = derive(text, page_bytes=ORIGINAL_PAGE_BYTES, drops=True)
+    assert page.high.tokens_per_page == tokens[1]
 
 
 def test_the_two_pairs_of_the_original():
-    plain = derive("k8v4-k4v2", page_bytes=ORIGINAL_PAGE_BYTES)
+    plain = derive("k8v4-k4v2", page_bytes=ORIGINAL_PAGE_BYTES, drops=True)
     assert [tier.tokens_per_page for tier in plain.tiers] == [32, 60]
-    grouped = derive("k8v4g1x2-k4v2g2x4", page_bytes=ORIGINAL_PAGE_BYTES)
+    grouped = derive("k8v4g1x2-k4v2g2x4", page_bytes=ORIGINAL_PAGE_BYTES, drops=True)
     assert [tier.tokens_per_page for tier in grouped.tiers] == [32, 52]
 
 
 def test_offsets_of_one_page_by_hand():
     # 17 tokens of k8v4: 128 + 4 + 64 + 4 + 4 + 4 bytes each, every segment but the last at 16 bytes.
-    high = derive("k8v4-k4v2").high
+    high = derive("k8v4-k4v2", page_bytes=3584).high
     assert high.segments == {
         "k_codes": (0, 2176),
         "k_meta": (2176, 68),
@@ -145,15 +236,16 @@ def test_offsets_of_one_page_by_hand():
 def test_sixteen_bits_store_the_models_dtype_and_no_scale():
     half, single = derive("k16v16").high, derive("k16v16", element_bytes=4).high
     assert (half.k_code_bytes, single.k_code_bytes) == (256, 512)
-    assert (half.token_bytes, single.token_bytes) == (2 * 256 + 8, 2 * 512 + 8)
+    assert (half.token_bytes, single.token_bytes) == (2 * 256, 2 * 512)
     assert half.segments["k_meta"][1] == half.segments["v_meta"][1] == 0
 
 
+@pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_format_lies_inside_its_page(head_dim):
+def test_every_format_lies_inside_its_page(head_dim, drops):
     for fmt in ALL_FORMATS:
-        page_bytes = -(-TierLayout.place(fmt, head_dim, 2, 17).end // 32) * 32
-        layout = PageLayout.derive(QuantConfig(fmt), head_dim, page_bytes)
+        page_bytes = -(-TierLayout.place(fmt, head_dim, 2, drops, 17).end // 32) * 32
+        layout = PageLayout.derive(QuantConfig(fmt), head_dim, page_bytes, drops=drops)
         tier = layout.high
         spans = list(tier.segments.values())
 
@@ -168,7 +260,7 @@ def test_every_format_lies_inside_its_page(head_dim):
 
         used = sum(num_bytes for _, num_bytes in spans)
         assert used == tier.tokens_per_page * tier.token_bytes
-        one_more = TierLayout.place(fmt, head_dim, 2, tier.tokens_per_page + 1)
+        one_more = TierLayout.place(fmt, head_dim, 2, drops, tier.tokens_per_page + 1)
         assert one_more.end > page_bytes, f"{fmt}: one more token would have fitted"
 
 
@@ -224,8 +316,8 @@ def test_max_new_pages_covers_steps_taken_apart(first, second):
 
 def test_bytes_per_token_spread_the_whole_page():
     layout = derive("k8v4-k4v2")
-    assert layout.page_token_bytes(0) == 3584 / 17
-    assert layout.page_token_bytes(1) == 3584 / 32
+    assert layout.page_token_bytes(0) == 3328 / 16
+    assert layout.page_token_bytes(1) == 3328 / 32
 
 
 @pytest.mark.parametrize(
@@ -254,7 +346,7 @@ def test_page_is_refused(kwargs, message):
 
 
 def test_low_tokens_must_not_be_larger_than_high_ones():
-    with pytest.raises(ConfigError, match=r"low tier k8v4g1x2 takes 212 bytes.* more than 208"):
+    with pytest.raises(ConfigError, match=r"low tier k8v4g1x2 takes 204 bytes.* more than 200"):
         PageLayout.derive(QuantConfig.parse("k8v4-k8v4g1x2"), 128)
     with pytest.raises(ConfigError, match="use fewer groups or bits in the low tier"):
         PageLayout.derive(QuantConfig.parse("k4v2-k4v1g4x4"), 64)

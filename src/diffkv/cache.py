@@ -94,12 +94,14 @@ class DiffKVCache:
                 attends as ever, but keeps no page. None: as many as it needs.
 
         Raises:
-            ValueError: the slot is not empty.
+            ValueError: the slot is not empty, or alpha_low is above 0 and the layout does not drop.
         """
         if slot in self._thresholds:
             raise ValueError(f"slot {slot} already has a request")
         if not self._policy.uses_thresholds:
             thresholds = Thresholds()
+        if thresholds.alpha_low > 0 and not self.state.pool.layout.drops:
+            raise ValueError(f"alpha_low must be 0 without drops, got {thresholds.alpha_low}")
         self._thresholds[slot] = thresholds
         if max_pages is not None:
             self._limits[slot] = max_pages

@@ -190,15 +190,18 @@ def plan_dense(name: str, rank: Rank, context: int) -> FormatPlan:
     return FormatPlan(name, request / context, num_requests, starts=num_requests > 0)
 
 
-def plan_format(quant: LayerQuant, rank: Rank, context: int, mix: Mix) -> FormatPlan:
+def plan_format(
+    quant: LayerQuant, rank: Rank, context: int, mix: Mix, drops: bool = False
+) -> FormatPlan:
     """Plan a pool of ours, its tables paid out of the budget.
 
     All heads of layers with the same formats are taken to keep the same numbers of tokens; a prompt on
-    its way in needs its all-high size for the steps of its prefill, which is not set aside.
+    its way in needs its all-high size for the steps of its prefill, which is not set aside. `drops` is
+    that of `PageLayout.derive`.
     """
     model = rank.model
     layout = CacheLayout.derive(
-        quant, model.num_layers, model.head_dim, element_bytes=model.element_bytes
+        quant, model.num_layers, model.head_dim, None, model.element_bytes, drops
     )
     pages = rank.num_kv_heads * sum(
         len(group.layers) * -(-num // tier.tokens_per_page)

@@ -1,7 +1,8 @@
-"""Where every byte of a page is: the only place that computes a size, an offset or tokens per page.
+"""The pages of a configuration: their size, the tiers that they may serve, and how many are needed.
 
 A page is `page_bytes` bytes that hold tokens of one (request, layer, KV head, tier). Which tier follows
-from the page table, so the same bytes serve either. Bits and groups come from `quant`.
+from the page table, so the same bytes serve either. Bits and groups come from `quant`; where the bytes
+of a tier's tokens are is in `tier`.
 """
 
 from bisect import bisect_right
@@ -9,25 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from diffkv.quant import ConfigError, Format, LayerQuant, QuantConfig
+from diffkv.tier import TierLayout, align
 
-__all__ = [
-    "META_BYTES",
-    "MIN_TOKENS_PER_PAGE",
-    "CacheLayout",
-    "LayerGroup",
-    "PageLayout",
-    "TierLayout",
-    "tensor_bytes",
-]
-
-META_BYTES = 4
-"""Bytes of one (scale, zero) pair, both float16."""
-
-SUM_BYTES = 4
-POSITION_BYTES = 4
-
-SEGMENT_ALIGNMENT_BYTES = 16
-"""Segments start where a 16-byte vector load may."""
+__all__ = ["MIN_TOKENS_PER_PAGE", "CacheLayout", "LayerGroup", "PageLayout"]
 
 PAGE_ALIGNMENT_BYTES = 32
 
@@ -38,123 +23,6 @@ HALF_EMPTY_CONTEXT = 1024
 """Tokens per head at which the choice of the page size weighs its half-empty pages."""
 
 MAX_PAGE_BYTES = 1 << 20
-
-
-def _align(offset: int, alignment: int) -> int:
-    return -(-offset // alignment) * alignment
-
-
-def tensor_bytes(bits: int, head_dim: int, element_bytes: int) -> int:
-    """Bytes of one vector's codes; 16 bits store `element_bytes` an element (the model's dtype)."""
-    return head_dim * element_bytes if bits == 16 else head_dim * bits // 8
-
-
-def _meta_bytes(bits: int, groups: int) -> int:
-    return 0 if bits == 16 else groups * META_BYTES
-
-
-@dataclass(frozen=True)
-class TierLayout:
-    """Where the segments of one tier start inside a page. Offsets in bytes.
-
-    A page of T = `tokens_per_page` tokens holds, in this order, each segment aligned to 16 bytes
-    except the last, which follows the one before it:
-
-        k_codes    [T, k_code_bytes] uint8   (16 bits: the model's dtype)
-        k_meta     [T, k_groups, 2] float16, (scale, zero); absent for 16 bits
-        v_codes    [T, v_code_bytes] uint8
-        v_meta     [T, v_groups, 2] float16
-        sums       [T] float32, significance sums
-        positions  [T] int32, index of the token in its request
-
-    Codes of b < 8 bits are packed in planes: element j of a vector is in byte j % code_bytes, at bit
-    (j // code_bytes) * b. So one shift and mask of a run of bytes gives a run of elements.
-    """
-
-    format: Format
-    tokens_per_page: int
-    k_code_bytes: int
-    v_code_bytes: int
-    k_codes: int
-    k_meta: int
-    v_codes: int
-    v_meta: int
-    sums: int
-    positions: int
-    end: int
-
-    @classmethod
-    def place(cls, fmt: Format, head_dim: int, element_bytes: int, tokens: int) -> "TierLayout":
-        """Place `tokens` tokens of a format, whatever page size that takes (`end`)."""
-        k_code_bytes = tensor_bytes(fmt.k_bits, head_dim, element_bytes)
-        v_code_bytes = tensor_bytes(fmt.v_bits, head_dim, element_bytes)
-        token_bytes = (
-            k_code_bytes,
-            _meta_bytes(fmt.k_bits, fmt.k_groups),
-            v_code_bytes,
-            _meta_bytes(fmt.v_bits, fmt.v_groups),
-            SUM_BYTES,
-        )
-        starts = []
-        offset = 0
-        for segment_bytes in token_bytes:
-            offset = _align(offset, SEGMENT_ALIGNMENT_BYTES)
-            starts.append(offset)
-            offset += tokens * segment_bytes
-        k_codes, k_meta, v_codes, v_meta, sums = starts
-        positions = offset
-        end = positions + tokens * POSITION_BYTES
-        return cls(
-            fmt, tokens, k_code_bytes, v_code_bytes,
-            k_codes, k_meta, v_codes, v_meta, sums, positions, end,
-        )  # fmt: skip
-
-    @classmethod
-    def fill(
-        cls, fmt: Format, head_dim: int, element_bytes: int, page_bytes: int
-    ) -> "TierLayout | None":
-        """Place as many tokens as fit a page; None if not even one does."""
-        tokens = page_bytes // cls.place(fmt, head_dim, element_bytes, 1).token_bytes
-        while tokens > 0:
-            tier = cls.place(fmt, head_dim, element_bytes, tokens)
-            if tier.end <= page_bytes:
-                return tier
-            tokens -= 1
-        return None
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token without any padding."""
-        fmt = self.format
-        return (
-            self.k_code_bytes
-            + self.v_code_bytes
-            + _meta_bytes(fmt.k_bits, fmt.k_groups)
-            + _meta_bytes(fmt.v_bits, fmt.v_groups)
-            + SUM_BYTES
-            + POSITION_BYTES
-        )
-
-    @property
-    def segments(self) -> dict[str, tuple[int, int]]:
-        """(offset, bytes) of each segment, in page order; absent ones have 0 bytes."""
-        fmt = self.format
-        token_bytes = {
-            "k_codes": self.k_code_bytes,
-            "k_meta": _meta_bytes(fmt.k_bits, fmt.k_groups),
-            "v_codes": self.v_code_bytes,
-            "v_meta": _meta_bytes(fmt.v_bits, fmt.v_groups),
-            "sums": SUM_BYTES,
-            "positions": POSITION_BYTES,
-        }
-        return {
-            name: (getattr(self, name), self.tokens_per_page * num_bytes)
-            for name, num_bytes in token_bytes.items()
-        }
-
-    def unused_share(self, page_bytes: int) -> float:
-        """Share of a full page that holds no token."""
-        return 1 - self.tokens_per_page * self.token_bytes / page_bytes
 
 
 @dataclass(frozen=True)
@@ -182,8 +50,13 @@ class PageLayout:
         head_dim: int,
         page_bytes: int | None = None,
         element_bytes: int = 2,
+        drops: bool = False,
     ) -> "PageLayout":
         """Lay out a page, of the size that wastes least unless one is given.
+
+        With `drops`, generated tokens may push others out (alpha_low above 0), so that every tier has
+        victims and is tracked. Without, a victim is only ever demoted: a low tier has none, and
+        neither has a tier that is alone.
 
         The waste that is weighed is the unused share of a full page, in the worse tier, plus what
         half-empty last pages cost a head of 1,024 tokens; no tier holds fewer than 16 tokens.
@@ -193,20 +66,21 @@ class PageLayout:
         """
         _check_head_dim(quant, head_dim)
         if page_bytes is None:
-            page_bytes = _least_waste({quant: 1}, head_dim, element_bytes)
+            page_bytes = _least_waste({quant: 1}, head_dim, element_bytes, drops)
         if page_bytes % PAGE_ALIGNMENT_BYTES or not 0 < page_bytes <= MAX_PAGE_BYTES:
             raise ConfigError(
                 f"page_bytes must be a multiple of {PAGE_ALIGNMENT_BYTES} up to {MAX_PAGE_BYTES}, "
                 f"got {page_bytes}"
             )
         tiers = tuple(
-            _fill_or_refuse(fmt, head_dim, element_bytes, page_bytes) for fmt in quant.tiers
+            _fill_or_refuse(fmt, head_dim, element_bytes, tracked, page_bytes)
+            for fmt, tracked in _tracked(quant, drops)
         )
-        if tiers[-1].token_bytes > tiers[0].token_bytes:
+        if tiers[-1].vector_bytes > tiers[0].vector_bytes:
             # Demoting would cost memory, and no bound on the pages of a prompt would hold.
             raise ConfigError(
-                f"a token of the low tier {quant.low} takes {tiers[-1].token_bytes} bytes at head_dim "
-                f"{head_dim}, more than {tiers[0].token_bytes} of the high tier {quant.high}: "
+                f"a token of the low tier {quant.low} takes {tiers[-1].vector_bytes} bytes at head_dim "
+                f"{head_dim}, more than {tiers[0].vector_bytes} of the high tier {quant.high}: "
                 f"use fewer groups or bits in the low tier"
             )
         return cls(quant, head_dim, element_bytes, page_bytes, tiers)
@@ -220,6 +94,11 @@ class PageLayout:
     def low(self) -> TierLayout | None:
         """The low tier, if the configuration has one."""
         return self.tiers[1] if len(self.tiers) > 1 else None
+
+    @property
+    def drops(self) -> bool:
+        """Whether generated tokens may push others out."""
+        return self.tiers[-1].tracked
 
     def max_pages(self, num_tokens: int) -> int:
         """Most pages that one head of `num_tokens` kept tokens can hold, however they are tiered."""
@@ -276,11 +155,12 @@ class CacheLayout:
         head_dim: int,
         page_bytes: int | None = None,
         element_bytes: int = 2,
+        drops: bool = False,
     ) -> "CacheLayout":
         """Lay out the pages of every layer, of the size that wastes least unless one is given.
 
-        The waste of a configuration is that of `PageLayout.derive`; those of several are weighed by
-        their layers and the bytes of a token.
+        `drops` is that of `PageLayout.derive`, as is the waste of a configuration; those of several are
+        weighed by their layers and the bytes of a token.
 
         Raises:
             ConfigError: layers that the model does not have, or what `PageLayout.derive` refuses.
@@ -290,11 +170,13 @@ class CacheLayout:
             _check_head_dim(config, head_dim)
         if page_bytes is None:
             counts = {config: len(members) for config, members in layers.items()}
-            page_bytes = _least_waste(counts, head_dim, element_bytes)
+            page_bytes = _least_waste(counts, head_dim, element_bytes, drops)
         return cls(
             quant,
             tuple(
-                LayerGroup(PageLayout.derive(config, head_dim, page_bytes, element_bytes), members)
+                LayerGroup(
+                    PageLayout.derive(config, head_dim, page_bytes, element_bytes, drops), members
+                )
                 for config, members in layers.items()
             ),
         )
@@ -308,6 +190,11 @@ class CacheLayout:
     def head_dim(self) -> int:
         """Elements of a key or value vector."""
         return self.groups[0].page.head_dim
+
+    @property
+    def drops(self) -> bool:
+        """Whether generated tokens may push others out."""
+        return self.groups[0].page.drops
 
     @property
     def num_layers(self) -> int:
@@ -357,10 +244,19 @@ def _check_head_dim(quant: QuantConfig, head_dim: int) -> None:
                 )
 
 
-def _fill_or_refuse(fmt: Format, head_dim: int, element_bytes: int, page_bytes: int) -> TierLayout:
-    tier = TierLayout.fill(fmt, head_dim, element_bytes, page_bytes)
+def _tracked(quant: QuantConfig, drops: bool) -> tuple[tuple[Format, bool], ...]:
+    """The formats of a configuration, each with whether its tier is tracked."""
+    return tuple(
+        (fmt, drops or (number == 0 and quant.has_low)) for number, fmt in enumerate(quant.tiers)
+    )
+
+
+def _fill_or_refuse(
+    fmt: Format, head_dim: int, element_bytes: int, tracked: bool, page_bytes: int
+) -> TierLayout:
+    tier = TierLayout.fill(fmt, head_dim, element_bytes, tracked, page_bytes)
     if tier is None:
-        one = TierLayout.place(fmt, head_dim, element_bytes, 1)
+        one = TierLayout.place(fmt, head_dim, element_bytes, tracked, 1)
         raise ConfigError(
             f"no {fmt} token fits a page of {page_bytes} bytes at head_dim {head_dim}: "
             f"one token needs {one.end} bytes"
@@ -368,14 +264,19 @@ def _fill_or_refuse(fmt: Format, head_dim: int, element_bytes: int, page_bytes: 
     return tier
 
 
-def _least_waste(layers: Mapping[QuantConfig, int], head_dim: int, element_bytes: int) -> int:
+def _least_waste(
+    layers: Mapping[QuantConfig, int], head_dim: int, element_bytes: int, drops: bool
+) -> int:
     """The page size with the least waste between 16 and 32 tokens of the largest format.
 
     `layers` says how many there are of each configuration.
     """
 
     def placed(quant: QuantConfig, tokens: int) -> Sequence[TierLayout]:
-        return [TierLayout.place(fmt, head_dim, element_bytes, tokens) for fmt in quant.tiers]
+        return [
+            TierLayout.place(fmt, head_dim, element_bytes, tracked, tokens)
+            for fmt, tracked in _tracked(quant, drops)
+        ]
 
     context_bytes = {
         quant: HALF_EMPTY_CONTEXT * min(tier.token_bytes for tier in placed(quant, 1))
@@ -384,7 +285,10 @@ def _least_waste(layers: Mapping[QuantConfig, int], head_dim: int, element_bytes
     all_bytes = sum(number * context_bytes[quant] for quant, number in layers.items())
 
     def waste(quant: QuantConfig, page_bytes: int) -> float:
-        tiers = [_fill_or_refuse(fmt, head_dim, element_bytes, page_bytes) for fmt in quant.tiers]
+        tiers = [
+            _fill_or_refuse(fmt, head_dim, element_bytes, tracked, page_bytes)
+            for fmt, tracked in _tracked(quant, drops)
+        ]
         unused = max(tier.unused_share(page_bytes) for tier in tiers)
         return unused + len(tiers) * page_bytes / 2 / context_bytes[quant]
 
@@ -395,5 +299,5 @@ def _least_waste(layers: Mapping[QuantConfig, int], head_dim: int, element_bytes
         )
 
     smallest = max(tier.end for quant in layers for tier in placed(quant, MIN_TOKENS_PER_PAGE))
-    start = _align(smallest, PAGE_ALIGNMENT_BYTES)
+    start = align(smallest, PAGE_ALIGNMENT_BYTES)
     return min(range(start, 2 * start, PAGE_ALIGNMENT_BYTES), key=mean_waste)

@@ -58,7 +58,7 @@ class SelfTest:
 
 
 def _empty_pool(device: str) -> PoolState:
-    layout = PageLayout.derive(QuantConfig.parse(QUANT), HEAD_DIM, element_bytes=4)
+    layout = PageLayout.derive(QuantConfig.parse(QUANT), HEAD_DIM, element_bytes=4, drops=True)
     width = layout.max_pages(PROMPT_LEN + NUM_NEW)
     shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, 1, width, NUM_PAGES)
     num_bytes = shape.table_bytes + NUM_PAGES * layout.page_bytes

@@ -33,9 +33,11 @@ def make_state(
     num_pages: int | None = None,
     window: int = 8,
     page_bytes: int | None = None,
+    drops: bool = True,
 ) -> PoolState:
     """An empty pool with room for `max_tokens` in every slot, and its free pages shuffled."""
-    layout = PageLayout.derive(QuantConfig.parse(quant), head_dim, page_bytes, dtype.itemsize)
+    config = QuantConfig.parse(quant)
+    layout = PageLayout.derive(config, head_dim, page_bytes, dtype.itemsize, drops)
     width = layout.max_pages(max_tokens)
     if num_pages is None:
         num_pages = num_slots * num_layers * num_kv_heads * width

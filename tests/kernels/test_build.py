@@ -156,7 +156,21 @@ def test_rendered_header_is_the_layout():
     assert f"PAGE_BYTES = {state.layout.page_bytes};" in text
     assert "HEAD_DIM = 64;" in text
     assert "DTYPE = 2;" in text
-    row = (low.tokens_per_page, 2, 1, 16, 1, 4, 8, 0, low.k_meta, low.v_codes, low.v_meta, low.sums)
+    row = (
+        1,
+        low.tokens_per_page,
+        2,
+        1,
+        16,
+        1,
+        4,
+        8,
+        0,
+        low.k_meta,
+        low.v_codes,
+        low.v_meta,
+        low.sums,
+    )
     assert f"{{{', '.join(map(str, row))}, {low.positions}}}" in text
 
 

@@ -1,14 +1,17 @@
-"""Measures thresholds with vLLM: one engine, whose requests bring their own."""
+"""Measures thresholds with vLLM: engines whose requests bring their own."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from diffkv.calibrate.questions import AGREEMENT, Question, agreement
 from diffkv.calibrate.search import Cost, Measure, Part
 from diffkv.policy import Thresholds
+from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.session import Session, session
 
-__all__ = ["full_precision", "measure"]
+__all__ = ["full_precision", "measure", "measuring"]
 
 
 def _sampling(questions: Sequence[Question], metric: str) -> list[dict[str, Any]]:
@@ -77,3 +80,38 @@ def measure(
         return Part(tuple(losses), Cost(use.tokens, use.high, use.low, num_bytes, bf16_bytes))
 
     return ask
+
+
+@contextlib.contextmanager
+def measuring(
+    arguments: dict[str, Any],
+    options: Options,
+    questions: Sequence[Question],
+    metric: str,
+    full: Sequence[Any],
+) -> Iterator[Measure]:
+    """A measure that starts engines as it needs them, one at a time.
+
+    While alpha_low is 0 the engine keeps no sums of low tokens, as one that serves with such a choice:
+    its bytes are those of the choice.
+
+    Args:
+        arguments: of vLLM's engine, the model among them.
+        options: DiffKV's, but for thresholds and drops.
+        questions: what is asked.
+        metric: how it is scored.
+        full: as `full_precision` found it.
+    """
+    with contextlib.ExitStack() as running:
+        measures: dict[bool, Measure] = {}
+
+        def ask(thresholds: Thresholds, samples: range) -> Part:
+            drops = thresholds.alpha_low > 0
+            if drops not in measures:
+                measures.clear()
+                running.close()
+                engine = running.enter_context(session(arguments, replace(options, drops=drops)))
+                measures[drops] = measure(engine, questions, metric, full)
+            return measures[drops](thresholds, samples)
+
+        yield ask

@@ -189,13 +189,16 @@ def _manager(args: argparse.Namespace) -> None:
     manager.run(load, args.device, rows, args.steps, args.full, small=args.smoke)
 
 
-def _options(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _options(args: argparse.Namespace, drops: bool | None = None) -> list[dict[str, Any]]:
     """DiffKV's options for each quant; what they do not take is refused before anything runs."""
     from diffkv.vllm_plugin.options import Options
 
     options = []
     for quant in args.quant:
-        given = {"quant": quant, "alpha_high": args.alpha_high, "alpha_low": args.alpha_low}
+        given = {
+            "quant": quant, "alpha_high": args.alpha_high, "alpha_low": args.alpha_low,
+            "drops": drops,
+        }  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
         Options.parse(given)
         options.append(given)
@@ -299,7 +302,8 @@ def _serving(args: argparse.Namespace) -> None:
     from diffkv.bench.facts import Rows
     from diffkv.bench.throughput import Setting, settings
 
-    compared = settings(_options(args))
+    # Requests that may lose tokens need sums of all of them
+    compared = settings(_options(args, drops=True if args.request_alpha_low else None))
     if args.smoke:
         vars(args).update(num_prompts=4, input_len=64, output_len=8, rates=[4.0])
         compared = [compared[-1]]

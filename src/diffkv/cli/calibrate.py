@@ -175,9 +175,8 @@ def _search(
     """Full precision first, in an engine that is gone before ours starts; then the search."""
     from rich.console import Console
 
-    from diffkv.calibrate.engine import full_precision, measure
+    from diffkv.calibrate.engine import full_precision, measuring
     from diffkv.calibrate.search import Part, search
-    from diffkv.vllm_plugin.session import session
 
     arguments = generate._engine(args)
     console = Console(stderr=True, highlight=False)
@@ -185,8 +184,8 @@ def _search(
         bar = progress.add_task("full precision, vLLM's own cache", total=len(asked))
         full = journal.get("full", lambda: full_precision(arguments, asked, metric))
         progress.update(bar, completed=len(asked))
-        with session(arguments, options) as engine:
-            ask = journal.kept(measure(engine, asked, metric, full))
+        with measuring(arguments, options, asked, metric, full) as measure:
+            ask = journal.kept(measure)
 
             def watched(thresholds: Thresholds, samples: range) -> Part:
                 text = _setting(thresholds)

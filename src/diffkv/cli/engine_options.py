@@ -62,6 +62,11 @@ def add_cache_options(parser: argparse.ArgumentParser, policy_help: str = POLICY
     group.add_argument(
         "--alpha-low", type=float, help="and is dropped if it is < this / N (default: 0, nothing)"
     )
+    group.add_argument(
+        "--drops", action=argparse.BooleanOptionalAction,
+        help="keep what a request needs to set diffkv_alpha_low: 8 bytes a low token (default: only if "
+        "--alpha-low is above 0)",
+    )  # fmt: skip
     group.add_argument("--policy", help=policy_help)
     group.add_argument("--window", type=int, help="most recent tokens that always stay high")
     group.add_argument("--page-bytes", type=int, help="bytes of a page (default: least waste)")
@@ -92,8 +97,8 @@ def cache_options(args: argparse.Namespace, takes_policy: bool = True) -> Option
             model or with an option that it sets, or a bad value.
     """
     names = (
-        "policy", "quant", "alpha_high", "alpha_low", "window", "page_bytes", "rotate", "kernels",
-        "admission",
+        "policy", "quant", "alpha_high", "alpha_low", "drops", "window", "page_bytes", "rotate",
+        "kernels", "admission",
     )  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if not takes_policy:

@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="the model's; 16-bit formats store it (default: %(default)s)",
     )
+    parser.add_argument(
+        "--drops",
+        action="store_true",
+        help="with sums and positions of every token, as alpha_low above 0 needs them",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
@@ -51,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
     """Derive the layout and print it."""
     quant = LayerQuant.parse(args.quant)
     layout = CacheLayout.derive(
-        quant, _num_layers(quant, args), args.head_dim, args.page_bytes, ELEMENT_BYTES[args.dtype]
-    )
+        quant, _num_layers(quant, args), args.head_dim, args.page_bytes, ELEMENT_BYTES[args.dtype],
+        args.drops,
+    )  # fmt: skip
     if len(layout.groups) == 1:
         facts = describe(layout.groups[0].page)
         text = _report(facts, args.dtype)
@@ -89,6 +95,7 @@ def describe(layout: PageLayout) -> dict[str, Any]:
         "head_dim": layout.head_dim,
         "page_bytes": layout.page_bytes,
         "element_bytes": layout.element_bytes,
+        "drops": layout.drops,
         "tiers": [_describe_tier(layout, tier) for tier in range(len(layout.tiers))],
     }
 

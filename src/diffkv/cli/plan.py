@@ -63,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of tokens outside the window that pairs drop (default: 0)",
     )  # fmt: skip
     parser.add_argument(
+        "--drops", action="store_true",
+        help="with sums and positions of every token, as alpha_low above 0 needs them",
+    )  # fmt: skip
+    parser.add_argument(
         "--requests",
         type=int,
         metavar="N",
@@ -92,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     rank = rank_of(model, weights.num_bytes, args.tensor_parallel_size, usable)
 
     dense = [plan_dense(name, rank, context) for name in ("bf16", "fp8")]
-    ours = [plan_format(quant, rank, context, mix) for quant in quants]
+    ours = [plan_format(quant, rank, context, mix, args.drops) for quant in quants]
     judged = next((i for i, quant in enumerate(quants) if quant.has_low), 0)
     judgement = verdict(rank, dense[0], ours[judged], context, args.requests)
     facts = {
@@ -113,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         "kv_bytes_per_gpu": rank.kv_bytes,
         "high_share": args.high_share,
         "dropped_share": args.dropped_share,
+        "drops": args.drops,
         "formats": [asdict(plan) for plan in (*dense, *ours)],
         "verdict": asdict(judgement),
     }

@@ -109,8 +109,9 @@ class DiffKVHFCache(Cache):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._num_q_heads
         self._dtype, self._device, self._window = model.dtype, model.device, window
         self._layout = CacheLayout.derive(
-            self.quant, self._num_layers, head_dim, page_bytes, model.dtype.itemsize
-        )
+            self.quant, self._num_layers, head_dim, page_bytes, model.dtype.itemsize,
+            self.thresholds.alpha_low > 0,
+        )  # fmt: skip
         self._signs = signs_of(choose(rotate, self.quant), head_dim, self._device)
         self._ops = ops.load(self._device.type, kernels)
         self._shape: CacheShape | None = None

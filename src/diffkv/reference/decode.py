@@ -17,8 +17,9 @@ def plan_decode(state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan
     """Decide for every head what the new token of its request replaces, and take the pages it needs.
 
     One decision per head (`policy.decode_action`), one plan for all requests, layers and heads; a head
-    takes at most one page. Equal means: the token of the smaller position is the victim. Counts and
-    tables already include the new token afterwards; `append` must follow for every layer.
+    takes at most one page. Equal means: the token of the smaller position is the victim. A tier that
+    is not tracked has none: alpha_low must be 0 unless the layout drops. Counts and tables already
+    include the new token afterwards; `append` must follow for every layer.
 
     Args:
         state: tables and ring change; too few free pages are counted in `overruns`, and places are
@@ -73,6 +74,8 @@ def _least(
 ) -> tuple[float, tuple[int, int] | None]:
     """(mean, place) of the candidate with the smallest mean, ties by position."""
     layout = state.layout.tiers[tier]
+    if not layout.tracked:
+        return math.inf, None
     best: tuple[float, int, tuple[int, int] | None] = (math.inf, 0, None)
     for page, index in _tokens(state, row, tier):
         total = segment(state, page, layout.sums + index * 4, 1, torch.float32)
@@ -150,7 +153,8 @@ def attend(
 ) -> None:
     """Attention of one query token per request over all its kept tokens, both tiers.
 
-    Every kept token's sum grows by the max over the group's query heads of its probability.
+    Every kept token's sum grows by the max over the group's query heads of its probability, in the
+    tiers that are tracked.
 
     Args:
         state: the sums in the pages change.
@@ -178,5 +182,6 @@ def attend(
             probs = ((q @ k.T) * scale).softmax(-1)  # [group, kept tokens]
             output[r, head * group : (head + 1) * group] = (probs @ v).to(output.dtype)
             for (tier, (page, index)), p in zip(places, probs.amax(0).tolist(), strict=True):
-                at = state.layout.tiers[tier].sums + index * 4
-                segment(state, page, at, 1, torch.float32)[0] += p
+                layout = state.layout.tiers[tier]
+                if layout.tracked:
+                    segment(state, page, layout.sums + index * 4, 1, torch.float32)[0] += p

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from diffkv.layout import TierLayout
 from diffkv.reference.quantize import dequantize, quantize
 from diffkv.state import PoolState
+from diffkv.tier import TierLayout
 
 __all__ = ["page_column", "read_token", "segment", "write_token"]
 
@@ -54,7 +54,7 @@ def write_token(
         tier: HIGH or LOW.
         place: (page, index in the page).
         vectors: (key, value), [head_dim] each; quantised from the dtype they come in.
-        score: (significance sum, position).
+        score: (significance sum, position); a tier that is not tracked has no place for it.
     """
     page, index = place
     layout = state.layout.tiers[tier]
@@ -66,8 +66,9 @@ def write_token(
         code_place, meta_place = _vector(state, page, index, codes_at, meta_at, code_bytes, groups)
         code_place.copy_(codes[0])
         meta_place.copy_(meta.flatten())
-    segment(state, page, layout.sums + index * 4, 1, torch.float32)[0] = score[0]
-    segment(state, page, layout.positions + index * 4, 1, torch.int32)[0] = score[1]
+    if layout.tracked:
+        segment(state, page, layout.sums + index * 4, 1, torch.float32)[0] = score[0]
+        segment(state, page, layout.positions + index * 4, 1, torch.int32)[0] = score[1]
 
 
 def read_token(
@@ -75,7 +76,8 @@ def read_token(
 ) -> tuple[Tensor, Tensor, float, int]:
     """Read one token of one head: (key, value, significance sum, position), vectors as `dtype`.
 
-    16-bit formats are read in the model's dtype and then converted.
+    16-bit formats are read in the model's dtype and then converted. A tier that is not tracked has no
+    scores: sum 0, position -1.
     """
     page, index = place
     layout = state.layout.tiers[tier]
@@ -85,6 +87,8 @@ def read_token(
         stored = state.dtype if bits == 16 else dtype
         x = dequantize(codes[None], meta.view(1, groups, 2), bits, stored)
         vectors.append(x[0].to(dtype))
+    if not layout.tracked:
+        return vectors[0], vectors[1], 0.0, -1
     total = float(segment(state, page, layout.sums + index * 4, 1, torch.float32)[0])
     position = int(segment(state, page, layout.positions + index * 4, 1, torch.int32)[0])
     return vectors[0], vectors[1], total, position

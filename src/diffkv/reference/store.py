@@ -26,6 +26,7 @@ def store_prompt(
         tokens: of R requests, packed.
         tiers: [num_kv_heads, N] int8 of HIGH, LOW and DROPPED.
         sums: [num_kv_heads, N] float32, significance sums that travel with their tokens.
+            They, and positions, are not kept for tiers that are not tracked.
     """
     num_tiers = len(state.layout.tiers)
     slots, starts = tokens.slots.tolist(), tokens.cu_seqlens.tolist()
@@ -90,7 +91,8 @@ def gather(
     Returns:
         key: [num_kv_heads, max_tokens, head_dim], the model's dtype; 0 past a head's last token.
         value: likewise.
-        positions: [num_kv_heads, max_tokens] int32, -1 past a head's last token.
+        positions: [num_kv_heads, max_tokens] int32, -1 past a head's last token, and for tokens
+            of a tier that is not tracked. `tiers` says which tokens there are.
         tiers: [num_kv_heads, max_tokens] int8, HIGH or LOW, DROPPED past a head's last token.
     """
     shape = (state.num_kv_heads, max_tokens)

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.options import DEFAULT_QUANT, Options
+from diffkv.vllm_plugin.requests import admission_path
 
 __all__ = ["DEFAULT_QUANT", "Options", "engine_args", "register"]
 
@@ -64,15 +65,15 @@ def engine_args(quant: str = DEFAULT_QUANT, **options: Any) -> dict[str, Any]:
 
     check_version()
     register()
-    extra = Options.parse({"quant": quant, **options}).to_dict()
+    parsed = Options.parse({"quant": quant, **options})
     args = {
         "kv_transfer_config": {
             "kv_connector": CONNECTOR,
             "kv_role": "kv_both",
-            "kv_connector_extra_config": extra,
+            "kv_connector_extra_config": parsed.to_dict(),
         },
         "worker_extension_cls": "diffkv.vllm_plugin.extension.WorkerExtension",
-        "logits_processors": ["diffkv.vllm_plugin.admission:Admission"],
+        "logits_processors": [admission_path(parsed.request_thresholds())],
         "enable_prefix_caching": False,
         "watermark": WATERMARK,
     }

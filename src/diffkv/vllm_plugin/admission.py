@@ -7,7 +7,7 @@ vLLM has two interfaces of that name, one for each model runner, and refuses a c
 one. Which runner an engine takes is known only after its options are given, so one class serves both.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.v1.sample.logits_processor import BatchUpdate
@@ -16,18 +16,27 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as RunnerV2Processor,
 )
 
-from diffkv.vllm_plugin.requests import Settings
+from diffkv.vllm_plugin.requests import THRESHOLDS, Settings
 
-__all__ = ["Admission"]
+__all__ = ["Admission", "FixedAdmission", "HighAdmission"]
 
 
 class Admission(RunnerV1Processor, RunnerV2Processor):
-    """Passed to vLLM as `--logits-processors diffkv.vllm_plugin.admission:Admission`."""
+    """Passed to vLLM as `--logits-processors diffkv.vllm_plugin.admission:Admission`.
+
+    It is for engines whose requests may set every threshold. vLLM tells a class nothing of the engine,
+    so engines without sums of low tokens have classes of their own.
+
+    Attributes:
+        settable: thresholds that a request may set above 0.
+    """
+
+    settable: ClassVar[tuple[str, ...]] = THRESHOLDS
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         """Raise ConfigError, a ValueError, for settings that make no sense."""
-        Settings.parse(sampling_params.extra_args)
+        Settings.parse(sampling_params.extra_args, cls.settable)
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool = False) -> None:
         """Take what either runner gives: a device and pinning, or, in its place, the requests' state."""
@@ -46,3 +55,15 @@ class Admission(RunnerV1Processor, RunnerV2Processor):
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """No request's logits are changed."""
         return False
+
+
+class HighAdmission(Admission):
+    """Of engines with two tiers that drop no generated token."""
+
+    settable = ("alpha_high",)
+
+
+class FixedAdmission(Admission):
+    """Of engines with one tier that drop no generated token: there is nothing to decide."""
+
+    settable = ()

@@ -23,7 +23,7 @@ from diffkv.vllm_plugin.banner import banner
 from diffkv.vllm_plugin.estimate import Prompt, longest_whole, why_worst_case
 from diffkv.vllm_plugin.metrics import DiffKVPromMetrics, DiffKVStats
 from diffkv.vllm_plugin.options import Options
-from diffkv.vllm_plugin.requests import Settings
+from diffkv.vllm_plugin.requests import Settings, admission_path
 from diffkv.vllm_plugin.spec import DiffKVManager, DiffKVSpec, Report
 from diffkv.vllm_plugin.support import check_config
 from diffkv.vllm_plugin.worker import Started, WorkerCache
@@ -132,15 +132,19 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
         """A bad setting gets here only if vLLM was started without our admission check."""
         engine = self._options.thresholds()
         try:
-            settings = Settings.parse(getattr(request.sampling_params, "extra_args", None))
+            settings = Settings.parse(
+                getattr(request.sampling_params, "extra_args", None),
+                self._options.request_thresholds(),
+            )
         except ConfigError as error:
             if not log:
                 return engine
             logger.error(
                 "Request %s runs with the engine's thresholds: %s. Start vLLM with "
-                "--logits-processors diffkv.vllm_plugin.admission:Admission to refuse such requests",
+                "--logits-processors %s to refuse such requests",
                 request.request_id,
                 error,
+                admission_path(self._options.request_thresholds()),
             )
             return engine
         return settings.thresholds(engine, self._options.quant_config().has_low)

@@ -5,7 +5,7 @@ For people who want to look: it copies counts and positions to the host, and is 
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,7 +61,12 @@ def read_pool(state: CacheState) -> list[dict[str, Any]]:
         For each: `num_tokens`, of the request so far (its newest token is always kept); `high` and
         `low`, [num_layers][num_kv_heads] counts; `tiers`, [num_layers][num_kv_heads] strings of one
         digit a token: 0 high, 1 low, 2 dropped.
+
+    Raises:
+        ConfigError: the engine does not drop, so that it has no positions of low tokens.
     """
+    if not state.pool.layout.drops:
+        raise ConfigError("this engine keeps no positions of low tokens: start it with drops")
     requests = []
     order = torch.tensor([layer for members in state.layers for layer in members]).argsort()
     for slot in torch.nonzero(state.pool.num_tokens.sum((1, 2, 3)) > 0)[:, 0].tolist():
@@ -118,7 +123,7 @@ def inspect(
     Args:
         prompts: texts.
         arguments: of vLLM's engine, the model among them.
-        options: DiffKV's.
+        options: DiffKV's; the engine keeps every token's position, whatever they say of drops.
         max_tokens: new tokens of each; with 1 it is seen as the prompt left it.
 
     Raises:
@@ -132,7 +137,7 @@ def inspect(
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     insights = []
-    with offline.engine(arguments | engine_args(**options.to_dict())) as llm:
+    with offline.engine(arguments | engine_args(**replace(options, drops=True).to_dict())) as llm:
         tokenizer = llm.get_tokenizer()
         for prompt in prompts:
             try:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.requests import PREFIX, Settings
 
 __all__ = ["SettingsCheck"]
@@ -35,7 +36,7 @@ class SettingsCheck:
         while messages[-1].get("more_body"):
             messages.append(await receive())
         body = b"".join(message.get("body", b"") for message in messages)
-        problem = _problem(body) if _NAME in body else None
+        problem = _problem(body, scope["app"].state.vllm_config) if _NAME in body else None
         if problem is not None:
             await _refuse(send, problem)
             return
@@ -50,7 +51,7 @@ class SettingsCheck:
         await self._app(scope, replay, send)
 
 
-def _problem(body: bytes) -> str | None:
+def _problem(body: bytes, vllm_config: Any) -> str | None:
     """What is wrong with a body's settings; None if nothing is, or if it is not for us to say."""
     try:
         request = json.loads(body)
@@ -59,8 +60,9 @@ def _problem(body: bytes) -> str | None:
     settings = request.get("vllm_xargs") if isinstance(request, dict) else None
     if not isinstance(settings, dict):
         return None
+    options = Options.parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
     try:
-        Settings.parse(settings)
+        Settings.parse(settings, options.request_thresholds())
     except ConfigError as error:
         return str(error)
     return None

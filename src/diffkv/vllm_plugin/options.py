@@ -25,6 +25,8 @@ class Options:
         quant: text form of the quantisation configuration, of all layers or by layer.
         alpha_high: threshold of the high tier; None takes the default.
         alpha_low: threshold below which tokens are dropped.
+        drops: whether the pool keeps what dropping generated tokens takes, sums and positions of every
+            token, so that requests may set alpha_low; None: if the engine's own is above 0.
         window: most recent tokens that always stay high.
         policy: what decides a prompt by these thresholds, text form (`diffkv.policies`).
         page_bytes: bytes of a page; None takes the size that wastes least.
@@ -38,6 +40,7 @@ class Options:
     quant: str = DEFAULT_QUANT
     alpha_high: float | None = None
     alpha_low: float | None = None
+    drops: bool | None = None
     window: int = WINDOW
     policy: str = policies.PAPER.text
     page_bytes: int | None = None
@@ -58,13 +61,19 @@ class Options:
                 raise ConfigError(f"{name} must be a number, got {value!r}")
         if self.window < 1:
             raise ConfigError(f"window must be at least 1 token, got {self.window}")
+        if self.drops not in (None, False, True):
+            raise ConfigError(f"drops must be true or false, got {self.drops!r}")
         if self.kernels not in (None, "reference"):
             raise ConfigError(f"kernels must be 'reference' or left out, got {self.kernels!r}")
         if self.admission not in ADMISSIONS:
             raise ConfigError(
                 f"admission must be {' or '.join(map(repr, ADMISSIONS))}, got {self.admission!r}"
             )
-        self.thresholds()
+        alpha_low = self.thresholds().alpha_low
+        if self.drops is False and alpha_low > 0:
+            raise ConfigError(
+                f"without drops alpha_low must be 0, got {alpha_low:g}: leave out --no-drops (drops)"
+            )
         policy = self.prompt_policy()
         if not policy.uses_thresholds:
             able = ", ".join(
@@ -111,6 +120,20 @@ class Options:
         """The engine's default thresholds."""
         return Thresholds.choose(self.quant_config(), self.alpha_high, self.alpha_low)
 
+    def keeps_sums(self) -> bool:
+        """Whether every token has a sum and a position, for alpha_low of whatever request."""
+        return self.thresholds().alpha_low > 0 if self.drops is None else self.drops
+
+    def request_thresholds(self) -> tuple[str, ...]:
+        """The thresholds that a request may set above 0.
+
+        Without sums of low tokens none of them can be dropped; without a low tier either threshold
+        stands for alpha_low.
+        """
+        if self.keeps_sums():
+            return ("alpha_high", "alpha_low")
+        return ("alpha_high",) if self.quant_config().has_low else ()
+
     def without_thresholds(self) -> "Options":
         """The same, with every token in the high tier."""
         return replace(self, alpha_high=0.0 if self.quant_config().has_low else None, alpha_low=0.0)
@@ -118,8 +141,9 @@ class Options:
     def layout(self, num_layers: int, head_dim: int, element_bytes: int) -> CacheLayout:
         """What is where in the pages of a model's layers."""
         return CacheLayout.derive(
-            self.quant_config(), num_layers, head_dim, self.page_bytes, element_bytes
-        )
+            self.quant_config(), num_layers, head_dim, self.page_bytes, element_bytes,
+            self.keeps_sums(),
+        )  # fmt: skip
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}

@@ -4,19 +4,29 @@
 the request's tokens high.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
 
-__all__ = ["Settings"]
+__all__ = ["PREFIX", "THRESHOLDS", "Settings", "admission_path"]
 
 PREFIX = "diffkv"
 """Settings of ours begin with it; a misspelt one is refused, others are not ours."""
 
 _KNOWN = ("diffkv", "diffkv_alpha_high", "diffkv_alpha_low")
+
+THRESHOLDS = ("alpha_high", "alpha_low")
+
+_ADMISSIONS = {THRESHOLDS: "Admission", ("alpha_high",): "HighAdmission", (): "FixedAdmission"}
+"""Classes of `admission` by the thresholds that a request may set above 0."""
+
+
+def admission_path(settable: tuple[str, ...]) -> str:
+    """What `--logits-processors` is given where requests may set these thresholds above 0."""
+    return f"diffkv.vllm_plugin.admission:{_ADMISSIONS[settable]}"
 
 
 @dataclass(frozen=True)
@@ -28,8 +38,15 @@ class Settings:
     alpha_low: float | None = None
 
     @classmethod
-    def parse(cls, extra_args: Mapping[str, Any] | None) -> "Settings":
+    def parse(
+        cls, extra_args: Mapping[str, Any] | None, settable: Sequence[str] = THRESHOLDS
+    ) -> "Settings":
         """Read a request's settings.
+
+        Args:
+            extra_args: of the request; what does not begin with our prefix is not ours.
+            settable: thresholds that the engine lets a request set above 0
+                (`Options.request_thresholds`).
 
         Raises:
             ConfigError: names the setting, its value and what would work.
@@ -41,7 +58,9 @@ class Settings:
         switch = ours.get("diffkv", "on")
         if switch not in ("on", "off"):
             raise ConfigError(f'diffkv must be "on" or "off" (all tokens high), got {switch!r}')
-        high, low = (_threshold(name, ours.get(name)) for name in _KNOWN[1:])
+        high, low = (
+            _threshold(name, ours.get(f"{PREFIX}_{name}"), name in settable) for name in THRESHOLDS
+        )
         if switch == "off" and len(ours) > 1:
             raise ConfigError('diffkv "off" keeps all tokens high: leave the thresholds out')
         if high is not None and low is not None:
@@ -72,9 +91,10 @@ class Settings:
         return engine
 
 
-def _threshold(name: str, value: Any) -> float | None:
+def _threshold(threshold: str, value: Any, is_settable: bool) -> float | None:
     if value is None:
         return None
+    name = f"{PREFIX}_{threshold}"
     message = f"{name} must be a number of 0 or more, got {value!r}"
     if isinstance(value, bool):
         raise ConfigError(message)
@@ -84,4 +104,9 @@ def _threshold(name: str, value: Any) -> float | None:
         raise ConfigError(message) from None
     if not 0 <= number < float("inf"):
         raise ConfigError(message)
+    if number > 0 and not is_settable:
+        raise ConfigError(
+            f"{name} must be 0 in this engine, got {value!r}: it keeps no sums by which tokens are "
+            f"dropped; start it with --drops"
+        )
     return number

@@ -54,8 +54,8 @@ ATTEND_FUNCTIONS = {
 }
 
 TIER_FIELDS = (
-    "tokens_per_page", "k_bits", "k_groups", "k_code_bytes", "v_bits", "v_groups", "v_code_bytes",
-    "k_codes", "k_meta", "v_codes", "v_meta", "sums", "positions",
+    "tracked", "tokens_per_page", "k_bits", "k_groups", "k_code_bytes", "v_bits", "v_groups",
+    "v_code_bytes", "k_codes", "k_meta", "v_codes", "v_meta", "sums", "positions",
 )  # fmt: skip
 
 STATUS_ERRORS = {
@@ -109,7 +109,7 @@ def render(layout: PageLayout, dtype: torch.dtype, group: int | None = None) -> 
             getattr(tier, name) if hasattr(tier, name) else getattr(tier.format, name)
             for name in TIER_FIELDS
         )
-        rows.append(f"    {{{', '.join(map(str, values))}}},  // {tier.format}\n")
+        rows.append(f"    {{{', '.join(str(int(x)) for x in values)}}},  // {tier.format}\n")
     return (
         "#pragma once\n"
         "namespace layout {\n"

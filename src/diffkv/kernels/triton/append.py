@@ -49,6 +49,16 @@ def _write_side(x_ptr, page_ptr, index, mask, S: tl.constexpr):
     store_vectors(x, code_ptr, meta_ptr, mask, S, x_ptr.dtype.element_ty)
 
 
+@triton.jit
+def _sum_ptr(page_ptr, index, T: tl.constexpr):
+    return (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def _position_ptr(page_ptr, index, T: tl.constexpr):
+    return (page_ptr + T.positions + index * 4).to(tl.pointer_type(tl.int32))
+
+
 @triton.jit(do_not_specialize=["layer"])
 def _append_kernel(
     slots_ptr,  # [R]
@@ -79,8 +89,6 @@ def _append_kernel(
     index = tl.load(place_ptr + 1)
     mask = (tl.load(slots_ptr + r + one) >= 0) & (page >= 0)
     page_ptr = pages_ptr + page * PAGE
-    sum_ptr = (page_ptr + HIGH.sums + index * 4).to(tl.pointer_type(tl.float32))
-    position_ptr = (page_ptr + HIGH.positions + index * 4).to(tl.pointer_type(tl.int32))
     if len(TIERS) > 1:
         LOW: tl.constexpr = TIERS[1]
         LOW_K: tl.constexpr = LOW.k
@@ -92,18 +100,20 @@ def _append_kernel(
             low_ptr = pages_ptr + low_page * PAGE
             _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH_K, LOW_K, DTYPE)
             _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH_V, LOW_V, DTYPE)
-            at = low_ptr + low_index * 4
-            total = tl.load(sum_ptr, mask=demotes, other=0.0)
-            position = tl.load(position_ptr, mask=demotes, other=0)
-            tl.store((at + LOW.sums).to(tl.pointer_type(tl.float32)), total, mask=demotes)
-            tl.store((at + LOW.positions).to(tl.pointer_type(tl.int32)), position, mask=demotes)
+            if LOW.tracked:
+                total = tl.load(_sum_ptr(page_ptr, index, HIGH), mask=demotes, other=0.0)
+                position = tl.load(_position_ptr(page_ptr, index, HIGH), mask=demotes, other=0)
+                tl.store(_sum_ptr(low_ptr, low_index, LOW), total, mask=demotes)
+                tl.store(_position_ptr(low_ptr, low_index, LOW), position, mask=demotes)
             # The old token is read by other threads than those that overwrite it
             tl.debug_barrier()
     at = head * D + one
     _write_side(key_ptr + r * key_stride + at, page_ptr, index, mask, HIGH_K)
     _write_side(value_ptr + r * value_stride + at, page_ptr, index, mask, HIGH_V)
-    tl.store(sum_ptr, tl.zeros([1], tl.float32), mask=mask)
-    tl.store(position_ptr, tl.load(positions_ptr + r + one), mask=mask)
+    if HIGH.tracked:
+        tl.store(_sum_ptr(page_ptr, index, HIGH), tl.zeros([1], tl.float32), mask=mask)
+        position = tl.load(positions_ptr + r + one)
+        tl.store(_position_ptr(page_ptr, index, HIGH), position, mask=mask)
 
 
 def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: Tensor) -> None:

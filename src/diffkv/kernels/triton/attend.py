@@ -57,7 +57,10 @@ def _attend_item(
     GROUP: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: partial output, log-sum-exp, and probabilities relative to the tile's maximum."""
+    """One chunk: partial output, log-sum-exp, and probabilities relative to the tile's maximum.
+
+    Probabilities are kept for the sums of the tier, if it has any.
+    """
     K: tl.constexpr = T.k
     V: tl.constexpr = T.v
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
@@ -91,11 +94,12 @@ def _attend_item(
         most = new_most
         p = tl.exp2(scores * factor[None, :] - most[None, :])
         total = total * decay[None, :] + folded(p)
-        kept = (score_tile + tile).to(tl.int64)
-        in_group = g < tl.where(keeps_scores, G, 0)
-        at = probs_ptr + kept * (TILE * G) + tl.arange(0, TILE)[:, None] * G + g[None, :]
-        tl.store(at, p.to(probs_ptr.dtype.element_ty), mask=in_group[None, :])
-        tl.store(most_ptr + kept * G + g, most, mask=in_group)
+        if T.tracked:
+            kept = (score_tile + tile).to(tl.int64)
+            in_group = g < tl.where(keeps_scores, G, 0)
+            at = probs_ptr + kept * (TILE * G) + tl.arange(0, TILE)[:, None] * G + g[None, :]
+            tl.store(at, p.to(probs_ptr.dtype.element_ty), mask=in_group[None, :])
+            tl.store(most_ptr + kept * G + g, most, mask=in_group)
         sums, offsets = tile_values(sums, offsets, decay, p, page_ptr, index, V, DTYPE, V_DOT, FAST)
 
     total_p = tl.sum(total, 0)
@@ -172,14 +176,17 @@ def _score_tiles(
 ) -> tuple[int, bool]:
     """Tiles of one layer whose probabilities are kept, and whether that is all that it can have.
 
-    Every chunk has tiles of its own, and a head's last one of each tier as many as a full one.
+    Every chunk of a tier with sums has tiles of its own, and a head's last one as many as a full one.
     """
-    most_per_page = max(t.tokens_per_page for t in state.layout.tiers)
+    tracked = [tier.tokens_per_page for tier in state.layout.tiers if tier.tracked]
+    if not tracked:
+        return 0, True
+    most_per_page = max(tracked)
     chunk_pages = max(least_pages, triton.cdiv(state.table_width, MAX_CHUNKS - 2))
     chunk_tiles = triton.cdiv(chunk_pages * most_per_page, tile)
     rows = work.num_slots * state.num_kv_heads
     full = triton.cdiv(_most_pages(state, work) * most_per_page, tile)
-    every = full + rows * (MAX_CHUNKS + len(state.layout.tiers) * chunk_tiles)
+    every = full + rows * (MAX_CHUNKS + len(tracked) * chunk_tiles)
     tiles = work.tuning.score_tiles
     if tiles is None:
         budget = max(MIN_SCORE_BYTES, state.pages.numel() // SCORE_SHARE)
@@ -196,8 +203,9 @@ def attend(
 ) -> None:
     """Same contract as `reference.attend`. Three launches, or four where probabilities are many.
 
-    Significance is deterministic: probabilities are kept from the first pass, relative to their tile's
-    maximum and in float16 unless the model is in float32, and added up in the last.
+    Significance is deterministic: probabilities of tiers that are tracked are kept from the first pass,
+    relative to their tile's maximum and in float16 unless the model is in float32, and added up in the
+    last. Where no tier is tracked, that one only merges.
     """
     work = workspace(state)
     device, f32, i32, tuning = work.device, torch.float32, torch.int32, work.tuning
@@ -255,6 +263,8 @@ def attend(
         maxnreg=tuning.max_registers, **shared, **products,
     )  # fmt: skip
     finishers = min(rows * MAX_CHUNKS, work.multiprocessors * FINISH_PROGRAMS)
+    if not any(tier.tracked for tier in state.layout.tiers):
+        finishers = 0
     finish_kernel[(rows * group + finishers,)](
         output, state.pages, state.page_table, items, num_items, row_items, partial, lse,
         probs, most, layer, score_tiles, rows * group,

@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from diffkv.layout import META_BYTES, PageLayout, TierLayout
+from diffkv.layout import PageLayout
 from diffkv.quant import FLOAT16_MAX
+from diffkv.tier import META_BYTES, TierLayout
 
 __all__ = ["DTYPES", "Side", "Tier", "tiers_of", "tile_vectors", "vector_side"]
 
@@ -100,6 +101,7 @@ class Tier(_Facts):
         k: keys.
         v: values.
         tokens: of a page.
+        tracked: whether tokens have sums and positions.
         sums: offset of the significance sums in a page, bytes.
         positions: likewise.
     """
@@ -107,6 +109,7 @@ class Tier(_Facts):
     k: Side
     v: Side
     tokens: int
+    tracked: bool
     sums: int
     positions: int
 
@@ -144,7 +147,7 @@ def _tier(tier: TierLayout, head_dim: int) -> Tier:
     return Tier(
         _side(fmt.k_bits, fmt.k_groups, head_dim, tier.k_codes, tier.k_meta, tier.k_code_bytes),
         _side(fmt.v_bits, fmt.v_groups, head_dim, tier.v_codes, tier.v_meta, tier.v_code_bytes),
-        tier.tokens_per_page, tier.sums, tier.positions,
+        tier.tokens_per_page, tier.tracked, tier.sums, tier.positions,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from diffkv.kernels.triton.codes import rounded
 from diffkv.kernels.triton.tile import load_query, tile_places, tile_scores
-from diffkv.kernels.triton.worklist import item_of
+from diffkv.kernels.triton.worklist import has_sums, item_of
 
 __all__ = ["finish_kernel", "recompute_kernel"]
 
@@ -140,11 +140,12 @@ def finish_kernel(
     pid = tl.program_id(0)
     if pid < num_heads:
         _merge(pid, output_ptr, partial_ptr, lse_ptr, row_items_ptr, G, D, D_PADDED, MAX)
-    else:
+    elif HIGH.tracked:
         num_items = tl.load(num_items_ptr)
         for item in range(pid - num_heads, num_items, tl.num_programs(0) - num_heads):
             row, tier, slot, first_page, num_tokens, score_tile = item_of(items_ptr, item)
-            if score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles:
+            is_kept = score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles
+            if is_kept & has_sums(tier, HIGH, LOW):
                 lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP, MAX)
                 table_ptr = page_table_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * M
                 if tier == 0:
@@ -152,7 +153,7 @@ def finish_kernel(
                         first_page, num_tokens, score_tile, lse, pages_ptr, table_ptr,
                         probs_ptr, most_ptr, 0, HIGH, G, GROUP, M, PAGE, TILE,
                     )  # fmt: skip
-                elif len(TIERS) > 1:
+                elif len(TIERS) > 1 and LOW.tracked:
                     _add_kept(
                         first_page, num_tokens, score_tile, lse, pages_ptr, table_ptr,
                         probs_ptr, most_ptr, 1, LOW, G, GROUP, M, PAGE, TILE,
@@ -190,7 +191,8 @@ def recompute_kernel(
     num_items = tl.load(num_items_ptr)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         row, tier, slot, first_page, num_tokens, score_tile = item_of(items_ptr, item)
-        if score_tile + tl.cdiv(num_tokens, TILE) > score_tiles:
+        is_kept = score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles
+        if ~is_kept & has_sums(tier, HIGH, LOW):
             lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP, MAX)
             table_ptr = page_table_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * M
             if tier == 0:
@@ -198,7 +200,7 @@ def recompute_kernel(
                     row, first_page, num_tokens, lse, q_ptr, pages_ptr, table_ptr, scale,
                     0, HIGH, G, GROUP, M, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip
-            elif len(TIERS) > 1:
+            elif len(TIERS) > 1 and LOW.tracked:
                 _add_recomputed(
                     row, first_page, num_tokens, lse, q_ptr, pages_ptr, table_ptr, scale,
                     1, LOW, G, GROUP, M, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,

@@ -33,23 +33,40 @@ def _load_side(x, page_ptr, index, element, mask, S: tl.constexpr, DTYPE: tl.con
 
 
 @triton.jit
-def _load_tier(
-    key, value, position, number, element, mask, pages_ptr, table_ptr,
-    TIER: tl.constexpr, TIERS: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr,
-    DTYPE: tl.constexpr,
+def _places(
+    number, mask, pages_ptr, table_ptr,
+    TIER: tl.constexpr, T: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Keys, values and positions, with tokens `number` of a tier where the mask says."""
+    """(page pointer, index in the page) of tokens `number` of a tier."""
+    page = tl.load(table_ptr + table_column(number // T.tokens, TIER, M), mask=mask, other=0)
+    return pages_ptr + page.to(tl.int64) * PAGE, number % T.tokens
+
+
+@triton.jit
+def _read_side(
+    x, number, mask, element, pages_ptr, table_ptr,
+    KEY: tl.constexpr, TIER: tl.constexpr, TIERS: tl.constexpr, M: tl.constexpr,
+    PAGE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """x [B, D_PADDED], with keys or values of tokens `number` of a tier where the mask says."""
     T: tl.constexpr = TIERS[TIER]
-    K: tl.constexpr = T.k
-    V: tl.constexpr = T.v
-    column = table_column(number // T.tokens, TIER, M)
-    page = tl.load(table_ptr + column, mask=mask, other=0).to(tl.int64)
-    page_ptr = pages_ptr + page * PAGE
-    index = number % T.tokens
-    key = _load_side(key, page_ptr, index, element, mask, K, DTYPE)
-    value = _load_side(value, page_ptr, index, element, mask, V, DTYPE)
-    at = (page_ptr + T.positions + index * 4).to(tl.pointer_type(tl.int32))
-    return key, value, tl.where(mask, tl.load(at, mask=mask, other=0), position)
+    S: tl.constexpr = T.k if KEY else T.v
+    page_ptr, index = _places(number, mask, pages_ptr, table_ptr, TIER, T, M, PAGE)
+    return _load_side(x, page_ptr, index, element, mask, S, DTYPE)
+
+
+@triton.jit
+def _read_positions(
+    position, number, mask, pages_ptr, table_ptr,
+    TIER: tl.constexpr, TIERS: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Position [B], with those of tokens `number` of a tier where the mask says, if it is tracked."""
+    T: tl.constexpr = TIERS[TIER]
+    if T.tracked:
+        page_ptr, index = _places(number, mask, pages_ptr, table_ptr, TIER, T, M, PAGE)
+        at = (page_ptr + T.positions + index * 4).to(tl.pointer_type(tl.int32))
+        position = tl.where(mask, tl.load(at, mask=mask, other=-1), position)
+    return position
 
 
 @triton.jit(do_not_specialize=["slot", "layer", "N"])
@@ -86,21 +103,31 @@ def _gather_kernel(
     if NUM_TIERS > 1:
         kept = high + tl.load(num_tokens_ptr + row * 2 + 1)
         tier = tl.where((i >= high) & (i < kept), 1, tier)
+    tier = tl.where(exists, tier, _DROPPED)
+    number = tl.where(tier == 1, i - high, i)
+    table_ptr = page_table_ptr + row * M
     out = head * N + i
-    position = tl.full([B], -1, tl.int32)
     element = tl.arange(0, D_PADDED)[None, :]
-    key = tl.zeros([B, D_PADDED], tl.float32)
-    value = tl.zeros([B, D_PADDED], tl.float32)
-    for t in tl.static_range(NUM_TIERS):
-        number = i - (high if t == 1 else 0)
-        key, value, position = _load_tier(
-            key, value, position, number, element, exists & (tier == t), pages_ptr,
-            page_table_ptr + row * M, t, TIERS, M, PAGE, DTYPE,
-        )  # fmt: skip
     at = out[:, None] * D + element
     in_vector = exists[:, None] & (element < D)
+    key = tl.zeros([B, D_PADDED], tl.float32)
+    value = tl.zeros([B, D_PADDED], tl.float32)
+    position = tl.full([B], -1, tl.int32)
+    # One side after the other: both at once do not fit registers
+    for t in tl.static_range(NUM_TIERS):
+        key = _read_side(
+            key, number, tier == t, element, pages_ptr, table_ptr, True, t, TIERS, M, PAGE, DTYPE
+        )
     tl.store(key_ptr + at, rounded(key, DTYPE), mask=in_vector)
+    for t in tl.static_range(NUM_TIERS):
+        value = _read_side(
+            value, number, tier == t, element, pages_ptr, table_ptr, False, t, TIERS, M, PAGE, DTYPE
+        )
     tl.store(value_ptr + at, rounded(value, DTYPE), mask=in_vector)
+    for t in tl.static_range(NUM_TIERS):
+        position = _read_positions(
+            position, number, tier == t, pages_ptr, table_ptr, t, TIERS, M, PAGE
+        )
     tl.store(positions_ptr + out, position, mask=exists)
     tl.store(tiers_ptr + out, tier.to(tl.int8), mask=exists)
 

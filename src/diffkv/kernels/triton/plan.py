@@ -39,7 +39,10 @@ def _least(
     WINDOW: tl.constexpr,
     B: tl.constexpr,
 ):
-    """(mean, page, index) of a head's candidate with the smallest mean, ties by position."""
+    """(mean, page, index) of a head's candidate with the smallest mean, ties by position.
+
+    Of a tier that is tracked.
+    """
     best = tl.full([B], float("inf"), tl.float32)
     best_position = tl.zeros([B], tl.int32)
     best_token = tl.zeros([B], tl.int32)
@@ -123,20 +126,24 @@ def _decide_kernel(
         prompt_len = tl.load(prompt_lens_ptr + slot)
         # Sums are never negative, so without thresholds no mean is below one: nothing is searched
         searched = (high_threshold > 0.0) | (low_threshold > 0.0)
-        least_high, page, index = _least(
-            pages_ptr, table_ptr, tl.where(searched, high, 0), num_tokens, prompt_len,
-            0, HIGH, M, PAGE, WINDOW, B,
-        )  # fmt: skip
+        least_high = tl.full([], float("inf"), tl.float32)
+        if HIGH.tracked:
+            least_high, page, index = _least(
+                pages_ptr, table_ptr, tl.where(searched, high, 0), num_tokens, prompt_len,
+                0, HIGH, M, PAGE, WINDOW, B,
+            )  # fmt: skip
         may_drop = least_high < low_threshold
         drop = may_drop
         demote = may_drop & False
         if HAS_LOW:
             low = tl.load(num_tokens_ptr + row * 2 + 1)
             may_demote = least_high < high_threshold
-            least_low, low_page, low_index = _least(
-                pages_ptr, table_ptr, tl.where(may_drop | may_demote, low, 0), num_tokens,
-                prompt_len, 1, LOW, M, PAGE, WINDOW, B,
-            )  # fmt: skip
+            least_low = tl.full([], float("inf"), tl.float32)
+            if LOW.tracked:
+                least_low, low_page, low_index = _least(
+                    pages_ptr, table_ptr, tl.where(may_drop | may_demote, low, 0), num_tokens,
+                    prompt_len, 1, LOW, M, PAGE, WINDOW, B,
+                )  # fmt: skip
             drop = may_drop & (least_high < least_low)
             demote = may_demote & ~drop
             evict = demote & (least_low < low_threshold)

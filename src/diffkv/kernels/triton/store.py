@@ -149,9 +149,10 @@ def _write_tier(
     index = number % T.tokens
     _write_side(key_ptr, page_ptr, index, mask, K)
     _write_side(value_ptr, page_ptr, index, mask, V)
-    at = page_ptr + index * 4
-    tl.store((at + T.sums).to(tl.pointer_type(tl.float32)), score, mask=mask)
-    tl.store((at + T.positions).to(tl.pointer_type(tl.int32)), position, mask=mask)
+    if T.tracked:
+        at = page_ptr + index * 4
+        tl.store((at + T.sums).to(tl.pointer_type(tl.float32)), score, mask=mask)
+        tl.store((at + T.positions).to(tl.pointer_type(tl.int32)), position, mask=mask)
 
 
 @triton.jit(do_not_specialize=["layer", "N"])

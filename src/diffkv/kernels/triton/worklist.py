@@ -13,6 +13,7 @@ __all__ = [
     "ITEM_FIELDS",
     "MAX_CHUNKS",
     "MIN_CHUNK_TOKENS",
+    "has_sums",
     "item_of",
     "list_kernel",
     "min_chunk_pages",
@@ -57,8 +58,11 @@ def _row_chunks(
 
 @triton.jit
 def _chunk_tiles(chunk, T: tl.constexpr, TILE: tl.constexpr):
-    """Tiles of a chunk of so many pages."""
-    return tl.cdiv(chunk * T.tokens, TILE)
+    """Tiles of a chunk of so many pages whose probabilities are kept: none without sums to add to."""
+    tiles = tl.zeros_like(chunk)
+    if T.tracked:
+        tiles = tl.cdiv(chunk * T.tokens, TILE)
+    return tiles
 
 
 @triton.jit(do_not_specialize=["layer", "R_H", "programs"])
@@ -133,6 +137,18 @@ def list_kernel(
     tl.store(at + 2, number * chunk[:, None], mask=mask)
     tl.store(at + 3, tl.minimum(left, chunk[:, None] * per_page), mask=mask)
     tl.store(at + 4, score_tile[:, None] + skipped, mask=mask)
+
+
+@triton.jit
+def has_sums(tier, HIGH: tl.constexpr, LOW: tl.constexpr):
+    """Whether tokens of an item's tier have significance sums; low ones only if high ones do."""
+    if LOW.tracked:
+        found = tier >= 0
+    elif HIGH.tracked:
+        found = tier == 0
+    else:
+        found = tier < 0
+    return found
 
 
 @triton.jit

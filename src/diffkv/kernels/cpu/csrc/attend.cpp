@@ -29,13 +29,18 @@ constexpr int pages_per_item(int tier) {
   return pages > 0 ? pages : 1;
 }
 
+// Scores of an item are kept for the sums; where there are none, those of a tile at a time.
 constexpr int item_stride() {
   int most = 0;
   for (int tier = 0; tier < NUM_TIERS; tier++) {
     const int tokens = whole_vectors(pages_per_item(tier) * tokens_per_page(tier)) + LANES;
-    most = tokens > most ? tokens : most;
+    most = is_tracked(tier) && tokens > most ? tokens : most;
   }
   return most;
+}
+
+constexpr int score_stride(int tier) {
+  return is_tracked(tier) ? item_stride() : tile_tokens(tier);
 }
 
 struct Call {
@@ -44,9 +49,10 @@ struct Call {
   int64_t query_stride;
   uint8_t* output;
   int64_t output_stride;
-  float scale;  // of the scores, which are logarithms to base 2
-  // Per item: [item, group, item_stride], [item, group] twice, [item, group, D].
-  float *scores, *largest, *total, *partial;
+  float scale;    // of the scores, which are logarithms to base 2
+  float* scores;  // [kept item, group, item_stride]
+  // Per item: [item, group] twice, [item, group, D].
+  float *largest, *total, *partial;
   float* lse;  // [request, head, group]
 };
 
@@ -77,7 +83,7 @@ INLINE void score_tile(const Tile<TIER>& tile, int num, const Queries<TIER, G>& 
     each<G>([&](auto h) {
       Floats x = totals[h] * scale;
       if (start + LANES > num) x = iota() < num - start ? x : broadcast(-INFINITE);
-      store(scores + h.value * item_stride() + start, x);
+      store(scores + h.value * score_stride(TIER) + start, x);
       most[h] = maximum(most[h], x);
     });
   }
@@ -97,7 +103,7 @@ INLINE void weigh_tile(const Tile<TIER>& tile, int num, const float* scores, con
   for (int start = 0; start < num; start += LANES) {
     Floats p[G];
     each<G>([&](auto h) {
-      p[h] = exp2(load<Floats>(scores + h.value * item_stride() + start) - largest[h]);
+      p[h] = exp2(load<Floats>(scores + h.value * score_stride(TIER) + start) - largest[h]);
       total[h] += p[h];
     });
     each<GROUPS>([&](auto g) {
@@ -125,14 +131,17 @@ __attribute__((flatten)) void attend_item(const Call& call, const Item& item, in
   float largest[G], keep[G];
   Floats total[G] = {}, zeros[G][GROUPS] = {};
   for (float& x : largest) x = -INFINITE;
-  float* scores = call.scores + at * item_stride();
+  constexpr bool KEEPS = is_tracked(TIER);
+  alignas(LINE_BYTES) float tile_scores[KEEPS ? 1 : G * score_stride(TIER)];
+  float* scores = tile_scores;
+  if constexpr (KEEPS) scores = call.scores + (item.kept * GROUP + first_head) * item_stride();
   Tile<TIER> tile;
   constexpr int VALUE_BLOCKS =
       integer_values(TIER) ? integer_value_blocks(TIER, G) : float_value_blocks(TIER, G);
   Schedule<TIER, VALUE_BLOCKS> lines;
 
   for (int done = 0; done < item.num_tokens;
-       done += tile_tokens(TIER), scores += tile_tokens(TIER)) {
+       done += tile_tokens(TIER), scores += KEEPS ? tile_tokens(TIER) : 0) {
     const int num = std::min(tile_tokens(TIER), item.num_tokens - done);
     tile.find(call.pool, item, done, num);
     if (first_head == 0) ahead.take(lines.lines, lines.NUM);
@@ -204,11 +213,11 @@ void merge(const Call& call, int64_t request, int64_t head, int64_t first, int64
 
 // Every token's sum grows by the max over the group of its probability.
 template <int TIER>
-void add_sums(const Call& call, const Item& item, int64_t number) {
+void add_sums(const Call& call, const Item& item) {
   constexpr int T = tokens_per_page(TIER), SUMS = layout::TIERS[TIER].sums;
   const Pool& pool = call.pool;
   const float* lse = call.lse + (item.request * pool.num_kv_heads + item.head) * GROUP;
-  const float* scores = call.scores + number * GROUP * item_stride();
+  const float* scores = call.scores + item.kept * GROUP * item_stride();
   const int pages = (item.num_tokens + T - 1) / T;
   for (int i = 0; i < pages; i++) {
     const int ahead = std::min(i + PAGES_AHEAD, pages - 1),
@@ -253,10 +262,11 @@ EXPORT int diffkv_attend(const Pool* pool_ptr, int64_t layer, const int32_t* slo
                          uint8_t* output, int64_t output_stride, float scale, int threads) {
   static thread_local Scratch scratch;
   static thread_local std::vector<Item> items;
-  static thread_local std::vector<int64_t> starts;
+  static thread_local std::vector<int64_t> starts, kept;
   const Pool& pool = *pool_ptr;
   const int64_t heads = pool.num_kv_heads;
   items.clear();
+  kept.clear();
   starts.assign(1, 0);
   for (int64_t r = 0; r < num_requests; r++)
     for (int64_t head = 0; head < heads; head++) {
@@ -264,21 +274,25 @@ EXPORT int diffkv_attend(const Pool* pool_ptr, int64_t layer, const int32_t* slo
         const int64_t row = pool.row(slots[r], layer, head);
         const int pages = pages_per_item(tier), num = pool.tokens(row, tier);
         const int item_tokens = pages * layout::TIERS[tier].tokens_per_page;
-        for (int done = 0, page = 0; done < num; done += item_tokens, page += pages)
-          items.push_back({r, head, row, tier, page, std::min(item_tokens, num - done)});
+        for (int done = 0, page = 0; done < num; done += item_tokens, page += pages) {
+          const int64_t place = is_tracked(tier) ? (int64_t)kept.size() : -1;
+          if (is_tracked(tier)) kept.push_back((int64_t)items.size());
+          items.push_back({r, head, row, tier, page, std::min(item_tokens, num - done), place});
+        }
       }
       starts.push_back((int64_t)items.size());
     }
 
   const int64_t N = (int64_t)items.size(), num_heads = num_requests * heads, rows = N * GROUP;
-  float* memory = scratch.get(rows * (item_stride() + 2 + D) + num_heads * GROUP);
+  const int64_t num_kept = (int64_t)kept.size(), num_scores = num_kept * GROUP * item_stride();
+  float* memory = scratch.get(num_scores + rows * (2 + D) + num_heads * GROUP);
   float* scores = memory;
-  float* partial = scores + rows * item_stride();
+  float* partial = scores + num_scores;
   float* largest = partial + rows * D;
   const Call call = {pool,   query,   query_stride,   output,  output_stride,     scale * LOG2_E,
                      scores, largest, largest + rows, partial, largest + 2 * rows};
   const Item* work = items.data();
-  const int64_t* bounds = starts.data();
+  const int64_t *bounds = starts.data(), *with_sums = kept.data();
   const int useful = (int)std::max<int64_t>(1, std::min<int64_t>(threads, std::max(N, num_heads)));
   std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(useful)
@@ -303,8 +317,12 @@ EXPORT int diffkv_attend(const Pool* pool_ptr, int64_t layer, const int32_t* slo
     for (int64_t i = 0; i < num_heads; i++)
       merge(call, i / heads, i % heads, bounds[i], bounds[i + 1]);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < N; i++)
-      with_tier(work[i].tier, [&](auto tier) { add_sums<tier.value>(call, work[i], i); });
+    for (int64_t i = 0; i < num_kept; i++) {
+      const Item& item = work[with_sums[i]];
+      with_tier(item.tier, [&](auto tier) {
+        if constexpr (is_tracked(tier.value)) add_sums<tier.value>(call, item);
+      });
+    }
   }
   return OK;
 }

@@ -28,6 +28,7 @@ struct Decision {
   Place low;     // the demoted token's place, unless the low tier grows
 };
 
+// Of a tier that is tracked.
 template <int TIER>
 Least least_mean(const Pool& pool, int64_t row, int32_t num_tokens, int32_t prompt_len) {
   constexpr int T = tokens_per_page(TIER);
@@ -93,11 +94,11 @@ Decision decide(const Pool& pool, int64_t slot, int64_t row, int32_t num_tokens)
   // Sums are never negative, so without thresholds no mean is below one.
   Least least_high = {std::numeric_limits<float>::infinity(), NOWHERE};
   Least least_low = least_high;
-  const bool may_act = high > 0.0f || low > 0.0f;
+  const bool may_act = is_tracked(HIGH) && (high > 0.0f || low > 0.0f);
   if (may_act) least_high = least_mean<HIGH>(pool, row, num_tokens, pool.prompt_lens[slot]);
   const bool may_drop = least_high.mean < low;
   const bool may_demote = HAS_LOW && least_high.mean < high;
-  if constexpr (HAS_LOW)
+  if constexpr (HAS_LOW && is_tracked(NUM_TIERS - 1))
     if (may_drop || may_demote)
       least_low = least_mean<LOW>(pool, row, num_tokens, pool.prompt_lens[slot]);
   if (may_drop && least_high.mean < least_low.mean) return {false, -1, least_high.place, NOWHERE};
@@ -183,11 +184,13 @@ INLINE void demote_side(const uint8_t* from, int from_index, uint8_t* to, int to
 void demote(const uint8_t* from, int from_index, uint8_t* to, int to_index) {
   demote_side<true>(from, from_index, to, to_index);
   demote_side<false>(from, from_index, to, to_index);
-  float sum;
-  int32_t position;
-  std::memcpy(&sum, from + layout::TIERS[HIGH].sums + from_index * 4, 4);
-  std::memcpy(&position, from + layout::TIERS[HIGH].positions + from_index * 4, 4);
-  write_score<NUM_TIERS - 1>(to, to_index, sum, position);
+  if constexpr (is_tracked(NUM_TIERS - 1)) {
+    float sum;
+    int32_t position;
+    std::memcpy(&sum, from + layout::TIERS[HIGH].sums + from_index * 4, 4);
+    std::memcpy(&position, from + layout::TIERS[HIGH].positions + from_index * 4, 4);
+    write_score<NUM_TIERS - 1>(to, to_index, sum, position);
+  }
 }
 
 }  // namespace

@@ -72,6 +72,9 @@ constexpr Side value_side(int tier) {
 
 constexpr int tokens_per_page(int tier) { return layout::TIERS[tier].tokens_per_page; }
 
+// Whether the tier's tokens have sums and positions: a decision may read them.
+constexpr bool is_tracked(int tier) { return layout::TIERS[tier].tracked; }
+
 // Calls body with the tier as a type.
 template <class Body>
 INLINE void with_tier(int tier, Body&& body) {
@@ -122,6 +125,8 @@ INLINE void write_vector(uint8_t* page, int index, const uint8_t* vector) {
 
 template <int TIER>
 INLINE void write_score(uint8_t* page, int index, float sum, int32_t position) {
-  std::memcpy(page + layout::TIERS[TIER].sums + index * 4, &sum, 4);
-  std::memcpy(page + layout::TIERS[TIER].positions + index * 4, &position, 4);
+  if constexpr (is_tracked(TIER)) {
+    std::memcpy(page + layout::TIERS[TIER].sums + index * 4, &sum, 4);
+    std::memcpy(page + layout::TIERS[TIER].positions + index * 4, &position, 4);
+  }
 }

@@ -152,7 +152,9 @@ EXPORT int diffkv_gather(const Pool* pool_ptr, int64_t layer, int64_t slot, int6
           const uint8_t* page = pool.page(pool.entry(row, TIER, n / T));
           read_vector<TIER, true>(page, (int)(n % T), key + at * ROW_BYTES);
           read_vector<TIER, false>(page, (int)(n % T), value + at * ROW_BYTES);
-          std::memcpy(positions + at, page + layout::TIERS[TIER].positions + n % T * 4, 4);
+          positions[at] = -1;
+          if constexpr (is_tracked(TIER))
+            std::memcpy(positions + at, page + layout::TIERS[TIER].positions + n % T * 4, 4);
           tiers[at] = (int8_t)TIER;
         });
       }

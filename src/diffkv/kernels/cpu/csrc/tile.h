@@ -14,6 +14,7 @@ constexpr int LINE_BYTES = 64;  // of the machine's caches
 struct Item {
   int64_t request, head, row;
   int tier, first_page, num_tokens;
+  int64_t kept;  // place of its scores among those that are kept; -1 if they are not
 };
 
 // Tokens of a tile: a tile and the next, which is being asked for, share the first cache.
