@@ -106,7 +106,9 @@ _MODELS = (
     Row(
         "models", "chunked local attention (Llama 4)", REFUSED,
         "such layers would need another rule for what to keep", WITHOUT, _REFUSALS,
-        lambda config: getattr(config.model_config.hf_text_config, "attention_chunk_size", None),
+        lambda config: bool(
+            getattr(config.model_config.hf_text_config, "attention_chunk_size", None)
+        ),
         "chunked local attention (attention_chunk_size)",
     ),
     Row(
