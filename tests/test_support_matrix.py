@@ -20,7 +20,7 @@ def vllm_config(**changes):
             "use_mla": False, "is_hybrid": False, "is_encoder_decoder": False,
             "runner_type": "generate", "disable_sliding_window": False,
             "hf_text_config": SimpleNamespace(sliding_window=None), "is_mm_prefix_lm": False,
-            "enable_sleep_mode": False,
+            "enable_sleep_mode": False, "is_attention_free": False,
         },
         "parallel_config": {
             "pipeline_parallel_size": 1, "decode_context_parallel_size": 1,
@@ -47,6 +47,10 @@ REFUSALS = {
     "attention in both directions over images (PaliGemma)": {"is_mm_prefix_lm": True},
     "MLA": {"use_mla": True},
     "layers with a recurrent state (hybrid models)": {"is_hybrid": True},
+    "ALiBi": {"hf_text_config": SimpleNamespace(sliding_window=None, model_type="bloom")},
+    "soft cap on attention scores": {
+        "hf_text_config": SimpleNamespace(sliding_window=None, attn_logit_softcapping=50.0)
+    },
     "encoder-decoder models": {"is_encoder_decoder": True},
     "models that do not generate": {"runner_type": "pooling"},
     "speculative decoding": {"speculative": object()},

@@ -63,6 +63,11 @@ def _has_sliding_window(config: Any) -> bool:
     )
 
 
+def _has_alibi(config: Any) -> bool:
+    text = config.model_config.hf_text_config
+    return getattr(text, "model_type", None) == "bloom" or bool(getattr(text, "alibi", None))
+
+
 def _has_context_parallelism(config: Any) -> bool:
     parallel = config.parallel_config
     return parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
@@ -84,6 +89,7 @@ _FAMILIES = (
 )
 _WEIGHTS = (f"{TESTS}test_weights.py::test_format_is_served_as_by_stock",)
 _REFUSALS = ("tests/test_support_matrix.py::test_refusals",)
+_STARTS = (f"{TESTS}test_refused_models.py::test_refused_before_a_worker_starts", *_REFUSALS)
 _LAYERS = ("tests/test_support_matrix.py::test_layer_refusals",)
 
 _MODELS = (
@@ -105,7 +111,7 @@ _MODELS = (
     ),
     Row(
         "models", "chunked local attention (Llama 4)", REFUSED,
-        "such layers would need another rule for what to keep", WITHOUT, _REFUSALS,
+        "such layers would need another rule for what to keep", WITHOUT, _STARTS,
         lambda config: bool(
             getattr(config.model_config.hf_text_config, "attention_chunk_size", None)
         ),
@@ -118,30 +124,35 @@ _MODELS = (
     ),
     Row(
         "models", "MLA", REFUSED, "its cache is compressed already", "serve them without DiffKV",
-        _REFUSALS, lambda config: config.model_config.use_mla,
+        _STARTS, lambda config: config.model_config.use_mla,
         "MLA models (their cache is compressed already)",
     ),
     Row(
         "models", "layers with a recurrent state (hybrid models)", REFUSED, "they have no KV cache",
-        "serve them without DiffKV", _REFUSALS, lambda config: config.model_config.is_hybrid,
-        "hybrid models (layers with a recurrent state)",
+        "serve them without DiffKV", _STARTS,
+        lambda config: config.model_config.is_hybrid or config.model_config.is_attention_free,
+        "models with layers that have a recurrent state",
     ),
     Row(
         "models", "encoder-decoder models", REFUSED, "only decoder attention is implemented",
-        "serve them without DiffKV", _REFUSALS,
+        "serve them without DiffKV", _STARTS,
         lambda config: config.model_config.is_encoder_decoder,
     ),
     Row(
         "models", "models that do not generate", REFUSED, "pooling needs no cache",
-        "serve them without DiffKV", _REFUSALS,
+        "serve them without DiffKV", _STARTS,
         lambda config: config.model_config.runner_type != "generate",
     ),
     Row(
-        "models", "ALiBi", REFUSED, "the kernels have no position bias", WITHOUT, _LAYERS,
-        layer_argument="alibi_slopes",
+        "models", "ALiBi", REFUSED, "the kernels have no position bias", WITHOUT,
+        (*_STARTS, *_LAYERS), _has_alibi, layer_argument="alibi_slopes",
     ),
     Row(
-        "models", "soft cap on attention scores", REFUSED, "the kernels have none", WITHOUT, _LAYERS,
+        "models", "soft cap on attention scores", REFUSED, "the kernels have none", WITHOUT,
+        (*_STARTS, *_LAYERS),
+        lambda config: bool(
+            getattr(config.model_config.hf_text_config, "attn_logit_softcapping", None)
+        ),
         layer_argument="logits_soft_cap",
     ),
     Row(
