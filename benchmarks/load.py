@@ -173,13 +173,15 @@ async def run(args: argparse.Namespace) -> int:
             )
         )
         preemptions = await metric(url, "vllm:num_preemptions_total") - before
+        given_up = await metric(url, "diffkv_prompts_given_up_total")
         held = await _held_at_last(url)
     lossless = args.quant == "k16v16"
     result = {
         "quant": args.quant, "clients": args.clients, "seconds": args.seconds,
         "kv_memory": args.kv_memory, "finished": outcome.finished, "hung_up": outcome.hung_up,
-        "equal_to_alone": outcome.equal, "preemptions": preemptions, "pages_held_at_end": held,
-        "errors": outcome.errors[:5], "num_errors": len(outcome.errors),
+        "equal_to_alone": outcome.equal, "preemptions": preemptions,
+        "prompts_given_up": given_up, "pages_held_at_end": held, "errors": outcome.errors[:5],
+        "num_errors": len(outcome.errors),
     }  # fmt: skip
     passed = not outcome.errors and held == 0 and outcome.finished > 0
     passed &= outcome.equal == outcome.finished or not lossless

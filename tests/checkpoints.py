@@ -51,6 +51,7 @@ FAMILIES = {
     "llama2": Family("LlamaConfig", 4, 64),
     "llama3": Family("LlamaConfig", 2, 128, {"rope_theta": 500000.0}),
     "llama_head80": Family("LlamaConfig", 2, 80),
+    "llama_head256": Family("LlamaConfig", 1, 256),
     "mistral": Family("MistralConfig", 2, 64, {"sliding_window": None}),
     "mistral_window": Family("MistralConfig", 2, 64, {"sliding_window": 128}),
     "mixtral": Family(

@@ -234,6 +234,9 @@ def test_table(capsys, llama):
 def test_refusals(capsys, llama, tmp_path):
     model = ("--model", str(llama))
     assert "leaves no KV cache" in refused(capsys, *model, "--gpu-memory", "16GiB")
+    for memory in ("24", "2GiB"):
+        line = refused(capsys, *model, "--gpu-memory", memory)
+        assert f"--gpu-memory {memory} is used up by the 2GiB of --reserve" in line
     assert "must divide 32 query heads" in refused(
         capsys, *model, "--gpu-memory", "80GiB", "--tensor-parallel-size", "3"
     )

@@ -51,12 +51,13 @@ def dashboard() -> dict[str, Any]:
     """The dashboard, as Grafana imports it."""
     panels: list[dict[str, Any]] = []
     for title, names, unit in PANELS:
-        targets = [_target(PREFIX + name, name) for name in names]
+        targets = [_target(PREFIX + name, f"{name}, engine {{{{engine}}}}") for name in names]
         panels.append(_panel(len(panels), title, unit, targets, " ".join(GAUGES[n] for n in names)))
     for name, text in COUNTERS.items():
         # the client library appends _total to a counter's name
-        target = _target(f"rate({PREFIX}{name}_total[1m])", name)
-        panels.append(_panel(len(panels), f"{name} a second", "none", [target], text))
+        target = _target(f"rate({PREFIX}{name}_total[1m])", f"{name}, engine {{{{engine}}}}")
+        title = f"{name.replace('_', ' ').capitalize()} a second"
+        panels.append(_panel(len(panels), title, "none", [target], text))
     quantiles = [
         _target(
             f"histogram_quantile({q}, sum by (le) (rate({PREFIX}{HISTOGRAM}_bucket[5m])))",

@@ -169,8 +169,12 @@ def test_sampling_is_checked_before_an_engine_starts(capsys: pytest.CaptureFixtu
     ("flags", "message"),
     [
         (["--kv-transfer-config", "{}"], "DiffKV is the KV connector"),
+        (["--kv-transfer-config.kv_connector=X"], "DiffKV is the KV connector"),
+        (["--kv-offloading-size", "1"], "DiffKV is the KV connector"),
+        (["--attention-backend", "FLASH_ATTN"], "DiffKV is the attention backend"),
         (["--enable-prefix-caching"], "prefix caching does not go with DiffKV"),
         (["--speculative-config={}"], "speculative decoding does not go with DiffKV"),
+        (["-sc", "{}"], "speculative decoding does not go with DiffKV"),
         (["--worker_extension_cls", "x.Y"], "DiffKV extends the worker"),
     ],
 )
@@ -178,6 +182,12 @@ def test_flags_that_do_not_go_together(
     capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     assert message in refused(capsys, "serve", "reference", *flags)
+
+
+def test_a_connector_that_vllm_puts_in_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a refusal the cache would be vLLM's own, and nothing would say so."""
+    line = refused(capsys, "generate", *PROMPT, "--kv-offloading-size", "1")
+    assert line.startswith("DiffKV does not support the KV connector OffloadingConnector")
 
 
 def test_options_from_python() -> None:

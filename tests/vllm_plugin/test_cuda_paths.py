@@ -1,5 +1,6 @@
 """What vLLM does on CUDA and not on CPUs, as far as a CPU can show it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from stepping import Request, check_quotas, drive
 from torch import Tensor
 
 from diffkv.prefill import Spans, torch_prefill
+from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import engine_args
 from diffkv.vllm_plugin.admission import Admission
 from diffkv.vllm_plugin.backend import DiffKVBuilder
@@ -142,5 +144,13 @@ def test_both_runners_take_the_admission_check() -> None:
         check(good)
         with pytest.raises(VLLMValidationError, match="diffkv_alpha_high"):
             check(bad)
-    assert not Admission(None, None).add_request(0, good)
-    Admission(None, torch.device("cpu"), False).update_state(None)
+    ours, others = (
+        SimpleNamespace(
+            kv_transfer_config=SimpleNamespace(kv_connector=name, kv_connector_extra_config={})
+        )
+        for name in ("DiffKVConnector", "OffloadingConnector")
+    )
+    assert not Admission(ours, None).add_request(0, good)
+    Admission(ours, torch.device("cpu"), False).update_state(None)
+    with pytest.raises(ConfigError, match="DiffKV's connector was replaced"):
+        Admission(others, None)

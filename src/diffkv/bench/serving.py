@@ -22,6 +22,12 @@ from diffkv.quant import ConfigError
 __all__ = ["Traffic", "run"]
 
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+THREADS = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}
+"""For all servers, unless the environment says otherwise, so that they run on as many threads.
+
+vLLM leaves one core of a CPU to other processes, and one more where there is a KV connector, as in
+DiffKV; of two cores it then leaves none."""
+
 START_SECONDS = 600
 STOP_SECONDS = 60
 METRICS = ("ttft", "tpot", "itl", "e2el")
@@ -80,7 +86,7 @@ def _server(setting: Setting, model: str, flags: Sequence[str], log: Path) -> It
     """
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = {**THREADS, **os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
     with log.open("w") as file:
         process = subprocess.Popen(
             _command(setting, model, port, flags), stdout=file, stderr=file, env=environment

@@ -93,6 +93,11 @@ def run(args: argparse.Namespace) -> int:
     model = load_config(folder)
     weights = weights_of(folder, model)
     usable = int(memory * args.gpu_memory_utilization) - reserve
+    if usable <= 0:
+        raise ConfigError(
+            f"--gpu-memory {args.gpu_memory} is used up by the {args.reserve} of --reserve: more of it, "
+            f"with a unit as in 24GiB, or a smaller --reserve"
+        )
     rank = rank_of(model, weights.num_bytes, args.tensor_parallel_size, usable)
 
     dense = [plan_dense(name, rank, context) for name in ("bf16", "fp8")]

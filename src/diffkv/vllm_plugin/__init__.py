@@ -35,7 +35,7 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from diffkv.vllm_plugin.select import CONNECTOR
+    from diffkv.vllm_plugin.matrix import CONNECTOR
 
     if CONNECTOR in KVConnectorFactory._registry:
         return
@@ -60,7 +60,7 @@ def engine_args(quant: str = DEFAULT_QUANT, **options: Any) -> dict[str, Any]:
     """
     from vllm.platforms import current_platform
 
-    from diffkv.vllm_plugin.select import CONNECTOR
+    from diffkv.vllm_plugin.matrix import CONNECTOR
     from diffkv.vllm_plugin.support import check_version
 
     check_version()

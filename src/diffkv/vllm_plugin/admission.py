@@ -16,7 +16,9 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as RunnerV2Processor,
 )
 
+from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.requests import THRESHOLDS, Settings
+from diffkv.vllm_plugin.select import options_of
 
 __all__ = ["Admission", "FixedAdmission", "HighAdmission"]
 
@@ -39,7 +41,15 @@ class Admission(RunnerV1Processor, RunnerV2Processor):
         Settings.parse(sampling_params.extra_args, cls.settable)
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool = False) -> None:
-        """Take what either runner gives: a device and pinning, or, in its place, the requests' state."""
+        """Take what either runner gives: a device and pinning, or, in its place, the requests' state.
+
+        Raises:
+            ConfigError: another option of vLLM has put a connector in the place of DiffKV's.
+        """
+        if options_of(vllm_config) is None:
+            raise ConfigError(
+                "DiffKV's connector was replaced: leave out --kv-offloading-size and other connectors"
+            )
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """Leave logits alone."""

@@ -14,11 +14,12 @@ from vllm.v1.attention.backend import (
     AttentionType,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from diffkv.cache import Step
 from diffkv.layout import CacheLayout
 from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.matrix import WITHOUT
 from diffkv.vllm_plugin.select import options_of
 from diffkv.vllm_plugin.spec import DiffKVSpec
 from diffkv.vllm_plugin.support import check_config, check_layer
@@ -232,6 +233,11 @@ class DiffKVBackend(AttentionBackend):
         """Replace the spec vLLM made for a layer by ours."""
         if isinstance(spec, DiffKVSpec):
             return spec
+        if type(spec) is not FullAttentionSpec or spec.non_causal:
+            raise ConfigError(
+                f"DiffKV does not support attention layers with a cache of another kind "
+                f"({type(spec).__name__}): {WITHOUT}"
+            )
         model = _models[spec.head_size]
         return DiffKVSpec.of(
             spec, model.layout, model.num_layers, model.max_model_len, model.max_num_seqs

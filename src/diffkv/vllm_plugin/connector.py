@@ -98,12 +98,16 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Find our manager among vLLM's."""
         super().bind_kv_cache_manager(kv_cache_manager)
         managers = kv_cache_manager.coordinator.single_type_managers
-        if len(managers) != 1 or not isinstance(managers[0], DiffKVManager):
+        if not any(isinstance(manager, DiffKVManager) for manager in managers):
+            raise ConfigError(
+                "DiffKV's connector runs without its attention backend: pass --attention-backend CUSTOM"
+            )
+        if len(managers) != 1:
             raise ConfigError(
                 "DiffKV needs all attention layers of the model to be alike; "
                 "serve this model without DiffKV"
             )
-        self._manager = managers[0]
+        (self._manager,) = managers
         for line in banner(self._options, managers[0].shape, self._vllm_config):
             logger.info(line)
 

@@ -9,10 +9,14 @@ from typing import Any
 
 from diffkv.quant import ConfigError
 
-__all__ = ["MATRIX", "WITHOUT", "Row", "refuse", "to_markdown"]
+__all__ = ["CONNECTOR", "MATRIX", "WITHOUT", "Row", "refuse", "to_markdown"]
 
-WORKS, REFUSED, OFF, NOT_TRIED = "works", "refused", "turned off", "not tried"
+WORKS, REFUSED, OFF = "works", "refused", "turned off"
+TRIED, NOT_TRIED = "tried", "not tried"
 WITHOUT = "serve this model without DiffKV"
+
+CONNECTOR = "DiffKVConnector"
+"""Name of DiffKV's KV connector in a vLLM configuration."""
 
 TESTS = "tests/vllm_plugin/"
 
@@ -24,7 +28,7 @@ class Row:
     Attributes:
         area: models, weights, features or parallelism.
         feature: as the page names it.
-        status: works, refused, turned off or not tried.
+        status: works, refused, turned off, tried or not tried.
         why: or what is known.
         change: what a user does instead, where it is refused.
         tests: that run it: `file::function` in the tests' folder.
@@ -59,6 +63,11 @@ def _has_sliding_window(config: Any) -> bool:
     )
 
 
+def _has_alibi(config: Any) -> bool:
+    text = config.model_config.hf_text_config
+    return getattr(text, "model_type", None) == "bloom" or bool(getattr(text, "alibi", None))
+
+
 def _has_context_parallelism(config: Any) -> bool:
     parallel = config.parallel_config
     return parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
@@ -69,12 +78,18 @@ def _has_experts_on_cpus(config: Any) -> bool:
     return on_cpu and bool(config.parallel_config.enable_expert_parallel)
 
 
+def _has_another_connector(config: Any) -> bool:
+    transfer = config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector != CONNECTOR
+
+
 _FAMILIES = (
     f"{TESTS}test_models.py::test_lossless_tokens_equal_stock",
     f"{TESTS}test_models.py::test_lossy_drift_is_bounded_and_counts_are_right",
 )
 _WEIGHTS = (f"{TESTS}test_weights.py::test_format_is_served_as_by_stock",)
 _REFUSALS = ("tests/test_support_matrix.py::test_refusals",)
+_STARTS = (f"{TESTS}test_refused_models.py::test_refused_before_a_worker_starts", *_REFUSALS)
 _LAYERS = ("tests/test_support_matrix.py::test_layer_refusals",)
 
 _MODELS = (
@@ -83,10 +98,9 @@ _MODELS = (
         for name in (
             "Llama 2 (MHA)", "Llama 3 (GQA)", "Mistral", "Mixtral",
             "Qwen 2.5 (QKV bias, tied embeddings)", "Qwen 3 (QK norm)", "Qwen 3 MoE",
-            "head_dim 64, 80, 96, 128",
+            "head_dim 64, 80, 96, 128, 256",
         )
     ),
-    Row("models", "head_dim 256", NOT_TRIED, "in an engine"),
     Row("models", "multimodal models", NOT_TRIED),
     Row(
         "models", "sliding-window layers", REFUSED, "they would need another rule for what to keep",
@@ -96,31 +110,49 @@ _MODELS = (
         _has_sliding_window, layer_argument="sliding_window",
     ),
     Row(
+        "models", "chunked local attention (Llama 4)", REFUSED,
+        "such layers would need another rule for what to keep", WITHOUT, _STARTS,
+        lambda config: bool(
+            getattr(config.model_config.hf_text_config, "attention_chunk_size", None)
+        ),
+        "chunked local attention (attention_chunk_size)",
+    ),
+    Row(
+        "models", "attention in both directions over images (PaliGemma)", REFUSED,
+        "only causal attention is implemented", WITHOUT, _REFUSALS,
+        lambda config: config.model_config.is_mm_prefix_lm,
+    ),
+    Row(
         "models", "MLA", REFUSED, "its cache is compressed already", "serve them without DiffKV",
-        _REFUSALS, lambda config: config.model_config.use_mla,
+        _STARTS, lambda config: config.model_config.use_mla,
         "MLA models (their cache is compressed already)",
     ),
     Row(
         "models", "layers with a recurrent state (hybrid models)", REFUSED, "they have no KV cache",
-        "serve them without DiffKV", _REFUSALS, lambda config: config.model_config.is_hybrid,
-        "hybrid models (layers with a recurrent state)",
+        "serve them without DiffKV", _STARTS,
+        lambda config: config.model_config.is_hybrid or config.model_config.is_attention_free,
+        "models with layers that have a recurrent state",
     ),
     Row(
         "models", "encoder-decoder models", REFUSED, "only decoder attention is implemented",
-        "serve them without DiffKV", _REFUSALS,
+        "serve them without DiffKV", _STARTS,
         lambda config: config.model_config.is_encoder_decoder,
     ),
     Row(
         "models", "models that do not generate", REFUSED, "pooling needs no cache",
-        "serve them without DiffKV", _REFUSALS,
+        "serve them without DiffKV", _STARTS,
         lambda config: config.model_config.runner_type != "generate",
     ),
     Row(
-        "models", "ALiBi", REFUSED, "the kernels have no position bias", WITHOUT, _LAYERS,
-        layer_argument="alibi_slopes",
+        "models", "ALiBi", REFUSED, "the kernels have no position bias", WITHOUT,
+        (*_STARTS, *_LAYERS), _has_alibi, layer_argument="alibi_slopes",
     ),
     Row(
-        "models", "soft cap on attention scores", REFUSED, "the kernels have none", WITHOUT, _LAYERS,
+        "models", "soft cap on attention scores", REFUSED, "the kernels have none", WITHOUT,
+        (*_STARTS, *_LAYERS),
+        lambda config: bool(
+            getattr(config.model_config.hf_text_config, "attn_logit_softcapping", None)
+        ),
         layer_argument="logits_soft_cap",
     ),
     Row(
@@ -179,10 +211,24 @@ _FEATURES = (
             f"{TESTS}test_layer_formats.py::test_one_prompt_holds_the_pages_of_its_tokens",
         ),
     ),
-    Row("features", "structured output", NOT_TRIED, "logits are left alone"),
-    Row("features", "LoRA", NOT_TRIED, "the cache does not see weights"),
-    Row("features", "sleep mode", NOT_TRIED),
-    Row("features", "beam search", NOT_TRIED),
+    Row(
+        "features", "structured output", WORKS, "choice, regex and JSON schema, with xgrammar", "",
+        (f"{TESTS}test_features.py::test_structured_output",),
+    ),
+    Row(
+        "features", "LoRA", WORKS, "the cache does not see weights", "",
+        (f"{TESTS}test_features.py::test_lora",),
+    ),
+    Row(
+        "features", "beam search", WORKS,
+        "each step computes each beam's text anew, since prefixes are not shared: slow", "",
+        (f"{TESTS}test_features.py::test_beam_search",),
+    ),
+    Row(
+        "features", "sleep mode", REFUSED, "the pool's tables are in the memory that sleep gives up",
+        "leave out --enable-sleep-mode", _REFUSALS,
+        lambda config: config.model_config.enable_sleep_mode,
+    ),
     Row(
         "features", "prefix caching", OFF,
         "heads keep different tokens, so requests cannot share pages; diffkv serve refuses the flag",
@@ -204,9 +250,12 @@ _FEATURES = (
         "--kv-cache-dtype {config.cache_config.cache_dtype}",
     ),
     Row(
-        "features", "another KV connector", REFUSED, "DiffKV is one, and vLLM has one",
-        "leave out --kv-transfer-config",
-        (f"{TESTS}test_bad_input.py::test_flags_that_do_not_go_together",),
+        "features", "another KV connector", REFUSED,
+        "DiffKV is one, and vLLM has one; --kv-offloading-size asks for one too",
+        "leave out --kv-transfer-config and --kv-offloading-size",
+        (f"{TESTS}test_bad_input.py::test_flags_that_do_not_go_together", *_REFUSALS),
+        _has_another_connector,
+        "the KV connector {config.kv_transfer_config.kv_connector} beside its own",
     ),
     Row(
         "features", "another version of vLLM", REFUSED, "the plugin knows its internals",
@@ -252,8 +301,9 @@ _PARALLELISM = (
     Row("parallelism", "several machines", NOT_TRIED, "vLLM's part, by Ray or multiprocessing"),
     Row("parallelism", "CPU", WORKS, "every test above runs on one", "", _FAMILIES),
     Row(
-        "parallelism", "GPU", NOT_TRIED,
-        "the kernels were run on one; the plugin is written against vLLM's source",
+        "parallelism", "GPU", TRIED,
+        "[engines on an H100](results/gpu/README.md#engines), in one process and bf16; not yet there: "
+        "a server, preemption, several GPUs",
     ),
 )  # fmt: skip
 
@@ -299,8 +349,8 @@ def to_markdown() -> str:
         "<!-- Written by `python tools/support_matrix.py` from src/diffkv/vllm_plugin/matrix.py. -->",
         "",
         "*works*: the tests named beside it run it. *refused*: the engine does not start, and says "
-        "in one line what to change. *turned off*: the start-up log says so. *not tried*: it may "
-        "work; no test says so.",
+        "in one line what to change. *turned off*: the start-up log says so. *tried*: it ran, by hand; "
+        "no test here runs it. *not tried*: it may work; nobody has seen it.",
     ]
     for area in dict.fromkeys(row.area for row in MATRIX):
         lines += ["", f"## {area.capitalize()}", "", "| | | why, what to change | tests |"]

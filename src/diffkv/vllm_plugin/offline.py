@@ -160,6 +160,7 @@ def _check_before_workers(args: dict[str, Any]) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
+    from diffkv.vllm_plugin.matrix import refuse
     from diffkv.vllm_plugin.select import options_of
     from diffkv.vllm_plugin.support import check_config
 
@@ -170,7 +171,9 @@ def _check_before_workers(args: dict[str, Any]) -> None:
         args = {**args, "kv_transfer_config": KVTransferConfig(**transfer)}
     config = EngineArgs(**args).create_engine_config(UsageContext.LLM_CLASS)
     options = options_of(config)
-    if options is not None:
+    if options is None:
+        refuse(config)
+    else:
         check_config(config, options)
 
 

@@ -12,11 +12,10 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from diffkv.vllm_plugin.matrix import CONNECTOR
 from diffkv.vllm_plugin.options import Options
 
-__all__ = ["CONNECTOR", "options_of"]
-
-CONNECTOR = "DiffKVConnector"
+__all__ = ["options_of"]
 
 
 def options_of(vllm_config: Any) -> Options | None:

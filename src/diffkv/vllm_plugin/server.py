@@ -55,6 +55,9 @@ def serve(model: str, options: Options, flags: Sequence[str]) -> None:
     parser = make_arg_parser(FlexibleArgumentParser(prog="diffkv serve", add_help=False))
     refuse_in_one_line(parser, "vllm serve")
     args: Any = parser.parse_args(["--model", model, *serve_flags(options), *flags])
+    ours = engine_args(**options.to_dict())["logits_processors"]
+    # a user's own replace what was given before them
+    args.logits_processors = [*ours, *(p for p in args.logits_processors if p not in ours)]
     try:
         validate_parsed_serve_args(args)
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
@@ -75,11 +78,17 @@ def _refuse_flags(flags: Sequence[str]) -> None:
     """
     refused = {
         "--kv-transfer-config": "DiffKV is the KV connector: give --quant and its other options",
+        "--kv-offloading-size": "DiffKV is the KV connector, and vLLM has one: leave it out",
+        "--attention-backend": "DiffKV is the attention backend: leave it out",
         "--enable-prefix-caching": "prefix caching does not go with DiffKV: leave it out",
-        "--speculative-config": "speculative decoding does not go with DiffKV: leave it out",
+        **dict.fromkeys(
+            ("--speculative-config", "-sc"),
+            "speculative decoding does not go with DiffKV: leave it out",
+        ),
         "--worker-extension-cls": "DiffKV extends the worker: leave it out",
     }
     for flag in flags:
-        name = flag.split("=")[0].replace("_", "-")
+        # vLLM takes --a.b=c for a field of what --a sets
+        name = flag.split("=")[0].split(".")[0].replace("_", "-")
         if name in refused:
             raise ConfigError(f"{name}: {refused[name]}")

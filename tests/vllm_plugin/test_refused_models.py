@@ -1,0 +1,56 @@
+"""Models that DiffKV cannot serve end `diffkv serve` in one line, from their configuration alone."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from diffkv.cli import main
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "settings", "flags", "message"),
+    [
+        ("DeepseekV2Config", "DeepseekV2ForCausalLM", {"num_hidden_layers": 2}, [], "MLA models"),
+        ("BloomConfig", "BloomForCausalLM", {"n_layer": 2, "hidden_size": 64}, [], "ALiBi"),
+        ("FalconConfig", "FalconForCausalLM", {"num_hidden_layers": 2, "alibi": True}, [], "ALiBi"),
+        (
+            "Gemma2Config", "Gemma2ForCausalLM", {"num_hidden_layers": 2}, [],
+            "sliding-window layers: pass --disable-sliding-window",
+        ),
+        (
+            "Gemma2Config", "Gemma2ForCausalLM", {"num_hidden_layers": 2},
+            ["--disable-sliding-window"], "soft cap on attention scores",
+        ),
+        ("GptOssConfig", "GptOssForCausalLM", {"num_hidden_layers": 2}, [], "sliding-window layers"),
+        ("Llama4TextConfig", "Llama4ForCausalLM", {"num_hidden_layers": 4}, [], "chunked local"),
+        ("JambaConfig", "JambaForCausalLM", {"num_hidden_layers": 8}, [], "a recurrent state"),
+        ("MambaConfig", "MambaForCausalLM", {"num_hidden_layers": 2}, [], "a recurrent state"),
+        ("WhisperConfig", "WhisperForConditionalGeneration", {}, [], "encoder-decoder models"),
+        ("BertConfig", "BertModel", {}, [], "models that do not generate"),
+    ],
+)  # fmt: skip
+def test_refused_before_a_worker_starts(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    config: str,
+    architecture: str,
+    settings: dict[str, Any],
+    flags: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    made = getattr(transformers, config)(**settings)
+    made.architectures = [architecture]
+    made.save_pretrained(tmp_path)
+    save_file({"unused": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert main(["serve", str(tmp_path), "--max-model-len", "256", *flags]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffkv: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("diffkv: DiffKV does not support ")
+    assert message in lines[0]
