@@ -1,14 +1,42 @@
-"""Measures thresholds with vLLM: one engine, whose requests bring their own."""
+"""Measures settings with vLLM: requests bring their thresholds; a share of keys is the engine's."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from diffkv.calibrate.questions import AGREEMENT, Question, agreement
-from diffkv.calibrate.search import Cost, Measure, Part
-from diffkv.policy import Thresholds
+from diffkv.calibrate.search import Cost, Measure, Part, Setting
+from diffkv.policies import with_distinct
+from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.session import Session, session
 
-__all__ = ["full_precision", "measure"]
+__all__ = ["Engine", "engines", "full_precision", "measure"]
+
+Engine = Callable[[float], Session]
+"""The engine whose policy keeps a share of distinct keys."""
+
+
+@contextlib.contextmanager
+def engines(arguments: dict[str, Any], options: Options) -> Iterator[Engine]:
+    """One engine at a time, started when it is asked for; another share takes another engine.
+
+    Args:
+        arguments: of vLLM's engine, the model among them.
+        options: DiffKV's.
+    """
+    running: dict[float, Session] = {}
+    with contextlib.ExitStack() as stack:
+
+        def engine(distinct: float) -> Session:
+            if distinct not in running:
+                stack.close()
+                running.clear()
+                ours = replace(options, policy=with_distinct(options.policy, distinct))
+                running[distinct] = stack.enter_context(session(arguments, ours))
+            return running[distinct]
+
+        yield engine
 
 
 def _sampling(questions: Sequence[Question], metric: str) -> list[dict[str, Any]]:
@@ -47,21 +75,23 @@ def full_precision(
 
 
 def measure(
-    engine: Session, questions: Sequence[Question], metric: str, full: Sequence[Any]
+    engine: Engine, questions: Sequence[Question], metric: str, full: Sequence[Any]
 ) -> Measure:
     """A measure that asks an engine.
 
     Args:
-        engine: with DiffKV.
+        engine: with DiffKV, for each share.
         questions: what is asked.
         metric: how it is scored.
         full: as `full_precision` found it.
     """
 
-    def ask(thresholds: Thresholds, samples: range) -> Part:
+    def ask(setting: Setting, samples: range) -> Part:
         asked = questions[samples.start : samples.stop]
         prompts = [question.prompt for question in asked]
-        answers, use = engine.answer(prompts, _sampling(asked, metric), thresholds)
+        answers, use = engine(setting.distinct).answer(
+            prompts, _sampling(asked, metric), setting.thresholds
+        )
         assert use is not None
         losses = []
         for answer, question, best in zip(
