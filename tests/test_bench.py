@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from diffkv import ops
-from diffkv.bench import fill, gain_map, manager, models, plots, throughput
+from diffkv.bench import fill, gain_map, manager, models, plots, prompt, throughput
 from diffkv.bench.attention import Grid, Point
-from diffkv.bench.facts import percentile
+from diffkv.bench.facts import Rows, percentile
 from diffkv.bench.host_table import HostTable
 from diffkv.bench.timing import Case, measure
 from diffkv.cli import main
@@ -116,6 +116,21 @@ def test_a_map_leaves_out_what_does_not_fit():
     prompts = [cell.workload(64, 512).prompts for cell in small]
     assert [len(each) for each in prompts] == [1, 8]
     assert prompts[0][0] not in prompts[1]
+
+
+def test_share_of_a_prompt():
+    rows = Rows(as_json=True)
+    for requests, speed in ((4, 500.0), (1, 1000.0)):
+        row = map_row(requests, None, ctx=64, engine="stock bf16", prefill_tokens_per_s=speed)
+        rows.add(row, "")
+    prompt.add_shares(rows, models.find("bench-tiny"), ["k8v4-k4v2", "k8v4"])
+    shares = rows.rows[2:]
+    assert [(row["op"], row["quant"]) for row in shares] == [
+        ("prompt", "k8v4-k4v2"), ("prompt", "k8v4"),
+    ]  # fmt: skip
+    for row in shares:
+        assert row["stock_prefill_ms"] == pytest.approx(64.0)
+        assert row["share"] == pytest.approx((row["significance_ms"] + row["store_prompt_ms"]) / 64)
 
 
 def test_plot_of_a_map_with_holes(tmp_path):

@@ -118,6 +118,14 @@ MAP: list[Column] = [
     ("requests at once", number("max_running", 0)),
     *((words, times(key)) for key, words in RATIOS.items()),
 ]
+PROMPT: list[Column] = [
+    ("formats", lambda row: row["quant"]),
+    ("prompt tokens", lambda row: f"{row['ctx']:,}"),
+    ("significance, ms", number("significance_ms")),
+    ("store, ms", number("store_prompt_ms")),
+    ("vLLM's own prefill, ms", number("stock_prefill_ms", 0)),
+    ("share", lambda row: f"{row['share']:.1%}"),
+]
 SERVING: list[Column] = [
     ("engine", label),
     ("requests/s", number("rate", 2)),
@@ -194,11 +202,21 @@ def page() -> str:
     if throughput:
         body = table(THROUGHPUT, throughput)
         parts.append(section("Offline throughput", made["throughput"], throughput, body))
-    gains = read("map")
+    mapped = read("map")
+    gains = [row for row in mapped if row["op"] == "map"]
     if gains:
         plot_map(gains, RATIOS, RESULTS / "map.png")
         where = "\n".join(f"* {line}" for line in begins(gains))
-        body = "\n\n".join((table(MAP, gains), where, "![where the gain is](map.png)"))
+        prompts = table(PROMPT, [row for row in mapped if row["op"] == "prompt"])
+        body = "\n\n".join(
+            (
+                table(MAP, gains),
+                where,
+                "![where the gain is](map.png)",
+                "What scoring and storing a prompt takes, in all layers:",
+                prompts,
+            )
+        )
         parts.append(section("Where the gain is", made["map"], gains, body))
     serving = read("serving")
     if serving:

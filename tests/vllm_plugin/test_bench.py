@@ -55,7 +55,7 @@ def test_throughput() -> None:
 
 
 def test_map() -> None:
-    rows = bench("map", "--quant", "k8v4-k4v2")
+    *rows, short, long = bench("map", "--quant", "k8v4-k4v2")
     cells = [(row["ctx"], row["requests"], row["engine"]) for row in rows]
     assert cells == [(ctx, requests, engine) for ctx in (64, 260) for requests in (1, 6)
                      for engine in ("stock bf16", "diffkv")]  # fmt: skip
@@ -64,6 +64,9 @@ def test_map() -> None:
             ours["decode_tokens_per_s"] / stock["decode_tokens_per_s"]
         )
         assert ours["runs"] >= 1
+    for row, ctx in ((short, 64), (long, 260)):
+        assert (row["op"], row["ctx"]) == ("prompt", ctx)
+        assert row["significance_ms"] > 0
     stock, ours = rows[-2:]
     # The budget holds four of the longest requests in bf16, and all six of ours.
     assert (stock["max_running"], ours["max_running"]) == (4, 6)

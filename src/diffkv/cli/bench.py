@@ -275,7 +275,7 @@ def _throughput(args: argparse.Namespace) -> None:
 
 
 def _map(args: argparse.Namespace) -> None:
-    from diffkv.bench import gain_map, plots
+    from diffkv.bench import gain_map, plots, prompt
     from diffkv.bench.facts import Rows
     from diffkv.bench.throughput import four_requests
 
@@ -296,8 +296,10 @@ def _map(args: argparse.Namespace) -> None:
                  "weights": engine.get("load_format", "own")}  # fmt: skip
         wanted = gain_map.Map(args.ctx, args.requests, budgets, args.output_len, args.repeats)
         gain_map.run(engine, config, wanted, _compared(args, options, rows), rows, facts)
+    mapped = rows.rows[:]
+    prompt.add_shares(rows, config, args.quant)
     if args.plot:
-        plots.plot_map(rows.rows, gain_map.RATIOS, args.plot)
+        plots.plot_map(mapped, gain_map.RATIOS, args.plot)
 
 
 def _compared(args: argparse.Namespace, options: list[dict[str, Any]], rows: Any) -> list[Any]:
