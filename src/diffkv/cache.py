@@ -13,10 +13,10 @@ from torch import Tensor
 from diffkv import pool
 from diffkv.ops import Ops
 from diffkv.policies import PAPER, Policy
-from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds, num_queries_seen
+from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds
 from diffkv.prefill import Prefill, torch_prefill
 from diffkv.state import CacheState, PoolState, PromptTokens
-from diffkv.steps import PromptChunk, Step, joined, pack, slot_tensor, starts_of
+from diffkv.steps import Decision, Packing, PromptChunk, Prompts, Step, joined, on_device
 
 __all__ = ["DiffKVCache", "PromptChunk", "Step"]
 
@@ -62,12 +62,14 @@ class DiffKVCache:
         Args:
             num_q_heads: query heads of a layer, on this rank.
         """
-        nobody, one = self._slot_tensor([-1]), starts_of([1], self._device)
+        nobody, one = self._slot_tensor([-1]), on_device([0, 1], torch.int32, self._device)
         pool = self.state.pool
         shape = (pool.num_kv_heads, pool.layout.head_dim)
         device, dtype = self._device, pool.dtype
         key = torch.zeros(1, *shape, dtype=dtype, device=device)
         query = torch.zeros(1, num_q_heads, shape[1], dtype=dtype, device=device)
+        self._turn_back(query)
+        key = self._rotated(key)
         sums = self._ops.significance(query, key, one, one, self._scale, SCORED_QUERIES)
         tiers = torch.full(sums.shape, HIGH, dtype=torch.int8, device=device)
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
@@ -76,6 +78,7 @@ class DiffKVCache:
             plan = self._ops.plan_decode(group, nobody, torch.ones_like(nobody))
             self._ops.append(group, 0, plan, key, key)
             self._ops.attend(group, 0, nobody, query, self._scale, torch.empty_like(query))
+            self._ops.gather(group, 0, 0, 1)
             self._ops.release(group, nobody, -1)
 
     def open(
@@ -151,7 +154,20 @@ class DiffKVCache:
         """
         groups = self.state.groups if slots.numel() else ()
         plans = tuple(self._ops.plan_decode(group, slots, seq_lens) for group in groups)
-        return Step(tuple(prompts), decode_rows, plans)
+        return Step(self._described(prompts) if prompts else None, decode_rows, plans)
+
+    def _described(self, chunks: Sequence[PromptChunk]) -> Prompts:
+        """What all layers ask of some chunks. A prompt that was given up is decided, and not stored."""
+        groups = self.state.groups
+        decided = [
+            [
+                self._thresholds_of(g, c.slot) if c.is_last and self._decides(g, c) else None
+                for c in chunks
+            ]
+            for g in groups
+        ]
+        windows = [group.window for group in groups]
+        return Prompts.of(chunks, decided, self._policy, windows, self._device)
 
     def attend(
         self, layer: int, step: Step, query: Tensor, key: Tensor, value: Tensor, output: Tensor
@@ -166,7 +182,7 @@ class DiffKVCache:
             value: [num_rows, num_kv_heads, head_dim].
             output: [num_rows, num_q_heads, head_dim], written for the step's rows.
         """
-        if step.prompts:
+        if step.prompts is not None:
             self._attend_prompts(layer, step.prompts, query, key, value, output)
         if step.plans:
             rows = step.decode_rows
@@ -205,148 +221,192 @@ class DiffKVCache:
     def _attend_prompts(
         self,
         layer: int,
-        prompts: Sequence[PromptChunk],
+        prompts: Prompts,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         output: Tensor,
     ) -> None:
         """Attend exactly, then store. Only what has been stored before is attended to as rotated."""
-        group, _ = self._group(layer)
-        rotated_key, rotated_value = self._rotated(key), self._rotated(value)
-        queries, keys, values = [], [], []
-        for chunk in prompts:
-            span, q = chunk.span, query[chunk.span]
-            if chunk.num_stored:
-                q = self._rotated(q)
-                k, v = self._with_stored(layer, chunk, rotated_key[span], rotated_value[span])
+        fate = prompts.fates[self._places[layer][0]]
+        query, key, value = query[prompts.rows], key[prompts.rows], value[prompts.rows]
+        turned_key, turned_value = self._rotated(key), self._rotated(value)
+        whole = self._with_stored(layer, prompts, turned_key, turned_value)
+        out = output[prompts.rows]
+        if whole:
+            self._attend_chunks(prompts, query, key, value, whole, out)
+        else:
+            self._prefill(query, key, value, prompts.spans, self._scale, out)
+        if not isinstance(prompts.rows, slice):
+            output[prompts.rows] = out
+        if fate.undecided is not None:
+            self._carry_queries(layer, prompts, fate.undecided.chunks, query)
+            self._store_high(layer, fate.undecided, turned_key, turned_value)
+        if fate.complete is not None:
+            if fate.complete.query_rows is None:
+                queries = self._scored_queries(layer, prompts, fate.complete.packing.chunks, query)
             else:
-                k, v = key[span], value[span]
-            queries.append(q)
-            keys.append(k)
-            values.append(v)
-        outputs = [output[chunk.span] for chunk in prompts]
-        self._prefill(queries, keys, values, self._scale, outputs)
-        undecided: list[tuple[PromptChunk, Tensor, Tensor]] = []
-        complete: list[tuple[PromptChunk, Tensor, Tensor, Tensor]] = []
-        for chunk, q, all_k, all_v, out in zip(
-            prompts, queries, keys, values, outputs, strict=True
-        ):
-            k, v = rotated_key[chunk.span], rotated_value[chunk.span]
-            if chunk.num_stored:
-                self._turn_back(out)
-            q = q[-self._policy.scored_queries :]
-            if not chunk.num_stored:
-                q, all_k, all_v = self._rotated(q), k, v
-            if chunk.slot in self._given_up:
-                continue
-            if not (chunk.is_last and self._decides(group, chunk)):
-                self._carry_queries(layer, chunk, q)
-                undecided.append((chunk, k, v))
+                queries = self._rotated(query[fate.complete.query_rows])
+            if fate.complete.stored_slots is None:
+                rows = fate.complete.packing.rows
+                keys, values = turned_key[rows], turned_value[rows]
             else:
-                q = self._scored_queries(layer, chunk, q)
-                complete.append((chunk, q, all_k, all_v))
-        if undecided:
-            self._store_high(layer, undecided)
-        if complete:
-            self._store_decided(layer, complete)
+                keys, values = self._whole(prompts, fate.complete, turned_key, turned_value, whole)
+            self._store_decided(layer, fate.complete, queries, keys, values)
 
     def _with_stored(
-        self, layer: int, chunk: PromptChunk, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of a prompt up to its chunk's end, earlier chunks read back from pages."""
+        self, layer: int, prompts: Prompts, key: Tensor, value: Tensor
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Rotated keys and values up to its end of each chunk with earlier ones, which are read back."""
         group, index = self._group(layer)
-        stored_k, stored_v, _, _ = self._ops.gather(group, index, chunk.slot, chunk.num_stored)
-        return (
-            torch.cat([stored_k.transpose(0, 1), key]),
-            torch.cat([stored_v.transpose(0, 1), value]),
-        )
+        whole = {}
+        for chunk, span in prompts.parts:
+            if chunk.num_stored:
+                k, v, _, _ = self._ops.gather(group, index, chunk.slot, chunk.num_stored)
+                whole[chunk.slot] = (
+                    torch.cat([k.transpose(0, 1), key[span]]),
+                    torch.cat([v.transpose(0, 1), value[span]]),
+                )
+        return whole
+
+    def _attend_chunks(
+        self,
+        prompts: Prompts,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        whole: dict[int, tuple[Tensor, Tensor]],
+        output: Tensor,
+    ) -> None:
+        """Attend where some chunks have earlier ones."""
+        queries, keys, values = [], [], []
+        for chunk, span in prompts.parts:
+            stored = whole.get(chunk.slot)
+            queries.append(query[span] if stored is None else self._rotated(query[span]))
+            keys.append(key[span] if stored is None else stored[0])
+            values.append(value[span] if stored is None else stored[1])
+        packed = joined(queries), joined(keys), joined(values)
+        self._prefill(*packed, prompts.spans, self._scale, output)
+        for chunk, span in prompts.parts:
+            if chunk.slot in whole:
+                self._turn_back(output[span])
+
+    @staticmethod
+    def _whole(
+        prompts: Prompts,
+        decision: Decision,
+        key: Tensor,
+        value: Tensor,
+        whole: dict[int, tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values of complete prompts, some of which have earlier chunks."""
+        spans = {chunk.slot: span for chunk, span in prompts.parts}
+        slots = [chunk.slot for chunk in decision.packing.chunks]
+        pairs = [whole.get(slot) or (key[spans[slot]], value[spans[slot]]) for slot in slots]
+        return joined([k for k, _ in pairs]), joined([v for _, v in pairs])
 
     def _group(self, layer: int) -> tuple[PoolState, int]:
         """The group of a layer of the model, and which of its layers that is."""
         number, index = self._places[layer]
         return self.state.groups[number], index
 
-    def _carry_queries(self, layer: int, chunk: PromptChunk, query: Tensor) -> None:
-        """Keep the queries of an early chunk that are among those that score the prompt."""
-        scored = chunk.end - max(chunk.num_stored, chunk.prompt_len - self._policy.scored_queries)
+    def _carry_queries(
+        self, layer: int, prompts: Prompts, chunks: Sequence[PromptChunk], query: Tensor
+    ) -> None:
+        """Keep those queries of early chunks that are among the ones that score their prompts."""
         group, _ = self._group(layer)
-        if chunk.is_last or scored <= 0 or not self._decides(group, chunk):
-            return
-        earlier = self._carried_queries.get((chunk.slot, layer))
-        latest = query[-scored:].clone()
-        self._carried_queries[chunk.slot, layer] = (
-            latest if earlier is None else torch.cat([earlier, latest])
-        )
+        undecided = {chunk.slot for chunk in chunks}
+        for chunk, span in prompts.parts:
+            first = max(chunk.num_stored, chunk.prompt_len - self._policy.scored_queries)
+            scored = chunk.end - first
+            if chunk.slot not in undecided or chunk.is_last or scored <= 0:
+                continue
+            if self._decides(group, chunk):
+                latest = self._rotated(query[span.stop - scored : span.stop])
+                earlier = self._carried_queries.get((chunk.slot, layer))
+                self._carried_queries[chunk.slot, layer] = (
+                    latest.clone() if earlier is None else torch.cat([earlier, latest])
+                )
 
-    def _scored_queries(self, layer: int, chunk: PromptChunk, query: Tensor) -> Tensor:
-        """The queries that score a prompt, those of earlier chunks included."""
-        earlier = self._carried_queries.pop((chunk.slot, layer), None)
-        query = query[-self._policy.scored_queries :]
-        return query if earlier is None else torch.cat([earlier, query])
+    def _scored_queries(
+        self, layer: int, prompts: Prompts, chunks: Sequence[PromptChunk], query: Tensor
+    ) -> Tensor:
+        """The rotated queries that score complete prompts, those of earlier chunks included."""
+        spans = {chunk.slot: span for chunk, span in prompts.parts}
+        queries = []
+        for chunk in chunks:
+            scored, span = self._policy.scored_queries, spans[chunk.slot]
+            latest = self._rotated(query[max(span.start, span.stop - scored) : span.stop])
+            earlier = self._carried_queries.pop((chunk.slot, layer), None)
+            queries.append(latest if earlier is None else torch.cat([earlier, latest]))
+        return joined(queries)
 
-    def _store_high(self, layer: int, chunks: list[tuple[PromptChunk, Tensor, Tensor]]) -> None:
-        tokens = pack(
-            [c.slot for c, _, _ in chunks],
-            [k for _, k, _ in chunks],
-            [v for _, _, v in chunks],
-            [c.num_stored for c, _, _ in chunks],
-        )
+    def _store_high(self, layer: int, packing: Packing, key: Tensor, value: Tensor) -> None:
+        key, value = key[packing.rows], value[packing.rows]
         group, index = self._group(layer)
-        shape = (group.num_kv_heads, tokens.key.shape[0])
-        tiers = torch.full(shape, HIGH, dtype=torch.int8, device=tokens.key.device)
-        sums = torch.zeros(shape, dtype=torch.float32, device=tokens.key.device)
+        shape = (group.num_kv_heads, len(key))
+        tiers = torch.full(shape, HIGH, dtype=torch.int8, device=self._device)
+        sums = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        tokens = self._without_given_up(packing, packing.tokens(key, value))
         self._ops.store_prompt(group, index, tokens, tiers, sums)
 
     def _store_decided(
-        self, layer: int, prompts: list[tuple[PromptChunk, Tensor, Tensor, Tensor]]
+        self, layer: int, decision: Decision, query: Tensor, key: Tensor, value: Tensor
     ) -> None:
         """Score whole prompts, choose their tiers and store them, in place of what was stored."""
         group, index = self._group(layer)
-        chunks = [c for c, _, _, _ in prompts]
-        tokens = pack(
-            [c.slot for c in chunks], [k for _, _, k, _ in prompts], [v for _, _, _, v in prompts],
-            [0] * len(prompts),
-        )  # fmt: skip
-        queries = [q for _, q, _, _ in prompts]
-        scored = self._policy.scored_queries
+        packing = decision.packing
         sums = self._ops.significance(
-            joined(queries), tokens.key, starts_of([len(q) for q in queries], self._device),
-            tokens.cu_seqlens, self._scale, min(scored, max(len(q) for q in queries)),
-        )  # fmt: skip
-        tiers = torch.empty(sums.shape, dtype=torch.int8, device=sums.device)
-        start = 0
-        for chunk in chunks:
-            span = slice(start, start + chunk.prompt_len)
-            length = torch.tensor(chunk.prompt_len, device=sums.device)
-            seen = num_queries_seen(tokens.positions[span], length, length)
-            if scored == SCORED_QUERIES:
-                means = sums[:, span] / seen
-            else:  # decode divides by `seen`, whoever has scored the prompt
-                means = sums[:, span] / (length - tokens.positions[span]).clamp(max=scored)
-                sums[:, span] = means * seen
-            thresholds = self._thresholds_of(group, chunk.slot)
-            tiers[:, span] = self._policy.decide(means, tokens.key[span], thresholds, group.window)
-            start = span.stop
-            self._keep_limit(chunk, group, tiers[:, span])
-        kept = [-1 if c.slot in self._given_up else c.slot for c in chunks]
-        tokens = replace(tokens, slots=self._slot_tensor(kept))
-        stored = [c.slot for c in chunks if c.num_stored]
-        if stored:
-            self._ops.release(group, self._slot_tensor(stored), index)
+            query, key, decision.query_starts, packing.starts, self._scale, decision.max_queries
+        )
+        means = sums / decision.num_scored
+        if self._policy.scored_queries != SCORED_QUERIES:
+            # Decode divides by `num_seen`, whoever has scored the prompt
+            sums = means * decision.num_seen
+        if decision.bounds is not None:
+            tiers = decision.bounds.tiers(means)
+        else:
+            tiers = self._tiers(group, packing, means, key)
+        self._keep_limits(group, packing, tiers)
+        tokens = self._without_given_up(packing, packing.tokens(key, value))
+        if decision.stored_slots is not None:
+            self._ops.release(group, decision.stored_slots, index)
         self._ops.store_prompt(group, index, tokens, tiers, sums)
 
-    def _keep_limit(self, chunk: PromptChunk, group: PoolState, tiers: Tensor) -> None:
-        """Give a prompt up, and its pages back, if a layer of `group` would bring it over its limit."""
-        limit = self._limits.get(chunk.slot)
-        if limit is None:
-            return
-        slot = self._slot_tensor([chunk.slot])
-        held = sum(int(pool.held_pages(each, slot)) for each in self.state.groups)
-        if held + pool.prompt_pages(group.layout, tiers) > limit:
-            self._given_up.add(chunk.slot)
-            for each in self.state.groups:
-                self._ops.release(each, slot, -1)
+    def _tiers(self, group: PoolState, packing: Packing, means: Tensor, key: Tensor) -> Tensor:
+        """By a policy that looks at one prompt at a time."""
+        tiers = torch.empty(means.shape, dtype=torch.int8, device=means.device)
+        start = 0
+        for chunk in packing.chunks:
+            span = slice(start, start + chunk.prompt_len)
+            thresholds = self._thresholds_of(group, chunk.slot)
+            tiers[:, span] = self._policy.decide(
+                means[:, span], key[span], thresholds, group.window
+            )
+            start = span.stop
+        return tiers
+
+    def _keep_limits(self, group: PoolState, packing: Packing, tiers: Tensor) -> None:
+        """Give prompts up, and their pages back, that this layer would bring over their limits."""
+        start = 0
+        for chunk in packing.chunks:
+            span = slice(start, start + chunk.prompt_len)
+            start = span.stop
+            limit = self._limits.get(chunk.slot)
+            if limit is None or chunk.slot in self._given_up:
+                continue
+            slot = self._slot_tensor([chunk.slot])
+            held = sum(int(pool.held_pages(each, slot)) for each in self.state.groups)
+            if held + pool.prompt_pages(group.layout, tiers[:, span]) > limit:
+                self._given_up.add(chunk.slot)
+                for each in self.state.groups:
+                    self._ops.release(each, slot, -1)
+
+    def _without_given_up(self, packing: Packing, tokens: PromptTokens) -> PromptTokens:
+        if not any(self.gave_up(chunk.slot) for chunk in packing.chunks):
+            return tokens
+        kept = [-1 if self.gave_up(c.slot) else c.slot for c in packing.chunks]
+        return replace(tokens, slots=self._slot_tensor(kept))
 
     def _slot_tensor(self, slots: Sequence[int]) -> Tensor:
-        return slot_tensor(slots, self._device)
+        return on_device(slots, torch.int32, self._device)

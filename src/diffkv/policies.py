@@ -74,6 +74,11 @@ class Policy:
             return thresholds != Thresholds()
         return not self.keeps_all
 
+    @property
+    def by_token(self) -> bool:
+        """Whether each token's tier follows from its own mean alone, so that prompts may be joined."""
+        return self.tiers is paper_tiers and self.distinct == 1
+
     def decide(self, means: Tensor, key: Tensor, thresholds: Thresholds, window: int) -> Tensor:
         """Tiers of a prompt's tokens, [num_kv_heads, N] int8.
 

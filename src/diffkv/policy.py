@@ -27,6 +27,7 @@ __all__ = [
     "DecodeAction",
     "PromptPolicy",
     "Thresholds",
+    "TokenBounds",
     "decode_action",
     "decode_candidates",
     "key_difference",
@@ -135,6 +136,27 @@ def num_queries_seen(positions: Tensor, num_tokens: Tensor, prompt_lens: Tensor)
     return num_tokens - first
 
 
+@dataclass(frozen=True)
+class TokenBounds:
+    """What the published rule compares the means of some prompts' tokens with.
+
+    Attributes:
+        least_high: [N] float32, alpha_high / N of each token's prompt, clamped.
+        least_low: [N] float32, likewise of alpha_low.
+        recent: [N] bool, whether the token is in its prompt's window.
+    """
+
+    least_high: Tensor
+    least_low: Tensor
+    recent: Tensor
+
+    def tiers(self, means: Tensor) -> Tensor:
+        """The published rule for prompts, see `paper_tiers`: [num_kv_heads, N] int8."""
+        high, low = (means >= self.least_high) | self.recent, means >= self.least_low
+        # HIGH 0, LOW 1, DROPPED 2: one more for each bound that a token is under
+        return (~high).to(torch.int8) + (~(high | low)).to(torch.int8)
+
+
 def paper_tiers(means: Tensor, thresholds: Thresholds, window: int) -> Tensor:
     """The published rule for prompts.
 
@@ -149,10 +171,15 @@ def paper_tiers(means: Tensor, thresholds: Thresholds, window: int) -> Tensor:
     Returns:
         [num_kv_heads, N] int8 of HIGH, LOW and DROPPED.
     """
-    num_tokens = torch.tensor(means.shape[1], device=means.device)
+    num_tokens = torch.tensor(means.shape[1])
+    # On the host: a device would be waited for
+    least_high, least_low = (
+        threshold(alpha, num_tokens).item()
+        for alpha in (thresholds.alpha_high, thresholds.alpha_low)
+    )
     tiers = torch.full(means.shape, DROPPED, dtype=torch.int8, device=means.device)
-    tiers[means >= threshold(thresholds.alpha_low, num_tokens)] = LOW
-    tiers[means >= threshold(thresholds.alpha_high, num_tokens)] = HIGH
+    tiers[means >= least_low] = LOW
+    tiers[means >= least_high] = HIGH
     recent = max(0, means.shape[1] - window)
     tiers[:, recent:] = HIGH
     return tiers

@@ -1,58 +1,81 @@
 """Exact attention of prompts, before anything of them is compressed."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["Prefill", "torch_prefill"]
+__all__ = ["Prefill", "Spans", "torch_prefill"]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """How R requests are packed, one after the other.
+
+    Attributes:
+        num_queries: by request, its last tokens.
+        num_keys: by request, all of its tokens so far.
+        query_starts: [R + 1] int32, where each request's queries start.
+        key_starts: [R + 1] int32.
+    """
+
+    num_queries: tuple[int, ...]
+    num_keys: tuple[int, ...]
+    query_starts: Tensor
+    key_starts: Tensor
+
+    @classmethod
+    def of(
+        cls, num_queries: Sequence[int], num_keys: Sequence[int], device: torch.device
+    ) -> "Spans":
+        """Of so many queries and keys by request."""
+        return cls(
+            tuple(num_queries), tuple(num_keys), _starts(num_queries, device), _starts(num_keys, device)
+        )  # fmt: skip
+
+
+def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return starts.to(device, non_blocking=True)
 
 
 class Prefill(Protocol):
     """Causal attention of the last tokens of each of several requests over all of its tokens."""
 
     def __call__(
-        self,
-        queries: Sequence[Tensor],
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        scale: float,
-        outputs: Sequence[Tensor],
+        self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, output: Tensor
     ) -> None:
         """Attend.
 
         Args:
-            queries: by request, [n, num_q_heads, head_dim], of the last n tokens.
-            keys: by request, [N, num_kv_heads, head_dim], N >= n.
-            values: likewise.
+            query: [num_queries of all, num_q_heads, head_dim]; rows may be apart.
+            key: [num_keys of all, num_kv_heads, head_dim], likewise.
+            value: likewise.
+            spans: of the requests, each with at least as many keys as queries.
             scale: of the dot products.
-            outputs: by request, [n, num_q_heads, head_dim], written.
+            output: [num_queries of all, num_q_heads, head_dim], written; rows may be apart.
         """
         ...
 
 
 def torch_prefill(
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    scale: float,
-    outputs: Sequence[Tensor],
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, output: Tensor
 ) -> None:
     """`Prefill` by torch's scaled_dot_product_attention, one request after the other."""
-    for query, key, value, output in zip(queries, keys, values, outputs, strict=True):
-        n, total = query.shape[0], key.shape[0]
+    queries, outputs = query.split(spans.num_queries), output.split(spans.num_queries)
+    keys, values = key.split(spans.num_keys), value.split(spans.num_keys)
+    for q, k, v, out in zip(queries, keys, values, outputs, strict=True):
+        n, total = len(q), len(k)
         seen = None
         if total > n:
-            seen = torch.ones(n, total, dtype=torch.bool, device=query.device).tril(total - n)
-        out = scaled_dot_product_attention(
-            query.transpose(0, 1)[None],
-            key.transpose(0, 1)[None],
-            value.transpose(0, 1)[None],
-            attn_mask=seen,
-            is_causal=seen is None,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        output.copy_(out[0].transpose(0, 1))
+            seen = torch.ones(n, total, dtype=torch.bool, device=q.device).tril(total - n)
+        attended = scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None],
+            attn_mask=seen, is_causal=seen is None, scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        out.copy_(attended[0].transpose(0, 1))

@@ -1,14 +1,31 @@
-"""What one forward pass brings to a cache, and how prompts of several requests are packed."""
+"""What one forward pass brings to a cache: chunks of prompts, and the places of generated tokens.
+
+All that the layers of a step have in common is put on the device once, without waiting for it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from diffkv.policies import Policy
+from diffkv.policy import SCORED_QUERIES, Thresholds, TokenBounds, threshold
+from diffkv.prefill import Spans
 from diffkv.state import DecodePlan, PromptTokens
 
-__all__ = ["PromptChunk", "Step", "joined", "pack", "slot_tensor", "starts_of"]
+__all__ = [
+    "Decision",
+    "Fate",
+    "Packing",
+    "PromptChunk",
+    "Prompts",
+    "Step",
+    "joined",
+    "on_device",
+    "spans_of",
+]
 
 
 @dataclass(frozen=True)
@@ -28,9 +45,14 @@ class PromptChunk:
     prompt_len: int
 
     @property
+    def num_new(self) -> int:
+        """Tokens of this chunk."""
+        return int(self.span.stop - self.span.start)
+
+    @property
     def end(self) -> int:
         """Prompt tokens that are in the cache after this chunk."""
-        return self.num_stored + self.span.stop - self.span.start
+        return self.num_stored + self.num_new
 
     @property
     def is_last(self) -> bool:
@@ -39,57 +61,222 @@ class PromptChunk:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Tokens of R chunks that are stored together, N in all, one chunk after the other.
+
+    Attributes:
+        chunks: which.
+        rows: where the chunks' new tokens are among those of `Prompts`.
+        slots: [R] int32.
+        starts: [R + 1] int32, where each chunk's tokens start.
+        positions: [N] int32, index of each token in its request.
+    """
+
+    chunks: tuple[PromptChunk, ...]
+    rows: slice | Tensor
+    slots: Tensor
+    starts: Tensor
+    positions: Tensor
+
+    def tokens(self, key: Tensor, value: Tensor) -> PromptTokens:
+        """What `store_prompt` takes: key and value are [N, num_kv_heads, head_dim]."""
+        return PromptTokens(self.slots, self.starts, key, value, self.positions)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Prompts that are complete, and what sorts their N tokens into tiers.
+
+    Attributes:
+        packing: of whole prompts, earlier chunks included.
+        stored_slots: [.] int32, of the prompts that have earlier chunks; None if there are none.
+        query_rows: where the scoring queries are among the tokens of `Prompts`; None where some came
+            in earlier chunks.
+        query_starts: [R + 1] int32, where each prompt's scoring queries start.
+        max_queries: most of one prompt.
+        num_scored: [N] float32, scoring queries that saw each token.
+        num_seen: [N] float32, by how many the rule divides when it decides for generated tokens.
+        bounds: what means are compared with, where the policy does just that.
+    """
+
+    packing: Packing
+    stored_slots: Tensor | None
+    query_rows: slice | Tensor | None
+    query_starts: Tensor
+    max_queries: int
+    num_scored: Tensor
+    num_seen: Tensor
+    bounds: TokenBounds | None
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of the chunks of a step in the layers of a group: kept high, or decided."""
+
+    undecided: Packing | None
+    complete: Decision | None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The chunks of prompts of a step; their tokens are packed one chunk after the other.
+
+    Attributes:
+        chunks: which.
+        rows: where their tokens are in the step's batch.
+        spans: of the chunks as attention sees them, with all tokens stored before.
+        fates: for each group of layers.
+    """
+
+    chunks: tuple[PromptChunk, ...]
+    rows: slice | Tensor
+    spans: Spans
+    fates: tuple[Fate, ...]
+
+    @property
+    def parts(self) -> list[tuple[PromptChunk, slice]]:
+        """Each chunk, and where its tokens are."""
+        ends = list(accumulate(self.spans.num_queries))
+        return [(c, slice(end - c.num_new, end)) for c, end in zip(self.chunks, ends, strict=True)]
+
+    @classmethod
+    def of(
+        cls,
+        chunks: Sequence[PromptChunk],
+        decided: Sequence[Sequence[Thresholds | None]],
+        policy: Policy,
+        windows: Sequence[int],
+        device: torch.device,
+    ) -> "Prompts":
+        """Put together what all layers ask of some chunks.
+
+        Args:
+            chunks: in any order of rows.
+            decided: for each group of layers and chunk, the thresholds that decide the prompt; None
+                where this chunk does not complete it, or nothing is to be decided.
+            policy: of the cache.
+            windows: of each group.
+            device: of the cache.
+        """
+        spans = Spans.of([c.num_new for c in chunks], [c.end for c in chunks], device)
+        slots = [c.slot for c in chunks]
+        starts = dict(zip(slots, accumulate([0, *spans.num_queries]), strict=False))
+        fates = []
+        for thresholds, window in zip(decided, windows, strict=True):
+            pairs = list(zip(chunks, thresholds, strict=True))
+            early = [c for c, t in pairs if t is None]
+            complete = [(c, t) for c, t in pairs if t is not None]
+            fates.append(
+                Fate(
+                    _packing(early, starts, device, whole=False) if early else None,
+                    _decision(complete, starts, policy, window, device) if complete else None,
+                )
+            )
+        return cls(
+            tuple(chunks), spans_of([c.span for c in chunks], device), spans, tuple(fates)
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Step:
     """What one forward pass adds to the cache; the same for every layer.
 
     Attributes:
-        prompts: chunks of prompts.
+        prompts: chunks of prompts; None if there are none.
         decode_rows: [R] int64, rows of the batch that are generated tokens, or a slice of them.
         plans: where those tokens go, for each group of layers; empty if there are none.
     """
 
-    prompts: tuple[PromptChunk, ...]
+    prompts: Prompts | None
     decode_rows: slice | Tensor
     plans: tuple[DecodePlan, ...]
 
 
-def pack(
-    slots: Sequence[int],
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    firsts: Sequence[int],
-) -> PromptTokens:
-    """Tokens of several requests, one request after the other.
-
-    Args:
-        slots: by request.
-        keys: by request, [n, num_kv_heads, head_dim].
-        values: likewise.
-        firsts: index of each request's first token here.
-    """
-    lengths, device = [len(k) for k in keys], keys[0].device
-    positions = [
-        torch.arange(first, first + length, dtype=torch.int32)
-        for first, length in zip(firsts, lengths, strict=True)
-    ]
-    return PromptTokens(
-        slot_tensor(slots, device), starts_of(lengths, device), joined(keys), joined(values),
-        torch.cat(positions).to(device),
-    )  # fmt: skip
+def _packing(
+    chunks: Sequence[PromptChunk],
+    starts: dict[int, int],
+    device: torch.device,
+    whole: bool,
+) -> Packing:
+    """Of the chunks' own tokens, or of all tokens up to the chunks' ends."""
+    lengths = [c.end if whole else c.num_new for c in chunks]
+    firsts = [0 if whole else c.num_stored for c in chunks]
+    packed_starts = [0, *accumulate(lengths)]
+    offsets = [first - start for first, start in zip(firsts, packed_starts, strict=False)]
+    each = torch.arange(packed_starts[-1], dtype=torch.int32, device=device)
+    return Packing(
+        tuple(chunks),
+        spans_of([slice(starts[c.slot], starts[c.slot] + c.num_new) for c in chunks], device),
+        on_device([c.slot for c in chunks], torch.int32, device),
+        on_device(packed_starts, torch.int32, device),
+        each + _spread(offsets, torch.int32, lengths, device),
+    )
 
 
-def slot_tensor(slots: Sequence[int], device: torch.device) -> Tensor:
-    """[R] int32."""
-    return torch.tensor(slots, dtype=torch.int32, device=device)
+def _decision(
+    prompts: Sequence[tuple[PromptChunk, Thresholds]],
+    starts: dict[int, int],
+    policy: Policy,
+    window: int,
+    device: torch.device,
+) -> Decision:
+    chunks = [c for c, _ in prompts]
+    packing = _packing(chunks, starts, device, whole=True)
+    lengths = [c.prompt_len for c in chunks]
+    num_queries = [min(length, policy.scored_queries) for length in lengths]
+    query_rows = None
+    if all(n <= c.num_new for c, n in zip(chunks, num_queries, strict=True)):
+        ends = [starts[c.slot] + c.num_new for c in chunks]
+        query_rows = spans_of(
+            [slice(end - n, end) for end, n in zip(ends, num_queries, strict=True)], device
+        )
+    stored = [c.slot for c in chunks if c.num_stored]
+    from_end = _spread(lengths, torch.int32, lengths, device) - packing.positions
+    bounds = None
+    if policy.by_token:
+        least = [
+            threshold(torch.tensor(alphas), torch.tensor(lengths)).tolist()
+            for alphas in zip(*((t.alpha_high, t.alpha_low) for _, t in prompts), strict=True)
+        ]
+        high, low = (_spread(values, torch.float32, lengths, device) for values in least)
+        bounds = TokenBounds(high, low, from_end <= window)
+    return Decision(
+        packing,
+        on_device(stored, torch.int32, device) if stored else None,
+        query_rows,
+        on_device([0, *accumulate(num_queries)], torch.int32, device),
+        max(num_queries),
+        from_end.clamp(max=policy.scored_queries).float(),
+        from_end.clamp(max=SCORED_QUERIES).float(),
+        bounds,
+    )
 
 
-def starts_of(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """[R + 1] int32: where each of R requests starts in a packed batch, and where the last one ends."""
-    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    starts[1:] = torch.tensor(lengths).cumsum(0)
-    return starts.to(device)
+def _spread(
+    values: Sequence[float], dtype: torch.dtype, lengths: Sequence[int], device: torch.device
+) -> Tensor:
+    """[sum(lengths)]: each value as often as its length says."""
+    counts = on_device(lengths, torch.int64, device)
+    each = on_device(values, dtype, device)
+    return torch.repeat_interleave(each, counts, output_size=sum(lengths))
+
+
+def spans_of(spans: Sequence[slice], device: torch.device) -> slice | Tensor:
+    """The rows of some spans, one span after the other: a slice where they are neighbours."""
+    if all(a.stop == b.start for a, b in pairwise(spans)):
+        return slice(spans[0].start, spans[-1].stop)
+    lengths = [span.stop - span.start for span in spans]
+    starts = [0, *accumulate(lengths)]
+    offsets = [span.start - start for span, start in zip(spans, starts, strict=False)]
+    each = torch.arange(starts[-1], device=device)
+    return each + _spread(offsets, torch.int64, lengths, device)
+
+
+def on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[len(values)], copied without waiting for the device."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """One after the other along the first dimension, contiguous."""
-    return (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))).contiguous()
+    """One after the other along the first dimension."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

@@ -25,7 +25,8 @@ TYPES = {
     "pages_ptr": BYTES, "codes_ptr": BYTES, "meta_ptr": "*fp16", "probs_ptr": "*fp16",
     "wants_ptr": "*i8", "tiers_ptr": "*i8", "first_ptr": "*i64", "ring_ends_ptr": "*i64",
     "partial_ptr": FLOATS, "lse_ptr": FLOATS, "most_ptr": FLOATS, "total_ptr": FLOATS,
-    "sums_ptr": FLOATS, "thresholds_ptr": FLOATS, "scale": "fp32",
+    "sums_ptr": FLOATS, "thresholds_ptr": FLOATS, "scale": "fp32", "signs_ptr": FLOATS,
+    "norm": "fp32",
 }  # fmt: skip
 MODEL = ("q_ptr", "output_ptr", "key_ptr", "value_ptr", "query_ptr", "x_ptr")
 
@@ -84,17 +85,21 @@ def cases(quant: str, head_dim: int, group: int) -> dict[str, tuple]:
         "ROWS": 8, "COUNT": 1024,
     }  # fmt: skip
     scored = {
-        "R_PADDED": 8, "H": HEADS, "G": group, "D": head_dim, "DP": padded, "DOT": tl.bfloat16,
+        "R_PADDED": 64, "H": HEADS, "G": group, "D": head_dim, "DP": padded, "DOT": tl.bfloat16,
         "QUERIES": 64, "ROWS": 64, "B": 128,
     }  # fmt: skip
     merged = {
         "HEADS": HEADS * group,
         "ITEMS": 32,
-        "R_PADDED": 8,
+        "R_PADDED": 64,
         "QUERIES": 64,
         "ROWS": 64,
         "B": 128,
     }
+    turned = {
+        "H": HEADS, "D": head_dim, "DP": padded, "BLOCK": head_dim & -head_dim, "INVERSE": True,
+        "DOT": tl.bfloat16, "PRECISION": "ieee", "B": 32,
+    }  # fmt: skip
     ring = {**tables, "M": TABLE_WIDTH, "B": 128}
     exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}
     finish = {**grouped, "D": head_dim, "D_PADDED": padded, "MAX": worklist.MAX_CHUNKS}
@@ -131,6 +136,7 @@ def cases(quant: str, head_dim: int, group: int) -> dict[str, tuple]:
         "gather": (kernel("gather", "_gather_kernel"), gathered, exact),
         "quantize": (kernel("quantize", "_quantize_kernel"), {"S": side, "T": vectors}, exact),
         "dequantize": (kernel("quantize", "_dequantize_kernel"), {"S": side, "T": vectors}, exact),
+        "rotate": (kernel("rotate", "_rotate_kernel"), turned, {}),
         "lse": (kernel("significance", "_lse_kernel"), scored, {"num_warps": 8}),
         "merge": (kernel("significance", "_merge_kernel"), merged, {}),
         "sum": (kernel("significance", "_sum_kernel"), scored, {"num_warps": 8}),

@@ -7,8 +7,8 @@ from diffkv import reference
 from diffkv.kernels import triton as kernels
 from diffkv.rotation import signs
 
-ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
-"""Relative to the largest element: three roundings of a sum."""
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+"""Relative to the largest element: one rounding of a sum."""
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -21,3 +21,13 @@ def test_rotate(dtype, head_dim, inverse):
     kernels.rotate(x, signs(head_dim), inverse, out)
     atol = ROUNDING[dtype] * float(expected.float().abs().max())
     torch.testing.assert_close(out, expected, rtol=0, atol=atol)
+
+
+def test_rows_may_be_apart_and_in_place():
+    qkv = torch.randn(9, 5, 64)
+    x, before, expected = qkv[:, 1:3], qkv.clone(), torch.empty(9, 2, 64)
+    reference.rotate(x, signs(64), False, expected)
+    kernels.rotate(x, signs(64), False, x)
+    torch.testing.assert_close(x, expected)
+    assert torch.equal(qkv[:, 0], before[:, 0]) and torch.equal(qkv[:, 3:], before[:, 3:])
+    kernels.rotate(qkv[:0, 1:3], signs(64), False, qkv[:0, 1:3])

@@ -1,6 +1,5 @@
 """What vLLM does on CUDA and not on CPUs, as far as a CPU can show it."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from conftest import NEW_TOKENS, engine, greedy
 from stepping import Request, check_quotas, drive
 from torch import Tensor
 
-from diffkv.prefill import torch_prefill
+from diffkv.prefill import Spans, torch_prefill
 from diffkv.vllm_plugin import engine_args
 from diffkv.vllm_plugin.admission import Admission
 from diffkv.vllm_plugin.backend import DiffKVBuilder
@@ -79,12 +78,11 @@ def test_reports_a_step_late(
 
 def flash(
     q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, cu_seqlens_q: Tensor, max_seqlen_k: int,
-    cu_seqlens_k: Tensor, softmax_scale: float, causal: bool, fa_version: int,
+    cu_seqlens_k: Tensor, softmax_scale: float, causal: bool, out: Tensor, fa_version: int,
 ) -> Tensor:  # fmt: skip
     """Plain arithmetic behind flash-attention's signature: the mask is aligned at the end."""
     assert causal and fa_version == 3
     assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
-    out = torch.empty_like(q)
     starts = zip(
         cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:], strict=True
     )
@@ -114,13 +112,13 @@ def test_prefill_by_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
     generator = torch.Generator().manual_seed(0)
     for lengths in ([(5, 5)], [(7, 30), (1, 64), (12, 12)]):
-        queries: Sequence[Tensor] = [draw(n, 8, 64) for n, _ in lengths]
-        keys, values = ([draw(total, 2, 64) for _, total in lengths] for _ in range(2))
-        ours, torchs = ([torch.empty_like(q) for q in queries] for _ in range(2))
-        prefill(queries, keys, values, 0.125, ours)
-        torch_prefill(queries, keys, values, 0.125, torchs)
-        for our, other in zip(ours, torchs, strict=True):
-            torch.testing.assert_close(our, other, rtol=2e-2, atol=1e-2)
+        spans = Spans.of(*zip(*lengths, strict=True), torch.device("cpu"))
+        query = draw(sum(spans.num_queries), 8, 64)
+        key, value = (draw(sum(spans.num_keys), 2, 64) for _ in range(2))
+        ours, torchs = torch.empty_like(query), torch.empty_like(query)
+        prefill(query, key, value, spans, 0.125, ours)
+        torch_prefill(query, key, value, spans, 0.125, torchs)
+        torch.testing.assert_close(ours, torchs, rtol=2e-2, atol=1e-2)
 
 
 def test_prefill_by_torch() -> None:

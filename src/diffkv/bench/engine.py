@@ -30,6 +30,9 @@ CELL_SECONDS = 4.0
 CELL_RUNS = 5
 """A cell that is over sooner runs again, at most so many times in all; its figures are medians."""
 
+WARM_PROMPTS = 4
+WARM_TOKENS = 4
+
 
 @dataclass(frozen=True)
 class Job:
@@ -57,7 +60,10 @@ class Job:
 
 @dataclass
 class _Steps:
-    """Sums over the steps of a run."""
+    """Sums over the steps of a run.
+
+    Where vLLM runs ahead of the device, a step's time is that from the end of the one before it.
+    """
 
     prefill_seconds: float = 0.0
     prefill_tokens: int = 0
@@ -66,7 +72,29 @@ class _Steps:
     decode_steps: int = 0
     max_running: int = 0
     peak: tuple[int, int] = (0, 1)
-    tokens: tuple[int, int] = field(default=(0, 0))
+    begin: float = field(default_factory=time.perf_counter)
+    last_end: float = field(default_factory=time.perf_counter)
+
+    def ended(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Count a step that has just ended, by what was in it."""
+        end = time.perf_counter()
+        elapsed, self.last_end = end - self.last_end, end
+        if prompt_tokens:
+            self.prefill_seconds += elapsed
+            self.prefill_tokens += prompt_tokens
+        elif new_tokens:
+            self.decode_seconds += elapsed
+            self.decode_tokens += new_tokens
+            self.decode_steps += 1
+
+    def look(self, scheduler: Any) -> None:
+        """Note how many requests run, and what blocks they hold."""
+        pool = scheduler.kv_cache_manager.block_pool
+        self.max_running = max(self.max_running, len(scheduler.running))
+        held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        covered = sum(request.num_computed_tokens for request in scheduler.running)
+        if covered > self.peak[1]:
+            self.peak = held, covered
 
 
 def _scheduled(scheduler: Any, output: Any) -> tuple[int, int]:
@@ -86,41 +114,36 @@ def _drive(llm: Any, job: Job) -> tuple[_Steps, float]:
     from vllm import SamplingParams
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    steps, schedule, profiles = _Steps(), scheduler.schedule, _Profiles(job.profile)
+    schedule, update, profiles = (
+        scheduler.schedule,
+        scheduler.update_from_output,
+        _Profiles(job.profile),
+    )
+    made_of: dict[int, tuple[int, int]] = {}
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
+    def scheduling(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
-        steps.tokens = _scheduled(scheduler, output)
-        profiles.start("prefill" if steps.tokens[0] else "decode")
+        made_of[id(output)] = tokens = _scheduled(scheduler, output)
+        profiles.start("prefill" if tokens[0] else "decode")
         return output
 
-    scheduler.schedule = noting
+    def updating(output: Any, *args: Any, **kwargs: Any) -> Any:
+        # One that was under way when this run began is none of it
+        steps.ended(*made_of.pop(id(output), (0, 0)))
+        return update(output, *args, **kwargs)
+
+    scheduler.schedule, scheduler.update_from_output = scheduling, updating
     for index, (prompt, count) in enumerate(zip(job.prompts, job.max_tokens, strict=True)):
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
         llm.llm_engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
-    pool = scheduler.kv_cache_manager.block_pool
-    begin = time.perf_counter()
+    steps = _Steps()
     while llm.llm_engine.has_unfinished_requests():
-        start, steps.tokens = time.perf_counter(), (0, 0)
         llm.llm_engine.step()
         profiles.stop()
-        elapsed = time.perf_counter() - start
-        prompt_tokens, new_tokens = steps.tokens
-        if prompt_tokens:
-            steps.prefill_seconds += elapsed
-            steps.prefill_tokens += prompt_tokens
-        else:
-            steps.decode_seconds += elapsed
-            steps.decode_tokens += new_tokens
-            steps.decode_steps += 1
-        steps.max_running = max(steps.max_running, len(scheduler.running))
-        held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-        covered = sum(request.num_computed_tokens for request in scheduler.running)
-        if covered > steps.peak[1]:
-            steps.peak = held, covered
-    seconds = time.perf_counter() - begin
+        steps.look(scheduler)
+    seconds = time.perf_counter() - steps.begin
     profiles.show()
-    scheduler.schedule = schedule
+    scheduler.schedule, scheduler.update_from_output = schedule, update
     return steps, seconds
 
 
@@ -131,12 +154,15 @@ def _peak_memory(device: str) -> int:
 
 
 class _Profiles:
-    """Where the time goes, of steps with prompt tokens in them and of steps without, apart."""
+    """Where the time goes, of steps with prompt tokens in them and of steps without, apart.
+
+    On a GPU by torch's profiler, since there the time of a Python call says little.
+    """
 
     def __init__(self, wanted: bool) -> None:
-        names = ("prefill", "decode") if wanted else ()
-        self._of_kind = {name: cProfile.Profile() for name in names}
-        self._running: cProfile.Profile | None = None
+        make = _DeviceProfile if torch.cuda.is_available() else cProfile.Profile
+        self._of_kind = {name: make() for name in ("prefill", "decode") if wanted}
+        self._running: Any = None
 
     def start(self, kind: str) -> None:
         """Begin a step of a kind, if profiles are wanted."""
@@ -154,26 +180,68 @@ class _Profiles:
         """Print both to standard error, what took longest first."""
         for name, profile in self._of_kind.items():
             print(f"{name} steps:", file=sys.stderr)
-            pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(PROFILE_ROWS)
+            if isinstance(profile, cProfile.Profile):
+                stats = pstats.Stats(profile, stream=sys.stderr)
+                stats.sort_stats("tottime").print_stats(PROFILE_ROWS)
+            else:
+                print(profile.table(), file=sys.stderr)
+
+
+class _DeviceProfile:
+    """Kernels of some steps of one kind: the first few after the batch has grown."""
+
+    STEPS = range(3, 6)
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._profile: Any = None
+        self._tables: list[str] = []
+
+    def enable(self) -> None:
+        """Begin a step."""
+        if self._seen in self.STEPS:
+            kinds = torch.profiler.ProfilerActivity
+            self._profile = torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA])
+            self._profile.start()
+        self._seen += 1
+
+    def disable(self) -> None:
+        """End it."""
+        if self._profile is not None:
+            torch.cuda.synchronize()
+            self._profile.stop()
+            events = self._profile.key_averages()
+            self._tables.append(events.table("self_device_time_total", row_limit=PROFILE_ROWS))
+            self._profile = None
+
+    def table(self) -> str:
+        """Of the last step that was looked at."""
+        return self._tables[-1] if self._tables else "too few steps"
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Start an engine, warm it up with one short request, run the job, and count.
+    """Start an engine, warm it up with some of the requests, run the job, and count.
+
+    CPUs run in eager mode, GPUs as vLLM's defaults say, with compiled code and graphs.
 
     Returns:
         Figures; of a job with cells a list of them as `cells`.
     """
+    from vllm.platforms import current_platform
+
     from diffkv.vllm_plugin import engine_args, offline
 
     ours = {} if job.options is None else engine_args(**job.options)
+    on_cpu = current_platform.device_type == "cpu"
     arguments = {
-        "enforce_eager": True, "disable_log_stats": False, "enable_prefix_caching": False,
+        "enforce_eager": on_cpu, "disable_log_stats": False, "enable_prefix_caching": False,
         "kv_cache_memory_bytes": job.kv_bytes, **ours, **job.engine,
     }  # fmt: skip
     cells = [replace(job, prompts=each, max_tokens=counts) for each, counts in job.cells]
-    warm = cells[0] if cells else job
+    first = cells[0] if cells else job
     with offline.engine(arguments) as llm:
-        _drive(llm, Job({}, None, [warm.prompts[0][:64]], [4], job.kv_bytes))
+        warm = [first.prompts[0][:64]] if on_cpu else first.prompts[:WARM_PROMPTS]
+        _drive(llm, Job({}, None, warm, [WARM_TOKENS] * len(warm), job.kv_bytes))
         if cells:
             return {"cells": [_cell(llm, cell) for cell in cells]}
         return _measured(llm, job)

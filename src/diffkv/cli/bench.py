@@ -257,7 +257,7 @@ def _throughput(args: argparse.Namespace) -> None:
         vars(args).update(num_prompts=6, input_len=260, output_len=8, repeats=1)
         if args.model is None:
             args.random_weights = "bench-tiny"
-    rows = Rows(args.json, args.out)
+    rows = Rows(args.json, args.out, _engine_device())
     if args.paper and args.kv_bytes is None:
         raise ConfigError("--paper needs --kv-bytes: what a GPU has left beside the weights")
     for model in PAPER_MODELS if args.paper else [args.model]:
@@ -284,7 +284,7 @@ def _map(args: argparse.Namespace) -> None:
         vars(args).update(ctx=[64, 260], requests=[1, 6], output_len=8, repeats=1)
         if args.model is None:
             args.random_weights = "bench-tiny"
-    rows = Rows(args.json, args.out)
+    rows = Rows(args.json, args.out, _engine_device())
     with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
         name, engine, config = _model(args, Path(folder))
         if not config:
@@ -300,6 +300,13 @@ def _map(args: argparse.Namespace) -> None:
     prompt.add_shares(rows, config, args.quant)
     if args.plot:
         plots.plot_map(mapped, gain_map.RATIOS, args.plot)
+
+
+def _engine_device() -> str:
+    """Where vLLM's engine runs."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _compared(args: argparse.Namespace, options: list[dict[str, Any]], rows: Any) -> list[Any]:
@@ -356,7 +363,7 @@ def _serving(args: argparse.Namespace) -> None:
         args.rates, args.num_prompts, args.input_len, args.output_len, args.goodput,
         {"vllm_xargs": given} if given else None,
     )  # fmt: skip
-    rows = Rows(args.json, args.out)
+    rows = Rows(args.json, args.out, _engine_device())
     with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
         model, engine, config = _model(args, Path(folder))
         longest = args.input_len + args.output_len

@@ -1,12 +1,9 @@
 """Exact attention of prompts inside vLLM: by the kernels that the same model has without DiffKV."""
 
-from collections.abc import Sequence
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
-from diffkv.prefill import Prefill, torch_prefill
+from diffkv.prefill import Prefill, Spans, torch_prefill
 
 __all__ = ["choose_prefill"]
 
@@ -39,28 +36,22 @@ def _flash_prefill(head_dim: int) -> Prefill:
     version = get_flash_attn_version(head_size=head_dim)
 
     def flash_prefill(
-        queries: Sequence[Tensor],
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        scale: float,
-        outputs: Sequence[Tensor],
+        query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, output: Tensor
     ) -> None:
-        """`Prefill` by one call for all requests."""
-        num_queries, num_keys = [len(q) for q in queries], [len(k) for k in keys]
-        out = flash_attn_varlen_func(
-            q=_packed(queries),
-            k=_packed(keys),
-            v=_packed(values),
-            max_seqlen_q=max(num_queries),
-            cu_seqlens_q=_starts(num_queries, queries[0].device),
-            max_seqlen_k=max(num_keys),
-            cu_seqlens_k=_starts(num_keys, queries[0].device),
+        """`Prefill` by one call for all requests, which writes the output in its place."""
+        flash_attn_varlen_func(
+            q=query,
+            k=key,
+            v=value,
+            max_seqlen_q=max(spans.num_queries),
+            cu_seqlens_q=spans.query_starts,
+            max_seqlen_k=max(spans.num_keys),
+            cu_seqlens_k=spans.key_starts,
             softmax_scale=scale,
             causal=True,
+            out=output,
             fa_version=version,
         )
-        for output, rows in zip(outputs, out.split(num_queries), strict=True):
-            output.copy_(rows)
 
     return flash_prefill
 
@@ -74,40 +65,29 @@ def _cpu_prefill(dtype: torch.dtype, head_dim: int) -> Prefill:
     isa = _get_attn_isa(dtype, BLOCK_TOKENS, head_dim)
 
     def cpu_prefill(
-        queries: Sequence[Tensor],
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        scale: float,
-        outputs: Sequence[Tensor],
+        query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, output: Tensor
     ) -> None:
         """`Prefill` by vLLM's kernel, which reads blocks: keys and values are copied into some."""
-        for query, key, value, output in zip(queries, keys, values, outputs, strict=True):
-            (total, num_kv_heads, _), num_heads = key.shape, query.shape[1]
+        queries, outputs = query.split(spans.num_queries), output.split(spans.num_queries)
+        keys, values = key.split(spans.num_keys), value.split(spans.num_keys)
+        for q, k, v, out in zip(queries, keys, values, outputs, strict=True):
+            (total, num_kv_heads, _), num_heads = k.shape, q.shape[1]
             num_blocks = -(-total // BLOCK_TOKENS)
             # Zeros: the kernel may read a block's unused end before it masks it
             shape = (num_blocks, num_kv_heads, KV * BLOCK_TOKENS, head_dim)
             caches = torch.zeros(shape, dtype=dtype).chunk(KV, dim=2)
-            ops.cpu_attn_reshape_and_cache(key, value, *caches, torch.arange(total), isa)
-            starts = torch.tensor([0, len(query)], dtype=torch.int32)
+            ops.cpu_attn_reshape_and_cache(k, v, *caches, torch.arange(total), isa)
+            starts = torch.tensor([0, len(q)], dtype=torch.int32)
             lengths = torch.tensor([total], dtype=torch.int32)
             metadata = ops.cpu_attn_get_scheduler_metadata(
                 1, num_heads, num_kv_heads, head_dim, lengths, dtype, starts, True, -1, isa, True
             )
             table = torch.arange(num_blocks, dtype=torch.int32)[None]
-            out = torch.empty(query.shape, dtype=dtype)
+            attended = torch.empty(q.shape, dtype=dtype)
             ops.cpu_attention_with_kv_cache(
-                query, *caches, out, starts, lengths, scale, True, None, -1, table, 0.0, metadata,
+                q, *caches, attended, starts, lengths, scale, True, None, -1, table, 0.0, metadata,
                 None,
             )  # fmt: skip
-            output.copy_(out)
+            out.copy_(attended)
 
     return cpu_prefill
-
-
-def _packed(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-def _starts(lengths: list[int], device: torch.device) -> Tensor:
-    starts = [0, *accumulate(lengths)]
-    return torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)

@@ -20,10 +20,13 @@ LOG2_E = math.log2(math.e)
 ITEM_TOKENS = 128
 """Tokens that one program scores."""
 
-MAX_QUERY_ROWS = 64
+QUERY_ROWS = 64
 """Queries of one head that a program scores at a time."""
 
 MERGE_ITEMS = 32
+
+MIN_PADDED_REQUESTS = 64
+"""Requests that kernels are compiled for, at least: each other number costs a compilation."""
 
 
 @triton.jit
@@ -236,15 +239,15 @@ def significance(
         return sums.zero_()
 
     max_queries = min(max_queries, num_queries)
-    rows = max(MIN_DOT, min(MAX_QUERY_ROWS, triton.next_power_of_2(max_queries)))
-    padded_queries = triton.cdiv(max_queries, rows) * rows
+    rows, padded_queries = QUERY_ROWS, triton.cdiv(max_queries, QUERY_ROWS) * QUERY_ROWS
     # Lengths stay on the device: at most one item per request is not full
     num_items = triton.cdiv(num_tokens, ITEM_TOKENS) + num_requests
     most = torch.empty(num_items, num_q_heads, padded_queries, dtype=torch.float32, device=device)
     total = torch.empty_like(most)
     lse = torch.empty(num_requests, num_q_heads, padded_queries, dtype=torch.float32, device=device)
     dtype = DTYPES[key.dtype]
-    packed = {"R_PADDED": triton.next_power_of_2(num_requests), "B": ITEM_TOKENS}
+    padded_requests = max(MIN_PADDED_REQUESTS, triton.next_power_of_2(num_requests))
+    packed = {"R_PADDED": padded_requests, "B": ITEM_TOKENS}
     queries = {"QUERIES": padded_queries, "ROWS": rows}
     heads = {
         "H": num_kv_heads, "G": num_q_heads // num_kv_heads, "D": head_dim,
