@@ -80,7 +80,7 @@ def test_share_of_keys_comes_last(limit):
 def test_only_what_was_asked_for_is_searched():
     _, curve = search(Fake(0.0, 0.0), NUM_SAMPLES, 0.01, True, ("alpha_high", "distinct"))
     assert {point.setting.thresholds.alpha_low for point in curve} == {0.0}
-    assert curve[-1].setting == Setting(Thresholds(5.0, 0.0), 0.5)
+    assert curve[-1].setting == Setting(Thresholds(5.0, 0.0), DISTINCT_GRID[-1])
     _, curve = search(Fake(0.0, 0.0), NUM_SAMPLES, 0.01, True, PUBLISHED)
     assert {point.setting.distinct for point in curve} == {1.0}
 
@@ -186,10 +186,10 @@ def test_values_that_an_engine_takes(tmp_path):
     values = calibration(config).values()
     assert (values["alpha_high"], values["policy"]) == (1.5, "paper")
     made = calibration(config, steps=STEPS)
-    assert made.choice.distinct == 0.5
+    assert made.choice.distinct == DISTINCT_GRID[-1]
     made.write(tmp_path / "c.toml")
     options = Options.parse(file.read(tmp_path / "c.toml").values())
-    assert options.prompt_policy().distinct == 0.5
+    assert options.prompt_policy().distinct == DISTINCT_GRID[-1]
     assert options.thresholds() == Thresholds(1.5, 0.0)
 
 

@@ -45,8 +45,8 @@ HIGH_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5, 2.0, 2.5, 3.
 LOW_GRID = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2)
 """Every alpha_low of them."""
 
-DISTINCT_GRID = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
-"""Shares of a prompt that stay, those of the most unusual keys; fewer than half have no use yet."""
+DISTINCT_GRID = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
+"""Shares of a prompt that stay, those of the most unusual keys."""
 
 FIRST_SHARE = 8
 """A setting is first tried on one sample in so many."""
