@@ -58,6 +58,7 @@ bench: env ## measure on this machine, beside vLLM's own cache: tables and plots
 	$(BIN)/diffkv bench attention --ctx 1K 4K 16K --batch 1 8 --ragged both --out $(RESULTS)/attention.jsonl
 	$(BIN)/diffkv bench manager --out $(RESULTS)/manager.jsonl
 	$(BIN)/diffkv bench throughput --random-weights bench-small --input-len 4096 --output-len 512 --num-prompts 12 --out $(RESULTS)/throughput.jsonl
+	$(BIN)/diffkv bench map --random-weights bench-small --ctx 256 1K 4K --requests 1 4 12 --output-len 64 --out $(RESULTS)/map.jsonl
 	$(BIN)/diffkv bench serving --random-weights bench-small --input-len 1024 --output-len 64 --num-prompts 12 --rates 0.5 1 2 --goodput ttft:10000 tpot:200 --out $(RESULTS)/serving.jsonl
 	$(BIN)/python tools/bench_report.py
 
@@ -66,6 +67,8 @@ eval: env ## compare methods on the shipped models' tasks: docs/results/fidelity
 	$(BIN)/python benchmarks/fidelity.py $(FIDELITY)/reference-128 --model reference-128 --n 8
 	for model in reference reference-128; do \
 		$(BIN)/diffkv report $(FIDELITY)/$$model/*.json --out $(FIDELITY)/$$model || exit; done
+	$(BIN)/python benchmarks/hostile.py $(FIDELITY)/hostile
+	$(BIN)/python tools/hostile_report.py
 	$(BIN)/python tools/fidelity_table.py
 
 lint: env ## style, types, layers

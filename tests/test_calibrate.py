@@ -6,29 +6,43 @@ import pytest
 
 from diffkv.calibrate import file, questions
 from diffkv.calibrate.journal import Journal
-from diffkv.calibrate.search import HIGH_GRID, LOW_GRID, Cost, Part, search, stages
+from diffkv.calibrate.search import (
+    DISTINCT_GRID,
+    HIGH_GRID,
+    LOW_GRID,
+    PUBLISHED,
+    STEPS,
+    Cost,
+    Part,
+    Setting,
+    search,
+    stages,
+)
 from diffkv.cli import main
 from diffkv.cli.calibrate import _share
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.options import Options
 
 NUM_SAMPLES = 40
+SYNTH = ("--data", "synth", "--max-loss", "1%")
 
 
 class Fake:
-    """Every sample loses `slope` times the thresholds; bytes fall as they grow."""
+    """Losses are slopes times thresholds and times what is dropped by keys; bytes fall with both."""
 
-    def __init__(self, high_slope, low_slope, base=0.0):
-        self.slopes = high_slope, low_slope
+    def __init__(self, high_slope, low_slope, base=0.0, distinct_slope=0.0):
+        self.slopes = high_slope, low_slope, distinct_slope
         self.base = base
         self.calls = []
 
-    def __call__(self, thresholds, samples):
-        self.calls.append((thresholds, samples))
-        high, low = self.slopes
-        loss = self.base + high * thresholds.alpha_high + low * thresholds.alpha_low
+    def __call__(self, setting, samples):
+        self.calls.append((setting, samples))
+        alphas, dropped = setting.thresholds, 1 - setting.distinct
+        high, low, distinct = self.slopes
+        loss = self.base + high * alphas.alpha_high + low * alphas.alpha_low + distinct * dropped
         num = len(samples)
-        num_bytes = num * 100 * (400 - thresholds.alpha_high - thresholds.alpha_low)
+        num_bytes = num * 100 * (400 - alphas.alpha_high - alphas.alpha_low - 100 * dropped)
         cost = Cost(100 * num, 50.0 * num, 25.0 * num, num_bytes, 100.0 * num * 1536)
         return Part((loss,) * num, cost)
 
@@ -39,24 +53,49 @@ def test_choice_is_that_of_a_full_sweep(limit):
     choice, curve = search(fake, NUM_SAMPLES, limit, has_low=True)
     high = max(alpha for alpha in HIGH_GRID if 0.01 * alpha <= limit)
     low = max(a for a in LOW_GRID if a <= high and 0.01 * high + 0.1 * a <= limit)
-    assert choice.thresholds == Thresholds(high, low)
+    assert choice.setting == Setting(Thresholds(high, low))
     assert choice.accepted and choice.n == NUM_SAMPLES
     assert choice.loss == pytest.approx(0.01 * high + 0.1 * low)
     assert choice.cost.num_bytes / choice.cost.tokens == pytest.approx(400 - high - low)
     assert len(curve) <= 1 + 4 + 4  # bisections of 16 and 11
-    assert len(curve) == len({point.thresholds for point in curve})
+    assert len(curve) == len({point.setting for point in curve})
+
+
+@pytest.mark.parametrize("limit", [0.001, 0.055, 0.0775, 0.4])
+def test_share_of_keys_comes_last(limit):
+    fake = Fake(0.01, 0.1, distinct_slope=0.1)
+    choice, curve = search(fake, NUM_SAMPLES, limit, True, STEPS)
+    before, _ = search(Fake(0.01, 0.1), NUM_SAMPLES, limit, True, PUBLISHED)
+    thresholds, left = before.setting.thresholds, limit - before.loss
+    if thresholds.alpha_high == 0:  # no low tokens: nothing to drop
+        assert choice.setting == before.setting
+        return
+    share = min(share for share in DISTINCT_GRID if 0.1 * (1 - share) <= left + 1e-9)
+    assert choice.setting == Setting(thresholds, share)
+    shares = [point.setting.distinct for point in curve]
+    assert shares == sorted(shares, key=lambda share: share < 1)
+    assert all(p.setting.thresholds == thresholds for p in curve if p.setting.distinct < 1)
+
+
+def test_only_what_was_asked_for_is_searched():
+    _, curve = search(Fake(0.0, 0.0), NUM_SAMPLES, 0.01, True, ("alpha_high", "distinct"))
+    assert {point.setting.thresholds.alpha_low for point in curve} == {0.0}
+    assert curve[-1].setting == Setting(Thresholds(5.0, 0.0), DISTINCT_GRID[-1])
+    _, curve = search(Fake(0.0, 0.0), NUM_SAMPLES, 0.01, True, PUBLISHED)
+    assert {point.setting.distinct for point in curve} == {1.0}
 
 
 def test_one_tier_has_one_threshold():
     choice, curve = search(Fake(0.0, 0.1), NUM_SAMPLES, 0.009, has_low=False)
-    assert choice.thresholds == Thresholds(0.08, 0.08)
-    assert all(p.thresholds.alpha_high == p.thresholds.alpha_low for p in curve)
+    assert choice.setting.thresholds == Thresholds(0.08, 0.08)
+    for point in curve:
+        assert point.setting.thresholds.alpha_high == point.setting.thresholds.alpha_low
 
 
 def test_nothing_fits():
     choice, curve = search(Fake(0.01, 0.1, base=0.2), NUM_SAMPLES, 0.01, has_low=True)
     assert choice is None
-    assert [point.thresholds for point in curve] == [Thresholds(0, 0)]
+    assert [point.setting for point in curve] == [Setting(Thresholds(0, 0))]
     assert not curve[0].accepted
 
 
@@ -64,10 +103,10 @@ def test_a_bad_setting_is_given_up_early_and_a_good_one_never():
     fake = Fake(0.1, 1.0)
     search(fake, NUM_SAMPLES, 0.01, has_low=True)
     asked = {}
-    for thresholds, samples in fake.calls:
-        asked[thresholds] = asked.get(thresholds, 0) + len(samples)
-    assert asked[Thresholds(0.0, 0.0)] == NUM_SAMPLES
-    assert asked[Thresholds(0.8, 0.0)] == NUM_SAMPLES // 8
+    for setting, samples in fake.calls:
+        asked[setting] = asked.get(setting, 0) + len(samples)
+    assert asked[Setting(Thresholds(0.0, 0.0))] == NUM_SAMPLES
+    assert asked[Setting(Thresholds(0.8, 0.0))] == NUM_SAMPLES // 8
 
 
 @pytest.mark.parametrize("num", [1, 2, 7, 8, 9, 100])
@@ -77,14 +116,14 @@ def test_stages_cover_every_sample_once(num):
 
 def test_a_stopped_run_goes_on(tmp_path):
     path, identity = tmp_path / "c.partial", {"model": "m", "seed": 0}
-    fake = Fake(0.01, 0.1)
-    first = search(Journal(path, identity).kept(fake), NUM_SAMPLES, 0.02, has_low=True)
+    fake = Fake(0.01, 0.1, distinct_slope=0.01)
+    first = search(Journal(path, identity).kept(fake), NUM_SAMPLES, 0.02, True, STEPS)
     num_calls = len(fake.calls)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]) + lines[4][:10])  # stopped in the middle of a line
     journal = Journal(path, identity)
     assert journal.num_found == 3
-    again = search(journal.kept(fake), NUM_SAMPLES, 0.02, has_low=True)
+    again = search(journal.kept(fake), NUM_SAMPLES, 0.02, True, STEPS)
     assert again == first
     assert len(fake.calls) == 2 * num_calls - 3
     assert len(path.read_text().splitlines()) == 1 + num_calls
@@ -116,9 +155,9 @@ def test_shares(text, share):
     assert _share(text) == pytest.approx(share)
 
 
-def calibration(model_file, quant="k8v4-k4v2", alpha_high=1.5):
-    choice, curve = search(Fake(0.01, 0.1), NUM_SAMPLES, 0.0161, has_low=True)
-    assert choice.thresholds == Thresholds(alpha_high, 0.0)
+def calibration(model_file, quant="k8v4-k4v2", steps=PUBLISHED):
+    choice, curve = search(Fake(0.01, 0.1), NUM_SAMPLES, 0.0161, True, steps)
+    assert choice.setting.thresholds == Thresholds(1.5, 0.0)
     return file.Calibration(
         max_loss=0.016,
         model=file.Model(name="reference", config_sha256=file.model_digest(model_file)),
@@ -139,6 +178,30 @@ def test_file_round_trip_and_digest(tmp_path):
     assert file.model_digest(config) == made.model.config_sha256
     config.write_text(json.dumps({"hidden_size": 16}))
     assert file.model_digest(config) != made.model.config_sha256
+
+
+def test_values_that_an_engine_takes(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    values = calibration(config).values()
+    assert (values["alpha_high"], values["policy"]) == (1.5, "paper")
+    made = calibration(config, steps=STEPS)
+    assert made.choice.distinct == DISTINCT_GRID[-1]
+    made.write(tmp_path / "c.toml")
+    options = Options.parse(file.read(tmp_path / "c.toml").values())
+    assert options.prompt_policy().distinct == DISTINCT_GRID[-1]
+    assert options.thresholds() == Thresholds(1.5, 0.0)
+
+
+def test_files_without_a_share_are_read(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    calibration(config).write(tmp_path / "c.toml")
+    text = (tmp_path / "c.toml").read_text()
+    older = "".join(line for line in text.splitlines(True) if not line.startswith("distinct"))
+    assert older != text
+    (tmp_path / "c.toml").write_text(older)
+    assert file.read(tmp_path / "c.toml") == calibration(config)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +225,9 @@ def test_other_files_are_refused(tmp_path, content, message):
         (("--data", "synth", "--max-loss", "1%", "--samples", "0"), "--samples must be at least 1"),
         (("--data", "synth", "--max-loss", "1%", "--out", "/no/c.toml"), "/no is no folder"),
         (("--data", "synth", "--max-loss", "1%", "--quant", "k3v3"), "k_bits must be one of"),
+        ((*SYNTH, "--search", "beta"), "'beta': there are alpha_high, alpha_low, distinct"),
+        ((*SYNTH, "--search", "distinct"), "says which are: name both"),
+        ((*SYNTH, "--search", "alpha_high,distinct", "--quant", "k8v4"), "k8v4 has no low tier"),
     ],
 )
 def test_options_are_refused(capsys, arguments, message):
@@ -176,7 +242,8 @@ def test_options_are_refused(capsys, arguments, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--alpha-high", "3"), "sets formats, thresholds and window: leave out --alpha-high"),
+        (("--alpha-high", "3"), "thresholds, window and policy: leave out --alpha-high"),
+        (("--policy", "paper"), "leave out --policy"),
         (("--preset", "auto", "--quant", "k8v4"), "leave out --quant and --preset"),
         ((), "is of reference, and reference has another configuration: calibrate it"),
     ],

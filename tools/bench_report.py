@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffkv.bench.plots import label, plot_attention, plot_serving
+from diffkv.bench.gain_map import RATIOS, begins
+from diffkv.bench.plots import label, plot_attention, plot_map, plot_serving
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "cpu"
@@ -105,6 +106,25 @@ THROUGHPUT: list[Column] = [
     ("of bf16", times("vs_stock_bf16")),
     ("decoding, of bf16", times("decode_vs_stock_bf16")),
     ("decoding, of fp8", times("decode_vs_stock_fp8")),
+    ("prefill, of bf16", times("prefill_vs_stock_bf16")),
+]
+MAP: list[Column] = [
+    ("KV, MB", number("kv_bytes", 0, 1e6)),
+    ("prompt tokens", lambda row: f"{row['ctx']:,}"),
+    ("requests", lambda row: str(row["requests"])),
+    ("engine", label),
+    ("decoding, tokens/s", number("decode_tokens_per_s")),
+    ("whole run, tokens/s", number("tokens_per_s")),
+    ("requests at once", number("max_running", 0)),
+    *((words, times(key)) for key, words in RATIOS.items()),
+]
+PROMPT: list[Column] = [
+    ("formats", lambda row: row["quant"]),
+    ("prompt tokens", lambda row: f"{row['ctx']:,}"),
+    ("significance, ms", number("significance_ms")),
+    ("store, ms", number("store_prompt_ms")),
+    ("vLLM's own prefill, ms", number("stock_prefill_ms", 0)),
+    ("share", lambda row: f"{row['share']:.1%}"),
 ]
 SERVING: list[Column] = [
     ("engine", label),
@@ -182,6 +202,22 @@ def page() -> str:
     if throughput:
         body = table(THROUGHPUT, throughput)
         parts.append(section("Offline throughput", made["throughput"], throughput, body))
+    mapped = read("map")
+    gains = [row for row in mapped if row["op"] == "map"]
+    if gains:
+        plot_map(gains, RATIOS, RESULTS / "map.png")
+        where = "\n".join(f"* {line}" for line in begins(gains))
+        prompts = table(PROMPT, [row for row in mapped if row["op"] == "prompt"])
+        body = "\n\n".join(
+            (
+                table(MAP, gains),
+                where,
+                "![where the gain is](map.png)",
+                "What scoring and storing a prompt takes, in all layers:",
+                prompts,
+            )
+        )
+        parts.append(section("Where the gain is", made["map"], gains, body))
     serving = read("serving")
     if serving:
         plot_serving([row for row in serving if "error" not in row], RESULTS / "serving.png")

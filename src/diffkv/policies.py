@@ -30,7 +30,7 @@ from diffkv.policy import (
 )
 from diffkv.quant import ConfigError, LayerQuant
 
-__all__ = ["ALL_QUERIES", "PAPER", "POLICIES", "Policy", "parse"]
+__all__ = ["ALL_QUERIES", "PAPER", "POLICIES", "Policy", "parse", "with_distinct"]
 
 ALL_QUERIES = 1 << 30
 """As `scored_queries`: every query of the prompt counts."""
@@ -343,6 +343,13 @@ def parse(text: str) -> Policy:
         keeps_all=kind.keeps_all,
         distinct=settings.distinct,
     )
+
+
+def with_distinct(text: str, distinct: float) -> str:
+    """A policy's text form with a share of distinct keys, where it had none; 1 adds nothing."""
+    if distinct >= 1:
+        return text
+    return f"{text}{',' if ':' in text else ':'}distinct={distinct:g}"
 
 
 PAPER = parse("paper")

@@ -54,6 +54,25 @@ def test_throughput() -> None:
     assert ours["vs_stock_bf16"] == ours["tokens_per_s"] / stock["tokens_per_s"]
 
 
+def test_map() -> None:
+    *rows, short, long = bench("map", "--quant", "k8v4-k4v2")
+    cells = [(row["ctx"], row["requests"], row["engine"]) for row in rows]
+    assert cells == [(ctx, requests, engine) for ctx in (64, 260) for requests in (1, 6)
+                     for engine in ("stock bf16", "diffkv")]  # fmt: skip
+    for stock, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert ours["decode_vs_stock_bf16"] == pytest.approx(
+            ours["decode_tokens_per_s"] / stock["decode_tokens_per_s"]
+        )
+        assert ours["runs"] >= 1
+    for row, ctx in ((short, 64), (long, 260)):
+        assert (row["op"], row["ctx"]) == ("prompt", ctx)
+        assert row["significance_ms"] > 0
+    stock, ours = rows[-2:]
+    # The budget holds four of the longest requests in bf16, and all six of ours.
+    assert (stock["max_running"], ours["max_running"]) == (4, 6)
+    assert ours["bytes_per_token"] < stock["bytes_per_token"] / 2
+
+
 def test_serving() -> None:
     (row,) = bench("serving", "--goodput", "ttft:60000", "--request-alpha-high", "2")
     assert (row["completed"], row["failed"]) == (4, 0)

@@ -19,7 +19,9 @@ def calibrated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "HIGH_GRID", (0.0, 1.0, 5.0))
         patch.setattr(search, "LOW_GRID", (0.0, 0.2))
+        patch.setattr(search, "DISTINCT_GRID", (1.0, 0.9))
         arguments = ["--data", str(DATA), "--samples", str(NUM), "--max-tokens", "8"]
+        arguments += ["--search", ",".join(search.STEPS)]
         assert main(["calibrate", *arguments, "--max-loss", "1%", "--out", str(out)]) == 0
     assert not out.with_name("calibration.toml.partial").exists()
     return out
@@ -31,15 +33,16 @@ def test_curve(calibrated):
     assert found.data.samples == NUM and found.data.metric == "right_words"
     assert (curve[0].alpha_high, curve[0].alpha_low, curve[0].high) == (0, 0, 1)
     assert any(
-        (point.alpha_high, point.alpha_low, point.bytes_per_token)
-        == (choice.alpha_high, choice.alpha_low, choice.bytes_per_token)
+        (point.alpha_high, point.alpha_low, point.distinct, point.bytes_per_token)
+        == (choice.alpha_high, choice.alpha_low, choice.distinct, choice.bytes_per_token)
         for point in curve
     )
     assert choice.loss <= 0.01 and choice.accepted
     assert choice.bytes_per_token < 0.75 * curve[0].bytes_per_token
+    assert {point.distinct for point in curve} == {1.0, 0.9}
     for point in curve:  # each request brought its own thresholds
         assert point.high + point.low + point.dropped == pytest.approx(1)
-        assert (point.dropped > 0.05) == (point.alpha_low > 0)
+        assert (point.dropped > 0.03) == (point.alpha_low > 0 or point.distinct < 1)
         assert (point.low > 0.1) == (point.alpha_high > 0)
         assert point.ratio_bf16 == pytest.approx(1536 / point.bytes_per_token)
 
@@ -52,4 +55,5 @@ def test_generate_takes_what_was_chosen(calibrated, capsys):
     cache = json.loads(captured.out)["cache"]
     assert (cache["alpha_high"], cache["alpha_low"]) == (choice.alpha_high, choice.alpha_low)
     assert cache["quant"] == choice.quant
+    assert ("policy paper:distinct=0.9" in captured.err) == (choice.distinct < 1)
     assert captured.err.startswith(f"diffkv: calibration {calibrated} (loss ")

@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, help="must not exist")
-    parser.add_argument("--hostile", choices=list(REWRITINGS), required=True)
+    parser.add_argument("--hostile", choices=REWRITINGS, required=True)
     parser.add_argument("--scale", type=float, default=16.0, help="a power of two")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()

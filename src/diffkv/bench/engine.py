@@ -12,7 +12,9 @@ import pstats
 import resource
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -23,6 +25,10 @@ __all__ = ["Job", "main"]
 
 KIB = 1 << 10
 PROFILE_ROWS = 30
+
+CELL_SECONDS = 4.0
+CELL_RUNS = 5
+"""A cell that is over sooner runs again, at most so many times in all; its figures are medians."""
 
 WARM_PROMPTS = 4
 WARM_TOKENS = 4
@@ -39,6 +45,8 @@ class Job:
         max_tokens: to generate, for each prompt.
         kv_bytes: of the cache.
         profile: print where the time goes (Python's profiler) to standard error.
+        cells: in place of prompts and max_tokens, several pairs of them, which run one after the other
+            in the same engine.
     """
 
     engine: dict[str, Any]
@@ -47,6 +55,7 @@ class Job:
     max_tokens: list[int]
     kv_bytes: int
     profile: bool = False
+    cells: Sequence[tuple[list[list[int]], list[int]]] = ()
 
 
 @dataclass
@@ -214,6 +223,9 @@ def run(job: Job) -> dict[str, Any]:
     """Start an engine, warm it up with some of the requests, run the job, and count.
 
     CPUs run in eager mode, GPUs as vLLM's defaults say, with compiled code and graphs.
+
+    Returns:
+        Figures; of a job with cells a list of them as `cells`.
     """
     from vllm.platforms import current_platform
 
@@ -225,25 +237,51 @@ def run(job: Job) -> dict[str, Any]:
         "enforce_eager": on_cpu, "disable_log_stats": False, "enable_prefix_caching": False,
         "kv_cache_memory_bytes": job.kv_bytes, **ours, **job.engine,
     }  # fmt: skip
+    cells = [replace(job, prompts=each, max_tokens=counts) for each, counts in job.cells]
+    first = cells[0] if cells else job
     with offline.engine(arguments) as llm:
-        warm = [job.prompts[0][:64]] if on_cpu else job.prompts[:WARM_PROMPTS]
+        warm = [first.prompts[0][:64]] if on_cpu else first.prompts[:WARM_PROMPTS]
         _drive(llm, Job({}, None, warm, [WARM_TOKENS] * len(warm), job.kv_bytes))
-        steps, seconds = _drive(llm, job)
-        preemptions = sum(
-            metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
-        )
-        num_blocks = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-        held, covered = steps.peak
-        result: dict[str, Any] = {
-            "bytes_per_token": held * job.kv_bytes / num_blocks.num_gpu_blocks / covered
-        }
-        if job.options is not None:
-            summary = llm.collective_rpc("diffkv_summary")[0]["totals"]
-            kept = summary["num_tokens"]
-            result = {
-                "bytes_per_token": summary["num_bytes"] / kept,
-                "high_share": summary["high"] / kept, "low_share": summary["low"] / kept,
-            }  # fmt: skip
+        if cells:
+            return {"cells": [_cell(llm, cell) for cell in cells]}
+        return _measured(llm, job)
+
+
+def _cell(llm: Any, job: Job) -> dict[str, Any]:
+    """Medians of as many runs as a short cell takes to be measured."""
+    runs: list[dict[str, Any]] = []
+    while len(runs) < CELL_RUNS and sum(run["seconds"] for run in runs) < CELL_SECONDS:
+        runs.append(_measured(llm, job))
+    return {"runs": len(runs), **{name: median(run[name] for run in runs) for name in runs[0]}}
+
+
+def _totals(llm: Any, job: Job) -> dict[str, float]:
+    """What only grows: preemptions, and with DiffKV what its requests have spent so far."""
+    preemptions = sum(
+        metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
+    )
+    ours = {} if job.options is None else llm.collective_rpc("diffkv_summary")[0]["totals"]
+    return {"preemptions": preemptions, **ours}
+
+
+def _measured(llm: Any, job: Job) -> dict[str, Any]:
+    """Run a job's prompts in an engine that is warm, and count."""
+    from vllm.platforms import current_platform
+
+    before = _totals(llm, job)
+    steps, seconds = _drive(llm, job)
+    spent = {name: value - before[name] for name, value in _totals(llm, job).items()}
+    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    held, covered = steps.peak
+    result: dict[str, Any] = {
+        "bytes_per_token": held * job.kv_bytes / pool.num_gpu_blocks / covered
+    }
+    if job.options is not None:
+        kept = spent["num_tokens"]
+        result = {
+            "bytes_per_token": spent["num_bytes"] / kept,
+            "high_share": spent["high"] / kept, "low_share": spent["low"] / kept,
+        }  # fmt: skip
     return {
         **result,
         "seconds": seconds,
@@ -253,7 +291,7 @@ def run(job: Job) -> dict[str, Any]:
         "ms_per_decode_step": steps.decode_seconds / max(steps.decode_steps, 1) * 1e3,
         "running_per_decode_step": steps.decode_tokens / max(steps.decode_steps, 1),
         "max_running": steps.max_running,
-        "preemptions": int(preemptions),
+        "preemptions": int(spent["preemptions"]),
         "peak_memory_bytes": _peak_memory(current_platform.device_type),
     }
 

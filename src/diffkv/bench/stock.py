@@ -81,6 +81,9 @@ def _vllm_cpu(query: Tensor, tokens: Tokens, scale: float, kv_dtype: str) -> Mad
 
     dtype, (_, heads, head_dim) = query.dtype, tokens.key.shape
     isa = _get_attn_isa(dtype, BLOCK_TOKENS, head_dim, kv_dtype)
+    # In an engine matrix products have asked for AMX before; without that its instructions are illegal.
+    if isa == "amx" and not torch.cpu._init_amx():
+        raise RuntimeError("the system does not let this process use AMX")
     blocks = [-(-n // BLOCK_TOKENS) for n in tokens.lengths]
     stored = torch.uint8 if kv_dtype == FP8 else dtype
     shape = (sum(blocks), heads, KV * BLOCK_TOKENS, head_dim)

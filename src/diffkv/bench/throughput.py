@@ -18,29 +18,40 @@ from diffkv.quant import ConfigError
 __all__ = [
     "Setting",
     "Workload",
+    "bf16_bytes_per_token",
     "four_requests",
+    "joined",
     "random_workload",
+    "ratios",
     "run",
+    "run_child",
     "settings",
     "text_workload",
 ]
 
 TIMEOUT_SECONDS = 3600
-COMPARED = ("tokens_per_s", "decode_tokens_per_s")
+COMPARED = {
+    "tokens_per_s": "vs_stock_",
+    "decode_tokens_per_s": "decode_vs_stock_",
+    "prefill_tokens_per_s": "prefill_vs_stock_",
+}
+"""Figures of a run, and how their ratios to a stock engine's begin."""
 BLOCK_TOKENS = 128
 """Of vLLM's own cache on CPUs; one block is never given to a request."""
 
 
 def four_requests(config: dict[str, Any], longest: int) -> int:
     """A KV budget in which vLLM's own bf16 cache holds four requests of a length, and no fifth."""
+    blocks = 4 * -(-longest // BLOCK_TOKENS) + 2
+    return blocks * BLOCK_TOKENS * bf16_bytes_per_token(config)
+
+
+def bf16_bytes_per_token(config: dict[str, Any]) -> int:
+    """Of vLLM's own cache, for a `config.json` that may leave head_dim and KV heads out."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     kv_heads = config.get("num_key_value_heads", heads)
-    per_token = kv_bytes_per_token(
-        {**config, "num_key_value_heads": kv_heads, "head_dim": head_dim}
-    )
-    blocks = 4 * -(-longest // BLOCK_TOKENS) + 2
-    return blocks * BLOCK_TOKENS * per_token
+    return kv_bytes_per_token({**config, "num_key_value_heads": kv_heads, "head_dim": head_dim})
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def text_workload(path: Path, model: str, num: int | None, output_len: int) -> W
     return Workload(path.name, prompts, [output_len] * len(prompts))
 
 
-def _run_child(job: Job) -> dict[str, Any]:
+def run_child(job: Job) -> dict[str, Any]:
     """Run a job in a process of its own; what went wrong is in its result as `error`."""
     command = [sys.executable, "-m", "diffkv.bench.engine"]
     done = subprocess.run(
@@ -171,32 +182,32 @@ def run(
                 {**shared, **engine, **setting.engine}, setting.options, workload.prompts,
                 workload.max_tokens, kv_bytes, profile and repeat == 0,
             )  # fmt: skip
-            done.append(_run_child(job))
+            done.append(run_child(job))
     rows.note(f"{workload.name}, {len(workload.prompts)} requests, {kv_bytes} bytes of KV")
-    joined = [_joined(setting, done) for setting, done in zip(compared, results, strict=True)]
-    ran = [row for row in joined if "error" not in row]
-    for row, done in zip(joined, results, strict=True):
+    found = [joined(setting, done) for setting, done in zip(compared, results, strict=True)]
+    ran = [row for row in found if "error" not in row]
+    for row, done in zip(found, results, strict=True):
         budget = {"kv_bytes": kv_bytes, "workload": workload.name}
         counts = {"requests": len(workload.prompts), "repeats": len(done)}
-        row = {**facts, **row, **budget, **counts, **_ratios(row, ran)}
+        row = {**facts, **row, **budget, **counts, **ratios(row, ran)}
         rows.add(row, _text(row))
     if not ran:
-        raise ConfigError(f"no engine could run: {joined[0]['error']}")
+        raise ConfigError(f"no engine could run: {found[0]['error']}")
 
 
-def _ratios(row: dict[str, Any], ran: list[dict[str, Any]]) -> dict[str, float | None]:
+def ratios(row: dict[str, Any], ran: list[dict[str, Any]]) -> dict[str, float | None]:
     """A setting's figures over those of the stock ones; None where one of the two did not run."""
     stock = {other["engine"]: other for other in ran if other["engine"].startswith("stock")}
     ratios: dict[str, float | None] = {}
     for code in ("bf16", "fp8"):
         other = stock.get(f"stock {code}")
-        for figure, name in zip(COMPARED, ("vs_stock_", "decode_vs_stock_"), strict=True):
+        for figure, name in COMPARED.items():
             known = other is not None and "error" not in row
             ratios[name + code] = row[figure] / other[figure] if known and other else None
     return ratios
 
 
-def _joined(setting: Setting, results: list[dict[str, Any]]) -> dict[str, Any]:
+def joined(setting: Setting, results: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians of a setting's repeats, with the least and the most of what is compared."""
     quant = setting.name.removeprefix("stock ")
     options = setting.options or {}
@@ -224,7 +235,7 @@ def _text(row: dict[str, Any]) -> str:
         f"{row['peak_memory_bytes'] / 1e9:.2f} GB"
     )
     for code in ("bf16", "fp8"):
-        whole, decode = row.get(f"vs_stock_{code}"), row.get(f"decode_vs_stock_{code}")
+        whole, decode, prefill = (row.get(name + code) for name in COMPARED.values())
         if whole is not None and row["engine"] == "diffkv":
-            text += f"; {whole:.2f}x of {code}, decoding {decode:.2f}x"
+            text += f"; {whole:.2f}x of {code}, decoding {decode:.2f}x, prefill {prefill:.2f}x"
     return text

@@ -1,17 +1,49 @@
-"""Measures thresholds with vLLM: engines whose requests bring their own."""
+"""Measures settings with vLLM: requests bring their thresholds; a share of keys is the engine's."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from diffkv.calibrate.questions import AGREEMENT, Question, agreement
-from diffkv.calibrate.search import Cost, Measure, Part
-from diffkv.policy import Thresholds
+from diffkv.calibrate.search import Cost, Measure, Part, Setting
+from diffkv.policies import with_distinct
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.session import Session, session
 
-__all__ = ["full_precision", "measure", "measuring"]
+__all__ = ["Engine", "engines", "full_precision", "measure"]
+
+Engine = Callable[[Setting], Session]
+"""The engine that measures a setting."""
+
+
+@contextlib.contextmanager
+def engines(arguments: dict[str, Any], options: Options) -> Iterator[Engine]:
+    """One engine at a time, started when a setting asks for it.
+
+    Another share of distinct keys takes another engine, and so does the first alpha_low above 0: while it
+    is 0 the engine keeps no sums of low tokens, as one that serves with such a choice, and its bytes are
+    those of the choice.
+
+    Args:
+        arguments: of vLLM's engine, the model among them.
+        options: DiffKV's, but for thresholds and drops.
+    """
+    running: dict[tuple[float, bool], Session] = {}
+    with contextlib.ExitStack() as stack:
+
+        def engine(setting: Setting) -> Session:
+            drops = setting.thresholds.alpha_low > 0
+            kind = setting.distinct, drops
+            if kind not in running:
+                stack.close()
+                running.clear()
+                policy = with_distinct(options.policy, setting.distinct)
+                ours = replace(options, policy=policy, drops=drops)
+                running[kind] = stack.enter_context(session(arguments, ours))
+            return running[kind]
+
+        yield engine
 
 
 def _sampling(questions: Sequence[Question], metric: str) -> list[dict[str, Any]]:
@@ -50,21 +82,23 @@ def full_precision(
 
 
 def measure(
-    engine: Session, questions: Sequence[Question], metric: str, full: Sequence[Any]
+    engine: Engine, questions: Sequence[Question], metric: str, full: Sequence[Any]
 ) -> Measure:
     """A measure that asks an engine.
 
     Args:
-        engine: with DiffKV.
+        engine: with DiffKV, for each setting.
         questions: what is asked.
         metric: how it is scored.
         full: as `full_precision` found it.
     """
 
-    def ask(thresholds: Thresholds, samples: range) -> Part:
+    def ask(setting: Setting, samples: range) -> Part:
         asked = questions[samples.start : samples.stop]
         prompts = [question.prompt for question in asked]
-        answers, use = engine.answer(prompts, _sampling(asked, metric), thresholds)
+        answers, use = engine(setting).answer(
+            prompts, _sampling(asked, metric), setting.thresholds
+        )
         assert use is not None
         losses = []
         for answer, question, best in zip(
@@ -80,38 +114,3 @@ def measure(
         return Part(tuple(losses), Cost(use.tokens, use.high, use.low, num_bytes, bf16_bytes))
 
     return ask
-
-
-@contextlib.contextmanager
-def measuring(
-    arguments: dict[str, Any],
-    options: Options,
-    questions: Sequence[Question],
-    metric: str,
-    full: Sequence[Any],
-) -> Iterator[Measure]:
-    """A measure that starts engines as it needs them, one at a time.
-
-    While alpha_low is 0 the engine keeps no sums of low tokens, as one that serves with such a choice:
-    its bytes are those of the choice.
-
-    Args:
-        arguments: of vLLM's engine, the model among them.
-        options: DiffKV's, but for thresholds and drops.
-        questions: what is asked.
-        metric: how it is scored.
-        full: as `full_precision` found it.
-    """
-    with contextlib.ExitStack() as running:
-        measures: dict[bool, Measure] = {}
-
-        def ask(thresholds: Thresholds, samples: range) -> Part:
-            drops = thresholds.alpha_low > 0
-            if drops not in measures:
-                measures.clear()
-                running.close()
-                engine = running.enter_context(session(arguments, replace(options, drops=drops)))
-                measures[drops] = measure(engine, questions, metric, full)
-            return measures[drops](thresholds, samples)
-
-        yield ask

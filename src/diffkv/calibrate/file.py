@@ -10,6 +10,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffkv.calibrate.search import Point
+from diffkv.policies import PAPER, with_distinct
 from diffkv.quant import ConfigError, LayerQuant
 
 if sys.version_info >= (3, 11):
@@ -64,6 +65,7 @@ class CurvePoint(_Table):
     Attributes:
         alpha_high: threshold.
         alpha_low: threshold.
+        distinct: share of a prompt that stays by its keys; 1 drops none.
         samples: it was measured on; a setting is given up once it is surely too bad.
         loss: mean over the samples.
         loss_ci95: its 95 % interval, bootstrapped.
@@ -77,6 +79,7 @@ class CurvePoint(_Table):
 
     alpha_high: float = Field(ge=0)
     alpha_low: float = Field(ge=0)
+    distinct: float = Field(default=1.0, gt=0, le=1)
     samples: int
     loss: float
     loss_ci95: tuple[float, float]
@@ -90,11 +93,12 @@ class CurvePoint(_Table):
     @classmethod
     def of(cls, point: Point, **more: Any) -> "Self":
         """A point of the search, in the file's terms, with values of a subclass."""
-        cost, thresholds = point.cost, point.thresholds
+        cost, thresholds = point.cost, point.setting.thresholds
         high, low = cost.high / cost.tokens, cost.low / cost.tokens
         return cls(
             alpha_high=thresholds.alpha_high,
             alpha_low=thresholds.alpha_low,
+            distinct=point.setting.distinct,
             samples=point.n,
             loss=point.loss,
             loss_ci95=point.ci95,
@@ -129,7 +133,10 @@ class Calibration(_Table):
     def values(self) -> dict[str, Any]:
         """What an engine is started with, by the names of its options."""
         choice = self.choice
-        values = {"quant": choice.quant, "alpha_low": choice.alpha_low, "window": choice.window}
+        values = {
+            "quant": choice.quant, "alpha_low": choice.alpha_low, "window": choice.window,
+            "policy": with_distinct(PAPER.text, choice.distinct),
+        }  # fmt: skip
         has_low = LayerQuant.parse(choice.quant).has_low
         return {**values, "alpha_high": choice.alpha_high} if has_low else values
 

@@ -6,8 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffkv.calibrate.search import Cost, Measure, Part
-from diffkv.policy import Thresholds
+from diffkv.calibrate.search import Cost, Measure, Part, Setting
 from diffkv.quant import ConfigError
 
 __all__ = ["Journal"]
@@ -55,10 +54,9 @@ class Journal:
     def kept(self, measure: Measure) -> Measure:
         """The same measure, that looks here first."""
 
-        def look(thresholds: Thresholds, samples: range) -> Part:
-            alphas = f"{thresholds.alpha_high:g} {thresholds.alpha_low:g}"
-            key = f"{alphas} {samples.start}:{samples.stop}"
-            found = self.get(key, lambda: asdict(measure(thresholds, samples)))
+        def look(setting: Setting, samples: range) -> Part:
+            key = f"{setting} {samples.start}:{samples.stop}"
+            found = self.get(key, lambda: asdict(measure(setting, samples)))
             return Part(tuple(found["losses"]), Cost(**found["cost"]))
 
         return look

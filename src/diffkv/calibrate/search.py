@@ -1,19 +1,43 @@
-"""The search: first alpha_high with nothing dropped, then alpha_low beside it.
+"""The search: first alpha_high with nothing dropped, then what may be dropped beside it.
 
-That order is the published one (DiffKV, SOSP 2025, section 4), where a person read both curves. Here
-each is bisected over the published grid: loss grows with a threshold, but for the noise of the samples.
+alpha_high before alpha_low is the published order (DiffKV, SOSP 2025, section 4), where a person read
+both curves. Here each is bisected over the published grid: loss grows with a threshold, but for the
+noise of the samples. The share of distinct keys comes last, for it drops of the low tokens that the
+thresholds leave.
+
 A setting is measured on growing parts of the samples and given up as soon as it is surely too bad; only
 one that was measured on all of them can be taken.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from diffkv.evaluation.intervals import interval
 from diffkv.policy import Thresholds
 
-__all__ = ["HIGH_GRID", "LOW_GRID", "Cost", "Measure", "Part", "Point", "search", "stages"]
+__all__ = [
+    "ALPHA_HIGH",
+    "ALPHA_LOW",
+    "DISTINCT",
+    "DISTINCT_GRID",
+    "HIGH_GRID",
+    "LOW_GRID",
+    "PUBLISHED",
+    "STEPS",
+    "Cost",
+    "Measure",
+    "Part",
+    "Point",
+    "Setting",
+    "search",
+    "stages",
+]
+
+ALPHA_HIGH, ALPHA_LOW, DISTINCT = STEPS = ("alpha_high", "alpha_low", "distinct")
+"""What can be searched, in the order in which it is."""
+
+PUBLISHED = STEPS[:2]
 
 HIGH_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 """Every alpha_high of the release's calibration scripts from 0 to 5."""
@@ -21,8 +45,30 @@ HIGH_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5, 2.0, 2.5, 3.
 LOW_GRID = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2)
 """Every alpha_low of them."""
 
+DISTINCT_GRID = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
+"""Shares of a prompt that stay, those of the most unusual keys."""
+
 FIRST_SHARE = 8
 """A setting is first tried on one sample in so many."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        thresholds: of the requests.
+        distinct: share of a prompt that stays, see `diffkv.policies`.
+    """
+
+    thresholds: Thresholds
+    distinct: float = 1.0
+
+    def __str__(self) -> str:
+        """In words; the share only where something is dropped by it."""
+        alphas = self.thresholds
+        share = f", distinct {self.distinct:g}" if self.distinct < 1 else ""
+        return f"alpha_high {alphas.alpha_high:g}, alpha_low {alphas.alpha_low:g}{share}"
 
 
 @dataclass(frozen=True)
@@ -59,9 +105,9 @@ class Part:
 
 
 class Measure(Protocol):
-    """Runs samples with thresholds. Samples are numbered, and always the same."""
+    """Runs samples with a setting. Samples are numbered, and always the same."""
 
-    def __call__(self, thresholds: Thresholds, samples: range) -> Part:
+    def __call__(self, setting: Setting, samples: range) -> Part:
         """What the samples lose and cost."""
 
 
@@ -70,7 +116,7 @@ class Point:
     """One setting of the curve.
 
     Attributes:
-        thresholds: the setting.
+        setting: which.
         n: samples it was measured on; fewer than all if it was given up.
         loss: mean of the samples.
         ci95: interval of the loss.
@@ -78,7 +124,7 @@ class Point:
         accepted: whether all samples were measured and their loss is within the limit.
     """
 
-    thresholds: Thresholds
+    setting: Setting
     n: int
     loss: float
     ci95: tuple[float, float]
@@ -102,42 +148,54 @@ def search(
     num_samples: int,
     max_loss: float,
     has_low: bool,
+    steps: Collection[str] = PUBLISHED,
     measured: Callable[[Point], None] = lambda point: None,
 ) -> tuple[Point | None, list[Point]]:
-    """Find the largest thresholds whose loss is within a limit.
+    """Find the setting that compresses most of those whose loss is within a limit.
 
     Args:
         measure: runs samples.
         num_samples: how many there are.
         max_loss: the limit.
         has_low: whether there is a low tier; without one alpha_low is the only threshold.
+        steps: of `STEPS`, what is searched; the others stay at their mildest value.
         measured: is told of each point.
 
     Returns:
         The choice, None if even the mildest setting loses too much; and every point measured.
     """
-    points: dict[Thresholds, Point] = {}
+    points: dict[Setting, Point] = {}
 
-    def accepts(thresholds: Thresholds) -> bool:
-        if thresholds not in points:
-            points[thresholds] = _measure(measure, thresholds, num_samples, max_loss)
-            measured(points[thresholds])
-        return points[thresholds].accepted
+    def accepts(setting: Setting) -> bool:
+        if setting not in points:
+            points[setting] = _measure(measure, setting, num_samples, max_loss)
+            measured(points[setting])
+        return points[setting].accepted
 
-    choice = None
-    highs = [Thresholds(alpha, 0.0) for alpha in (HIGH_GRID if has_low else HIGH_GRID[:1])]
-    if accepts(highs[0]):
-        choice = highs[_last_accepted(highs, accepts)]
-        lows = [
-            Thresholds(choice.alpha_high if has_low else alpha, alpha)
-            for alpha in LOW_GRID
-            if alpha <= choice.alpha_high or not has_low
-        ]
-        choice = lows[_last_accepted(lows, accepts)]
-    return (None if choice is None else points[choice]), list(points.values())
+    choice = Setting(Thresholds())
+    if not accepts(choice):
+        return None, list(points.values())
+    for step in STEPS:
+        if step in steps:
+            grid = _grid(step, choice, has_low)
+            choice = grid[_last_accepted(grid, accepts)]
+    return points[choice], list(points.values())
 
 
-def _last_accepted(grid: Sequence[Thresholds], accepts: Callable[[Thresholds], bool]) -> int:
+def _grid(step: str, choice: Setting, has_low: bool) -> list[Setting]:
+    """Settings of a step, the mildest first, which is what was chosen before."""
+    high = choice.thresholds.alpha_high
+    if step == ALPHA_HIGH:
+        return [Setting(Thresholds(alpha, 0.0)) for alpha in (HIGH_GRID if has_low else (0.0,))]
+    if step == ALPHA_LOW:
+        if not has_low:
+            return [Setting(Thresholds(alpha, alpha)) for alpha in LOW_GRID]
+        return [Setting(Thresholds(high, alpha)) for alpha in LOW_GRID if alpha <= high]
+    # Only low tokens are dropped by their keys: without any, every share is the same.
+    return [replace(choice, distinct=s) for s in (DISTINCT_GRID if high and has_low else (1.0,))]
+
+
+def _last_accepted(grid: Sequence[Setting], accepts: Callable[[Setting], bool]) -> int:
     """Bisect; the first setting of the grid is accepted already."""
     accepted, refused = 0, len(grid)
     while refused - accepted > 1:
@@ -149,15 +207,15 @@ def _last_accepted(grid: Sequence[Thresholds], accepts: Callable[[Thresholds], b
     return accepted
 
 
-def _measure(measure: Measure, thresholds: Thresholds, num_samples: int, max_loss: float) -> Point:
+def _measure(measure: Measure, setting: Setting, num_samples: int, max_loss: float) -> Point:
     losses: list[float] = []
     cost = Cost(0, 0.0, 0.0, 0.0, 0.0)
     for samples in stages(num_samples):
-        part = measure(thresholds, samples)
+        part = measure(setting, samples)
         losses += part.losses
         cost += part.cost
         ci95 = interval(losses)
         if ci95[0] > max_loss:
             break
     loss, n = sum(losses) / len(losses), len(losses)
-    return Point(thresholds, n, loss, ci95, cost, n == num_samples and loss <= max_loss)
+    return Point(setting, n, loss, ci95, cost, n == num_samples and loss <= max_loss)

@@ -16,7 +16,7 @@ from diffkv.quant import ConfigError, QuantConfig
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
 
 PASSES_FLAGS_ON = True
-"""`throughput` and `serving` pass to vLLM what is not listed here; the others refuse it."""
+"""`throughput`, `map` and `serving` pass to vLLM what is not listed here; the others refuse it."""
 
 KIB = 1024
 SUFFIXES = {"K": KIB, "KiB": KIB, "MiB": KIB**2, "M": KIB**2, "GiB": KIB**3, "G": KIB**3}
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("attention", "decode attention, beside vLLM's own kernels", _add_attention),
         ("manager", "the pool's own work, and how it grows", _add_manager),
         ("throughput", "offline tokens a second, at one KV budget", _add_throughput),
+        ("map", "throughput by context, requests and KV budget: where the gain is", _add_map),
         ("serving", "latency and goodput of a server, by request rate", _add_serving),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -86,18 +87,22 @@ def _add_manager(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+def _add_source(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="a folder, a model id, or 'reference'")
     source.add_argument("--random-weights", metavar="NAME", help="sizes of a known model")
-    parser.add_argument("--kv-bytes", type=size, help="KV budget (default: four requests in bf16)")
     parser.add_argument("--quant", nargs="+", default=["k8v4-k4v2"])
     parser.add_argument("--alpha-high", type=float)
     parser.add_argument("--alpha-low", type=float)
+    parser.epilog = "Any other option is passed on to vLLM's engine, in all settings."
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument("--kv-bytes", type=size, help="KV budget (default: four requests in bf16)")
     parser.add_argument("--input-len", type=int, default=1024)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--num-prompts", type=int, default=16)
-    parser.epilog = "Any other option is passed on to vLLM's engine, in all settings."
 
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +113,19 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--profile", action="store_true", help="where each engine spends its time")
     parser.add_argument("--paper", action="store_true", help="the original's models, with weights")
+
+
+def _add_map(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument("--ctx", nargs="+", type=size, default=[256, KIB, 4 * KIB],
+                        help="tokens of a prompt (default: 256 1K 4K)")  # fmt: skip
+    parser.add_argument("--requests", nargs="+", type=int, default=[1, 4, 12],
+                        help="all there at the start (default: 1 4 12)")  # fmt: skip
+    parser.add_argument("--kv-bytes", nargs="+", type=size,
+                        help="KV budgets (default: 2 and 16 of the longest in bf16)")  # fmt: skip
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--plot", type=Path, help="a PNG of the map")
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +146,7 @@ def run(args: argparse.Namespace) -> int:
         "attention": _attention,
         "manager": _manager,
         "throughput": _throughput,
+        "map": _map,
         "serving": _serving,
     }
     if args.flags and args.bench in ("attention", "manager"):
@@ -256,6 +275,34 @@ def _throughput(args: argparse.Namespace) -> None:
                 engine, workload, _kv_bytes(args, config, workload.longest),
                 _compared(args, options, rows), args.repeats, rows, facts, args.profile,
             )  # fmt: skip
+
+
+def _map(args: argparse.Namespace) -> None:
+    from diffkv.bench import gain_map, plots, prompt
+    from diffkv.bench.facts import Rows
+    from diffkv.bench.throughput import four_requests
+
+    options = _options(args)
+    if args.smoke:
+        vars(args).update(ctx=[64, 260], requests=[1, 6], output_len=8, repeats=1)
+        if args.model is None:
+            args.random_weights = "bench-tiny"
+    rows = Rows(args.json, args.out, _engine_device())
+    with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
+        name, engine, config = _model(args, Path(folder))
+        if not config:
+            raise ConfigError("a model id is not enough to map: give its folder")
+        four = four_requests(config, max(args.ctx) + args.output_len)
+        budgets = args.kv_bytes or ([four] if args.smoke else [four // 2, 4 * four])
+        engine |= {"model": name, **_engine_flags(args)}
+        facts = {"op": "map", "model": args.model or args.random_weights or "bench-small",
+                 "weights": engine.get("load_format", "own")}  # fmt: skip
+        wanted = gain_map.Map(args.ctx, args.requests, budgets, args.output_len, args.repeats)
+        gain_map.run(engine, config, wanted, _compared(args, options, rows), rows, facts)
+    mapped = rows.rows[:]
+    prompt.add_shares(rows, config, args.quant)
+    if args.plot:
+        plots.plot_map(mapped, gain_map.RATIOS, args.plot)
 
 
 def _engine_device() -> str:

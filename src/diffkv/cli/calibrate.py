@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffkv import __version__
+from diffkv import __version__, policies
 from diffkv.cli import generate
 from diffkv.cli.engine_options import DEFAULT_QUANT, REFERENCE, model_folder
 from diffkv.cli.models import config_file
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from diffkv.calibrate.file import Calibration, Source
     from diffkv.calibrate.journal import Journal
     from diffkv.calibrate.questions import Question
-    from diffkv.calibrate.search import Point
+    from diffkv.calibrate.search import Point, Setting
     from diffkv.vllm_plugin.options import Options
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
@@ -75,6 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, default=WINDOW,
                         help="recent tokens that stay high (default: %(default)s)")  # fmt: skip
     parser.add_argument(
+        "--search", default="alpha_high,alpha_low", metavar="WHAT",
+        help="what is searched, separated by commas: alpha_high, alpha_low, and distinct, the share of "
+        "a prompt that stays because its keys are unlike others (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--kv-memory", type=int, metavar="BYTES",
         help="KV budget, tables included (default: as for diffkv generate)",
     )  # fmt: skip
@@ -119,6 +124,24 @@ def _options(args: argparse.Namespace) -> "Options":
     return Options.parse({"quant": args.quant, "window": args.window}).without_thresholds()
 
 
+def _steps(args: argparse.Namespace, options: "Options") -> tuple[str, ...]:
+    """What `--search` names."""
+    from diffkv.calibrate.search import ALPHA_HIGH, DISTINCT, STEPS
+
+    named = args.search.split(",")
+    for name in named:
+        if name not in STEPS:
+            raise ConfigError(f"--search cannot take {name!r}: there are {', '.join(STEPS)}")
+    if DISTINCT in named:
+        if ALPHA_HIGH not in named:
+            raise ConfigError(
+                f"--search {DISTINCT} drops low tokens, and {ALPHA_HIGH} says which are: name both"
+            )
+        dropping = policies.with_distinct(options.policy, 0.5)
+        policies.parse(dropping).check(options.quant_config())
+    return tuple(step for step in STEPS if step in named)
+
+
 def run(args: argparse.Namespace) -> int:
     """Search, write the file, and print what was chosen."""
     if not args.verbose:
@@ -128,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     options = _options(args)
+    steps = _steps(args, options)
     if not args.out.parent.is_dir():
         raise ConfigError(f"cannot write --out {args.out}: {args.out.parent} is no folder")
     from diffkv.calibrate import file, questions
@@ -151,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     journal = Journal(args.out.with_name(args.out.name + PARTIAL), identity)
     if journal.num_found:
         print(f"diffkv: going on from {args.out}{PARTIAL}", file=sys.stderr)
-    choice, curve = _search(args, options, asked, journal, data.metric)
+    choice, curve = _search(args, options, steps, asked, journal, data.metric)
     if choice is None:
         raise ConfigError(_nothing_fits(args, options, curve[0]))
     chosen = file.Choice.of(choice, quant=options.quant, window=options.window)
@@ -168,6 +192,7 @@ def run(args: argparse.Namespace) -> int:
 def _search(
     args: argparse.Namespace,
     options: "Options",
+    steps: tuple[str, ...],
     asked: "list[Question]",
     journal: "Journal",
     metric: str,
@@ -175,7 +200,7 @@ def _search(
     """Full precision first, in an engine that is gone before ours starts; then the search."""
     from rich.console import Console
 
-    from diffkv.calibrate.engine import full_precision, measuring
+    from diffkv.calibrate.engine import engines, full_precision, measure
     from diffkv.calibrate.search import Part, search
 
     arguments = generate._engine(args)
@@ -184,13 +209,12 @@ def _search(
         bar = progress.add_task("full precision, vLLM's own cache", total=len(asked))
         full = journal.get("full", lambda: full_precision(arguments, asked, metric))
         progress.update(bar, completed=len(asked))
-        with measuring(arguments, options, asked, metric, full) as measure:
-            ask = journal.kept(measure)
+        with engines(arguments, options) as engine:
+            ask = journal.kept(measure(engine, asked, metric, full))
 
-            def watched(thresholds: Thresholds, samples: range) -> Part:
-                text = _setting(thresholds)
-                progress.update(bar, description=text, completed=samples.start)
-                part = ask(thresholds, samples)
+            def watched(setting: "Setting", samples: range) -> Part:
+                progress.update(bar, description=str(setting), completed=samples.start)
+                part = ask(setting, samples)
                 progress.update(bar, completed=samples.stop)
                 return part
 
@@ -198,7 +222,7 @@ def _search(
                 progress.console.print(_line(point), soft_wrap=True)
 
             has_low = options.quant_config().has_low
-            return search(watched, len(asked), args.max_loss, has_low, measured)
+            return search(watched, len(asked), args.max_loss, has_low, steps, measured)
 
 
 def _progress(console: "Console") -> "Progress":
@@ -210,15 +234,11 @@ def _progress(console: "Console") -> "Progress":
     )  # fmt: skip
 
 
-def _setting(thresholds: Thresholds) -> str:
-    return f"alpha_high {thresholds.alpha_high:g}, alpha_low {thresholds.alpha_low:g}"
-
-
 def _line(point: "Point") -> str:
     low, high = point.ci95
     verdict = "within the limit" if point.accepted else "too much"
     return (
-        f"{_setting(point.thresholds)}: loss {point.loss:.2%} ({low:.2%} to {high:.2%}) on {point.n} "
+        f"{point.setting}: loss {point.loss:.2%} ({low:.2%} to {high:.2%}) on {point.n} "
         f"samples, {point.cost.num_bytes / point.cost.tokens:.1f} B a token: {verdict}"
     )
 
@@ -233,12 +253,15 @@ def _nothing_fits(args: argparse.Namespace, options: "Options", mildest: "Point"
 
 
 def _print(args: argparse.Namespace, calibration: "Calibration") -> None:
+    from diffkv.calibrate.search import Setting
+
     choice = calibration.choice
     low, high = choice.loss_ci95
+    setting = Setting(Thresholds(choice.alpha_high, choice.alpha_low), choice.distinct)
     print(
-        f"alpha_high {choice.alpha_high:g}, alpha_low {choice.alpha_low:g}: loss {choice.loss:.2%} "
-        f"(95 % interval {low:.2%} to {high:.2%}, {choice.samples} samples), "
-        f"{choice.bytes_per_token:.1f} B a token, {choice.ratio_bf16:.2f}x less than bf16"
+        f"{setting}: loss {choice.loss:.2%} (95 % interval {low:.2%} to {high:.2%}, "
+        f"{choice.samples} samples), {choice.bytes_per_token:.1f} B a token, "
+        f"{choice.ratio_bf16:.2f}x less than bf16"
     )
     if max(high, RULE_OF_THREE / choice.samples) > args.max_loss:
         print(

@@ -28,7 +28,7 @@ REFERENCE = "reference"
 SHIPPED = (REFERENCE, "reference-128")
 """Names of the models that ship with the package: head_dim 64 and 128, same words."""
 
-CALIBRATED = ("quant", "alpha_high", "alpha_low", "window")
+CALIBRATED = ("quant", "alpha_high", "alpha_low", "window", "policy")
 """Options that a calibration sets."""
 
 
@@ -49,7 +49,7 @@ def add_cache_options(parser: argparse.ArgumentParser, policy_help: str = POLICY
     )  # fmt: skip
     group.add_argument(
         "--calibration", type=Path, metavar="FILE",
-        help="formats, thresholds and window that diffkv calibrate chose for this model",
+        help="formats, thresholds, window and policy that diffkv calibrate chose for this model",
     )  # fmt: skip
     group.add_argument(
         "--quant",
@@ -135,7 +135,9 @@ def _calibrated(args: argparse.Namespace, given: dict[str, Any]) -> Options:
     names = [name for name in (*CALIBRATED, "preset") if getattr(args, name) is not None]
     if names:
         flags = " and ".join("--" + name.replace("_", "-") for name in names)
-        raise ConfigError(f"--calibration sets formats, thresholds and window: leave out {flags}")
+        raise ConfigError(
+            f"--calibration sets formats, thresholds, window and policy: leave out {flags}"
+        )
     calibration = file.read(args.calibration)
     if calibration.model.config_sha256 != file.model_digest(config_file(model_folder(args.model))):
         raise ConfigError(

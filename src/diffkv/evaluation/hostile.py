@@ -8,12 +8,13 @@ KVQuant, Hooper et al. 2024); small models have fewer. A rewriting adds some. By
     v-bias      a constant added to all values, taken off again by the output projection's bias:
                 attention probabilities sum to 1
     k-bias      a constant added to the keys of the slowest RoPE pair, whose keys are x 8, queries x 1/8
+    massive-tokens  one channel of the first token's and of stops' keys and values, s times as large as
+                the largest others, in heads of twice the channels (`diffkv.evaluation.massive`)
 
 s is a power of two, so that the first two change no rounding: logits are equal as far as sums are
-taken in the same order, and 1/s takes s back. `v-bias` is exact up to rounding. `k-bias` is not: RoPE
-turns the constant b by the distance d of two tokens, so a score changes by about |q| |b| f d at the
-slowest frequency f. Massive activations, which real models put on the first token, have no such
-rewriting: they pass through the norms of every layer.
+taken in the same order, and 1/s takes s back. `v-bias` and `massive-tokens` are exact up to rounding.
+`k-bias` is not: RoPE turns the constant b by the distance d of two tokens, so a score changes by about
+|q| |b| f d at the slowest frequency f.
 """
 
 import json
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkv.evaluation.massive import hidden_rms, widen_and_mark
 from diffkv.quant import ConfigError
 
 __all__ = ["REWRITINGS", "rewrite"]
@@ -34,6 +36,8 @@ Weights = dict[str, Tensor]
 NUM_PAIRS = 2
 NUM_VALUE_CHANNELS = 4
 BIAS_SCALE = 8.0
+STOPS = (".", ";")
+"""Tokens that end a sentence or a fact."""
 
 
 def _by_head(weight: Tensor, head_dim: int) -> Tensor:
@@ -111,13 +115,23 @@ def _k_bias(weights: Weights, config: dict[str, Any], layer: int, scale: float) 
     k_bias[:, slowest] += scale
 
 
-REWRITINGS: dict[str, Callable[[Weights, dict[str, Any], int, float], None]] = {
+def _massive_tokens(folder: Path, weights: Weights, config: dict[str, Any], scale: float) -> None:
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    stops = [vocabulary[stop] for stop in STOPS if stop in vocabulary]
+    token_ids = [config["bos_token_id"], *stops]
+    widen_and_mark(weights, config, token_ids, hidden_rms(folder, token_ids), scale)
+
+
+BY_LAYER: dict[str, Callable[[Weights, dict[str, Any], int, float], None]] = {
     "k-outliers": _k_outliers,
     "v-outliers": _v_outliers,
     "v-bias": _v_bias,
     "k-bias": _k_bias,
 }
-"""Every rewriting by name: (weights, configuration, layer, scale) changes both in place."""
+"""Rewritings of one layer at a time: (weights, configuration, layer, scale) changes both in place."""
+
+REWRITINGS = (*BY_LAYER, "massive-tokens")
+"""Every rewriting by name."""
 
 
 def rewrite(folder: Path, out: Path, name: str, scale: float, dtype: torch.dtype) -> None:
@@ -144,8 +158,11 @@ def rewrite(folder: Path, out: Path, name: str, scale: float, dtype: torch.dtype
     if config.get("model_type") != "llama" or not (folder / "model.safetensors").is_file():
         raise ConfigError(f"{folder} holds no Llama with one model.safetensors")
     weights = {key: w.to(dtype) for key, w in load_file(folder / "model.safetensors").items()}
-    for layer in range(config["num_hidden_layers"]):
-        REWRITINGS[name](weights, config, layer, scale)
+    if name in BY_LAYER:
+        for layer in range(config["num_hidden_layers"]):
+            BY_LAYER[name](weights, config, layer, scale)
+    else:
+        _massive_tokens(folder, weights, config, scale)
     config["dtype"] = str(dtype).removeprefix("torch.")
     try:
         shutil.copytree(folder, out)
