@@ -21,9 +21,9 @@ Engine = Callable[[Setting], Session]
 def engines(arguments: dict[str, Any], options: Options) -> Iterator[Engine]:
     """One engine at a time, started when a setting asks for it.
 
-    Another share of distinct keys takes another engine, and so does the first alpha_low above 0: while it
-    is 0 the engine keeps no sums of low tokens, as one that serves with such a choice, and its bytes are
-    those of the choice.
+    Another share of distinct keys takes another engine, and so does the first alpha_low above 0: while
+    it is 0 the engine keeps no sums of low tokens, as one that serves with such a choice, and its bytes
+    are those of the choice.
 
     Args:
         arguments: of vLLM's engine, the model among them.
