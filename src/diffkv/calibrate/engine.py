@@ -96,9 +96,7 @@ def measure(
     def ask(setting: Setting, samples: range) -> Part:
         asked = questions[samples.start : samples.stop]
         prompts = [question.prompt for question in asked]
-        answers, use = engine(setting).answer(
-            prompts, _sampling(asked, metric), setting.thresholds
-        )
+        answers, use = engine(setting).answer(prompts, _sampling(asked, metric), setting.thresholds)
         assert use is not None
         losses = []
         for answer, question, best in zip(
