@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -28,12 +29,16 @@ from torch.nn.functional import scaled_dot_product_attention
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/kernels"))
 from make import TABLES, assert_same, copy_of, make_state, make_sums, make_tiers, make_tokens
 
-from diffkv import pool, reference
+from diffkv import ops, pool, reference
+from diffkv.cache import DiffKVCache
 from diffkv.kernels import triton as kernels
 from diffkv.kernels.triton.workspace import Tuning, workspace
-from diffkv.layout import PageLayout
-from diffkv.quant import QuantConfig
+from diffkv.layout import CacheLayout, PageLayout
+from diffkv.policy import Thresholds
+from diffkv.quant import LayerQuant, QuantConfig
+from diffkv.rotation import signs
 from diffkv.state import PoolState, PromptTokens
+from diffkv.steps import PromptChunk
 
 HEADS, HEAD_DIM, DTYPE = 8, 128, torch.bfloat16
 FLUSH_BYTES = 256 << 20
@@ -224,11 +229,56 @@ def check_significance() -> float:
     return error
 
 
+def check_prompts_without_waiting(rotate: bool) -> float:
+    """Two steps of prompts, in chunks and whole, in which no layer may wait for the GPU.
+
+    Returns:
+        The largest difference of the outputs from those of the operations in plain torch, on the CPU.
+    """
+    batches = ([(0, 0, 300, 300), (1, 0, 100, 200)], [(2, 0, 150, 150), (1, 100, 200, 200)])
+    rows = [sum(end - start for _, start, end, _ in batch) for batch in batches]
+    shapes = [(n, heads, HEAD_DIM) for n in rows for heads in (4, 2, 2)]
+    vectors = [torch.randn(shape).to(DTYPE) for shape in shapes]
+    outputs = []
+    for device in ("cpu", "cuda"):
+        layout = CacheLayout.derive(LayerQuant.parse("k8v4-k4v2"), 1, HEAD_DIM)
+        shape = pool.CacheShape.fit(8 << 20, layout, 2, 512, 3)
+        buffer = torch.zeros(8 << 20, dtype=torch.uint8, device=device)
+        state = pool.create_cache(shape, buffer, DTYPE, window=64)
+        chosen = signs(HEAD_DIM).to(device) if rotate else None
+        operations = ops.load(device, "reference" if device == "cpu" else None)
+        cache = DiffKVCache(state, operations, HEAD_DIM**-0.5, signs=chosen)
+        cache.warm_up(4)
+        for slot, length in enumerate((300, 200, 150)):
+            cache.open(slot, length, Thresholds(3.0, 0.0))
+        inputs = iter([vector.to(device) for vector in vectors])
+        results = [torch.empty(n, 4, HEAD_DIM, dtype=DTYPE, device=device) for n in rows]
+        none = torch.empty(0, dtype=torch.int32, device=device)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        for batch, result in zip(batches, results, strict=True):
+            ends = accumulate(end - start for _, start, end, _ in batch)
+            chunks = [
+                PromptChunk(slot, slice(row - (end - start), row), start, length)
+                for row, (slot, start, end, length) in zip(ends, batch, strict=True)
+            ]
+            step = cache.plan(chunks, slice(0, 0), none, none)
+            cache.attend(0, step, next(inputs), next(inputs), next(inputs), result)
+        torch.cuda.set_sync_debug_mode("default")
+        outputs.append(torch.cat(results).cpu().float())
+    error = float((outputs[0] - outputs[1]).abs().max())
+    assert error < 0.05, error
+    return error
+
+
 def checks(report: Report) -> None:
     torch.manual_seed(0)
     check_vectors()
     print("quantize, dequantize: bit-exact", flush=True)
     report.row(check="significance", sum_error=check_significance())
+    for rotate in (False, True):
+        error = check_prompts_without_waiting(rotate)
+        report.row(check="prompts, nothing waits", rotate=rotate, output_error=error)
     for quant, head_dim, dtype, group in (
         ("k8v4-k4v2", 128, torch.bfloat16, 4), ("k8v4g1x2-k4v2g2x4", 80, torch.float16, 3),
         ("k16v16", 128, torch.bfloat16, 8), ("k8v2-k2v1g1x4", 64, torch.float32, 16),

@@ -9,6 +9,8 @@ check fails.
 
     python benchmarks/load.py --seconds 300
     python benchmarks/load.py --seconds 60 --quant k8v4-k4v2 --clients 64
+
+Other flags go to `diffkv serve`: on a GPU `--dtype bfloat16 --no-enforce-eager` is how users run it.
 """
 
 import argparse
@@ -75,7 +77,7 @@ async def server(args: argparse.Namespace) -> AsyncIterator[str]:
         sys.executable, "-m", "diffkv", "serve", MODEL, "--quant", args.quant,
         "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager",
         "--max-model-len", "1024", "--max-num-seqs", str(args.clients),
-        "--kv-cache-memory-bytes", str(args.kv_memory), "--disable-uvicorn-access-log",
+        "--kv-cache-memory-bytes", str(args.kv_memory), "--disable-uvicorn-access-log", *args.flags,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ})
     url = f"http://127.0.0.1:{port}"
@@ -177,7 +179,7 @@ async def run(args: argparse.Namespace) -> int:
         held = await _held_at_last(url)
     lossless = args.quant == "k16v16"
     result = {
-        "quant": args.quant, "clients": args.clients, "seconds": args.seconds,
+        "quant": args.quant, "flags": args.flags, "clients": args.clients, "seconds": args.seconds,
         "kv_memory": args.kv_memory, "finished": outcome.finished, "hung_up": outcome.hung_up,
         "equal_to_alone": outcome.equal, "preemptions": preemptions,
         "prompts_given_up": given_up, "pages_held_at_end": held, "errors": outcome.errors[:5],
@@ -215,7 +217,8 @@ def main() -> int:
     parser.add_argument("--abort-share", type=float, default=0.2)
     parser.add_argument("--kv-memory", type=int, default=16 << 20, help="bytes")
     parser.add_argument("--seed", type=int, default=0)
-    return asyncio.run(run(parser.parse_args()))
+    args, args.flags = parser.parse_known_args()
+    return asyncio.run(run(args))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_outliers_cost_less(bits: int) -> None:
 def _decode(head_dim: int, quant: str, rotate: str, outlier: float, alpha: float) -> Tensor:
     """Outputs of a prompt in two chunks and of the tokens after it."""
     generator = torch.Generator().manual_seed(1)
-    layout = CacheLayout.derive(LayerQuant.parse(quant), 1, head_dim, element_bytes=4)
+    layout = CacheLayout.derive(LayerQuant.parse(quant), 1, head_dim, element_bytes=4, drops=True)
     num_tokens = sum(CHUNKS) + NEW
     shape = pool.CacheShape.fit(8 << 20, layout, KV_HEADS, num_tokens, 2)
     buffer = torch.zeros(8 << 20, dtype=torch.uint8)
