@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import NEW_TOKENS, engine, greedy
-from stepping import Request, check_quotas, drive
+from stepping import Request, check_quotas, drive, worker
 from torch import Tensor
 
 from diffkv.prefill import Spans, torch_prefill
@@ -74,8 +74,10 @@ def test_reports_a_step_late(
     ) as llm:  # fmt: skip
         requests = {f"r{i}": Request(prompt, NEW_TOKENS) for i, prompt in enumerate(prompts)}
         driven = drive(llm, requests, lambda step: check_quotas(llm))
+        gauges = worker().accounts.gauges()
     assert [driven.token_ids[name] for name in requests] == stock
     assert any(stale) and not all(stale)
+    assert gauges["pages_held"] == 0 and gauges["tokens_high"] == 0  # the last step reports at once
 
 
 def flash(

@@ -91,8 +91,8 @@ class Snapshots:
 
     Args:
         state: of the pool, which is only read.
-        late: give a snapshot out after the next one was taken. Then the device is never waited for
-            while it has nothing to do; who reads a report must bound one more step.
+        late: give a snapshot out after the next one was taken, while requests run. Then the device is
+            never waited for while it has nothing to do; who reads a report must bound one more step.
     """
 
     def __init__(self, state: CacheState, late: bool) -> None:
@@ -129,10 +129,11 @@ class Snapshots:
             copied.record()
         self._taken.append(Snapshot(dict(subjects), num_requests, num_tokens, numbers, copied))
 
-    def give(self) -> Snapshot | None:
-        """The oldest one that is due; None if that is the first, and still to come."""
-        if len(self._taken) <= self._late:
-            return None
-        snapshot = self._taken.popleft()
-        snapshot.wait()
-        return snapshot
+    def give(self) -> list[Snapshot]:
+        """Those that are due, in their order. After the last request none waits for another step."""
+        last = not self._taken or self._taken[-1].num_requests == 0
+        due = []
+        while len(self._taken) > (0 if last else self._late):
+            due.append(self._taken.popleft())
+            due[-1].wait()
+        return due

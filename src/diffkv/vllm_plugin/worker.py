@@ -110,7 +110,7 @@ class WorkerCache:
             np.zeros(self.shape.num_slots + 1, dtype=np.int64),
         )
         self._snapshots = Snapshots(self.state, late)
-        self._latest: Snapshot | None = None
+        self._due: list[Snapshot] = []
         self._is_reported = False
         self._scheduled: dict[str, Request] = {}
         self._awaiting: Rows | None = None
@@ -220,15 +220,16 @@ class WorkerCache:
         """
         with self.accounts.managing():
             self._look()
-            snapshot, self._latest = self._latest, None
-            if snapshot is None:
-                return {}
-            if snapshot.overruns:
-                raise RuntimeError(
-                    f"DiffKV's pool was overrun: {snapshot.num_free} of {self.state.num_pages} pages "
-                    f"free; please report this"
-                )
-            return snapshot.reports()
+            reports: dict[str, Report] = {}
+            for snapshot in self._due:
+                if snapshot.overruns:
+                    raise RuntimeError(
+                        f"DiffKV's pool was overrun: {snapshot.num_free} of {self.state.num_pages} "
+                        f"pages free; please report this"
+                    )
+                reports |= snapshot.reports()
+            self._due = []
+            return reports
 
     def stats(self, rank: int) -> DiffKVStats:
         """Metrics after a step; requests are counted once, by the first rank."""
@@ -240,7 +241,7 @@ class WorkerCache:
         return DiffKVStats.of_rank(rank, self.accounts.gauges(), counters, ratios)
 
     def _look(self) -> None:
-        """Take the step's snapshot, and note the one that is due; once a step, whoever asks first."""
+        """Take the step's snapshot, and note those that are due; once a step, whoever asks first."""
         if self._is_reported:
             return
         self._is_reported = True
@@ -251,9 +252,9 @@ class WorkerCache:
         self.accounts.prompts_given_up(sum(s.given_up for s in subjects.values()))
         running = self._slots.requests.values()
         self._snapshots.take(subjects, len(running), sum(r.num_tokens for r in running))
-        self._latest = self._snapshots.give()
-        if self._latest is not None:
-            self.accounts.step_ended(self._latest)
+        self._due = self._snapshots.give()
+        if self._due:
+            self.accounts.step_ended(self._due[-1])
 
     def summary(self) -> dict[str, Any]:
         """Totals of all requests so far, running ones included, and the pool's shape."""
