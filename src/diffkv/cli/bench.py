@@ -94,6 +94,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quant", nargs="+", default=["k8v4-k4v2"])
     parser.add_argument("--alpha-high", type=float)
     parser.add_argument("--alpha-low", type=float)
+    parser.add_argument("--window", type=int, help="most recent tokens that stay high")
     parser.epilog = "Any other option is passed on to vLLM's engine, in all settings."
 
 
@@ -216,7 +217,7 @@ def _options(args: argparse.Namespace, drops: bool | None = None) -> list[dict[s
     for quant in args.quant:
         given = {
             "quant": quant, "alpha_high": args.alpha_high, "alpha_low": args.alpha_low,
-            "drops": drops,
+            "window": args.window, "drops": drops,
         }  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
         Options.parse(given)
