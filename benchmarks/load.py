@@ -215,7 +215,7 @@ def main() -> int:
     parser.add_argument("--longest", type=int, default=500, help="tokens of the longest prompt")
     parser.add_argument("--most-tokens", type=int, default=96, help="of the longest answer")
     parser.add_argument("--abort-share", type=float, default=0.2)
-    parser.add_argument("--kv-memory", type=int, default=16 << 20, help="bytes")
+    parser.add_argument("--kv-memory", type=int, default=8 << 20, help="bytes")
     parser.add_argument("--seed", type=int, default=0)
     args, args.flags = parser.parse_known_args()
     return asyncio.run(run(args))

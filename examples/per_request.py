@@ -2,7 +2,7 @@
 
     .venv/bin/python examples/per_request.py
 
-The same over HTTP, with the server of serve.sh:
+The same over HTTP, with the server of serve.sh, which has --drops too:
 
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{
         "model": "reference", "prompt": "<bos> k1 v2 ; k3 v4 ; ? k3", "max_tokens": 2,
@@ -36,7 +36,7 @@ def main() -> None:
         str(DATA / "reference"),
         enforce_eager=True,
         kv_cache_memory_bytes=64 << 20,
-        **engine_args("k8v4-k4v2", alpha_high=3),
+        **engine_args("k8v4-k4v2", alpha_high=3, drops=True),  # with drops, requests may set alpha_low
     )
     before = {"num_tokens": 0, "high": 0.0, "low": 0.0, "num_bytes": 0}
     for settings in SETTINGS:  # one after the other, only to count each one's bytes

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Serve the shipped model with a compressed cache: OpenAI API at http://127.0.0.1:8000/v1, gauges at
-# /metrics. Further arguments are those of `vllm serve`: examples/serve.sh --port 8001
+# /metrics. --drops is there so that requests may set diffkv_alpha_low. Further arguments are those of `vllm serve`: examples/serve.sh --port 8001
 set -eu
 cd "$(dirname "$0")/.."
-exec .venv/bin/diffkv serve reference --quant k8v4-k4v2 --alpha-high 3 \
+exec .venv/bin/diffkv serve reference --quant k8v4-k4v2 --alpha-high 3 --drops \
     --host 127.0.0.1 --enforce-eager --max-model-len 2048 --kv-cache-memory-bytes 67108864 "$@"

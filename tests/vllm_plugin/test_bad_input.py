@@ -193,7 +193,7 @@ def test_a_connector_that_vllm_puts_in_its_place(capsys: pytest.CaptureFixture[s
 def test_options_from_python() -> None:
     from diffkv.vllm_plugin import engine_args
 
-    known = "there are quant, alpha_high, alpha_low, window, policy, page_bytes, rotate"
+    known = "there are quant, alpha_high, alpha_low, drops, window, policy, page_bytes, rotate"
     with pytest.raises(ConfigError, match=f"unknown DiffKV option 'alpha': {known}"):
         engine_args(alpha=3)
     for name in ("alpha_high", "alpha_low", "window", "page_bytes"):

@@ -1,5 +1,6 @@
 """Settings of a single request: what is read, what is refused, and that neighbours do not matter."""
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,13 +8,41 @@ import pytest
 import stepping
 from conftest import engine
 from stepping import Request, check_empty, drive
+from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
+from diffkv.vllm_plugin import Options, engine_args
 from diffkv.vllm_plugin.requests import Settings
 
 ENGINE = Thresholds(3.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "settable", "refused"),
+    [
+        ({}, {"diffkv_alpha_high": 2}, {"diffkv_alpha_low": 0.1}),
+        ({"drops": True}, {"diffkv_alpha_high": 2, "diffkv_alpha_low": 0.1}, None),
+        ({"alpha_low": 0.02}, {"diffkv_alpha_high": 2, "diffkv_alpha_low": 0.1}, None),
+        ({"quant": "k8v4"}, {"diffkv_alpha_low": 0}, {"diffkv_alpha_high": 0.1}),
+        ({"quant": "k8v4", "drops": True}, {"diffkv_alpha_low": 0.1}, None),
+    ],
+)
+def test_what_the_engine_keeps_no_sums_for_is_refused(
+    options: dict[str, Any], settable: dict[str, Any], refused: dict[str, Any] | None
+) -> None:
+    """By the admission check that the engine's own arguments name, and without one by the connector."""
+    args = engine_args(**options)
+    (path,) = args["logits_processors"]
+    module, _, name = path.partition(":")
+    admission = getattr(importlib.import_module(module), name)
+    thresholds = Options.parse(args["kv_transfer_config"]["kv_connector_extra_config"])
+    assert admission.settable == thresholds.request_thresholds()
+    admission.validate_params(SamplingParams(extra_args=settable))
+    if refused is not None:
+        with pytest.raises(ConfigError, match="must be 0 in this engine, got 0.1: .* --drops"):
+            admission.validate_params(SamplingParams(extra_args=refused))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ SETTLE_SECONDS = 30
 FLAGS = (
     "--max-model-len", str(MODEL_LEN), "--enforce-eager", "--dtype", "float32",
     "--kv-cache-memory-bytes", str(KV_BYTES), "--max-num-seqs", "8",
-    "--max-num-batched-tokens", str(8 * MODEL_LEN),
+    "--max-num-batched-tokens", str(8 * MODEL_LEN), "--drops",
 )  # fmt: skip
 
 

@@ -302,8 +302,8 @@ _PARALLELISM = (
     Row("parallelism", "CPU", WORKS, "every test above runs on one", "", _FAMILIES),
     Row(
         "parallelism", "GPU", TRIED,
-        "[engines on an H100](results/gpu/README.md#engines), in one process and bf16; not yet there: "
-        "a server, preemption, several GPUs",
+        "[engines and a server on one H100](results/gpu/README.md#engines), in bf16; not yet there: "
+        "preemption, several GPUs",
     ),
 )  # fmt: skip
 
@@ -321,7 +321,7 @@ MATRIX = (
             "run it on a GPU, or take another weight format",
             (f"{TESTS}test_weights.py::test_what_vllm_cannot_run_on_a_cpu_is_one_line",),
         )
-        for name in ("quantising to FP8 while loading, on a CPU", "AWQ experts, on a CPU")
+        for name in ("quantising to FP8 while loading, on a CPU", "AWQ experts, on a CPU without AMX")
     ),
     Row("weights", "float32, bfloat16", WORKS, "", "", (*_FAMILIES, *_WEIGHTS)),
     *_FEATURES,
