@@ -36,7 +36,9 @@ def main() -> None:
         str(DATA / "reference"),
         enforce_eager=True,
         kv_cache_memory_bytes=64 << 20,
-        **engine_args("k8v4-k4v2", alpha_high=3, drops=True),  # with drops, requests may set alpha_low
+        **engine_args(
+            "k8v4-k4v2", alpha_high=3, drops=True
+        ),  # with drops, requests may set alpha_low
     )
     before = {"num_tokens": 0, "high": 0.0, "low": 0.0, "num_bytes": 0}
     for settings in SETTINGS:  # one after the other, only to count each one's bytes

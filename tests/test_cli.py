@@ -27,17 +27,17 @@ def test_layout_prints_a_table():
     assert result.returncode == 0
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert lines[0] == "k8v4-k4v2 at head_dim 128, bfloat16: pages of 3584 bytes"
-    assert lines[3].split() == ["high", "k8v4", "17", "210.8", "208", "1.3%", "41.2%", "37.5%"]
-    assert lines[4].split() == ["low", "k4v2", "32", "112.0", "112", "0.0%", "21.9%", "18.8%"]
+    assert lines[0] == "k8v4-k4v2 at head_dim 128, bfloat16: pages of 3328 bytes"
+    assert lines[3].split() == ["high", "k8v4", "16", "208.0", "208", "0.0%", "40.6%", "37.5%"]
+    assert lines[4].split() == ["low", "k4v2", "32", "104.0", "104", "0.0%", "20.3%", "18.8%"]
 
 
 def test_layout_json_is_one_object_with_every_fact():
-    result = diffkv("layout", "--json")
+    result = diffkv("layout", "--json", "--drops")
     assert result.returncode == 0
     assert result.stdout.count("\n") == 1
     facts = json.loads(result.stdout)
-    assert list(facts) == ["quant", "head_dim", "page_bytes", "element_bytes", "tiers"]
+    assert list(facts) == ["quant", "head_dim", "page_bytes", "element_bytes", "drops", "tiers"]
     assert [facts[k] for k in ("quant", "head_dim", "page_bytes", "element_bytes")] == [
         "k8v4-k4v2", 128, 3584, 2,
     ]  # fmt: skip
@@ -86,11 +86,11 @@ def test_layout_of_a_float32_model(capsys):
     assert facts["element_bytes"] == 4
     assert facts["tiers"][0]["token_bytes"] == 2 * 128 * 4 + 8
     assert facts["tiers"][0]["nominal_ratio_bf16"] == 2.0
-    assert facts["tiers"][1]["token_bytes"] == 208  # codes do not depend on the dtype
+    assert facts["tiers"][1]["token_bytes"] == 200  # codes do not depend on the dtype
 
 
 def test_layout_takes_a_page_size(capsys):
-    facts = layout_json(capsys, "--page-bytes", "6784")
+    facts = layout_json(capsys, "--page-bytes", "6784", "--drops")
     assert [tier["tokens_per_page"] for tier in facts["tiers"]] == [32, 60]
 
 

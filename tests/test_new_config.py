@@ -37,7 +37,9 @@ def _run(kernels: str | None) -> tuple[torch.Tensor, PoolState]:
     def draw(tokens: int, heads: int) -> torch.Tensor:
         return torch.randn(tokens, heads, HEAD_DIM, generator=generator)
 
-    layout = CacheLayout.derive(LayerQuant.parse(UNKNOWN), LAYERS, HEAD_DIM, element_bytes=4)
+    layout = CacheLayout.derive(
+        LayerQuant.parse(UNKNOWN), LAYERS, HEAD_DIM, element_bytes=4, drops=True
+    )
     budget = 2 << 20
     shape = pool.CacheShape.fit(budget, layout, KV_HEADS, PROMPT + NEW, 2)
     buffer = torch.zeros(budget, dtype=torch.uint8)

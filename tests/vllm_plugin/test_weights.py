@@ -60,7 +60,10 @@ def test_format_is_served_as_by_stock(name: str, tmp_path: Path) -> None:
     ("family", "name", "words"),
     [
         pytest.param(
-            "qwen3_moe", "awq", "No WNA16 MoE backend", id="awq experts",
+            "qwen3_moe",
+            "awq",
+            "No WNA16 MoE backend",
+            id="awq experts",
             marks=pytest.mark.skipif(
                 torch.cpu._is_amx_tile_supported(), reason="vLLM runs them on a CPU with AMX"
             ),
