@@ -83,7 +83,7 @@ def test_16_bits_keep_the_bytes(dtype):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_round_trip_error_is_half_a_step(bits, groups):
-    """|x - x'| <= scale / 2, plus what rounding scale and zero to float16 can move the grid's ends.
+    """|x - x'| <= scale / 2, or the distance from the grid where 1 and 2 bits have cut it, plus what rounding scale and zero to float16 can move the grid's ends.
 
     Inside the grid, the nearest point is at most half a step away. The grid starts at the rounded
     zero, off by at most 2^-11 |zero| (2^-25 where it is subnormal), and ends `levels` rounded steps
@@ -98,9 +98,30 @@ def test_round_trip_error_is_half_a_step(bits, groups):
     scale, zero = meta.float().unbind(-1)
     ends = zero.abs() * 2**-11 + 2**-25 + levels * scale * 2**-11
     rounding = x.abs().amax(-1, keepdim=True) * 2**-22
-    assert (error <= (scale / 2 + ends + rounding)[..., None]).all()
+    beyond = torch.zeros_like(error)
+    if bits <= 2:
+        grouped, zeros = x.view(error.shape), zero[..., None]
+        beyond = torch.maximum(zeros - grouped, grouped - (zeros + levels * scale[..., None]))
+    allowed = torch.maximum((scale / 2)[..., None], beyond)
+    assert (error <= allowed + (ends + rounding)[..., None]).all()
     assert (scale >= MIN_SCALE).all()
     assert meta.isfinite().all()
+
+
+@pytest.mark.parametrize(("bits", "most"), [(1, 0.40), (2, 0.13)])
+def test_few_bits_are_for_where_the_elements_are(bits, most):
+    """Twice the squared error of two bits, nine times that of one, is what the whole range would cost."""
+    x = torch.randn(2000, 128)
+    back = cpu.dequantize(*cpu.quantize(x, bits, 1), bits, torch.float32)
+    assert (back - x).square().mean() < most
+
+
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (-3.0, -1.0, 1.0, 3.0)])
+def test_few_values_stay(values):
+    """As of a vector with one outlier, or some, after its rotation."""
+    x = torch.tensor(values)[torch.arange(128) % len(values)][None]
+    back = cpu.dequantize(*cpu.quantize(x, 2, 1), 2, torch.float32)
+    assert torch.allclose(back, x, rtol=1e-3)
 
 
 def test_values_beyond_float16_saturate():

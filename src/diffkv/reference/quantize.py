@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffkv.quant import FLOAT16_MAX, MIN_SCALE
+from diffkv.quant import FLOAT16_MAX, MIN_SCALE, OUTER, cut_of
 
 __all__ = ["dequantize", "quantize"]
 
@@ -12,7 +12,8 @@ def quantize(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
     """Quantise vectors to unsigned `bits`-bit codes, asymmetric, one (scale, zero) per group.
 
     zero = min, scale = (max - min) / (2^bits - 1); both are rounded to float16, and codes are
-    computed from the rounded ones, so that dequantising gives back the same grid. NaN counts as 0;
+    computed from the rounded ones, so that dequantising gives back the same grid. With 1 and 2 bits the
+    range is cut at both ends first (`diffkv.quant.cut_of`), unless a quarter of the group is there. NaN counts as 0;
     values beyond +-65504, infinities included, count as +-65504.
 
     Codes are packed in planes: element j of a vector is in byte j % code_bytes, at bit
@@ -38,16 +39,29 @@ def quantize(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
         return codes, torch.empty(num_vectors, 0, 2, dtype=torch.float16, device=x.device)
     finite = x.float().nan_to_num(nan=0.0, posinf=FLOAT16_MAX, neginf=-FLOAT16_MAX)
     grouped = finite.clamp(-FLOAT16_MAX, FLOAT16_MAX).view(num_vectors, groups, head_dim // groups)
-    least = grouped.amin(-1, keepdim=True) + 0.0  # -0.0 becomes 0.0: equal values, equal bytes
-    span = grouped.amax(-1, keepdim=True) - least
+    least, most = _ends(grouped, bits)
     zero = least.half()
-    scale = (span / (2**bits - 1)).clamp(MIN_SCALE, FLOAT16_MAX).half()
+    scale = ((most - least) / (2**bits - 1)).clamp(MIN_SCALE, FLOAT16_MAX).half()
     code = ((grouped - zero.float()) / scale.float() + 0.5).floor().clamp(0, 2**bits - 1)
 
     planes = code.view(num_vectors, 8 // bits, head_dim * bits // 8).to(torch.int32)
     shifts = torch.arange(8 // bits, device=x.device, dtype=torch.int32) * bits
     codes = (planes << shifts[:, None]).sum(1).to(torch.uint8)
     return codes, torch.cat([scale, zero], dim=-1)
+
+
+def _ends(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Least and most of each group that have a code of their own."""
+    least = grouped.amin(-1, keepdim=True) + 0.0  # -0.0 becomes 0.0: equal values, equal bytes
+    most = grouped.amax(-1, keepdim=True)
+    width = grouped.shape[-1]
+    if not cut_of(bits, width):
+        return least, most
+    span = most - least
+    outer = (grouped - least < span * OUTER).sum(-1) + (most - grouped < span * OUTER).sum(-1)
+    few = (4 * outer < width)[..., None]
+    cut = torch.where(few, span * cut_of(bits, width), 0.0)
+    return least + cut, most - cut
 
 
 def dequantize(codes: Tensor, meta: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

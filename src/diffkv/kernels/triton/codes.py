@@ -7,7 +7,7 @@ p * width + c, so that all planes of a byte are added up along one axis.
 import triton
 import triton.language as tl
 
-from diffkv.quant import FLOAT16_MAX, MIN_SCALE
+from diffkv.quant import FLOAT16_MAX, MIN_SCALE, OUTER
 
 __all__ = [
     "code_pointers",
@@ -20,6 +20,7 @@ __all__ = [
 
 _MAX = tl.constexpr(FLOAT16_MAX)
 _MIN_SCALE = tl.constexpr(MIN_SCALE)
+_OUTER = tl.constexpr(OUTER)
 
 
 @triton.jit
@@ -93,6 +94,15 @@ def store_vectors(x, code_ptr, meta_ptr, mask, S: tl.constexpr, DTYPE: tl.conste
             inside = exists & (element // S.group_dim == group)
             least = tl.min(tl.min(tl.where(inside, x, float("inf")), axis=2), axis=1)
             most = tl.max(tl.max(tl.where(inside, x, float("-inf")), axis=2), axis=1)
+            if S.cut > 0:
+                span = most - least
+                at_low = x - least[:, None, None] < (span * _OUTER)[:, None, None]
+                at_high = most[:, None, None] - x < (span * _OUTER)[:, None, None]
+                outer = tl.where(inside, at_low.to(tl.int32) + at_high.to(tl.int32), 0)
+                few = 4 * tl.sum(tl.sum(outer, axis=2), axis=1) < S.group_dim
+                cut = tl.where(few, span * S.cut, 0.0)
+                least = least + cut
+                most = most - cut
             # div_rn, not /: codes must match the reference bit for bit
             scale = tl.div_rn(most - least, tl.full(least.shape, LEVELS, tl.float32))
             scale = tl.minimum(tl.maximum(scale, _MIN_SCALE), _MAX).to(tl.float16)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from diffkv.layout import PageLayout
-from diffkv.quant import FLOAT16_MAX
+from diffkv.quant import FLOAT16_MAX, cut_of
 from diffkv.tier import META_BYTES, TierLayout
 
 __all__ = ["DTYPES", "Side", "Tier", "tiers_of", "tile_vectors", "vector_side"]
@@ -74,6 +74,7 @@ class Side(_Facts):
         unit: what a code counts for in a product: codes of fewer bits are moved to the top of a byte.
         boost: power of two that keeps probability times scale away from float16's subnormal range,
             and below its maximum whatever the scale is.
+        cut: share of a group's range that is cut off at each end.
     """
 
     bits: int
@@ -91,6 +92,7 @@ class Side(_Facts):
     padded_words: int
     unit: float
     boost: float
+    cut: float
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,13 @@ def _side(bits: int, groups: int, head_dim: int, codes: int, meta: int, code_byt
     planes = 1 if bits == 16 else 8 // bits
     width = head_dim // planes
     word = 2 if bits < 16 and width % 2 == 0 and width >= 2 * MIN_DOT else 1
+    group_dim = head_dim // groups
     return Side(
         bits, groups, head_dim, codes, meta, code_bytes, planes, width,
         max(MIN_DOT, triton.next_power_of_2(width)),
-        head_dim // groups, max(1, groups // planes),
+        group_dim, max(1, groups // planes),
         word, max(MIN_DOT, triton.next_power_of_2(width // word)),
-        1.0 if bits == 16 else float(2 ** (8 - bits)), _boost(bits),
+        1.0 if bits == 16 else float(2 ** (8 - bits)), _boost(bits), cut_of(bits, group_dim),
     )  # fmt: skip
 
 

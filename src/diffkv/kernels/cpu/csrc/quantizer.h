@@ -7,6 +7,8 @@
 
 constexpr float FLOAT16_MAX = 65504.0f;
 constexpr float MIN_SCALE = 0x1p-14f;
+constexpr float OUTER = 11.0f / 64;
+constexpr float CUTS[2][9] = {{0, 0, 9, 14, 17, 19, 21, 22, 23}, {0, 0, 1, 4, 6, 9, 11, 13, 14}};
 
 // NaN counts as 0; what float16 cannot hold saturates.
 INLINE void saturate(float* x, int dim) {
@@ -39,6 +41,17 @@ INLINE void min_max(const float* x, int num, float* least, float* most) {
   *most = high;
 }
 
+// Moves the ends of a group inwards for 1 and 2 bits, unless a quarter of the elements is near them.
+INLINE void cut_ends(const float* x, int num, int bits, float* least, float* most) {
+  const float low = *least, high = *most, span = high - low, near = span * OUTER;
+  int outer = 0;
+  for (int j = 0; j < num; j++) outer += (x[j] - low < near) + (high - x[j] < near);
+  if (4 * outer >= num) return;
+  const float cut = span * (CUTS[bits - 1][num < 256 ? 31 - __builtin_clz(num) : 8] / 64);
+  *least = low + cut;
+  *most = high - cut;
+}
+
 // x [dim] is overwritten; scratch [dim]; codes [dim * bits / 8]; meta [groups, 2] float16.
 INLINE void encode(float* x, uint8_t* scratch, int dim, int bits, int groups, uint8_t* codes,
                    uint8_t* meta) {
@@ -49,6 +62,7 @@ INLINE void encode(float* x, uint8_t* scratch, int dim, int bits, int groups, ui
     float* group = x + g * width;
     float least, most;
     min_max(group, width, &least, &most);
+    if (bits <= 2) cut_ends(group, width, bits, &least, &most);
     float scale = (most - least) / levels;
     scale = scale > MIN_SCALE ? scale : MIN_SCALE;
     scale = scale < FLOAT16_MAX ? scale : FLOAT16_MAX;
