@@ -14,8 +14,8 @@ __all__ = [
     "BITS",
     "FLOAT16_MAX",
     "GROUPS",
-    "OUTER",
     "MIN_SCALE",
+    "OUTER",
     "ConfigError",
     "Format",
     "LayerQuant",
@@ -37,14 +37,15 @@ MIN_SCALE = 2.0**-14
 _CUTS = {1: (0, 0, 9, 14, 17, 19, 21, 22, 23), 2: (0, 0, 1, 4, 6, 9, 11, 13, 14)}
 """64ths of a group's range that are cut off at each end, by bits and log2 of the group's elements.
 
-What beyond the ends is stored as the ends. Least squared error for normally distributed elements, of which
-few are near the ends (docs/log.md); with more bits the best cut gains less than a tenth.
+What is beyond the ends is stored as the ends. Least squared error for normally distributed elements, of
+which few are near the ends (docs/log.md); with more bits the best cut gains less than a tenth.
 """
 
 OUTER = 11 / 64
-"""Share of a range, at each end, that is called outer: nothing is cut where a quarter of a group is there.
+"""Share of a range, at each end, called outer: a group with a quarter of its elements there is not cut.
 
-Such a group has few values, as a vector with one outlier after its rotation, and the ends are two of them.
+Such a group has few values, as a vector with one outlier has after its rotation, and the ends are two
+of them.
 """
 
 _FORMAT = re.compile(r"k(?P<k>\d+)v(?P<v>\d+)(?:g(?P<gk>\d+)x(?P<gv>\d+))?")

@@ -83,8 +83,9 @@ def test_16_bits_keep_the_bytes(dtype):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_round_trip_error_is_half_a_step(bits, groups):
-    """|x - x'| <= scale / 2, or the distance from the grid where 1 and 2 bits have cut it, plus what rounding scale and zero to float16 can move the grid's ends.
+    """|x - x'| <= scale / 2, plus what rounding scale and zero to float16 can move the grid's ends.
 
+    Where 1 and 2 bits have cut the range it may be the distance from the grid instead.
     Inside the grid, the nearest point is at most half a step away. The grid starts at the rounded
     zero, off by at most 2^-11 |zero| (2^-25 where it is subnormal), and ends `levels` rounded steps
     later, off by another 2^-11 levels * scale. Float32 rounding of the result adds 2^-23 |x|.
@@ -110,7 +111,7 @@ def test_round_trip_error_is_half_a_step(bits, groups):
 
 @pytest.mark.parametrize(("bits", "most"), [(1, 0.40), (2, 0.13)])
 def test_few_bits_are_for_where_the_elements_are(bits, most):
-    """Twice the squared error of two bits, nine times that of one, is what the whole range would cost."""
+    """The whole range would cost twice the squared error with two bits, nine times that with one."""
     x = torch.randn(2000, 128)
     back = cpu.dequantize(*cpu.quantize(x, bits, 1), bits, torch.float32)
     assert (back - x).square().mean() < most

@@ -41,7 +41,7 @@ def test_what_the_engine_keeps_no_sums_for_is_refused(
     assert admission.settable == thresholds.request_thresholds()
     admission.validate_params(SamplingParams(extra_args=settable))
     if refused is not None:
-        with pytest.raises(ConfigError, match="must be 0 in this engine, got 0.1: .* --drops"):
+        with pytest.raises(ConfigError, match=r"must be 0 in this engine, got 0\.1: .* --drops"):
             admission.validate_params(SamplingParams(extra_args=refused))
 
 

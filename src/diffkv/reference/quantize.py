@@ -12,9 +12,9 @@ def quantize(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
     """Quantise vectors to unsigned `bits`-bit codes, asymmetric, one (scale, zero) per group.
 
     zero = min, scale = (max - min) / (2^bits - 1); both are rounded to float16, and codes are
-    computed from the rounded ones, so that dequantising gives back the same grid. With 1 and 2 bits the
-    range is cut at both ends first (`diffkv.quant.cut_of`), unless a quarter of the group is there. NaN counts as 0;
-    values beyond +-65504, infinities included, count as +-65504.
+    computed from the rounded ones, so that dequantising gives back the same grid. With 1 and 2 bits
+    the range is cut at both ends first (`diffkv.quant.cut_of`), unless a quarter of the group is
+    there. NaN counts as 0; values beyond +-65504, infinities included, count as +-65504.
 
     Codes are packed in planes: element j of a vector is in byte j % code_bytes, at bit
     (j // code_bytes) * bits, where code_bytes = head_dim * bits / 8.

@@ -41,7 +41,8 @@ INLINE void min_max(const float* x, int num, float* least, float* most) {
   *most = high;
 }
 
-// Moves the ends of a group inwards for 1 and 2 bits, unless a quarter of the elements is near them.
+// Moves the ends of a group inwards for 1 and 2 bits, unless a quarter of the elements is near
+// them.
 INLINE void cut_ends(const float* x, int num, int bits, float* least, float* most) {
   const float low = *least, high = *most, span = high - low, near = span * OUTER;
   int outer = 0;
