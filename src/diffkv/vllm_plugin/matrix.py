@@ -198,7 +198,8 @@ _FEATURES = (
         ),
     ),
     Row(
-        "features", "thresholds of a request", WORKS, "bad values are answered with HTTP 400", "",
+        "features", "thresholds of a request", WORKS,
+        "bad values are answered with HTTP 400; alpha_low takes an engine with --drops", "",
         (
             f"{TESTS}test_requests.py::test_each_alone_gives_the_same",
             f"{TESTS}test_server.py::test_bad_settings",
