@@ -29,7 +29,7 @@ SETTLE_SECONDS = 30
 FLAGS = (
     "--max-model-len", str(MODEL_LEN), "--enforce-eager", "--dtype", "float32",
     "--kv-cache-memory-bytes", str(KV_BYTES), "--max-num-seqs", "8",
-    "--max-num-batched-tokens", str(8 * MODEL_LEN), "--drops",
+    "--max-num-batched-tokens", str(8 * MODEL_LEN),
 )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ class TestServer:
     @pytest.fixture(scope="class")
     def server(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         log = tmp_path_factory.mktemp("server") / "log"
-        command = [sys.executable, "-m", "diffkv", "serve", "reference", *FLAGS]
+        command = [sys.executable, "-m", "diffkv", "serve", "reference", *FLAGS, "--drops"]
         with running(command, "reference", log) as server:
             yield server
 
