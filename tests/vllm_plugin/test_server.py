@@ -23,7 +23,7 @@ from conftest import MODEL
 
 KV_BYTES = 24 << 20
 MODEL_LEN = 2048
-START_SECONDS = 240
+START_SECONDS = 420
 SETTLE_SECONDS = 30
 # Prompts of eight requests fit one step: borders of chunks would depend on the company, and show.
 FLAGS = (
