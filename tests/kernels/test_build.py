@@ -157,20 +157,8 @@ def test_rendered_header_is_the_layout():
     assert "HEAD_DIM = 64;" in text
     assert "DTYPE = 2;" in text
     row = (
-        1,
-        low.tokens_per_page,
-        2,
-        1,
-        16,
-        1,
-        4,
-        8,
-        0,
-        low.k_meta,
-        low.v_codes,
-        low.v_meta,
-        low.sums,
-    )
+        1, low.tokens_per_page, 2, 1, 16, 1, 4, 8, 0, low.k_meta, low.v_codes, low.v_meta, low.sums,
+    )  # fmt: skip
     assert f"{{{', '.join(map(str, row))}, {low.positions}}}" in text
 
 

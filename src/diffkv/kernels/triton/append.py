@@ -11,7 +11,9 @@ from diffkv.kernels.triton.codes import (
     load_elements,
     meta_pointers,
     plane_elements,
+    position_pointers,
     store_vectors,
+    sum_pointers,
 )
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.state import DecodePlan, PoolState
@@ -47,16 +49,6 @@ def _write_side(x_ptr, page_ptr, index, mask, S: tl.constexpr):
     code_ptr = code_pointers(page_ptr, index, S)
     meta_ptr = meta_pointers(page_ptr, index, S)
     store_vectors(x, code_ptr, meta_ptr, mask, S, x_ptr.dtype.element_ty)
-
-
-@triton.jit
-def _sum_ptr(page_ptr, index, T: tl.constexpr):
-    return (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
-
-
-@triton.jit
-def _position_ptr(page_ptr, index, T: tl.constexpr):
-    return (page_ptr + T.positions + index * 4).to(tl.pointer_type(tl.int32))
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -101,19 +93,19 @@ def _append_kernel(
             _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH_K, LOW_K, DTYPE)
             _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH_V, LOW_V, DTYPE)
             if LOW.tracked:
-                total = tl.load(_sum_ptr(page_ptr, index, HIGH), mask=demotes, other=0.0)
-                position = tl.load(_position_ptr(page_ptr, index, HIGH), mask=demotes, other=0)
-                tl.store(_sum_ptr(low_ptr, low_index, LOW), total, mask=demotes)
-                tl.store(_position_ptr(low_ptr, low_index, LOW), position, mask=demotes)
+                total = tl.load(sum_pointers(page_ptr, index, HIGH), mask=demotes, other=0.0)
+                position = tl.load(position_pointers(page_ptr, index, HIGH), mask=demotes, other=0)
+                tl.store(sum_pointers(low_ptr, low_index, LOW), total, mask=demotes)
+                tl.store(position_pointers(low_ptr, low_index, LOW), position, mask=demotes)
             # The old token is read by other threads than those that overwrite it
             tl.debug_barrier()
     at = head * D + one
     _write_side(key_ptr + r * key_stride + at, page_ptr, index, mask, HIGH_K)
     _write_side(value_ptr + r * value_stride + at, page_ptr, index, mask, HIGH_V)
     if HIGH.tracked:
-        tl.store(_sum_ptr(page_ptr, index, HIGH), tl.zeros([1], tl.float32), mask=mask)
+        tl.store(sum_pointers(page_ptr, index, HIGH), tl.zeros([1], tl.float32), mask=mask)
         position = tl.load(positions_ptr + r + one)
-        tl.store(_position_ptr(page_ptr, index, HIGH), position, mask=mask)
+        tl.store(position_pointers(page_ptr, index, HIGH), position, mask=mask)
 
 
 def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: Tensor) -> None:

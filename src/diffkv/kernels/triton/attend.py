@@ -198,6 +198,58 @@ def _most_pages(state: PoolState, work: Workspace) -> int:
     return min(work.num_slots * state.num_kv_heads * state.table_width, state.num_pages)
 
 
+def _check(
+    state: PoolState,
+    layer: int,
+    slots: Tensor,
+    query: Tensor,
+    scale: float,
+    output: Tensor,
+    device: torch.device,
+) -> None:
+    num_requests, num_q_heads, _ = query.shape
+    heads = state.num_kv_heads
+    check_layer(layer, state.num_layers)
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if num_q_heads % heads:
+        raise ValueError(f"query must have a multiple of {heads} heads, got {num_q_heads}")
+    check_tensor("slots", slots, device, torch.int32, num_requests)
+    shape = (num_requests, num_q_heads, state.layout.head_dim)
+    check_tensor("query", query, device, state.dtype, *shape)
+    check_tensor("output", output, device, state.dtype, *shape)
+
+
+def _item_buffers(
+    state: PoolState, work: Workspace, rows: int, group: int, least_pages: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Items of work, those of each row and their number; partial outputs and log-sum-exps of items."""
+    f32, i32 = torch.float32, torch.int32
+    real_rows = work.num_slots * state.num_kv_heads
+    most_items = min(
+        real_rows * MAX_CHUNKS, _most_pages(state, work) // least_pages + 2 * real_rows
+    )
+    return (
+        work.buffer("items", i32, most_items, ITEM_FIELDS),
+        work.buffer("row_items", i32, rows, 2, least=2 * real_rows),
+        work.buffer("num_items", i32, 2),
+        work.buffer("partial", f32, most_items, group, state.layout.head_dim),
+        work.buffer("lse", f32, most_items, group),
+    )
+
+
+def _score_buffers(
+    state: PoolState, work: Workspace, group: int, tile: int, least_pages: int
+) -> tuple[Tensor, Tensor, bool]:
+    """Probabilities and maxima of the tiles that are kept, and whether those are all."""
+    f32 = torch.float32
+    dtype = f32 if state.dtype is f32 else torch.float16
+    tile_bytes = group * (tile * dtype.itemsize + f32.itemsize)
+    num, keeps_all = _score_tiles(state, work, tile, tile_bytes, least_pages)
+    probs = work.buffer("probs", dtype, num, tile, group)
+    return probs, work.buffer("most", f32, num, group), keeps_all
+
+
 def attend(
     state: PoolState, layer: int, slots: Tensor, query: Tensor, scale: float, output: Tensor
 ) -> None:
@@ -208,41 +260,21 @@ def attend(
     last. Where no tier is tracked, that one only merges.
     """
     work = workspace(state)
-    device, f32, i32, tuning = work.device, torch.float32, torch.int32, work.tuning
+    _check(state, layer, slots, query, scale, output, work.device)
     num_requests, num_q_heads, head_dim = query.shape
-    heads, tiers = state.num_kv_heads, work.tiers
-    check_layer(layer, state.num_layers)
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    if num_q_heads % heads:
-        raise ValueError(f"query must have a multiple of {heads} heads, got {num_q_heads}")
-    check_tensor("slots", slots, device, i32, num_requests)
-    shape = (num_requests, num_q_heads, state.layout.head_dim)
-    check_tensor("query", query, device, state.dtype, *shape)
-    check_tensor("output", output, device, state.dtype, *shape)
     if not num_requests:
         return
 
+    tuning, heads = work.tuning, state.num_kv_heads
     group, rows = num_q_heads // heads, num_requests * heads
     least_pages = min_chunk_pages(state.layout, tuning.chunk_tokens)
-    real_rows = work.num_slots * heads
-    most_items = min(
-        real_rows * MAX_CHUNKS, _most_pages(state, work) // least_pages + 2 * real_rows
-    )
-    items = work.buffer("items", i32, most_items, ITEM_FIELDS)
-    row_items = work.buffer("row_items", i32, rows, 2, least=2 * real_rows)
-    num_items = work.buffer("num_items", i32, 2)
-    partial = work.buffer("partial", f32, most_items, group, head_dim)
-    lse = work.buffer("lse", f32, most_items, group)
     tile = tuning.tile or tile_tokens(state.layout)
-    score_dtype = f32 if state.dtype is f32 else torch.float16
-    tile_bytes = group * (tile * score_dtype.itemsize + f32.itemsize)
-    score_tiles, keeps_all = _score_tiles(state, work, tile, tile_bytes, least_pages)
-    probs = work.buffer("probs", score_dtype, score_tiles, tile, group)
-    most = work.buffer("most", f32, score_tiles, group)
+    items, row_items, num_items, partial, lse = _item_buffers(state, work, rows, group, least_pages)
+    probs, most, keeps_all = _score_buffers(state, work, group, tile, least_pages)
+    score_tiles = len(most)
 
     programs = min(rows * MAX_CHUNKS, work.multiprocessors * tuning.programs)
-    tables = {"L": state.num_layers, "H": heads, "TIERS": tiers, "TILE": tile}
+    tables = {"L": state.num_layers, "H": heads, "TIERS": work.tiers, "TILE": tile}
     list_kernel[(triton.cdiv(rows, LIST_ROWS),)](
         slots, state.num_tokens, items, row_items, num_items, layer, rows, programs,
         MIN=least_pages, MAX=MAX_CHUNKS, ROWS=LIST_ROWS, COUNT=LIST_COUNT, num_warps=4, **tables,

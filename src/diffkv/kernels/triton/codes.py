@@ -14,8 +14,10 @@ __all__ = [
     "load_elements",
     "meta_pointers",
     "plane_elements",
+    "position_pointers",
     "rounded",
     "store_vectors",
+    "sum_pointers",
 ]
 
 _MAX = tl.constexpr(FLOAT16_MAX)
@@ -41,6 +43,18 @@ def code_pointers(page_ptr, index, S: tl.constexpr):
 def meta_pointers(page_ptr, index, S: tl.constexpr):
     """Where the (scale, zero) pairs of token `index` of a page begin."""
     return (page_ptr + (S.meta + index * (S.groups * 4))).to(tl.pointer_type(tl.float16))
+
+
+@triton.jit
+def sum_pointers(page_ptr, index, T: tl.constexpr):
+    """Where the significance sum of token `index` of a page is; of a tier that is tracked."""
+    return (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def position_pointers(page_ptr, index, T: tl.constexpr):
+    """Where the position of token `index` of a page is; of a tier that is tracked."""
+    return (page_ptr + T.positions + index * 4).to(tl.pointer_type(tl.int32))
 
 
 @triton.jit

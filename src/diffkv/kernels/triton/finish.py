@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from diffkv.kernels.triton.codes import rounded
+from diffkv.kernels.triton.codes import rounded, sum_pointers
 from diffkv.kernels.triton.tile import load_query, tile_places, tile_scores
 from diffkv.kernels.triton.worklist import has_sums, item_of
 
@@ -60,7 +60,7 @@ def _row_lse(lse_ptr, row_items_ptr, row, G: tl.constexpr, GROUP: tl.constexpr, 
 @triton.jit
 def _add(page_ptr, index, valid, growth, T: tl.constexpr):
     """Add to the significance sums of some tokens."""
-    sum_ptr = (page_ptr + T.sums + index * 4).to(tl.pointer_type(tl.float32))
+    sum_ptr = sum_pointers(page_ptr, index, T)
     tl.store(sum_ptr, tl.load(sum_ptr, mask=valid, other=0.0) + growth, mask=valid)
 
 

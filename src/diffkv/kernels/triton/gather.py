@@ -10,6 +10,7 @@ from diffkv.kernels.triton.codes import (
     code_pointers,
     load_elements,
     meta_pointers,
+    position_pointers,
     rounded,
 )
 from diffkv.kernels.triton.facts import tile_vectors
@@ -64,7 +65,7 @@ def _read_positions(
     T: tl.constexpr = TIERS[TIER]
     if T.tracked:
         page_ptr, index = _places(number, mask, pages_ptr, table_ptr, TIER, T, M, PAGE)
-        at = (page_ptr + T.positions + index * 4).to(tl.pointer_type(tl.int32))
+        at = position_pointers(page_ptr, index, T)
         position = tl.where(mask, tl.load(at, mask=mask, other=-1), position)
     return position
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.triton.check import check_tensor
+from diffkv.kernels.triton.codes import position_pointers, sum_pointers
 from diffkv.kernels.triton.ring import table_column
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.policy import SCORED_QUERIES
@@ -51,10 +52,9 @@ def _least(
         mask = token < kept
         column = table_column(token // T.tokens, TIER, M)
         page = tl.load(table_ptr + column, mask=mask, other=0).to(tl.int64)
-        at = pages_ptr + page * PAGE + token % T.tokens * 4
-        total = tl.load((at + T.sums).to(tl.pointer_type(tl.float32)), mask=mask, other=0.0)
-        position_ptr = (at + T.positions).to(tl.pointer_type(tl.int32))
-        position = tl.load(position_ptr, mask=mask, other=0)
+        page_ptr, index = pages_ptr + page * PAGE, token % T.tokens
+        total = tl.load(sum_pointers(page_ptr, index, T), mask=mask, other=0.0)
+        position = tl.load(position_pointers(page_ptr, index, T), mask=mask, other=0)
         scored = tl.maximum(position, prompt_len - _SCORED_QUERIES)
         first = tl.where(position < prompt_len, scored, position)
         candidate = mask & (position <= num_tokens - WINDOW)

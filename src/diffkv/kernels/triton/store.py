@@ -10,7 +10,9 @@ from diffkv.kernels.triton.codes import (
     code_pointers,
     meta_pointers,
     plane_elements,
+    position_pointers,
     store_vectors,
+    sum_pointers,
 )
 from diffkv.kernels.triton.facts import tile_vectors
 from diffkv.kernels.triton.ring import scan_kernel, table_column
@@ -150,9 +152,8 @@ def _write_tier(
     _write_side(key_ptr, page_ptr, index, mask, K)
     _write_side(value_ptr, page_ptr, index, mask, V)
     if T.tracked:
-        at = page_ptr + index * 4
-        tl.store((at + T.sums).to(tl.pointer_type(tl.float32)), score, mask=mask)
-        tl.store((at + T.positions).to(tl.pointer_type(tl.int32)), position, mask=mask)
+        tl.store(sum_pointers(page_ptr, index, T), score, mask=mask)
+        tl.store(position_pointers(page_ptr, index, T), position, mask=mask)
 
 
 @triton.jit(do_not_specialize=["layer", "N"])
