@@ -25,13 +25,7 @@ __all__ = ["PromptPath"]
 class PromptPath:
     """Attends among prompts, decides them and stores them, for every layer of one model.
 
-    Args:
-        state: the pool, and the tables of all layers.
-        ops: the kernels, as `diffkv.ops.load` returns them.
-        scale: of the attention's dot products.
-        policy: decides the tiers of prompts.
-        prefill: exact attention of prompts.
-        turn: how vectors are rotated.
+    Its arguments are those of `DiffKVCache`, but for `turn`, which rotates vectors on their way.
     """
 
     def __init__(

@@ -55,12 +55,13 @@ def _ends(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     least = grouped.amin(-1, keepdim=True) + 0.0  # -0.0 becomes 0.0: equal values, equal bytes
     most = grouped.amax(-1, keepdim=True)
     width = grouped.shape[-1]
-    if not cut_of(bits, width):
+    share = cut_of(bits, width)
+    if not share:
         return least, most
     span = most - least
     outer = (grouped - least < span * OUTER).sum(-1) + (most - grouped < span * OUTER).sum(-1)
     few = (4 * outer < width)[..., None]
-    cut = torch.where(few, span * cut_of(bits, width), 0.0)
+    cut = torch.where(few, span * share, 0.0)
     return least + cut, most - cut
 
 

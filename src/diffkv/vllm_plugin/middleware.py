@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from diffkv.quant import ConfigError
-from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.requests import PREFIX, Settings
+from diffkv.vllm_plugin.select import options_of
 
 __all__ = ["SettingsCheck"]
 
@@ -60,7 +60,9 @@ def _problem(body: bytes, vllm_config: Any) -> str | None:
     settings = request.get("vllm_xargs") if isinstance(request, dict) else None
     if not isinstance(settings, dict):
         return None
-    options = Options.parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    options = options_of(vllm_config)
+    if options is None:
+        return None
     try:
         Settings.parse(settings, options.request_thresholds())
     except ConfigError as error:

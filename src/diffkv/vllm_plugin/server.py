@@ -8,6 +8,7 @@ from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import engine_args
 from diffkv.vllm_plugin.offline import check_model, first_line, refuse_in_one_line
 from diffkv.vllm_plugin.options import Options
+from diffkv.vllm_plugin.requests import admission_path
 from diffkv.vllm_plugin.support import check_config, check_version
 
 __all__ = ["serve", "serve_flags"]
@@ -55,7 +56,7 @@ def serve(model: str, options: Options, flags: Sequence[str]) -> None:
     parser = make_arg_parser(FlexibleArgumentParser(prog="diffkv serve", add_help=False))
     refuse_in_one_line(parser, "vllm serve")
     args: Any = parser.parse_args(["--model", model, *serve_flags(options), *flags])
-    ours = engine_args(**options.to_dict())["logits_processors"]
+    ours = [admission_path(options.request_thresholds())]
     # a user's own replace what was given before them
     args.logits_processors = [*ours, *(p for p in args.logits_processors if p not in ours)]
     try:

@@ -130,10 +130,13 @@ class Snapshots:
         self._taken.append(Snapshot(dict(subjects), num_requests, num_tokens, numbers, copied))
 
     def give(self) -> list[Snapshot]:
-        """Those that are due, in their order. After the last request none waits for another step."""
-        last = not self._taken or self._taken[-1].num_requests == 0
+        """Those that are due, in their order; asked after each `take`.
+
+        After the last request none waits for another step.
+        """
+        one_waits = self._late and self._taken[-1].num_requests > 0
         due = []
-        while len(self._taken) > (0 if last else self._late):
+        while len(self._taken) > one_waits:
             due.append(self._taken.popleft())
             due[-1].wait()
         return due
