@@ -80,7 +80,7 @@ def cases(quant: str, head_dim: int, group: int, drops: bool = False) -> dict[st
     }  # fmt: skip
     attention = {**grouped, "RAW_DOT": tl.bfloat16, "CODE_DOT": tl.float16, "FAST": True}
     listed = {
-        **tables, "TIERS": tiers, "TILE": 64, "MIN": worklist.min_chunk_pages(layout),
+        **tables, "TIERS": tiers, "TILE": 64, "TOKENS": worklist.CHUNK_TOKENS,
         "MAX": worklist.MAX_CHUNKS,
         "ROWS": 8, "COUNT": 1024,
     }  # fmt: skip

@@ -27,7 +27,8 @@ from diffkv.kernels.triton.worklist import (
     MAX_CHUNKS,
     item_of,
     list_kernel,
-    min_chunk_pages,
+    most_chunk_pages,
+    most_items,
 )
 from diffkv.kernels.triton.workspace import Workspace, workspace
 from diffkv.state import PoolState
@@ -80,7 +81,7 @@ def _attend_item(
     total = tl.zeros([8, GROUP], tl.float32)
     sums = ()
     for _ in tl.static_range(PARTS):
-        sums = sums + (tl.zeros([GROUP, V.padded_words], tl.float32),)
+        sums = sums + (tl.zeros([V.padded_words, GROUP], tl.float32),)
     offsets = ()
     for _ in tl.static_range(GROUPS):
         offsets = offsets + (tl.zeros([8, GROUP], tl.float32),)
@@ -111,14 +112,14 @@ def _attend_item(
         out = sums[part] * (1.0 / (V.boost * V.unit))
         if V.bits < 16:
             if V.split == 1:
-                out += tl.sum(offsets[part // V.word * V.groups // V.planes], 0)[:, None]
+                out += tl.sum(offsets[part // V.word * V.groups // V.planes], 0)[None, :]
             else:
                 for u in tl.static_range(SPLITS):
                     in_split = element // V.group_dim % V.split == u
                     offset = tl.sum(offsets[part // V.word * V.split + u], 0)
-                    out += tl.where(in_split[None, :], offset[:, None], 0.0)
-        out_ptr = partial_ptr + at[:, None] * V.head_dim + element[None, :]
-        tl.store(out_ptr, out / total_p[:, None], mask=(g < G)[:, None] & inside[None, :])
+                    out += tl.where(in_split[:, None], offset[None, :], 0.0)
+        out_ptr = partial_ptr + at[None, :] * V.head_dim + element[:, None]
+        tl.store(out_ptr, out / total_p[None, :], mask=(g < G)[None, :] & inside[:, None])
 
 
 @triton.jit(do_not_specialize=["layer", "score_tiles"])
@@ -153,6 +154,7 @@ def _attend_kernel(
     num_items = tl.load(num_items_ptr)
     item = tl.program_id(0)
     while item < num_items:
+        following = tl.atomic_add(num_items_ptr + 1, 1)  # early, so that nothing waits for it
         row, tier, slot, first_page, num_tokens, score_tile = item_of(items_ptr, item)
         if tier == 0:
             _attend_item(
@@ -168,12 +170,10 @@ def _attend_kernel(
                 scale, score_tiles, 1, LOW, L, H, G, GROUP, M, PAGE, TILE,
                 RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
-        item = tl.atomic_add(num_items_ptr + 1, 1)
+        item = following
 
 
-def _score_tiles(
-    state: PoolState, work: Workspace, tile: int, tile_bytes: int, least_pages: int
-) -> tuple[int, bool]:
+def _score_tiles(state: PoolState, work: Workspace, tile: int, tile_bytes: int) -> tuple[int, bool]:
     """Tiles of one layer whose probabilities are kept, and whether that is all that it can have.
 
     Every chunk of a tier with sums has tiles of its own, and a head's last one as many as a full one.
@@ -182,8 +182,8 @@ def _score_tiles(
     if not tracked:
         return 0, True
     most_per_page = max(tracked)
-    chunk_pages = max(least_pages, triton.cdiv(state.table_width, MAX_CHUNKS - 2))
-    chunk_tiles = triton.cdiv(chunk_pages * most_per_page, tile)
+    most_pages = most_chunk_pages(state.layout, state.table_width, work.tuning.chunk_tokens)
+    chunk_tiles = triton.cdiv(most_pages * most_per_page, tile)
     rows = work.num_slots * state.num_kv_heads
     full = triton.cdiv(_most_pages(state, work) * most_per_page, tile)
     every = full + rows * (MAX_CHUNKS + len(tracked) * chunk_tiles)
@@ -221,31 +221,29 @@ def _check(
 
 
 def _item_buffers(
-    state: PoolState, work: Workspace, rows: int, group: int, least_pages: int
+    state: PoolState, work: Workspace, rows: int, group: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Items of work, those of each row and their number; partial outputs and log-sum-exps of items."""
     f32, i32 = torch.float32, torch.int32
     real_rows = work.num_slots * state.num_kv_heads
-    most_items = min(
-        real_rows * MAX_CHUNKS, _most_pages(state, work) // least_pages + 2 * real_rows
-    )
+    num = most_items(state.layout, real_rows, _most_pages(state, work), work.tuning.chunk_tokens)
     return (
-        work.buffer("items", i32, most_items, ITEM_FIELDS),
+        work.buffer("items", i32, num, ITEM_FIELDS),
         work.buffer("row_items", i32, rows, 2, least=2 * real_rows),
         work.buffer("num_items", i32, 2),
-        work.buffer("partial", f32, most_items, group, state.layout.head_dim),
-        work.buffer("lse", f32, most_items, group),
+        work.buffer("partial", f32, num, group, state.layout.head_dim),
+        work.buffer("lse", f32, num, group),
     )
 
 
 def _score_buffers(
-    state: PoolState, work: Workspace, group: int, tile: int, least_pages: int
+    state: PoolState, work: Workspace, group: int, tile: int
 ) -> tuple[Tensor, Tensor, bool]:
     """Probabilities and maxima of the tiles that are kept, and whether those are all."""
     f32 = torch.float32
     dtype = f32 if state.dtype is f32 else torch.float16
     tile_bytes = group * (tile * dtype.itemsize + f32.itemsize)
-    num, keeps_all = _score_tiles(state, work, tile, tile_bytes, least_pages)
+    num, keeps_all = _score_tiles(state, work, tile, tile_bytes)
     probs = work.buffer("probs", dtype, num, tile, group)
     return probs, work.buffer("most", f32, num, group), keeps_all
 
@@ -267,17 +265,17 @@ def attend(
 
     tuning, heads = work.tuning, state.num_kv_heads
     group, rows = num_q_heads // heads, num_requests * heads
-    least_pages = min_chunk_pages(state.layout, tuning.chunk_tokens)
     tile = tuning.tile or tile_tokens(state.layout)
-    items, row_items, num_items, partial, lse = _item_buffers(state, work, rows, group, least_pages)
-    probs, most, keeps_all = _score_buffers(state, work, group, tile, least_pages)
+    items, row_items, num_items, partial, lse = _item_buffers(state, work, rows, group)
+    probs, most, keeps_all = _score_buffers(state, work, group, tile)
     score_tiles = len(most)
 
     programs = min(rows * MAX_CHUNKS, work.multiprocessors * tuning.programs)
     tables = {"L": state.num_layers, "H": heads, "TIERS": work.tiers, "TILE": tile}
     list_kernel[(triton.cdiv(rows, LIST_ROWS),)](
         slots, state.num_tokens, items, row_items, num_items, layer, rows, programs,
-        MIN=least_pages, MAX=MAX_CHUNKS, ROWS=LIST_ROWS, COUNT=LIST_COUNT, num_warps=4, **tables,
+        TOKENS=tuning.chunk_tokens, MAX=MAX_CHUNKS, ROWS=LIST_ROWS, COUNT=LIST_COUNT, num_warps=4,
+        **tables,
     )  # fmt: skip
     dtype = DTYPES[state.dtype]
     # The interpreter has no products of bfloat16

@@ -112,15 +112,15 @@ def _load_vectors(page_ptr, index, S: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _load_words(page_ptr, index, S: tl.constexpr):
-    """[tokens, padded_words] words of codes."""
-    column = tl.arange(0, S.padded_words)[None, :]
-    at = page_ptr[:, None] + (S.codes + index * S.code_bytes)[:, None]
+    """[padded_words, tokens] words of codes."""
+    column = tl.arange(0, S.padded_words)[:, None]
+    at = page_ptr[None, :] + (S.codes + index * S.code_bytes)[None, :]
     if S.word == 2:
         at = at.to(tl.pointer_type(tl.int16))
     if S.padded_words * S.word == S.width:
         x = tl.load(at + column)
     else:
-        inside = (index[:, None] >= 0) & (column < S.width // S.word)
+        inside = (index[None, :] >= 0) & (column < S.width // S.word)
         x = tl.load(at + column, mask=inside, other=0)
     return x
 
@@ -240,7 +240,7 @@ def tile_values(
 ):  # fmt: skip
     """Add a tile's values, weighted by p [tokens, GROUP], to sums that decay [GROUP].
 
-    sums is a tuple of [GROUP, padded_words], by plane and byte of a word, `S.boost * S.unit` times too
+    sums is a tuple of [padded_words, GROUP], by plane and byte of a word, `S.boost * S.unit` times too
     large; offsets one of [8, GROUP], by group: what scale and zero add to all elements. Returns both.
 
     Codes are loaded in words of two bytes because the hardware transposes those, and products need
@@ -250,11 +250,11 @@ def tile_values(
     GROUPS: tl.constexpr = S.groups
     PARTS: tl.constexpr = S.planes * S.word
     SPLITS: tl.constexpr = S.split
-    decays = tl.broadcast_to(decay[:, None], [decay.shape[0], S.padded_words])
+    decays = tl.broadcast_to(decay[None, :], [S.padded_words, decay.shape[0]])
     if S.bits == 16:
         value = _load_vectors(page_ptr, index, S, DTYPE).to(DOT)
         sums = (
-            tl.fma(sums[0], decays, tl.dot(tl.trans(p.to(DOT)), value, input_precision="tf32x3")),
+            tl.fma(sums[0], decays, tl.dot(tl.trans(value), p.to(DOT), input_precision="tf32x3")),
         )
     else:
         x = _load_words(page_ptr, index, S)
@@ -266,7 +266,7 @@ def tile_values(
             bias = weight.to(tl.float32) * (BIAS / (S.boost * S.unit))
             offset = folded(p * zero[:, None] - bias)
             new_offsets = new_offsets + (offsets[g] * decay[None, :] + offset,)
-            weights = weights + (tl.trans(weight),)
+            weights = weights + (weight,)
         offsets = new_offsets
         new_sums = ()
         for part in tl.static_range(PARTS):
@@ -276,14 +276,14 @@ def tile_values(
                 code = _codes_as_float16(x, part, S, FAST).to(DOT)
             if S.split == 1:
                 weight = weights[part // S.word * S.groups // S.planes]
-                product = tl.dot(weight, code, input_precision="tf32x3")
+                product = tl.dot(code, weight, input_precision="tf32x3")
             else:
-                product = tl.zeros([decay.shape[0], S.padded_words], tl.float32)
+                product = tl.zeros([S.padded_words, decay.shape[0]], tl.float32)
                 for u in tl.static_range(SPLITS):
                     weight = weights[part // S.word * S.split + u]
-                    term = tl.dot(weight, code, input_precision="tf32x3")
+                    term = tl.dot(code, weight, input_precision="tf32x3")
                     inside = part_elements(part, S) // S.group_dim % S.split == u
-                    product = tl.where(inside[None, :], term, product)
+                    product = tl.where(inside[:, None], term, product)
             new_sums = new_sums + (tl.fma(sums[part], decays, product),)
         sums = new_sums
     return sums, offsets

@@ -1,8 +1,12 @@
 """The work list of attention: every head's pages in chunks, listed flat, so that all are of a size.
 
-A chunk is of one head and one tier. How many pages it has follows from the head's own pages alone, so
-that results do not depend on which other requests are in a batch.
+A chunk is of one head and one tier. How many pages it has follows from the head's own tokens alone, so
+that results do not depend on which other requests are in a batch. It grows with the root of their
+number: a short head alone on a GPU takes the time of one chunk, and many long heads the time of all, to
+which each adds what it costs to begin one and to merge its result.
 """
+
+import math
 
 import triton
 import triton.language as tl
@@ -10,35 +14,61 @@ import triton.language as tl
 from diffkv.layout import PageLayout
 
 __all__ = [
+    "CHUNK_TOKENS",
     "ITEM_FIELDS",
     "MAX_CHUNKS",
-    "MIN_CHUNK_TOKENS",
     "has_sums",
     "item_of",
     "list_kernel",
-    "min_chunk_pages",
+    "most_chunk_pages",
+    "most_items",
 ]
 
 MAX_CHUNKS = 64
 """Most chunks of a head: partial results of one head are merged by one program."""
 
-MIN_CHUNK_TOKENS = 512
+CHUNK_TOKENS = 256
+"""High tokens of the smallest chunk, where a head has more; a chunk of low pages has as many pages."""
+
+CHUNK_ROOT = 4
+"""A chunk has at least so many times the root of its head's tokens."""
 
 ITEM_FIELDS = 8
 """int32 fields of an item: row * 2 + tier, slot, first page, pages, tokens, first kept tile."""
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
+_ROOT = tl.constexpr(CHUNK_ROOT)
 
 
-def min_chunk_pages(layout: PageLayout, tokens: int = MIN_CHUNK_TOKENS) -> int:
-    """Fewest pages of a chunk, where the head has more: all tiers' pages have the same bytes."""
-    return max(1, tokens // layout.high.tokens_per_page)
+def most_chunk_pages(layout: PageLayout, table_width: int, tokens: int = CHUNK_TOKENS) -> int:
+    """Pages of the largest chunk that a head can have whose page table has so many columns."""
+    high, low = layout.high.tokens_per_page, layout.tiers[-1].tokens_per_page
+    root = math.isqrt(max(0, CHUNK_ROOT**2 * table_width * low - 1)) + 1
+    return max(-(-max(tokens, root) // high), -(-table_width // (MAX_CHUNKS - 2)))
+
+
+def most_items(
+    layout: PageLayout, num_rows: int, num_pages: int, tokens: int = CHUNK_TOKENS
+) -> int:
+    """Chunks that rows can have together whose heads hold so many pages, however they share them.
+
+    Where a head's pages have room for n high tokens of h a page, its chunks are at most n / tokens + 2
+    and at most sqrt(n) / r + 2 h / tokens + 2, r being CHUNK_ROOT (it may have 2 h tokens less than n).
+    That root is below each of its tangents, sqrt(m) / 2 + n / (2 sqrt(m)).
+    """
+    high = layout.high.tokens_per_page
+    room = num_pages * high
+    tangents = (
+        (num_rows * root + room // root) // (2 * CHUNK_ROOT) + num_rows * (2 * high // tokens + 1)
+        for root in (64, 128)
+    )
+    return min(num_rows * (MAX_CHUNKS - 2), room // tokens, *tangents) + 2 * num_rows + 1
 
 
 @triton.jit
 def _row_chunks(
     slots_ptr, num_tokens_ptr, row, mask, layer,
-    L: tl.constexpr, H: tl.constexpr, TIERS: tl.constexpr, MIN: tl.constexpr, MAX: tl.constexpr,
+    L: tl.constexpr, H: tl.constexpr, TIERS: tl.constexpr, TOKENS: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
     """(slot, high tokens, low tokens, high pages, low pages, pages of a chunk) of some rows."""
     slot = tl.load(slots_ptr + row // H, mask=mask, other=-1)
@@ -51,9 +81,11 @@ def _row_chunks(
     if len(TIERS) > 1:
         low = tl.load(at + 1, mask=is_request, other=0)
         low_pages = tl.cdiv(low, TIERS[1].tokens)
+    root = tl.ceil(tl.sqrt_rn((high + low).to(tl.float32)) * _ROOT).to(tl.int32)
+    chunk = tl.cdiv(tl.maximum(root, TOKENS), TIERS[0].tokens)
     # Two tiers may each end in a smaller chunk
-    chunk = tl.cdiv(high_pages + low_pages, MAX - 2)
-    return slot, high, low, high_pages, low_pages, tl.maximum(chunk, MIN)
+    chunk = tl.maximum(chunk, tl.cdiv(high_pages + low_pages, MAX - 2))
+    return slot, high, low, high_pages, low_pages, tl.maximum(chunk, 1)
 
 
 @triton.jit
@@ -79,7 +111,7 @@ def list_kernel(
     H: tl.constexpr,
     TIERS: tl.constexpr,
     TILE: tl.constexpr,
-    MIN: tl.constexpr,
+    TOKENS: tl.constexpr,
     MAX: tl.constexpr,
     ROWS: tl.constexpr,
     COUNT: tl.constexpr,
@@ -94,7 +126,7 @@ def list_kernel(
         row = block + tl.arange(0, COUNT)
         mask = row < start
         _, _, _, high_pages, low_pages, chunk = _row_chunks(
-            slots_ptr, num_tokens_ptr, row, mask, layer, L, H, TIERS, MIN, MAX
+            slots_ptr, num_tokens_ptr, row, mask, layer, L, H, TIERS, TOKENS, MAX
         )
         high_items = tl.cdiv(high_pages, chunk)
         low_items = tl.cdiv(low_pages, chunk)
@@ -107,7 +139,7 @@ def list_kernel(
     row = start + tl.arange(0, ROWS)
     exists = row < R_H
     slot, high, low, high_pages, low_pages, chunk = _row_chunks(
-        slots_ptr, num_tokens_ptr, row, exists, layer, L, H, TIERS, MIN, MAX
+        slots_ptr, num_tokens_ptr, row, exists, layer, L, H, TIERS, TOKENS, MAX
     )
     high_items = tl.cdiv(high_pages, chunk)
     low_items = tl.cdiv(low_pages, chunk)

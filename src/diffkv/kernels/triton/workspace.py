@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffkv.kernels.triton.check import check_tensor
 from diffkv.kernels.triton.facts import DTYPES, Tier, tiers_of
-from diffkv.kernels.triton.worklist import MIN_CHUNK_TOKENS
+from diffkv.kernels.triton.worklist import CHUNK_TOKENS
 from diffkv.state import PoolState
 
 __all__ = ["Tuning", "Workspace", "workspace"]
@@ -45,7 +45,7 @@ class Tuning:
     max_registers: int | None = None
     fast: bool = True
     score_tiles: int | None = None
-    chunk_tokens: int = MIN_CHUNK_TOKENS
+    chunk_tokens: int = CHUNK_TOKENS
 
 
 @dataclass(eq=False)
