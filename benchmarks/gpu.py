@@ -33,6 +33,8 @@ from diffkv.quant import QuantConfig
 from diffkv.state import PoolState, PromptTokens
 
 MIXED_HIGH = 0.2
+MIX = "k8v4-k4v2"
+QUANTS = (MIX, "k8v4", "k4v2", "k8v8", "k4v4", "k16v16")
 
 SWEEP = tuple(
     Tuning(num_stages=s, programs=p, tile=t)
@@ -109,13 +111,13 @@ def attention_error(state: PoolState, query: Tensor, output: Tensor, context: in
 def attend_row(
     report: Report, quant: str, lens: list[int], group: int, copy: float, high: float = MIXED_HIGH,
     kind: str = "uniform", tunings: tuple[Tuning, ...] = (Tuning(),),
-) -> Tuning:  # fmt: skip
+) -> None:  # fmt: skip
     state = filled(quant, lens, high)
     batch = len(lens)
     slots = torch.arange(batch, dtype=torch.int32, device="cuda")
     query = torch.randn(batch, HEADS * group, HEAD_DIM, dtype=DTYPE, device="cuda")
     output = torch.full_like(query, torch.nan)
-    work, best = workspace(state), (float("inf"), tunings[0])
+    work = workspace(state)
     num_bytes = useful_bytes(state)
     for tuning in tunings:
         if len(tunings) > 1 and not report.has_time(20):
@@ -135,8 +137,6 @@ def attend_row(
             group=group, **times, gbs=rate, share=rate / copy, error=error,
             bytes=num_bytes, tuning=dataclasses.astuple(tuning),
         )  # fmt: skip
-        best = min(best, (times["ms"], tuning), key=lambda x: x[0])
-    return best[1]
 
 
 def prompt_rows(report: Report, copy: float) -> None:
@@ -296,31 +296,22 @@ def timings(report: Report, sweep: bool) -> None:
     copy = copy_row(report)
     free = torch.cuda.mem_get_info()[0]
     baseline_rows(report, 32, 16384, 4, copy)
-    main = {}
-    for quant in ("k8v4", "k4v2", "k8v4-k4v2", "k8v8", "k4v4", "k16v16"):
+    for quant in QUANTS:
         tunings = SWEEP if sweep else SWEEP[:1]
-        main[quant] = attend_row(report, quant, [16384] * 32, 4, copy, tunings=tunings)
-    attend_row(
-        report,
-        "k8v4-k4v2",
-        ragged(32, 16384),
-        4,
-        copy,
-        kind="ragged 4:1",
-        tunings=(main["k8v4-k4v2"],),
-    )
+        attend_row(report, quant, [16384] * 32, 4, copy, tunings=tunings)
+    attend_row(report, MIX, ragged(32, 16384), 4, copy, kind="ragged 4:1")
     graph_row(report)
     plan_rows(report)
+    prompt_rows(report, copy)
     torch.cuda.empty_cache()
     grid = [
         (context, batch)
         for context, batch in (
-            (65536, 8), (4096, 128), (16384, 8), (65536, 1), (16384, 1), (4096, 32), (1024, 128),
-            (1024, 32), (4096, 8), (16384, 128), (65536, 32), (1024, 8), (4096, 1), (1024, 1),
+            (1024, 8), (4096, 8), (16384, 8), (65536, 8), (1024, 32), (4096, 32), (1024, 128),
+            (4096, 1), (65536, 1), (1024, 1), (16384, 1), (4096, 128), (16384, 128), (65536, 32),
         )
         if context * batch * HEADS * HEAD_DIM * 4 * 4 < free
     ]  # fmt: skip
-    prompts_done = False
     for group in (4, 8):
         if group == 8:
             grid = [(16384, 32), *grid]
@@ -328,20 +319,13 @@ def timings(report: Report, sweep: bool) -> None:
             if not report.has_time(25):
                 return
             baseline_rows(report, batch, context, group, copy)
-            for quant in ("k8v4-k4v2", "k8v4", "k4v2", "k4v4", "k8v8", "k16v16"):
+            for quant in QUANTS:
                 if report.has_time(10):
-                    attend_row(
-                        report, quant, [context] * batch, group, copy, tunings=(main[quant],)
-                    )
+                    attend_row(report, quant, [context] * batch, group, copy)
             if batch > 1 and report.has_time(10):
-                attend_row(report, "k8v4-k4v2", ragged(batch, context), group, copy,
-                           kind="ragged 4:1", tunings=(main["k8v4-k4v2"],))  # fmt: skip
-                attend_row(report, "k8v4-k4v2", [context] * batch, group, copy, high=0.8,
-                           tunings=(main["k8v4-k4v2"],))  # fmt: skip
+                attend_row(report, MIX, ragged(batch, context), group, copy, kind="ragged 4:1")
+                attend_row(report, MIX, [context] * batch, group, copy, high=0.8)
             torch.cuda.empty_cache()
-            if not prompts_done:
-                prompt_rows(report, copy)
-                prompts_done = True
 
 
 def table(report: Report) -> None:
@@ -376,13 +360,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--no-checks", action="store_true", help="timings only")
-    parser.add_argument("--no-sweep", action="store_true", help="one launch configuration")
+    parser.add_argument("--sweep", action="store_true", help="other launch configurations, too")
     args = parser.parse_args()
     report = Report(args.out, args.minutes)
     if not args.no_checks:
         checks(report)
     try:
-        timings(report, not args.no_sweep)
+        timings(report, args.sweep)
     finally:
         table(report)
     return 0
