@@ -292,15 +292,19 @@ def graph_row(report: Report) -> None:
                steps=steps, ms=statistics.median(times))  # fmt: skip
 
 
-def timings(report: Report, sweep: bool) -> None:
-    copy = copy_row(report)
-    free = torch.cuda.mem_get_info()[0]
+def main_rows(report: Report, copy: float, sweep: bool) -> None:
+    """The shape that targets are for, and a decode step in a graph."""
     baseline_rows(report, 32, 16384, 4, copy)
     for quant in QUANTS:
         tunings = SWEEP if sweep else SWEEP[:1]
         attend_row(report, quant, [16384] * 32, 4, copy, tunings=tunings)
     attend_row(report, MIX, ragged(32, 16384), 4, copy, kind="ragged 4:1")
     graph_row(report)
+
+
+def other_rows(report: Report, copy: float) -> None:
+    """Plan, release and prompts; then attention of other shapes, as long as there is time."""
+    free = torch.cuda.mem_get_info()[0]
     plan_rows(report)
     prompt_rows(report, copy)
     torch.cuda.empty_cache()
@@ -359,14 +363,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--no-checks", action="store_true", help="timings only")
+    parser.add_argument("--part", choices=["all", "main", "other"], default="all",
+                        help="main: checks and 32 requests of 16 K; other: all but these")  # fmt: skip
     parser.add_argument("--sweep", action="store_true", help="other launch configurations, too")
     args = parser.parse_args()
     report = Report(args.out, args.minutes)
-    if not args.no_checks:
+    if args.part != "other":
         checks(report)
     try:
-        timings(report, args.sweep)
+        copy = copy_row(report)
+        if args.part != "other":
+            main_rows(report, copy, args.sweep)
+        if args.part != "main":
+            other_rows(report, copy)
     finally:
         table(report)
     return 0

@@ -173,6 +173,7 @@ def run(
         ConfigError: no setting could run.
     """
     results: list[list[dict[str, Any]]] = [[] for _ in compared]
+    rows.note(f"{workload.name}, {len(workload.prompts)} requests, {kv_bytes} bytes of KV")
     for repeat in range(repeats):
         for setting, done in zip(compared, results, strict=True):
             if done and "error" in done[-1]:
@@ -183,7 +184,7 @@ def run(
                 workload.max_tokens, kv_bytes, profile and repeat == 0,
             )  # fmt: skip
             done.append(run_child(job))
-    rows.note(f"{workload.name}, {len(workload.prompts)} requests, {kv_bytes} bytes of KV")
+            rows.note(f"  {repeat + 1} of {repeats}, {_progress(setting, done[-1])}")
     found = [joined(setting, done) for setting, done in zip(compared, results, strict=True)]
     ran = [row for row in found if "error" not in row]
     for row, done in zip(found, results, strict=True):
@@ -221,6 +222,14 @@ def joined(setting: Setting, results: list[dict[str, Any]]) -> dict[str, Any]:
         values = [result[name] for result in results]
         row[f"{name}_min"], row[f"{name}_max"] = min(values), max(values)
     return row
+
+
+def _progress(setting: Setting, result: dict[str, Any]) -> str:
+    quant = (setting.options or {}).get("quant", "")
+    name = f"{setting.name} {quant}".strip()
+    if "error" in result:
+        return f"{name}: {result['error']}"
+    return f"{name}: {result['tokens_per_s']:.1f} tokens/s"
 
 
 def _text(row: dict[str, Any]) -> str:
