@@ -12,6 +12,7 @@ from itertools import pairwise
 
 __all__ = [
     "BITS",
+    "CUT_WIDTHS",
     "FLOAT16_MAX",
     "GROUPS",
     "MIN_SCALE",
@@ -41,6 +42,9 @@ What is beyond the ends is stored as the ends. Least squared error for normally 
 which few are near the ends (docs/log.md); with more bits the best cut gains less than a tenth.
 """
 
+CUT_WIDTHS = tuple(1 << power for power in range(len(_CUTS[1])))
+"""Elements of groups with a cut of their own; between two the smaller counts, beyond all the last."""
+
 OUTER = 11 / 64
 """Share of a range, at each end, called outer: a group with a quarter of its elements there is not cut.
 
@@ -58,7 +62,9 @@ class ConfigError(ValueError):
 
 def cut_of(bits: int, width: int) -> float:
     """Share of a group's range that is cut off at each end; `width` elements a group."""
-    return _CUTS[bits][min(width.bit_length() - 1, 8)] / 64 if bits in _CUTS else 0.0
+    if bits not in _CUTS:
+        return 0.0
+    return _CUTS[bits][min(width.bit_length(), len(CUT_WIDTHS)) - 1] / 64
 
 
 def _choices(values: tuple[int, ...]) -> str:

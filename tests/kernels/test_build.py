@@ -23,7 +23,7 @@ def small_build(tmp_path, monkeypatch):
     """Sources of one line, and an empty cache."""
     sources = tmp_path / "csrc"
     sources.mkdir()
-    (sources / "small.cpp").write_text('#include "layout.h"\n' + SOURCE)
+    (sources / "small.cpp").write_text('#include "constants.h"\n' + SOURCE)
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setenv("DIFFKV_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -154,6 +154,7 @@ def test_rendered_header_is_the_layout():
     text = library.render(state.layout, torch.float16)
     low = state.layout.low
     assert f"PAGE_BYTES = {state.layout.page_bytes};" in text
+    assert text.startswith(library.render_quantiser())
     assert "HEAD_DIM = 64;" in text
     assert "DTYPE = 2;" in text
     row = (

@@ -303,8 +303,8 @@ _PARALLELISM = (
     Row("parallelism", "CPU", WORKS, "every test above runs on one", "", _FAMILIES),
     Row(
         "parallelism", "GPU", TRIED,
-        "[engines and a server on one H100](results/gpu/README.md#engines), in bf16; not yet there: "
-        "preemption, several GPUs",
+        "[engines and a server on one H100, and on two](results/gpu/README.md#engines), in bf16; not "
+        "yet there: preemption",
     ),
 )  # fmt: skip
 

@@ -78,7 +78,7 @@ def load_library(sources: tuple[str, ...], header: str = "") -> ctypes.CDLL:
 
     Args:
         sources: names in `csrc` of the translation units.
-        header: text of `layout.h`, which the sources may include.
+        header: text of `constants.h`, which the sources may include.
 
     Raises:
         ConfigError: no compiler, or it failed, or the cache directory cannot be written.
@@ -167,7 +167,7 @@ def _build(
     folder: Path,
 ) -> None:
     """Compile the sources side by side, and link them, to `library.so` in a folder."""
-    (folder / "layout.h").write_text(header)
+    (folder / "constants.h").write_text(header)
     objects = tuple(str(folder / Path(source).with_suffix(".o").name) for source in sources)
     include = (f"-I{SOURCES}", f"-I{folder}")
     commands = [

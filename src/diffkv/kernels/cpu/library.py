@@ -13,6 +13,7 @@ from torch import Tensor
 from diffkv.kernels.cpu.build import load_library
 from diffkv.layout import PageLayout
 from diffkv.policy import SCORED_QUERIES
+from diffkv.quant import BITS, CUT_WIDTHS, FLOAT16_MAX, MIN_SCALE, OUTER, cut_of
 from diffkv.state import PoolState
 
 __all__ = ["DTYPES", "Handle", "attend_function", "check_status", "handle", "vectors_library"]
@@ -101,8 +102,23 @@ class Handle(NamedTuple):
     pool: Pool
 
 
+def render_quantiser() -> str:
+    """The text of constants.h where there are no pages: what all codes are made with."""
+    bits = [bits for bits in sorted(BITS) if any(cut_of(bits, width) for width in CUT_WIDTHS)]
+    assert bits == list(range(1, len(bits) + 1)), "C++ finds a row by bits - 1"
+    rows = (", ".join(f"{cut_of(each, width)!r}f" for width in CUT_WIDTHS) for each in bits)
+    return (
+        "#pragma once\n"
+        f"constexpr float FLOAT16_MAX = {FLOAT16_MAX!r}f;\n"
+        f"constexpr float MIN_SCALE = {MIN_SCALE!r}f;\n"
+        f"constexpr float OUTER = {OUTER!r}f;\n"
+        f"constexpr int CUT_WIDTHS = {len(CUT_WIDTHS)};\n"
+        f"constexpr float CUTS[][CUT_WIDTHS] = {{{', '.join(f'{{{row}}}' for row in rows)}}};\n"
+    )
+
+
 def render(layout: PageLayout, dtype: torch.dtype, group: int | None = None) -> str:
-    """The text of layout.h: a page layout as C++ constants, and the query heads of a KV head."""
+    """The text of constants.h: also a page layout, and the query heads of a KV head."""
     rows = []
     for tier in layout.tiers:
         values = (
@@ -111,7 +127,7 @@ def render(layout: PageLayout, dtype: torch.dtype, group: int | None = None) -> 
         )
         rows.append(f"    {{{', '.join(str(int(x)) for x in values)}}},  // {tier.format}\n")
     return (
-        "#pragma once\n"
+        f"{render_quantiser()}"
         "namespace layout {\n"
         f"constexpr int HEAD_DIM = {layout.head_dim};\n"
         f"constexpr int PAGE_BYTES = {layout.page_bytes};\n"
@@ -138,7 +154,7 @@ def _declare(
 @functools.cache
 def vectors_library() -> ctypes.CDLL:
     """The functions that know no page: quantize, dequantize, rotate, significance."""
-    return _declare(load_library(VECTOR_SOURCES), VECTOR_FUNCTIONS, None)
+    return _declare(load_library(VECTOR_SOURCES, render_quantiser()), VECTOR_FUNCTIONS, None)
 
 
 @functools.cache

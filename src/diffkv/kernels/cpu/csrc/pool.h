@@ -1,10 +1,10 @@
 // A pool as C++ sees it: pointers to its tensors, and the rendered layout of its pages.
 //
-// `layout.h` is rendered from `diffkv.layout.PageLayout`; nothing here repeats one of its numbers.
+// `constants.h` is rendered from `diffkv.layout.PageLayout`; nothing here repeats one of its numbers.
 #pragma once
 
+#include "constants.h"
 #include "element.h"
-#include "layout.h"
 #include "quantizer.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))

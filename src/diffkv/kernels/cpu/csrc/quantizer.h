@@ -3,12 +3,8 @@
 // Always inlined: where bits, groups and dim are constants, their loops are compiled for them.
 #pragma once
 
+#include "constants.h"
 #include "simd.h"
-
-constexpr float FLOAT16_MAX = 65504.0f;
-constexpr float MIN_SCALE = 0x1p-14f;
-constexpr float OUTER = 11.0f / 64;
-constexpr float CUTS[2][9] = {{0, 0, 9, 14, 17, 19, 21, 22, 23}, {0, 0, 1, 4, 6, 9, 11, 13, 14}};
 
 // NaN counts as 0; what float16 cannot hold saturates.
 INLINE void saturate(float* x, int dim) {
@@ -48,7 +44,8 @@ INLINE void cut_ends(const float* x, int num, int bits, float* least, float* mos
   int outer = 0;
   for (int j = 0; j < num; j++) outer += (x[j] - low < near) + (high - x[j] < near);
   if (4 * outer >= num) return;
-  const float cut = span * (CUTS[bits - 1][num < 256 ? 31 - __builtin_clz(num) : 8] / 64);
+  const int width = 31 - __builtin_clz(num);  // as a power of two
+  const float cut = span * CUTS[bits - 1][width < CUT_WIDTHS ? width : CUT_WIDTHS - 1];
   *least = low + cut;
   *most = high - cut;
 }
