@@ -111,11 +111,13 @@ def _load_vectors(page_ptr, index, S: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _load_words(page_ptr, index, S: tl.constexpr):
-    """[padded_words, tokens] words of codes."""
+def _load_words(page_ptr, index, S: tl.constexpr, DTYPE: tl.constexpr):
+    """[padded_words, tokens] words of codes, or elements of 16-bit formats."""
     column = tl.arange(0, S.padded_words)[:, None]
     at = page_ptr[None, :] + (S.codes + index * S.code_bytes)[None, :]
-    if S.word == 2:
+    if S.bits == 16:
+        at = at.to(tl.pointer_type(DTYPE))
+    elif S.word == 2:
         at = at.to(tl.pointer_type(tl.int16))
     if S.padded_words * S.word == S.width:
         x = tl.load(at + column)
@@ -252,12 +254,10 @@ def tile_values(
     SPLITS: tl.constexpr = S.split
     decays = tl.broadcast_to(decay[None, :], [S.padded_words, decay.shape[0]])
     if S.bits == 16:
-        value = _load_vectors(page_ptr, index, S, DTYPE).to(DOT)
-        sums = (
-            tl.fma(sums[0], decays, tl.dot(tl.trans(value), p.to(DOT), input_precision="tf32x3")),
-        )
+        value = _load_words(page_ptr, index, S, DTYPE).to(DOT)
+        sums = (tl.fma(sums[0], decays, tl.dot(value, p.to(DOT), input_precision="tf32x3")),)
     else:
-        x = _load_words(page_ptr, index, S)
+        x = _load_words(page_ptr, index, S, DTYPE)
         new_offsets = ()
         weights = ()
         for g in tl.static_range(GROUPS):
