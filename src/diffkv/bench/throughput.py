@@ -224,16 +224,19 @@ def joined(setting: Setting, results: list[dict[str, Any]]) -> dict[str, Any]:
     return row
 
 
+def _name(engine: str, quant: str) -> str:
+    return f"{engine} {quant}" if engine == "diffkv" else engine
+
+
 def _progress(setting: Setting, result: dict[str, Any]) -> str:
-    quant = (setting.options or {}).get("quant", "")
-    name = f"{setting.name} {quant}".strip()
+    name = _name(setting.name, (setting.options or {}).get("quant", ""))
     if "error" in result:
         return f"{name}: {result['error']}"
     return f"{name}: {result['tokens_per_s']:.1f} tokens/s"
 
 
 def _text(row: dict[str, Any]) -> str:
-    name = f"  {row['engine'] + ' ' + row['quant'] if row['engine'] == 'diffkv' else row['engine']}"
+    name = f"  {_name(row['engine'], row['quant'])}"
     if "error" in row:
         return f"{name:24} did not run: {row['error']}"
     text = (

@@ -85,7 +85,7 @@ def _row_chunks(
     chunk = tl.cdiv(tl.maximum(root, TOKENS), TIERS[0].tokens)
     # Two tiers may each end in a smaller chunk
     chunk = tl.maximum(chunk, tl.cdiv(high_pages + low_pages, MAX - 2))
-    return slot, high, low, high_pages, low_pages, tl.maximum(chunk, 1)
+    return slot, high, low, high_pages, low_pages, chunk
 
 
 @triton.jit

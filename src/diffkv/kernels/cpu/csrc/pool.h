@@ -1,6 +1,6 @@
 // A pool as C++ sees it: pointers to its tensors, and the rendered layout of its pages.
 //
-// `constants.h` is rendered from `diffkv.layout.PageLayout`; nothing here repeats one of its numbers.
+// `constants.h` is rendered from `diffkv.layout.PageLayout`; nothing here repeats its numbers.
 #pragma once
 
 #include "constants.h"
