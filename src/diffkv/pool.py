@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffkv import huge_pages
 from diffkv.layout import CacheLayout, PageLayout
 from diffkv.quant import ConfigError
 from diffkv.state import CacheState, PoolState
@@ -200,7 +201,7 @@ def create_cache(shape: CacheShape, buffer: Tensor, dtype: torch.dtype, window: 
 
     Args:
         shape: as `CacheShape.fit` found it for a budget of at most the buffer's bytes.
-        buffer: [num_bytes] uint8 or int8, contiguous, aligned to 64 bytes.
+        buffer: [num_bytes] uint8 or int8, contiguous, aligned to 64 bytes; what it holds is lost.
         dtype: the model's.
         window: recent tokens that always stay high.
     """
@@ -212,6 +213,7 @@ def _create(
     shapes: Sequence[PoolShape], buffer: Tensor, dtype: torch.dtype, window: int
 ) -> tuple[PoolState, ...]:
     """Groups with the same slots, pages and ring, each with tables of its own."""
+    huge_pages.use(buffer)
     one, memory = shapes[0], _Buffer(buffer)
     ring_ends = memory.region((2,), torch.int64)
     ring_ends[1] = one.num_pages

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from diffkv import huge_pages
 from diffkv.bench.facts import cache_bytes, percentile
 
 __all__ = ["Case", "Timing", "measure", "read_case"]
@@ -45,7 +46,9 @@ class Timing:
 
 def _flush_buffer(device: str) -> torch.Tensor:
     num_bytes = max(MIN_FLUSH_BYTES, FLUSH_CACHES * cache_bytes())
-    return torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
+    buffer = torch.empty(num_bytes // 4, dtype=torch.float32, device=device)
+    huge_pages.use(buffer)
+    return buffer.fill_(1.0)
 
 
 def read_case(device: str) -> Case:

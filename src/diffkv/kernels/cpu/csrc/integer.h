@@ -50,11 +50,13 @@ constexpr Cell cell_of(Side side, int number) {
           element / (layout::HEAD_DIM / side.groups)};
 }
 
+constexpr int num_cells(Side side) { return num_columns(side) * num_planes(side); }
+
 // Whether no cell crosses a group.
 constexpr bool integer_values(int tier) {
   const Side side = value_side(tier);
   if (!has_integers(side)) return false;
-  for (int i = 0; i < num_columns(side) * num_planes(side); i++) {
+  for (int i = 0; i < num_cells(side); i++) {
     const Cell cell = cell_of(side, i);
     if ((cell.element + cell.count - 1) / (layout::HEAD_DIM / side.groups) != cell.group)
       return false;
@@ -62,11 +64,13 @@ constexpr bool integer_values(int tier) {
   return true;
 }
 
-constexpr int cells_at_once(int group) { return group >= 8 ? 1 : 8 / group; }
+// Cells and query heads whose sums fit the registers at once.
+constexpr int heads_at_once(int group) { return group < 2 ? group : 2; }
+constexpr int cells_at_once(int group) { return 8 / heads_at_once(group); }
 
 constexpr int integer_value_blocks(int tier, int group) {
-  const int num = num_columns(value_side(tier)) * num_planes(value_side(tier));
-  return (num + cells_at_once(group) - 1) / cells_at_once(group);
+  const int cells = cells_at_once(group), heads = heads_at_once(group);
+  return (num_cells(value_side(tier)) + cells - 1) / cells * ((group + heads - 1) / heads);
 }
 
 template <int TIER, int NUMBER>
@@ -283,46 +287,62 @@ struct IntegerWeights {
   }
 };
 
+// Sums of WIDTH cells from FIRST on for HEADS query heads from FIRST_HEAD on.
+template <int TIER, int G, int FIRST, int WIDTH, int FIRST_HEAD, int HEADS, int BLOCK, class Lines>
+INLINE void add_cells(const __m512i (*rows)[tile_tokens(TIER) / 4], int num,
+                      const IntegerWeights<TIER, G>& factors, const float* keep,
+                      float (*out)[layout::HEAD_DIM], const Lines& lines) {
+  constexpr Side side = value_side(TIER);
+  // An array that starts as {} would stay in memory.
+  Ints sums[WIDTH][HEADS][DIGITS];
+  each<WIDTH * HEADS * DIGITS>(
+      [&](auto i) { sums[i / (HEADS * DIGITS)][i / DIGITS % HEADS][i % DIGITS] = Ints{}; });
+  for (int t = 0; t < num; t += 4) {
+    lines.value_step(BLOCK, t);
+    each<WIDTH>([&](auto c) {
+      constexpr Cell cell = CELL_OF<TIER, FIRST + c.value>;
+      const __m512i codes = plane_of<side.bits>(rows[cell.column][t / 4], cell.plane);
+      each<HEADS * DIGITS>([&](auto i) {
+        constexpr int h = i / DIGITS, d = i % DIGITS;
+        int32_t four;
+        std::memcpy(&four, factors.digits[cell.group][FIRST_HEAD + h][d] + t, 4);
+        sums[c][h][d] = dot_bytes(sums[c][h][d], codes, _mm512_set1_epi32(four));
+      });
+    });
+  }
+  each<WIDTH * HEADS>([&](auto i) {
+    constexpr int c = i / HEADS, h = i % HEADS, head = FIRST_HEAD + h;
+    constexpr Cell cell = CELL_OF<TIER, FIRST + c>;
+    float* to = out[head] + cell.element;
+    const Floats sum = madd(to_floats(sums[c][h][0]), broadcast(256.0f), to_floats(sums[c][h][1]));
+    const Floats old = load_floats(to, cell.count) * keep[head];
+    store_floats(to, madd(sum, broadcast(factors.steps[cell.group][head]), old), cell.count);
+  });
+}
+
 // out[h] = out[h] * keep[h] + sum over tokens of weights[group][h][token] * value codes.
 template <int TIER, int G, class Lines>
 INLINE void add_integer_values(const Tile<TIER>& tile, int num,
                                const float (*weights)[G][tile_tokens(TIER)], const float* keep,
                                float (*out)[layout::HEAD_DIM], const Lines& lines) {
   constexpr Side side = value_side(TIER);
-  constexpr int NUM = num_columns(side) * num_planes(side), AT_ONCE = cells_at_once(G);
+  constexpr int CELLS = cells_at_once(G), HEADS = heads_at_once(G);
   const IntegerWeights<TIER, G> factors(weights, num);
-  each<integer_value_blocks(TIER, G)>([&](auto block) {
-    constexpr int FIRST = block * AT_ONCE, WIDTH = NUM - FIRST < AT_ONCE ? NUM - FIRST : AT_ONCE;
-    // An array that starts as {} would stay in memory.
-    Ints sums[WIDTH][G][DIGITS];
-    each<WIDTH * G * DIGITS>(
-        [&](auto i) { sums[i / (G * DIGITS)][i / DIGITS % G][i % DIGITS] = Ints{}; });
-    for (int t = 0; t < num; t += 4) {
-      lines.value_step(block, t);
-      __m512i bytes{};
-      each<WIDTH>([&](auto c) {
-        constexpr Cell cell = CELL_OF<TIER, FIRST + c.value>;
-        if constexpr (c == 0 || cell.plane == 0)
-          bytes = interleave<cell.count>(tile.values + t, cell.column * CELL);
-        const __m512i codes = plane_of<side.bits>(bytes, cell.plane);
-        each<G>([&](auto h) {
-          each<DIGITS>([&](auto d) {
-            int32_t four;
-            std::memcpy(&four, &factors.digits[cell.group][h][d][t], 4);
-            sums[c][h][d] = dot_bytes(sums[c][h][d], codes, _mm512_set1_epi32(four));
-          });
-        });
-      });
-    }
-    each<WIDTH>([&](auto c) {
-      constexpr Cell cell = CELL_OF<TIER, FIRST + c.value>;
-      each<G>([&](auto h) {
-        float* to = out[h] + cell.element;
-        const Floats sum =
-            madd(to_floats(sums[c][h][0]), broadcast(256.0f), to_floats(sums[c][h][1]));
-        const Floats old = load_floats(to, cell.count) * keep[h];
-        store_floats(to, madd(sum, broadcast(factors.steps[cell.group][h]), old), cell.count);
-      });
+  // Interleaved once, for all blocks of cells and heads read them.
+  __m512i rows[num_columns(side)][tile_tokens(TIER) / 4];
+  for (int t = 0; t < num; t += 4) {
+    each<num_columns(side)>([&](auto column) {
+      rows[column][t / 4] = interleave<cell_of(side, column * num_planes(side)).count>(
+          tile.values + t, column * CELL);
+    });
+  }
+  each<(num_cells(side) + CELLS - 1) / CELLS>([&](auto block) {
+    constexpr int FIRST = block * CELLS, WIDTH = std::min(CELLS, num_cells(side) - FIRST);
+    constexpr int PARTS = (G + HEADS - 1) / HEADS;
+    each<PARTS>([&](auto part) {
+      constexpr int HEAD = part * HEADS, NUM = std::min(HEADS, G - HEAD);
+      constexpr int BLOCK = block * PARTS + part;
+      add_cells<TIER, G, FIRST, WIDTH, HEAD, NUM, BLOCK>(rows, num, factors, keep, out, lines);
     });
   });
 }
