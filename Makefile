@@ -56,7 +56,7 @@ test: env ## all tests
 	exit $$status
 
 bench: env ## measure on this machine, beside vLLM's own cache: tables and plots in docs/results/cpu
-	$(BIN)/diffkv bench attention --ctx 1K 4K 16K --batch 1 8 --ragged both --out $(RESULTS)/attention.jsonl
+	$(BIN)/diffkv bench attention --ctx 512 1K 4K 16K --batch 1 8 --ragged both --out $(RESULTS)/attention.jsonl
 	$(BIN)/diffkv bench manager --out $(RESULTS)/manager.jsonl
 	$(BIN)/diffkv bench throughput --random-weights bench-small --input-len 4096 --output-len 512 --num-prompts 12 --out $(RESULTS)/throughput.jsonl
 	$(BIN)/diffkv bench map --random-weights bench-small --ctx 256 1K 4K --requests 1 4 12 --output-len 64 --out $(RESULTS)/map.jsonl

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from diffkv.bench.child import Child
+from diffkv.bench.engine import Job
+
 TIMEOUT_SECONDS = 300
 FACTS = {"device", "diffkv", "torch", "vllm", "python", "commit"}
 
@@ -71,6 +74,14 @@ def test_map() -> None:
     # The budget holds four of the longest requests in bf16, and all six of ours.
     assert (stock["max_running"], ours["max_running"]) == (4, 6)
     assert ours["bytes_per_token"] < stock["bytes_per_token"] / 2
+
+
+def test_an_engine_that_cannot_start_says_why() -> None:
+    job = Job({"model": "/no/such/model"}, None, 1 << 20, [([[1]], [1])])
+    with Child(job) as child:
+        first, second = child.run(0), child.run(0)
+    assert "/no/such/model" in first["error"]
+    assert second == first
 
 
 def test_serving() -> None:

@@ -1,8 +1,8 @@
-"""One offline run in a process of its own: `python -m diffkv.bench.engine` reads a job, prints a result.
+"""An engine in a process of its own: `python -m diffkv.bench.engine` reads a job, runs cells when told.
 
-The parent (`throughput`) starts one for every setting and repeat, so that no run inherits another's
-memory, threads or compiled code. It stands between vLLM and the figures: it drives the engine step by
-step and notes what each step was made of.
+`child` starts one for every setting, so that none inherits another's memory, threads or compiled code.
+It stands between vLLM and the figures: it drives the engine step by step and notes what each step was
+made of.
 """
 
 import cProfile
@@ -12,26 +12,28 @@ import pstats
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from statistics import median
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from diffkv.quant import ConfigError
 
-__all__ = ["Job", "main"]
+__all__ = ["ANSWER", "Cell", "Job", "main"]
 
 KIB = 1 << 10
 PROFILE_ROWS = 30
 
-CELL_SECONDS = 4.0
-CELL_RUNS = 5
-"""A cell that is over sooner runs again, at most so many times in all; its figures are medians."""
+ANSWER = "diffkv-bench: "
+"""How a line of standard output begins that is meant for the parent; libraries print there too."""
 
 WARM_PROMPTS = 4
 WARM_TOKENS = 4
+
+
+Cell = tuple[list[list[int]], list[int]]
+"""Prompts in token ids, all there at the start, and how many tokens to generate for each."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,16 @@ class Job:
     Attributes:
         engine: arguments of vLLM's engine.
         options: DiffKV's; None for vLLM's own cache.
-        prompts: token ids.
-        max_tokens: to generate, for each prompt.
         kv_bytes: of the cache.
+        cells: that the engine may be told to run.
         profile: print where the time goes (Python's profiler) to standard error.
-        cells: in place of prompts and max_tokens, several pairs of them, which run one after the other
-            in the same engine.
     """
 
     engine: dict[str, Any]
     options: dict[str, Any] | None
-    prompts: list[list[int]]
-    max_tokens: list[int]
     kv_bytes: int
+    cells: Sequence[Cell]
     profile: bool = False
-    cells: Sequence[tuple[list[list[int]], list[int]]] = ()
 
 
 @dataclass
@@ -109,15 +106,15 @@ def _scheduled(scheduler: Any, output: Any) -> tuple[int, int]:
     return prompt, generated
 
 
-def _drive(llm: Any, job: Job) -> tuple[_Steps, float]:
-    """Run all requests to their end; the sums, and the seconds it took."""
+def _drive(llm: Any, cell: Cell, profile: bool = False) -> tuple[_Steps, float]:
+    """Run all requests of a cell to their end; the sums, and the seconds it took."""
     from vllm import SamplingParams
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     schedule, update, profiles = (
         scheduler.schedule,
         scheduler.update_from_output,
-        _Profiles(job.profile),
+        _Profiles(profile),
     )
     made_of: dict[int, tuple[int, int]] = {}
 
@@ -133,7 +130,7 @@ def _drive(llm: Any, job: Job) -> tuple[_Steps, float]:
         return update(output, *args, **kwargs)
 
     scheduler.schedule, scheduler.update_from_output = scheduling, updating
-    for index, (prompt, count) in enumerate(zip(job.prompts, job.max_tokens, strict=True)):
+    for index, (prompt, count) in enumerate(zip(*cell, strict=True)):
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
         llm.llm_engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
     steps = _Steps()
@@ -219,13 +216,10 @@ class _DeviceProfile:
         return self._tables[-1] if self._tables else "too few steps"
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Start an engine, warm it up with some of the requests, run the job, and count.
+def serve(job: Job, wanted: Iterable[str]) -> None:
+    """Start an engine, warm it up with some requests, then run the cells whose numbers come, and answer.
 
     CPUs run in eager mode, GPUs as vLLM's defaults say, with compiled code and graphs.
-
-    Returns:
-        Figures; of a job with cells a list of them as `cells`.
     """
     from vllm.platforms import current_platform
 
@@ -237,22 +231,17 @@ def run(job: Job) -> dict[str, Any]:
         "enforce_eager": on_cpu, "disable_log_stats": False, "enable_prefix_caching": False,
         "kv_cache_memory_bytes": job.kv_bytes, **ours, **job.engine,
     }  # fmt: skip
-    cells = [replace(job, prompts=each, max_tokens=counts) for each, counts in job.cells]
-    first = cells[0] if cells else job
+    prompts, _ = job.cells[0]
+    warm = [prompts[0][:64]] if on_cpu else prompts[:WARM_PROMPTS]
     with offline.engine(arguments) as llm:
-        warm = [first.prompts[0][:64]] if on_cpu else first.prompts[:WARM_PROMPTS]
-        _drive(llm, Job({}, None, warm, [WARM_TOKENS] * len(warm), job.kv_bytes))
-        if cells:
-            return {"cells": [_cell(llm, cell) for cell in cells]}
-        return _measured(llm, job)
+        _drive(llm, (warm, [WARM_TOKENS] * len(warm)))
+        _answer({})
+        for number in wanted:
+            _answer(_measured(llm, job, job.cells[int(number)]))
 
 
-def _cell(llm: Any, job: Job) -> dict[str, Any]:
-    """Medians of as many runs as a short cell takes to be measured."""
-    runs: list[dict[str, Any]] = []
-    while len(runs) < CELL_RUNS and sum(run["seconds"] for run in runs) < CELL_SECONDS:
-        runs.append(_measured(llm, job))
-    return {"runs": len(runs), **{name: median(run[name] for run in runs) for name in runs[0]}}
+def _answer(result: dict[str, Any]) -> None:
+    print(f"\n{ANSWER}{json.dumps(result)}", flush=True)
 
 
 def _totals(llm: Any, job: Job) -> dict[str, float]:
@@ -264,12 +253,12 @@ def _totals(llm: Any, job: Job) -> dict[str, float]:
     return {"preemptions": preemptions, **ours}
 
 
-def _measured(llm: Any, job: Job) -> dict[str, Any]:
-    """Run a job's prompts in an engine that is warm, and count."""
+def _measured(llm: Any, job: Job, cell: Cell) -> dict[str, Any]:
+    """Run a cell in an engine that is warm, and count."""
     from vllm.platforms import current_platform
 
     before = _totals(llm, job)
-    steps, seconds = _drive(llm, job)
+    steps, seconds = _drive(llm, cell, job.profile)
     spent = {name: value - before[name] for name, value in _totals(llm, job).items()}
     pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     held, covered = steps.peak
@@ -285,7 +274,7 @@ def _measured(llm: Any, job: Job) -> dict[str, Any]:
     return {
         **result,
         "seconds": seconds,
-        "tokens_per_s": sum(job.max_tokens) / seconds,
+        "tokens_per_s": sum(cell[1]) / seconds,
         "decode_tokens_per_s": steps.decode_tokens / max(steps.decode_seconds, 1e-9),
         "prefill_tokens_per_s": steps.prefill_tokens / max(steps.prefill_seconds, 1e-9),
         "ms_per_decode_step": steps.decode_seconds / max(steps.decode_steps, 1) * 1e3,
@@ -297,15 +286,14 @@ def _measured(llm: Any, job: Job) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Read a job from standard input; the last line of standard output is the result."""
+    """Read a job, and after it the numbers of its cells, from standard input, a line each."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    job = Job(**json.load(sys.stdin))
+    job = Job(**json.loads(sys.stdin.readline()))
     try:
-        result = run(job)
+        serve(job, sys.stdin)
     except ConfigError as error:
-        result = {"error": str(error)}
-    print("\n" + json.dumps(result), flush=True)
+        _answer({"error": str(error)})
     return 0
 
 

@@ -1,12 +1,13 @@
 """Where DiffKV gains on vLLM's own cache and where it does not: contexts x requests x KV budget.
 
-A setting has one engine for each budget, which runs all cells of the map one after the other.
+A setting has one engine for each budget, and all engines of a budget run a cell in turn before the next.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffkv.bench.child import in_turn
 from diffkv.bench.engine import Job
 from diffkv.bench.facts import Rows
 from diffkv.bench.throughput import (
@@ -17,7 +18,6 @@ from diffkv.bench.throughput import (
     joined,
     random_workload,
     ratios,
-    run_child,
 )
 from diffkv.quant import ConfigError
 
@@ -65,6 +65,8 @@ class Map:
         budgets: KV bytes.
         output_len: tokens that each request generates.
         repeats: engines of each setting and budget.
+        apart: one engine at a time, where memory does not hold all: what a machine's speed does in the
+            meantime is then in the ratios.
     """
 
     contexts: Sequence[int]
@@ -72,6 +74,7 @@ class Map:
     budgets: Sequence[int]
     output_len: int
     repeats: int = 1
+    apart: bool = False
 
     def cells(self, kv_bytes: int, config: dict[str, Any]) -> list[Cell]:
         """Those whose longest request fits into a budget in bf16; vLLM starts with no other."""
@@ -92,7 +95,7 @@ def run(
     rows: Rows,
     facts: dict[str, Any],
 ) -> None:
-    """Measure all cells in every setting, a row for each; settings take turns.
+    """Measure all cells in every setting, a row for each.
 
     Args:
         engine: arguments of vLLM's engine that all settings share, the model among them.
@@ -133,34 +136,36 @@ def _measure(
     cells: Sequence[Cell],
     compared: Sequence[Setting],
     say: Callable[[str], None],
-) -> list[list[dict[str, Any]]]:
-    """What every engine of every setting found; one that failed is not started again."""
+) -> list[list[list[dict[str, Any]]]]:
+    """What every engine of every setting found in every cell: [setting][repeat][cell]."""
     loads = [cell.workload(wanted.output_len, config["vocab_size"]) for cell in cells]
     shared = {
         "max_model_len": max(load.longest for load in loads) + 1,
         "max_num_seqs": max(cell.requests for cell in cells),
     }
     work = [(load.prompts, load.max_tokens) for load in loads]
-    results: list[list[dict[str, Any]]] = [[] for _ in compared]
+    jobs = [
+        Job({**shared, **engine, **setting.engine}, setting.options, kv_bytes, work)
+        for setting in compared
+    ]
+    results: list[list[list[dict[str, Any]]]] = [[] for _ in compared]
     for _ in range(wanted.repeats):
-        for setting, done in zip(compared, results, strict=True):
-            if done and "error" in done[-1]:
-                continue
-            say(f"  running: {setting.name}, {len(cells)} cells")
-            arguments = {**shared, **engine, **setting.engine}
-            job = Job(arguments, setting.options, [], [], kv_bytes, cells=work)
-            done.append(run_child(job))
+        if wanted.apart:
+            found = [in_turn([job], say)[0] for job in jobs]
+        else:
+            found = in_turn(jobs, say)
+        for done, each in zip(results, found, strict=True):
+            done.append(each)
     return results
 
 
 def _cell_rows(
-    index: int, compared: Sequence[Setting], results: Sequence[Sequence[dict[str, Any]]]
+    index: int, compared: Sequence[Setting], results: Sequence[Sequence[Sequence[dict[str, Any]]]]
 ) -> list[dict[str, Any]]:
     """Rows of one cell, with their ratios."""
     found = []
     for setting, done in zip(compared, results, strict=True):
-        mine = [each if "error" in each else each["cells"][index] for each in done]
-        found.append(joined(setting, mine))
+        found.append(joined(setting, [each[index] for each in done]))
     ran = [row for row in found if "error" not in row]
     return [{**row, **ratios(row, ran)} for row in found]
 

@@ -2,14 +2,13 @@
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from diffkv.bench.child import Child
 from diffkv.bench.engine import Job
 from diffkv.bench.facts import Rows
 from diffkv.bench.models import kv_bytes_per_token
@@ -24,12 +23,10 @@ __all__ = [
     "random_workload",
     "ratios",
     "run",
-    "run_child",
     "settings",
     "text_workload",
 ]
 
-TIMEOUT_SECONDS = 3600
 COMPARED = {
     "tokens_per_s": "vs_stock_",
     "decode_tokens_per_s": "decode_vs_stock_",
@@ -131,22 +128,6 @@ def text_workload(path: Path, model: str, num: int | None, output_len: int) -> W
     return Workload(path.name, prompts, [output_len] * len(prompts))
 
 
-def run_child(job: Job) -> dict[str, Any]:
-    """Run a job in a process of its own; what went wrong is in its result as `error`."""
-    command = [sys.executable, "-m", "diffkv.bench.engine"]
-    done = subprocess.run(
-        command, input=json.dumps(asdict(job)), capture_output=True, text=True,
-        timeout=TIMEOUT_SECONDS,
-    )  # fmt: skip
-    if job.profile:
-        print(done.stderr, file=sys.stderr)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return json.loads(lines[-1])
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return {"error": f"the engine ended with status {done.returncode}: {last}"}
-
-
 def run(
     engine: dict[str, Any],
     workload: Workload,
@@ -179,11 +160,11 @@ def run(
             if done and "error" in done[-1]:
                 continue
             shared = {"max_model_len": workload.longest + 1, "max_num_seqs": len(workload.prompts)}
-            job = Job(
-                {**shared, **engine, **setting.engine}, setting.options, workload.prompts,
-                workload.max_tokens, kv_bytes, profile and repeat == 0,
-            )  # fmt: skip
-            done.append(run_child(job))
+            arguments = {**shared, **engine, **setting.engine}
+            cells = [(workload.prompts, workload.max_tokens)]
+            job = Job(arguments, setting.options, kv_bytes, cells, profile and repeat == 0)
+            with Child(job) as child:
+                done.append(child.run(0))
             rows.note(f"  {repeat + 1} of {repeats}, {_progress(setting, done[-1])}")
     found = [joined(setting, done) for setting, done in zip(compared, results, strict=True)]
     ran = [row for row in found if "error" not in row]

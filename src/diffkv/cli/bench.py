@@ -126,6 +126,8 @@ def _add_map(parser: argparse.ArgumentParser) -> None:
                         help="KV budgets (default: 2 and 16 of the longest in bf16)")  # fmt: skip
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--apart", action="store_true",
+                        help="one engine at a time, where memory does not hold all")  # fmt: skip
     parser.add_argument("--plot", type=Path, help="a PNG of the map")
 
 
@@ -298,7 +300,9 @@ def _map(args: argparse.Namespace) -> None:
         engine |= {"model": name, **_engine_flags(args)}
         facts = {"op": "map", "model": args.model or args.random_weights or "bench-small",
                  "weights": engine.get("load_format", "own")}  # fmt: skip
-        wanted = gain_map.Map(args.ctx, args.requests, budgets, args.output_len, args.repeats)
+        wanted = gain_map.Map(
+            args.ctx, args.requests, budgets, args.output_len, args.repeats, args.apart
+        )
         gain_map.run(engine, config, wanted, _compared(args, options, rows), rows, facts)
     mapped = rows.rows[:]
     prompt.add_shares(rows, config, args.quant)

@@ -98,7 +98,7 @@ class WorkerCache:
         self.shape = spec.pool_shape(num_blocks)
         self.state = pool.create_cache(self.shape, buffer, spec.dtype, options.window)
         if buffer.device.type == "cpu":
-            self.state.pages.zero_()  # a host that lacks the memory must say so now
+            self.state.pool.pages.zero_()  # a host that lacks the memory must say so now
         kernels = ops.load(buffer.device.type, options.kernels)
         signs = signs_of(options.rotation(), spec.head_size, buffer.device)
         prefill = choose_prefill(buffer.device.type, spec.dtype, spec.head_size)
