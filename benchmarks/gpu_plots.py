@@ -79,7 +79,8 @@ def main() -> int:
     right.set_yticks(ratios, map(str, ratios))
     right.minorticks_off()
     right.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    if right.lines:  # without vLLM there is nothing to compare with
+        right.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(args.folder / f"{args.stem}-attention.png", dpi=110)
     return 0
