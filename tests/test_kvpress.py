@@ -35,9 +35,7 @@ def mean_significance(oracle: dict[str, Tensor], num_queries: int) -> Tensor:
     return sums / torch.arange(num_tokens, 0, -1).clamp(max=num_queries)
 
 
-def test_significance_is_snapkvs_score(
-    oracle: dict[str, Tensor], facts: dict[str, str]
-) -> None:
+def test_significance_is_snapkvs_score(oracle: dict[str, Tensor], facts: dict[str, str]) -> None:
     window = int(facts["window"])
     ours = mean_significance(oracle, window)[:, :-window]
     torch.testing.assert_close(ours, oracle["snapkv_scores"][:, :-window], rtol=1e-4, atol=1e-6)

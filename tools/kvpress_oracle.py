@@ -79,6 +79,7 @@ def record() -> dict[str, Tensor]:
         seen = attention if name == "observed" else None
         scores = press.score(layer, hidden, key, value, seen, more)
         found[f"{name}_scores"], found[f"{name}_kept"] = scores[0].float(), kept(press, scores)
+    layer.config._attn_implementation = "sdpa"  # AdaKVPress wants it said, and does not use it here
     AdaKVPress(presses["snapkv"], alpha_safeguard=0.0).compress(
         layer, hidden, key, value, None, more
     )
