@@ -1,4 +1,4 @@
-"""Policies and scores that kvpress has too are what kvpress says, as `tools/kvpress_oracle.py` wrote down."""
+"""Policies and scores that kvpress has too agree with what `tools/kvpress_oracle.py` recorded of it."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ ORACLE = Path(__file__).parent / "data" / "kvpress.safetensors"
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, Tensor]:
     with safe_open(ORACLE, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ RATIO = 0.4  # of the tokens is dropped
 
 
 def make_layer() -> tuple[LlamaAttention, LlamaRotaryEmbedding]:
+    """An attention layer of random weights, and its rotary embedding."""
     config = LlamaConfig(
         hidden_size=NUM_HEADS * HEAD_DIM, num_attention_heads=NUM_HEADS, head_dim=HEAD_DIM,
         num_key_value_heads=NUM_HEADS, num_hidden_layers=1, attn_implementation="eager",
@@ -55,6 +56,7 @@ def kept(press: ScorerPress, scores: Tensor) -> Tensor:
 
 @torch.no_grad()
 def record() -> dict[str, Tensor]:
+    """Queries, keys and values of a layer, and what each press says of them."""
     torch.manual_seed(0)
     layer, rotary = make_layer()
     hidden = torch.randn(1, NUM_TOKENS, NUM_HEADS * HEAD_DIM)
@@ -90,6 +92,7 @@ def record() -> dict[str, Tensor]:
 
 
 def main() -> None:
+    """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
