@@ -61,15 +61,16 @@ class CacheSpec:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is in, `-dirty` if it was changed; None if it is in none."""
+    """Of the checkout that this file is in, `-dirty` if more than docs were changed; None if in none."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         )
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
+            [*git, "status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)docs"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
