@@ -38,6 +38,7 @@ class Child:
             COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
         self._timer = Timer(TIMEOUT_SECONDS, self._process.kill)
+        self._timer.daemon = True
         self._timer.start()
         self._error = self._ask(json.dumps(asdict(self._job))).get("error")
         return self
