@@ -1,9 +1,7 @@
 // How fast two threads read pages of a pool, in order and at random, with and without huge pages,
-// and with nothing or so many pages asked for ahead: what attention over such pages could reach at
-// most.
+// and so many pages asked for ahead: what attention over such pages could reach at most.
 //
-//   g++ -O3 -march=native -fopenmp benchmarks/page_reads.cpp -o /tmp/page_reads && /tmp/page_reads
-//   3328
+//   g++ -O3 -march=native -fopenmp benchmarks/page_reads.cpp -o page_reads && ./page_reads 3328
 
 #include <omp.h>
 #include <sys/mman.h>

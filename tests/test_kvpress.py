@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffkv import policies, reference
@@ -15,8 +16,7 @@ ORACLE = Path(__file__).parent / "data" / "kvpress.safetensors"
 
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, Tensor]:
-    with safe_open(ORACLE, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+    return load_file(ORACLE)
 
 
 @pytest.fixture(scope="module")

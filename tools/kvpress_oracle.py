@@ -56,7 +56,7 @@ def kept(press: ScorerPress, scores: Tensor) -> Tensor:
 
 @torch.no_grad()
 def record() -> dict[str, Tensor]:
-    """Queries, keys and values of a layer, and what each press says of them."""
+    """Queries and keys of a layer, and what each press says of them."""
     torch.manual_seed(0)
     layer, rotary = make_layer()
     hidden = torch.randn(1, NUM_TOKENS, NUM_HEADS * HEAD_DIM)
@@ -76,7 +76,7 @@ def record() -> dict[str, Tensor]:
         "keydiff": KeyDiffPress(RATIO),
         "streaming": StreamingLLMPress(RATIO, n_sink=SINKS),
     }
-    found = {"query": query[0], "key": key[0], "value": value[0]}
+    found = {"query": query[0], "key": key[0]}
     for name, press in presses.items():
         seen = attention if name == "observed" else None
         scores = press.score(layer, hidden, key, value, seen, more)

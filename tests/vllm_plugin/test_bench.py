@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from diffkv.bench.child import Child
+from diffkv.bench.child import Child, in_turn
 from diffkv.bench.engine import Job
 
 TIMEOUT_SECONDS = 300
@@ -82,6 +82,7 @@ def test_an_engine_that_cannot_start_says_why() -> None:
         first, second = child.run(0), child.run(0)
     assert "/no/such/model" in first["error"]
     assert second == first
+    assert in_turn([job], print) == [[{"runs": 1, **first}]]
 
 
 def test_serving() -> None:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from diffkv.bench.engine import ANSWER, Job
 
-__all__ = ["Child", "in_turn"]
+__all__ = ["Child", "in_turn", "medians"]
 
 COMMAND = (sys.executable, "-m", "diffkv.bench.engine")
 TIMEOUT_SECONDS = 3600
@@ -103,13 +103,18 @@ def _take_turns(children: Sequence[Child], cell: int) -> list[dict[str, Any]]:
     for _ in range(CELL_RUNS):
         for child, mine in zip(children, runs, strict=True):
             mine.append(child.run(cell))
-        if all(sum(run.get("seconds", 0.0) for run in mine) >= CELL_SECONDS for mine in runs):
+        if all(_is_measured(mine) for mine in runs):
             break
-    return [_medians(mine) for mine in runs]
+    return [{"runs": len(mine), **medians(mine)} for mine in runs]
 
 
-def _medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    failed = [run for run in runs if "error" in run]
+def _is_measured(runs: Sequence[dict[str, Any]]) -> bool:
+    return "error" in runs[-1] or sum(run["seconds"] for run in runs) >= CELL_SECONDS
+
+
+def medians(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of every figure of several runs; the first `error` alone if one failed."""
+    failed = [result["error"] for result in results if "error" in result]
     if failed:
-        return failed[0]
-    return {"runs": len(runs), **{name: median(run[name] for run in runs) for name in runs[0]}}
+        return {"error": failed[0]}
+    return {name: median(result[name] for result in results) for name in results[0]}

@@ -20,7 +20,7 @@ import torch
 
 from diffkv.quant import ConfigError
 
-__all__ = ["ANSWER", "Cell", "Job", "main"]
+__all__ = ["ANSWER", "Job", "Load", "main"]
 
 KIB = 1 << 10
 PROFILE_ROWS = 30
@@ -32,7 +32,7 @@ WARM_PROMPTS = 4
 WARM_TOKENS = 4
 
 
-Cell = tuple[list[list[int]], list[int]]
+Load = tuple[list[list[int]], list[int]]
 """Prompts in token ids, all there at the start, and how many tokens to generate for each."""
 
 
@@ -51,7 +51,7 @@ class Job:
     engine: dict[str, Any]
     options: dict[str, Any] | None
     kv_bytes: int
-    cells: Sequence[Cell]
+    cells: Sequence[Load]
     profile: bool = False
 
 
@@ -106,8 +106,8 @@ def _scheduled(scheduler: Any, output: Any) -> tuple[int, int]:
     return prompt, generated
 
 
-def _drive(llm: Any, cell: Cell, profile: bool = False) -> tuple[_Steps, float]:
-    """Run all requests of a cell to their end; the sums, and the seconds it took."""
+def _drive(llm: Any, load: Load, profile: bool = False) -> tuple[_Steps, float]:
+    """Run all requests of a load to their end; the sums, and the seconds it took."""
     from vllm import SamplingParams
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -130,7 +130,7 @@ def _drive(llm: Any, cell: Cell, profile: bool = False) -> tuple[_Steps, float]:
         return update(output, *args, **kwargs)
 
     scheduler.schedule, scheduler.update_from_output = scheduling, updating
-    for index, (prompt, count) in enumerate(zip(*cell, strict=True)):
+    for index, (prompt, count) in enumerate(zip(*load, strict=True)):
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
         llm.llm_engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
     steps = _Steps()
@@ -253,12 +253,12 @@ def _totals(llm: Any, job: Job) -> dict[str, float]:
     return {"preemptions": preemptions, **ours}
 
 
-def _measured(llm: Any, job: Job, cell: Cell) -> dict[str, Any]:
-    """Run a cell in an engine that is warm, and count."""
+def _measured(llm: Any, job: Job, load: Load) -> dict[str, Any]:
+    """Run a load in an engine that is warm, and count."""
     from vllm.platforms import current_platform
 
     before = _totals(llm, job)
-    steps, seconds = _drive(llm, cell, job.profile)
+    steps, seconds = _drive(llm, load, job.profile)
     spent = {name: value - before[name] for name, value in _totals(llm, job).items()}
     pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     held, covered = steps.peak
@@ -274,7 +274,7 @@ def _measured(llm: Any, job: Job, cell: Cell) -> dict[str, Any]:
     return {
         **result,
         "seconds": seconds,
-        "tokens_per_s": sum(cell[1]) / seconds,
+        "tokens_per_s": sum(load[1]) / seconds,
         "decode_tokens_per_s": steps.decode_tokens / max(steps.decode_seconds, 1e-9),
         "prefill_tokens_per_s": steps.prefill_tokens / max(steps.prefill_seconds, 1e-9),
         "ms_per_decode_step": steps.decode_seconds / max(steps.decode_steps, 1) * 1e3,

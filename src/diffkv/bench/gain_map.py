@@ -150,12 +150,15 @@ def _measure(
     ]
     results: list[list[list[dict[str, Any]]]] = [[] for _ in compared]
     for _ in range(wanted.repeats):
-        if wanted.apart:
-            found = [in_turn([job], say)[0] for job in jobs]
-        else:
-            found = in_turn(jobs, say)
-        for done, each in zip(results, found, strict=True):
-            done.append(each)
+        alive = [
+            (job, done)
+            for job, done in zip(jobs, results, strict=True)
+            if not (done and "error" in done[-1][-1])  # one that failed is not started again
+        ]
+        for group in [[each] for each in alive] if wanted.apart or not alive else [alive]:
+            found = in_turn([job for job, _ in group], say)
+            for (_, done), each in zip(group, found, strict=True):
+                done.append(each)
     return results
 
 

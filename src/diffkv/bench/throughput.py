@@ -5,10 +5,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from diffkv.bench.child import Child
+from diffkv.bench.child import Child, medians
 from diffkv.bench.engine import Job
 from diffkv.bench.facts import Rows
 from diffkv.bench.models import kv_bytes_per_token
@@ -195,10 +194,9 @@ def joined(setting: Setting, results: list[dict[str, Any]]) -> dict[str, Any]:
     options = setting.options or {}
     row: dict[str, Any] = {"engine": setting.name, "quant": options.get("quant", quant)}
     row |= {name: value for name, value in options.items() if name != "quant"}
-    failed = [result["error"] for result in results if "error" in result]
-    if failed:
-        return {**row, "error": failed[0]}
-    row |= {name: median(result[name] for result in results) for name in results[0]}
+    row |= medians(results)
+    if "error" in row:
+        return row
     for name in COMPARED:
         values = [result[name] for result in results]
         row[f"{name}_min"], row[f"{name}_max"] = min(values), max(values)
