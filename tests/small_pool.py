@@ -5,7 +5,6 @@ import torch
 
 from diffkv import pool, reference
 from diffkv.layout import PageLayout
-from diffkv.policy import HIGH
 from diffkv.pool import PoolShape
 from diffkv.quant import QuantConfig
 from diffkv.state import PromptTokens
@@ -18,7 +17,8 @@ WINDOW = 3
 def make_state(quant, page_bytes, num_pages, num_slots=NUM_SLOTS):
     layout = PageLayout.derive(QuantConfig.parse(quant), HEAD_DIM, page_bytes, 4, drops=True)
     width = layout.max_pages(MAX_MODEL_LEN)
-    shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, num_slots, width, num_pages)
+    # A leaf names two pages, so that heads of few tokens have several
+    shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, num_slots, width, num_pages, 2)
     buffer = torch.empty(shape.table_bytes + num_pages * page_bytes, dtype=torch.uint8)
     return pool.create(shape, buffer, torch.float32, WINDOW)
 
@@ -30,7 +30,10 @@ def num_free(state):
 
 def tensors(state):
     """Everything that an operation may change, but the counter of overruns."""
-    names = ("pages", "free_ring", "ring_ends", "page_table", "num_tokens", "num_pages_held")
+    names = (
+        "pages", "free_ring", "ring_ends", "leaves", "free_leaves", "leaf_ends", "directory",
+        "num_tokens", "num_pages_held",
+    )  # fmt: skip
     return {name: getattr(state, name).clone() for name in names}
 
 
@@ -62,16 +65,16 @@ def store(ops, state, layer, rows, tiers, sums, key=None):
 def read(state):
     """(slot, layer, head) -> tier -> (positions, sums, keys, values), straight from the bytes."""
     raw = state.pages.numpy()
-    table, counts = state.page_table.numpy(), state.num_tokens.numpy()
+    counts = state.num_tokens.numpy()
     views = [_views(state, raw, tier) for tier in range(len(state.layout.tiers))]
     result = {}
-    for row in np.ndindex(table.shape[:3]):
+    for row in np.ndindex(counts.shape[:3]):
         result[row] = []
         for tier, tier_views in enumerate(views):
             number = np.arange(counts[(*row, tier)])
             number, index = np.divmod(number, state.layout.tiers[tier].tokens_per_page)
-            column = number if tier == HIGH else state.table_width - 1 - number
-            result[row].append([view[table[(*row, column)], index] for view in tier_views])
+            page = pool.page_ids(state, row, tier).numpy()[number]
+            result[row].append([view[page, index] for view in tier_views])
     return result
 
 

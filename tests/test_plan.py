@@ -9,7 +9,7 @@ from diffkv.capacity import HIGH_SHARE, Mix, parse_bytes, parse_tokens, plan_for
 from diffkv.cli import main
 from diffkv.layout import CacheLayout, PageLayout
 from diffkv.model_config import ModelConfig, stored_weight_bytes
-from diffkv.pool import FIXED_BYTES, RING_ENTRY_BYTES, CacheShape
+from diffkv.pool import FIXED_BYTES, CacheShape, suitable_leaf_entries
 from diffkv.quant import ConfigError, LayerQuant, QuantConfig
 
 MOE = {
@@ -147,8 +147,11 @@ def test_llama_in_80_gib(capsys, llama):
         -(-high // layout.tiers[0].tokens_per_page)
         + -(-(8192 - high) // layout.tiers[1].tokens_per_page)
     )
-    table = 256 * 4 * (layout.max_pages(8192) + 4) + 12
-    request = pages * (layout.page_bytes + RING_ENTRY_BYTES) + table
+    # A row of the directory, four counts, a last leaf of each tier with its entry of the ring
+    leaf = suitable_leaf_entries(layout.max_pages(8192))
+    row = -(-layout.max_pages(8192) // leaf) + 1 + 4
+    table = 256 * 4 * (row + 2 * (leaf + 1)) + 12
+    request = pages * (layout.page_bytes + 4) + -(-pages // leaf) * (leaf + 1) * 4 + table
     assert ours["bytes_per_token"] == request / 8192
     assert ours["num_requests"] == (facts["kv_bytes_per_gpu"] - FIXED_BYTES) // request
     assert facts["verdict"]["name"] == "k8v4-k4v2"

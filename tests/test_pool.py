@@ -1,5 +1,7 @@
 """The pool: the budget, the ring, and sums that travel with their tokens."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -172,12 +174,14 @@ def test_held_pages_and_growth():
 @pytest.mark.parametrize(
     ("name", "break_it"),
     [
-        ("free \\+ .* held pages are not", lambda s: s.ring_ends[0].add_(1)),
-        ("free or held twice", lambda s: s.page_table[0, 0, 0, 0].fill_(int(s.page_table[0, 0, 1, 0]))),
+        ("free \\+ .* held page ids are not", lambda s: s.ring_ends[0].add_(1)),
+        ("free \\+ .* held leaf ids are not", lambda s: s.leaf_ends[0].add_(1)),
+        ("some page is free or held twice", lambda s: s.leaves[0, 0].fill_(int(s.leaves[1, 0]))),
+        ("some leaf is free or held twice", lambda s: s.directory[0, 0, 0, 0].fill_(1)),
         ("than their tokens need", lambda s: s.num_tokens[0, 0, 0, 0].add_(9)),
-        ("not where the counts say", lambda s: s.page_table[0, 0].copy_(s.page_table[0, 0].flip(-1))),
+        ("not where the counts say", lambda s: s.directory[0, 0].copy_(s.directory[0, 0].flip(-1))),
         ("plans wanted more", lambda s: s.overruns.add_(1)),
-        ("pages are free", lambda s: s.ring_ends[1].add_(100)),
+        ("page ids are free", lambda s: s.ring_ends[1].add_(100)),
     ],
 )  # fmt: skip
 def test_a_broken_pool_is_noticed(name, break_it):
@@ -220,8 +224,8 @@ def test_pages_and_tables_fit_the_budget(
         return
     pages_bytes = shape.num_pages * layout.page_bytes
     assert pages_bytes + shape.table_bytes <= budget_bytes
-    another = layout.page_bytes + pool.RING_ENTRY_BYTES
-    assert pages_bytes + shape.table_bytes + another > budget_bytes, (
+    another = dataclasses.replace(shape, num_pages=shape.num_pages + 1)
+    assert another.num_pages * layout.page_bytes + another.table_bytes > budget_bytes, (
         "one more page would have fitted"
     )
     worst = sum(len(g.layers) * g.page.max_pages(max_model_len) for g in layout.groups)
@@ -235,10 +239,8 @@ def test_pages_and_tables_fit_the_budget(
     assert num_free(state.pool) == shape.num_pages
     for group, placed in zip(state.groups, layout.groups, strict=True):
         assert group.pages.untyped_storage().data_ptr() == buffer.data_ptr()
-        width = placed.page.max_pages(max_model_len)
-        assert group.page_table.shape == (
-            shape.num_slots, len(placed.layers), num_kv_heads, width,
-        )  # fmt: skip
+        assert group.directory.shape[:3] == (shape.num_slots, len(placed.layers), num_kv_heads)
+        assert group.max_pages >= placed.page.max_pages(max_model_len)
 
 
 def test_a_budget_that_is_too_small_says_what_would_do():

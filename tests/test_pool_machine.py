@@ -368,7 +368,7 @@ def run_machine(ops, quant, page_bytes, num_pages, num_examples):
 
 
 def test_random_operations_on_two_tiers(ops):
-    operations, decisions = run_machine(ops, "k8v4-k4v2", 96, 40, num_examples=80)
+    operations, decisions = run_machine(ops, "k8v4-k4v2", 96, 32, num_examples=80)
     assert operations.total() >= 10_000, operations
     names = {"append", "drop", "demote", "demote and evict", "overrun"}
     assert names == {name for name, number in decisions.items() if number >= 50}, decisions

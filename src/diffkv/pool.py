@@ -23,22 +23,46 @@ __all__ = [
     "create_cache",
     "held_pages",
     "page_growth",
+    "page_ids",
     "prompt_pages",
+    "suitable_leaf_entries",
 ]
 
 TABLE_ALIGNMENT_BYTES = 64
-RING_ENTRY_BYTES = 4
+ENTRY_BYTES = 4
+"""Of a ring, a leaf and the directory: an id."""
+
 SLOT_FIXED_BYTES = 3 * 4
 """Thresholds and prompt length of a slot, which all groups of layers share."""
 
 
 def fixed_bytes(num_groups: int) -> int:
     """Ring ends, the overrun counter, and the rounding of the regions' starts."""
-    return (7 + 3 * num_groups) * TABLE_ALIGNMENT_BYTES
+    return (10 + 3 * num_groups) * TABLE_ALIGNMENT_BYTES
 
 
 FIXED_BYTES = fixed_bytes(1)
 """Where all layers have the same formats."""
+
+
+def suitable_leaf_entries(max_pages: int) -> int:
+    """Pages that a leaf should name where a head has at most so many: a power of two.
+
+    With more, the last leaves of every head are larger; with fewer, its row of the directory is. The two
+    are balanced near the root of `max_pages`; this is the largest power of two up to twice that.
+    """
+    return 1 << ((4 * max(1, max_pages)).bit_length() - 1) // 2
+
+
+def _leaf_bytes(leaf_entries: int) -> int:
+    """Of a leaf and its entry of the ring."""
+    return (leaf_entries + 1) * ENTRY_BYTES
+
+
+def _pages_bytes(page_bytes: int, num_pages: int, leaf_entries: int) -> int:
+    """What pages take of a budget: themselves, their ring entries, and the leaves that name them."""
+    leaves = -(-num_pages // leaf_entries)
+    return num_pages * (page_bytes + ENTRY_BYTES) + leaves * _leaf_bytes(leaf_entries)
 
 
 @dataclass(frozen=True)
@@ -50,27 +74,53 @@ class PoolShape:
         num_layers: of those layers.
         num_kv_heads: KV heads of a layer, on this rank.
         num_slots: requests that can run at once.
-        table_width: page-table entries of a head.
+        max_pages: most pages of a head.
         num_pages: pages of the pool.
+        leaf_entries: pages that a leaf names, a power of two; 0: what is suitable.
     """
 
     layout: PageLayout
     num_layers: int
     num_kv_heads: int
     num_slots: int
-    table_width: int
+    max_pages: int
     num_pages: int
+    leaf_entries: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.leaf_entries:
+            object.__setattr__(self, "leaf_entries", suitable_leaf_entries(self.max_pages))
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of one slot, of all layers."""
+        return self.num_layers * self.num_kv_heads
+
+    @property
+    def half_empty_leaves(self) -> int:
+        """Leaves of one slot that need not be full: the last one of each tier of each head."""
+        return self.num_heads * len(self.layout.tiers)
+
+    @property
+    def directory_width(self) -> int:
+        """Leaves that a head can have, whichever tiers its pages are of."""
+        return -(-self.max_pages // self.leaf_entries) + len(self.layout.tiers) - 1
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of the tables of one slot: page table, two counts of two tiers, thresholds, length."""
-        heads = self.num_layers * self.num_kv_heads
-        return heads * 4 * (self.table_width + 4) + SLOT_FIXED_BYTES
+        """Bytes of the tables of one slot.
+
+        A row of the directory and two counts of two tiers for each head, leaves that need not be full,
+        thresholds, length.
+        """
+        rows = self.num_heads * ENTRY_BYTES * (self.directory_width + 4)
+        return rows + self.half_empty_leaves * _leaf_bytes(self.leaf_entries) + SLOT_FIXED_BYTES
 
     @property
     def table_bytes(self) -> int:
         """Bytes of all tables: what of the budget is not pages."""
-        return self.num_slots * self.slot_bytes + self.num_pages * RING_ENTRY_BYTES + FIXED_BYTES
+        pages = _pages_bytes(0, self.num_pages, self.leaf_entries)
+        return self.num_slots * self.slot_bytes + pages + FIXED_BYTES
 
 
 @dataclass(frozen=True)
@@ -111,9 +161,7 @@ class CacheShape:
         heads = layout.num_layers * num_kv_heads
         slots = max(1, min(max_num_seqs, budget_bytes // (heads * layout.page_bytes)))
         shape = cls(layout, num_kv_heads, slots, max_model_len, 0)
-        num_pages = max(0, budget_bytes - shape.table_bytes) // (
-            layout.page_bytes + RING_ENTRY_BYTES
-        )
+        num_pages = shape._pages_within(budget_bytes - shape.table_bytes)
         if num_pages < num_kv_heads * layout.max_pages(max_model_len):
             needed = cls.request_bytes(layout, num_kv_heads, max_model_len)
             raise ConfigError(
@@ -126,9 +174,14 @@ class CacheShape:
     @staticmethod
     def request_bytes(layout: CacheLayout, num_kv_heads: int, max_model_len: int) -> int:
         """Bytes that one request of `max_model_len` tokens can need: pages, ring entries, tables."""
-        tables = CacheShape(layout, num_kv_heads, 1, max_model_len, 0).table_bytes
-        pages = num_kv_heads * layout.max_pages(max_model_len)
-        return pages * (layout.page_bytes + RING_ENTRY_BYTES) + tables
+        one = CacheShape(layout, num_kv_heads, 1, max_model_len, 0)
+        return one.pages_bytes(num_kv_heads * layout.max_pages(max_model_len)) + one.table_bytes
+
+    @property
+    def leaf_entries(self) -> int:
+        """Pages that a leaf names, whatever layer's they are."""
+        most = max(group.page.max_pages(self.max_model_len) for group in self.layout.groups)
+        return suitable_leaf_entries(most)
 
     @property
     def groups(self) -> tuple[PoolShape, ...]:
@@ -136,7 +189,7 @@ class CacheShape:
         return tuple(
             PoolShape(
                 group.page, len(group.layers), self.num_kv_heads, self.num_slots,
-                group.page.max_pages(self.max_model_len), self.num_pages,
+                group.page.max_pages(self.max_model_len), self.num_pages, self.leaf_entries,
             )
             for group in self.layout.groups
         )  # fmt: skip
@@ -152,16 +205,25 @@ class CacheShape:
         tables = sum(group.slot_bytes - SLOT_FIXED_BYTES for group in self.groups)
         return tables + SLOT_FIXED_BYTES
 
+    def pages_bytes(self, num_pages: int) -> int:
+        """What pages take of a budget: themselves, their ring entries, and the leaves that name them."""
+        return _pages_bytes(self.layout.page_bytes, num_pages, self.leaf_entries)
+
+    def _pages_within(self, budget_bytes: int) -> int:
+        """Most pages whose `pages_bytes` are within a budget."""
+        leaves, rest = divmod(max(0, budget_bytes), self.pages_bytes(self.leaf_entries))
+        rest = max(0, rest - _leaf_bytes(self.leaf_entries))
+        return leaves * self.leaf_entries + rest // (self.layout.page_bytes + ENTRY_BYTES)
+
     def spent_bytes(self, num_pages: int, num_requests: int) -> int:
-        """What requests take of the budget: pages, their ring entries, and the requests' tables."""
-        page_bytes = self.layout.page_bytes + RING_ENTRY_BYTES
-        return num_pages * page_bytes + num_requests * self.slot_bytes
+        """What requests take of the budget: `pages_bytes`, and the requests' tables."""
+        return self.pages_bytes(num_pages) + num_requests * self.slot_bytes
 
     @property
     def table_bytes(self) -> int:
         """Bytes of all tables: what of the budget is not pages."""
-        ring = self.num_pages * RING_ENTRY_BYTES
-        return self.num_slots * self.slot_bytes + ring + fixed_bytes(len(self.layout.groups))
+        pages = _pages_bytes(0, self.num_pages, self.leaf_entries)
+        return self.num_slots * self.slot_bytes + pages + fixed_bytes(len(self.layout.groups))
 
 
 class _Buffer:
@@ -215,29 +277,38 @@ def _create(
     """Groups with the same slots, pages and ring, each with tables of its own."""
     huge_pages.use(buffer)
     one, memory = shapes[0], _Buffer(buffer)
-    ring_ends = memory.region((2,), torch.int64)
-    ring_ends[1] = one.num_pages
     overruns = memory.region((1,), torch.int32)
     thresholds = memory.region((one.num_slots, 2), torch.float32)
     prompt_lens = memory.region((one.num_slots,), torch.int32)
     tables = []
     for shape in shapes:
         heads = (shape.num_slots, shape.num_layers, shape.num_kv_heads)
+        directory = memory.region((*heads, shape.directory_width), torch.int32, -1)
         num_tokens = memory.region((*heads, 2), torch.int32)
-        num_pages_held = memory.region((*heads, 2), torch.int32)
-        page_table = memory.region((*heads, shape.table_width), torch.int32, -1)
-        tables.append((page_table, num_tokens, num_pages_held))
-    free_ring = memory.region((one.num_pages,), torch.int32, None)
-    free_ring.copy_(torch.arange(one.num_pages, dtype=torch.int32))
+        tables.append((directory, num_tokens, memory.region((*heads, 2), torch.int32)))
+    half_empty = one.num_slots * sum(shape.half_empty_leaves for shape in shapes)
+    num_leaves = -(-one.num_pages // one.leaf_entries) + half_empty
+    leaves = memory.region((num_leaves, one.leaf_entries), torch.int32, -1)
+    free_leaves, leaf_ends = _full_ring(memory, num_leaves)
+    free_ring, ring_ends = _full_ring(memory, one.num_pages)
     # What a page holds before it is written does not matter; a host need not commit its memory yet.
     pages = memory.region((one.num_pages, one.layout.page_bytes), torch.uint8, None)
     return tuple(
         PoolState(
-            shape.layout, dtype, window, pages, free_ring, ring_ends, *own, thresholds, prompt_lens,
-            overruns,
+            shape.layout, dtype, window, pages, free_ring, ring_ends, leaves, free_leaves, leaf_ends,
+            *own, thresholds, prompt_lens, overruns,
         )
         for shape, own in zip(shapes, tables, strict=True)
     )  # fmt: skip
+
+
+def _full_ring(memory: _Buffer, num: int) -> tuple[Tensor, Tensor]:
+    """A ring of all ids below `num`, and its ends."""
+    ring = memory.region((num,), torch.int32, None)
+    ring.copy_(torch.arange(num, dtype=torch.int32))
+    ends = memory.region((2,), torch.int64)
+    ends[1] = num
+    return ring, ends
 
 
 def held_pages(state: PoolState, slots: Tensor) -> Tensor:
@@ -276,42 +347,60 @@ def page_growth(state: PoolState, slots: Tensor, most: int) -> Tensor:
     return torch.stack(worst).sum((2, 3)).T
 
 
+def page_ids(state: PoolState, head: tuple[int, int, int], tier: int) -> Tensor:
+    """The pages that (slot, layer, head) holds in a tier, first to last: [n] int64."""
+    number = torch.arange(int(state.num_pages_held[(*head, tier)]), device=state.leaves.device)
+    leaf = number // state.leaf_entries
+    column = leaf if tier == 0 else state.directory_width - 1 - leaf
+    return state.leaves[state.directory[head][column].long(), number % state.leaf_entries].long()
+
+
 def check_invariants(*groups: PoolState) -> None:
     """Raise AssertionError, with its numbers, if a page is lost, owned twice, or held for nothing.
+
+    The same of leaves.
 
     Args:
         *groups: all groups of layers of one pool.
     """
     state = groups[0]
-    head, tail = state.ring_ends.tolist()
-    num_free = tail - head
-    assert 0 <= num_free <= state.num_pages, f"{num_free} of {state.num_pages} pages are free"
-    where = (head + torch.arange(num_free)) % state.num_pages
-    free = state.free_ring.cpu()[where].long()
-    held = torch.cat([group.page_table.flatten().cpu().long() for group in groups])
-    owned = torch.cat([free, held[held >= 0]])
-    num_held = sum(int(group.num_pages_held.sum()) for group in groups)
-    assert num_free + num_held == state.num_pages, (
-        f"{num_free} free + {num_held} held pages are not {state.num_pages}"
-    )
-    assert torch.equal(owned.sort().values, torch.arange(state.num_pages)), (
-        "some page is free or held twice, or not at all"
-    )
     for group in groups:
         _check_tables(group)
+    leaves = torch.cat([group.directory.flatten().cpu().long() for group in groups])
+    _check_ring("leaf", state.free_leaves, state.leaf_ends, leaves[leaves >= 0])
+    pages = [
+        page_ids(group, tuple(head), tier)
+        for group in groups
+        for *head, tier in torch.nonzero(group.num_pages_held).tolist()
+    ]
+    held = torch.cat(pages).cpu() if pages else torch.zeros(0, dtype=torch.int64)
+    _check_ring("page", state.free_ring, state.ring_ends, held)
     assert int(state.overruns) == 0, f"{int(state.overruns)} plans wanted more pages than were free"
 
 
+def _check_ring(name: str, ring: Tensor, ends: Tensor, held: Tensor) -> None:
+    """All things of a kind are free or held, and once."""
+    head, tail = ends.tolist()
+    num, num_free = len(ring), tail - head
+    assert 0 <= num_free <= num, f"{num_free} of {num} {name} ids are free"
+    owned = torch.cat([ring.cpu()[(head + torch.arange(num_free)) % num].long(), held])
+    assert len(owned) == num, f"{num_free} free + {len(held)} held {name} ids are not {num}"
+    assert torch.equal(owned.sort().values, torch.arange(num)), (
+        f"some {name} is free or held twice, or not at all"
+    )
+
+
 def _check_tables(state: PoolState) -> None:
-    """Each head holds the pages that its tokens need, and its table has them in their places."""
+    """Each head holds the pages that its tokens need, and the leaves that name them."""
+    held = state.num_pages_held.cpu()
     for tier, layout in enumerate(state.layout.tiers):
-        needed = -(-state.num_tokens[..., tier] // layout.tokens_per_page)
-        assert torch.equal(needed, state.num_pages_held[..., tier]), (
+        needed = -(-state.num_tokens[..., tier].cpu() // layout.tokens_per_page)
+        assert torch.equal(needed, held[..., tier]), (
             f"heads hold other numbers of {layout.format} pages than their tokens need"
         )
-    columns = torch.arange(state.table_width)
-    high, low = state.num_pages_held.cpu().unbind(-1)
-    owned_columns = (columns < high[..., None]) | (columns >= state.table_width - low[..., None])
-    assert torch.equal(owned_columns, state.page_table.cpu() >= 0), (
-        "page-table entries are not where the counts say"
+    columns = torch.arange(state.directory_width)
+    high, low = (-(-held // state.leaf_entries)).unbind(-1)
+    owned = (columns < high[..., None]) | (columns >= state.directory_width - low[..., None])
+    assert torch.equal(owned, state.directory.cpu() >= 0), (
+        "entries of the directory are not where the counts say"
     )

@@ -104,7 +104,10 @@ def _decode(kernels: Ops, state: PoolState, new: Tensor, query: Tensor) -> Tenso
 
 
 def _different(ours: PoolState, theirs: PoolState) -> int:
-    names = ("pages", "page_table", "num_tokens", "num_pages_held", "free_ring", "ring_ends")
+    names = (
+        "pages", "free_ring", "ring_ends", "leaves", "free_leaves", "leaf_ends", "directory",
+        "num_tokens", "num_pages_held",
+    )  # fmt: skip
     return sum(int((getattr(ours, name).cpu() != getattr(theirs, name)).sum()) for name in names)
 
 

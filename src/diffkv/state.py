@@ -19,7 +19,9 @@ class PoolState:
     """A pool of pages and the tables of layers with one page layout, all on one device.
 
     Several groups of layers may share a pool (`CacheState`). S slots (running requests), L layers of the
-    group, H KV heads, M entries of a head's page table.
+    group, H KV heads. A head's page table has two levels, so that it is about as large as what the head
+    holds: its row of the directory names leaves, and a leaf names up to E pages of one tier. Page
+    `number` of a tier is entry `number % E` of the tier's leaf `number // E`.
 
     Attributes:
         layout: what is where in a page.
@@ -30,8 +32,13 @@ class PoolState:
         ring_ends: [2] int64, (head, tail): pages taken and pages given back since the start. Both only
             grow, entry k of the ring is at k % num_pages, and tail - head pages are free; so a full
             ring is not mistaken for an empty one.
-        page_table: [S, L, H, M] int32. High pages from the left, low pages from the right: the k-th low
-            page is entry M - 1 - k. -1 where there is no page.
+        leaves: [num_leaves, E] int32, ids of pages; what follows a tier's last page means nothing.
+            E is a power of two.
+        free_leaves: [num_leaves] int32, a ring like `free_ring`, of ids of leaves.
+        leaf_ends: [2] int64, of that ring. There are as many leaves as heads can need who hold all pages
+            between them, however they share them, so leaves are never short.
+        directory: [S, L, H, W] int32, ids of leaves. High ones from the left, low ones from the right:
+            the k-th low leaf is entry W - 1 - k. -1 where there is no leaf.
         num_tokens: [S, L, H, 2] int32, kept tokens by tier (high, low).
         num_pages_held: [S, L, H, 2] int32.
         thresholds: [S, 2] float32, (alpha_high, alpha_low) of each slot's request.
@@ -46,7 +53,10 @@ class PoolState:
     pages: Tensor
     free_ring: Tensor
     ring_ends: Tensor
-    page_table: Tensor
+    leaves: Tensor
+    free_leaves: Tensor
+    leaf_ends: Tensor
+    directory: Tensor
     num_tokens: Tensor
     num_pages_held: Tensor
     thresholds: Tensor
@@ -61,25 +71,35 @@ class PoolState:
     @property
     def num_layers(self) -> int:
         """L, of the group."""
-        return self.page_table.shape[1]
+        return self.directory.shape[1]
 
     @property
     def num_kv_heads(self) -> int:
         """H, on this rank."""
-        return self.page_table.shape[2]
+        return self.directory.shape[2]
 
     @property
-    def table_width(self) -> int:
-        """M."""
-        return self.page_table.shape[3]
+    def leaf_entries(self) -> int:
+        """E."""
+        return self.leaves.shape[1]
+
+    @property
+    def directory_width(self) -> int:
+        """W."""
+        return self.directory.shape[3]
+
+    @property
+    def max_pages(self) -> int:
+        """Most pages that a head's leaves can name."""
+        return self.directory_width * self.leaf_entries
 
 
 @dataclass(frozen=True)
 class CacheState:
     """One pool under all layers of a model, whatever their formats.
 
-    The groups have `pages`, `free_ring`, `ring_ends`, `overruns`, `thresholds` and `prompt_lens` in
-    common; each has a page layout and tables of its own, for its own layers.
+    The groups have pages, leaves, both rings, `overruns`, `thresholds` and `prompt_lens` in common; each
+    has a page layout, a directory and counts of its own, for its own layers.
 
     Attributes:
         groups: one for each configuration.

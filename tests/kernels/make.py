@@ -17,8 +17,8 @@ FORMATS = ("k8v8", "k8v4", "k8v4g1x2", "k8v2", "k4v4", "k4v2", "k4v2g2x4", "k4v1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 TABLES = (
-    "pages", "free_ring", "ring_ends", "page_table", "num_tokens", "num_pages_held", "thresholds",
-    "prompt_lens", "overruns",
+    "pages", "free_ring", "ring_ends", "leaves", "free_leaves", "leaf_ends", "directory",
+    "num_tokens", "num_pages_held", "thresholds", "prompt_lens", "overruns",
 )  # fmt: skip
 
 
@@ -34,18 +34,22 @@ def make_state(
     window: int = 8,
     page_bytes: int | None = None,
     drops: bool = True,
+    leaf_entries: int = 4,
 ) -> PoolState:
-    """An empty pool with room for `max_tokens` in every slot, and its free pages shuffled."""
+    """An empty pool with room for `max_tokens` in every slot, its free pages and leaves shuffled."""
     config = QuantConfig.parse(quant)
     layout = PageLayout.derive(config, head_dim, page_bytes, dtype.itemsize, drops)
     width = layout.max_pages(max_tokens)
     if num_pages is None:
         num_pages = num_slots * num_layers * num_kv_heads * width
-    shape = pool.PoolShape(layout, num_layers, num_kv_heads, num_slots, width, num_pages)
+    shape = pool.PoolShape(
+        layout, num_layers, num_kv_heads, num_slots, width, num_pages, leaf_entries
+    )
     buffer = torch.zeros(shape.table_bytes + num_pages * layout.page_bytes, dtype=torch.uint8)
     state = pool.create(shape, buffer, dtype, window)
     generator = torch.Generator().manual_seed(num_pages)
-    state.free_ring.copy_(torch.randperm(num_pages, generator=generator))
+    for ring in (state.free_ring, state.free_leaves):
+        ring.copy_(torch.randperm(len(ring), generator=generator))
     return state
 
 

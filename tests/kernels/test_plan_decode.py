@@ -8,8 +8,8 @@ from make import DTYPES, assert_same, copy_of, fill, make_state, make_tiers, mak
 
 from diffkv import reference
 from diffkv.kernels import cpu
-from diffkv.policy import HIGH, LOW
-from diffkv.pool import check_invariants
+from diffkv.policy import LOW
+from diffkv.pool import check_invariants, page_ids
 from diffkv.state import PoolState
 
 
@@ -23,12 +23,11 @@ def add_random_sums(state: PoolState) -> None:
     """What attention does to the sums of all kept tokens, at random and with ties."""
     for tier, layout in enumerate(state.layout.tiers):
         for slot, layer, head in torch.cartesian_prod(
-            *(torch.arange(n) for n in state.page_table.shape[:3])
+            *(torch.arange(n) for n in state.directory.shape[:3])
         ).tolist():
             left = int(state.num_tokens[slot, layer, head, tier])
-            for k in range(int(state.num_pages_held[slot, layer, head, tier])):
-                column = k if tier == HIGH else state.table_width - 1 - k
-                page = state.pages[state.page_table[slot, layer, head, column]]
+            for id in page_ids(state, (slot, layer, head), tier).tolist():
+                page = state.pages[id]
                 num = min(left, layout.tokens_per_page)
                 sums = page[layout.sums : layout.sums + num * 4].view(torch.float32)
                 sums += (torch.rand(num) * 4).round() / 32

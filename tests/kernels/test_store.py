@@ -180,7 +180,7 @@ def test_too_small_a_buffer_is_refused():
 
 def test_full_page_table_is_refused_before_anything_changes():
     state = make_state("k8v4", max_tokens=32)
-    num = state.table_width * state.layout.high.tokens_per_page + 1
+    num = state.max_pages * state.layout.high.tokens_per_page + 1
     before = copy_of(state)
     tiers = torch.zeros(2, num, dtype=torch.int8)
 

@@ -16,7 +16,7 @@ from diffkv.kernels.triton import facts, worklist, workspace
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 
-LAYERS, HEADS, TABLE_WIDTH = 32, 8, 1024
+LAYERS, HEADS = 32, 8
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ATTEND = ("k8v4-k4v2", "k8v4g1x2-k4v2g2x4", "k8v8", "k4v1", "k16v16")
 
@@ -25,8 +25,8 @@ TYPES = {
     "pages_ptr": BYTES, "codes_ptr": BYTES, "meta_ptr": "*fp16", "probs_ptr": "*fp16",
     "wants_ptr": "*i8", "tiers_ptr": "*i8", "first_ptr": "*i64", "ring_ends_ptr": "*i64",
     "partial_ptr": FLOATS, "lse_ptr": FLOATS, "most_ptr": FLOATS, "total_ptr": FLOATS,
-    "sums_ptr": FLOATS, "thresholds_ptr": FLOATS, "scale": "fp32", "signs_ptr": FLOATS,
-    "norm": "fp32",
+    "sums_ptr": FLOATS, "leaf_ends_ptr": "*i64", "thresholds_ptr": FLOATS, "scale": "fp32",
+    "signs_ptr": FLOATS, "norm": "fp32",
 }  # fmt: skip
 MODEL = ("q_ptr", "output_ptr", "key_ptr", "value_ptr", "query_ptr", "x_ptr")
 
@@ -73,14 +73,15 @@ def cases(quant: str, head_dim: int, group: int, drops: bool = False) -> dict[st
     layout = PageLayout.derive(QuantConfig.parse(quant), head_dim, drops=drops)
     tiers, side = facts.tiers_of(layout), facts.vector_side(4, 2, head_dim)
     padded, vectors = triton.next_power_of_2(head_dim), facts.tile_vectors(head_dim)
-    tables = {"L": LAYERS, "H": HEADS}
-    paged = {**tables, "M": TABLE_WIDTH, "TIERS": tiers, "PAGE": layout.page_bytes}
+    tables, table = {"L": LAYERS, "H": HEADS}, facts.Table(33, 64)
+    paged = {**tables, "TABLE": table, "TIERS": tiers, "PAGE": layout.page_bytes}
     grouped = {
-        **paged, "G": group, "GROUP": max(8, group), "TILE": facts.tile_tokens(layout)
+        "TIERS": tiers, "PAGE": layout.page_bytes, "G": group, "GROUP": max(8, group),
+        "TILE": facts.tile_tokens(layout),
     }  # fmt: skip
     attention = {**grouped, "RAW_DOT": tl.bfloat16, "CODE_DOT": tl.float16, "FAST": True}
     listed = {
-        **tables, "TIERS": tiers, "TILE": 64, "TOKENS": worklist.CHUNK_TOKENS,
+        **tables, "TABLE": table, "TIERS": tiers, "TILE": 64, "TOKENS": worklist.CHUNK_TOKENS,
         "MAX": worklist.MAX_CHUNKS,
         "ROWS": 8, "COUNT": 1024,
     }  # fmt: skip
@@ -100,19 +101,19 @@ def cases(quant: str, head_dim: int, group: int, drops: bool = False) -> dict[st
         "H": HEADS, "D": head_dim, "DP": padded, "BLOCK": head_dim & -head_dim, "INVERSE": True,
         "DOT": tl.bfloat16, "PRECISION": "ieee", "B": 32,
     }  # fmt: skip
-    ring = {**tables, "M": TABLE_WIDTH, "B": 128}
+    ring = {**tables, "TABLE": table, "B": 128}
     exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}
     finish = {**grouped, "D": head_dim, "D_PADDED": padded, "MAX": worklist.MAX_CHUNKS}
     recomputed = {**attention, "MAX": worklist.MAX_CHUNKS}
     tuning = workspace.Tuning()
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
-    counted = {**tables, "TIERS": tiers, "B": 2048}
+    counted = {**tables, "TABLE": table, "TIERS": tiers, "B": 2048}
     gathered = {**paged, "D": head_dim, "D_PADDED": padded, "B": vectors}
     applied = {
-        "HEADS": LAYERS * HEADS, "M": TABLE_WIDTH, "TIERS": tiers, "B": 256, "COUNT": 4096
+        "HEADS": LAYERS * HEADS, "TABLE": table, "TIERS": tiers, "B": 256, "COUNT": 4096
     }  # fmt: skip
     decided = {**paged, "WINDOW": 64, "B": 512}
-    released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS}
+    released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS, "TABLE": table}
     appended = {**tables, "D": head_dim, "PAGE": layout.page_bytes, "TIERS": tiers}
     return {
         "attend": (kernel("attend", "_attend_kernel"), attention, launch),

@@ -8,7 +8,7 @@ from make import FORMATS, copy_of, fill, make_state
 from diffkv import reference
 from diffkv.kernels import triton as kernels
 from diffkv.kernels.triton.workspace import workspace
-from diffkv.reference.pages import page_column, segment
+from diffkv.reference.pages import page_id, segment
 
 OUTPUT_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-3, torch.float16: 6e-4}
 SUM_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -23,8 +23,7 @@ def sums_of(state, layer):
             continue
         layout, kept = state.layout.tiers[tier], int(state.num_tokens[slot, layer, head, tier])
         for start in range(0, kept, layout.tokens_per_page):
-            column = page_column(state, tier, start // layout.tokens_per_page)
-            page = int(state.page_table[slot, layer, head, column])
+            page = page_id(state, (slot, layer, head), tier, start // layout.tokens_per_page)
             num = min(layout.tokens_per_page, kept - start)
             place = segment(state, page, layout.sums, num, torch.float32)
             sums.append(place.clone())

@@ -7,23 +7,24 @@ from hypothesis import strategies as st
 
 from diffkv.kernels.triton import facts, worklist
 from diffkv.layout import PageLayout
+from diffkv.pool import PoolShape
 from diffkv.quant import QuantConfig
 
 LAYERS = 1
 LENGTHS = st.one_of(st.integers(0, 300), st.integers(0, 40_000), st.just(4096), st.just(200_000))
 
 
-def listed(layout, counts):
+def listed(layout, counts, table, directory):
     """(items of rows, fields of all) of a batch of requests with one head each."""
-    num = len(counts)
-    items = torch.full((num * worklist.MAX_CHUNKS, worklist.ITEM_FIELDS), -1, dtype=torch.int32)
+    num, most = len(counts), worklist.most_chunks(table)
+    items = torch.full((num * most, worklist.ITEM_FIELDS), -1, dtype=torch.int32)
     row_items, num_items = torch.zeros(num, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     num_tokens = torch.tensor(counts, dtype=torch.int32).view(num, LAYERS, 1, 2)
     slots = torch.arange(num, dtype=torch.int32)
     worklist.list_kernel[(-(-num // 4),)](
-        slots, num_tokens, items, row_items, num_items, 0, num, 3,
-        L=LAYERS, H=1, TIERS=facts.tiers_of(layout), TILE=32, TOKENS=worklist.CHUNK_TOKENS,
-        MAX=worklist.MAX_CHUNKS, ROWS=4, COUNT=8,
+        slots, directory, num_tokens, items, row_items, num_items, 0, num, 3,
+        L=LAYERS, H=1, TABLE=facts.Table(*table), TIERS=facts.tiers_of(layout), TILE=32,
+        TOKENS=worklist.CHUNK_TOKENS, MAX=most, ROWS=4, COUNT=8,
     )  # fmt: skip
     return row_items, items[: num_items[0]]
 
@@ -32,28 +33,37 @@ def listed(layout, counts):
     ("quant", "head_dim"), [("k8v4-k4v2", 128), ("k4v2", 128), ("k2v1", 64), ("k16v16", 256)]
 )
 @settings(max_examples=25, deadline=None)
-@given(rows=st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=9))
-def test_every_token_is_in_one_chunk_and_all_chunks_have_room(quant, head_dim, rows):
+@given(
+    rows=st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=9),
+    entries=st.sampled_from([0, 0, 1024]),
+)
+def test_every_token_is_in_one_chunk_and_all_chunks_have_room(quant, head_dim, rows, entries):
     layout = PageLayout.derive(QuantConfig.parse(quant), head_dim)
     counts = [(high, low if layout.low else 0) for high, low in rows]
-    row_items, items = listed(layout, counts)
+    shape = PoolShape(layout, 1, 1, 1, layout.max_pages(max(map(sum, counts))), 1, entries)
+    table = width, leaf = shape.directory_width, shape.leaf_entries
+    directory = torch.randperm(len(counts) * width).to(torch.int32).view(len(counts), width)
+    row_items, items = listed(layout, counts, table, directory)
     pages = [
         -(-count // tier.tokens_per_page)
         for row in counts
         for count, tier in zip(row, layout.tiers, strict=False)
     ]
     assert len(items) == int(row_items[:, 1].sum())
-    assert len(items) <= worklist.most_items(layout, len(counts), sum(pages))
-    assert int(row_items[:, 1].max()) <= worklist.MAX_CHUNKS
-    widest = max(sum(pages[i : i + len(layout.tiers)]) for i in range(len(pages)))
-    longest = worklist.most_chunk_pages(layout, widest)
+    assert len(items) <= worklist.most_items(layout, len(counts), sum(pages), table)
+    assert int(row_items[:, 1].max()) <= worklist.most_chunks(table)
+    longest = worklist.most_chunk_pages(layout, table)
     for (first, num), row_counts, row in zip(row_items.tolist(), counts, range(99), strict=False):
         seen = [0, 0]
-        for row_tier, slot, first_page, tokens, _, *_ in items[first : first + num].tolist():
+        for row_tier, entry, tokens, _ in items[first : first + num].tolist():
             tier = row_tier % 2
             per_page = layout.tiers[tier].tokens_per_page
-            assert (row_tier // 2, slot) == (row, row)
-            assert first_page * per_page == seen[tier]
+            assert row_tier // 2 == row
+            page, index = divmod(seen[tier], per_page)
+            assert index == 0, "a chunk begins with a page"
+            column = page // leaf if tier == 0 else width - 1 - page // leaf
+            assert entry == int(directory[row, column]) * leaf + page % leaf
             assert 0 < tokens <= longest * per_page
+            assert page % leaf + -(-tokens // per_page) <= leaf, "a chunk is within one leaf"
             seen[tier] += tokens
         assert tuple(seen) == row_counts

@@ -8,7 +8,6 @@ from conftest import NEW_TOKENS, engine, greedy
 from stepping import Request, check_empty, check_quotas, drive, shipped_prompts, worker
 
 from diffkv.cli import main
-from diffkv.pool import RING_ENTRY_BYTES
 
 LOSSLESS = "0:k16v16,1:k16v16-k8v4,2-:k16v16"
 """Two groups, of which one is not contiguous; with alpha_high 0 its low tier stays empty."""
@@ -57,13 +56,11 @@ class TestMixed:
         assert totals["num_requests"] >= len(requests)
         exact, pair = shape.groups
         assert [exact.num_layers, pair.num_layers] == [1, 2]
-        tables = sum(
-            group.num_layers * group.num_kv_heads * 4 * (group.table_width + 4)
-            for group in (exact, pair)
-        )
-        per_page = shape.layout.page_bytes + RING_ENTRY_BYTES
-        expected = totals["num_pages"] * per_page + totals["num_requests"] * (tables + 12)
-        assert totals["num_bytes"] == expected
+        # Every request is charged its pages, their entries, and the tables of a slot
+        leaf = shape.leaf_entries
+        per_page = shape.layout.page_bytes + 4 + 4 * (leaf + 1) / leaf
+        expected = totals["num_pages"] * per_page + totals["num_requests"] * shape.slot_bytes
+        assert expected <= totals["num_bytes"] <= expected + totals["num_requests"] * 4 * (leaf + 1)
         # a token of the exact layer costs as much as in bf16, so at least a third of bf16's bytes
         high, low = totals["high"], totals["low"]
         assert high + low == pytest.approx(totals["num_tokens"])

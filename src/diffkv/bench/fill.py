@@ -74,6 +74,7 @@ def make_pool(
     buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     state = pool.create(shape, buffer, dtype, WINDOW)
     state.free_ring.copy_(torch.randperm(num_pages))
+    state.free_leaves.copy_(torch.randperm(len(state.free_leaves)))
     return state
 
 

@@ -248,7 +248,7 @@ def overheads(base: Load, device: str, rows: Rows, ctx: int = 1024) -> None:
     kernels = ops.load(device)
     torch.manual_seed(0)
     heads = (load.num_layers, load.num_kv_heads)
-    for max_model_len in (ctx, 8 * ctx, 32 * ctx):
+    for max_model_len in (ctx, 8 * ctx, 32 * ctx, 128 * ctx):
         state = make_pool(
             load.quant, load.head_dim, DTYPE, heads, load.num_requests, max_model_len, device
         )
@@ -256,11 +256,12 @@ def overheads(base: Load, device: str, rows: Rows, ctx: int = 1024) -> None:
         tokens = random_tokens(lengths, load.num_kv_heads, load.head_dim, DTYPE, device)
         fill(state, kernels, tokens, MIX)
         held = int(state.num_pages_held.sum())
-        shape = pool.PoolShape(state.layout, *heads, load.num_requests, state.table_width, held)
+        most = state.layout.max_pages(max_model_len)
+        shape = pool.PoolShape(state.layout, *heads, load.num_requests, most, held)
         pages = held * state.layout.page_bytes
         budget = shape.table_bytes + pages
         useful = sum(useful_bytes(state, layer) for layer in range(load.num_layers))
-        ring = held * pool.RING_ENTRY_BYTES
+        ring = held * pool.ENTRY_BYTES
         parts = {
             "tables": (shape.table_bytes - ring) / budget,
             "ring": ring / budget,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffkv.policy import HIGH, LOW, decode_action, decode_candidates, num_queries_seen, threshold
-from diffkv.reference.pages import page_column, read_token, segment, write_token
+from diffkv.reference.pages import enter_page, page_id, read_token, segment, write_token
 from diffkv.reference.ring import take
 from diffkv.state import DecodePlan, PoolState
 
@@ -50,11 +50,11 @@ def plan_decode(state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan
         row = (int(slots[r]), layer, head)
         page = int(state.free_ring[ring_index % state.num_pages]) if want else -1
         if victim is None:
-            places[r, layer, head, :2] = _grow(state, (*row, HIGH), page)
+            places[r, layer, head, :2] = _grow(state, row, HIGH, page)
             continue
         places[r, layer, head, :2] = torch.tensor(victim)
         if low_place == "new":
-            places[r, layer, head, 2:] = _grow(state, (*row, LOW), page)
+            places[r, layer, head, 2:] = _grow(state, row, LOW, page)
         elif low_place is not None:
             places[r, layer, head, 2:] = torch.tensor(low_place)
     return plan
@@ -64,7 +64,7 @@ def _tokens(state: PoolState, row: tuple[int, int, int], tier: int) -> list[tupl
     """(page, index) of every token that (slot, layer, head) keeps in a tier."""
     per_page = state.layout.tiers[tier].tokens_per_page
     return [
-        (int(state.page_table[(*row, page_column(state, tier, k // per_page))]), k % per_page)
+        (page_id(state, row, tier, k // per_page), k % per_page)
         for k in range(int(state.num_tokens[(*row, tier)]))
     ]
 
@@ -109,17 +109,14 @@ def _decide(
     return int(full), victim if action.demote else None, "new" if action.demote else None
 
 
-def _grow(state: PoolState, head: tuple[int, int, int, int], page: int) -> Tensor:
-    """Count one more token of (slot, layer, head, tier), with a new page if one was taken."""
-    *row, tier = head
+def _grow(state: PoolState, row: tuple[int, int, int], tier: int, page: int) -> Tensor:
+    """Count one more token of (slot, layer, head) in a tier, with a new page if one was taken."""
     if page >= 0:
-        column = page_column(state, tier, int(state.num_pages_held[head]))
-        state.page_table[(*row, column)] = page
-        state.num_pages_held[head] += 1
+        enter_page(state, row, tier, page)
+    head = (*row, tier)
     number, index = divmod(int(state.num_tokens[head]), state.layout.tiers[tier].tokens_per_page)
     state.num_tokens[head] += 1
-    column = page_column(state, tier, number)
-    return torch.tensor([int(state.page_table[(*row, column)]), index], dtype=torch.int32)
+    return torch.tensor([page_id(state, row, tier, number), index], dtype=torch.int32)
 
 
 def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: Tensor) -> None:

@@ -1,13 +1,14 @@
-"""Read and write single tokens of a page."""
+"""Find a head's pages, and read and write single tokens of a page."""
 
 import torch
 from torch import Tensor
 
 from diffkv.reference.quantize import dequantize, quantize
+from diffkv.reference.ring import take_leaf
 from diffkv.state import PoolState
 from diffkv.tier import TierLayout
 
-__all__ = ["page_column", "read_token", "segment", "write_token"]
+__all__ = ["directory_column", "enter_page", "page_id", "read_token", "segment", "write_token"]
 
 
 def segment(state: PoolState, page: int, start: int, num: int, dtype: torch.dtype) -> Tensor:
@@ -16,9 +17,29 @@ def segment(state: PoolState, page: int, start: int, num: int, dtype: torch.dtyp
     return row[start : start + num * dtype.itemsize].view(dtype)
 
 
-def page_column(state: PoolState, tier: int, number: int) -> int:
-    """Where a head's page `number` of a tier is in its page table: low pages from the right."""
-    return number if tier == 0 else state.table_width - 1 - number
+def directory_column(state: PoolState, tier: int, leaf: int) -> int:
+    """Where a head's leaf number `leaf` of a tier is in its row of the directory."""
+    return leaf if tier == 0 else state.directory_width - 1 - leaf
+
+
+def page_id(state: PoolState, row: tuple[int, int, int], tier: int, number: int) -> int:
+    """The page number `number` that (slot, layer, head) holds in a tier."""
+    leaf, entry = divmod(number, state.leaf_entries)
+    return int(state.leaves[state.directory[(*row, directory_column(state, tier, leaf))], entry])
+
+
+def enter_page(state: PoolState, row: tuple[int, int, int], tier: int, page: int) -> None:
+    """Enter a page that was taken as the last one of (slot, layer, head) in a tier.
+
+    The first page of a leaf takes the leaf too.
+    """
+    held = int(state.num_pages_held[(*row, tier)])
+    leaf, entry = divmod(held, state.leaf_entries)
+    column = directory_column(state, tier, leaf)
+    if entry == 0:
+        state.directory[(*row, column)] = take_leaf(state)
+    state.leaves[state.directory[(*row, column)], entry] = page
+    state.num_pages_held[(*row, tier)] = held + 1
 
 
 def _vector(

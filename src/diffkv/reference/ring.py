@@ -1,11 +1,11 @@
-"""Take pages from the free ring and give them back, for many heads at once."""
+"""Take pages and leaves from their free rings and give them back, for many heads at once."""
 
 import torch
 from torch import Tensor
 
 from diffkv.state import PoolState
 
-__all__ = ["give_back", "take"]
+__all__ = ["give_back", "give_back_leaves", "take", "take_leaf"]
 
 
 def take(state: PoolState, wanted: Tensor) -> Tensor | None:
@@ -31,7 +31,23 @@ def take(state: PoolState, wanted: Tensor) -> Tensor | None:
 
 def give_back(state: PoolState, pages: Tensor) -> None:
     """Append page ids [n] to the ring, in order."""
-    tail = int(state.ring_ends[1])
-    places = (tail + torch.arange(pages.numel(), device=pages.device)) % state.num_pages
-    state.free_ring[places] = pages.to(torch.int32)
-    state.ring_ends[1] = tail + pages.numel()
+    _append(state.free_ring, state.ring_ends, pages)
+
+
+def take_leaf(state: PoolState) -> int:
+    """Take one leaf. There always is one: see `PoolState`."""
+    head = int(state.leaf_ends[0])
+    state.leaf_ends[0] = head + 1
+    return int(state.free_leaves[head % len(state.free_leaves)])
+
+
+def give_back_leaves(state: PoolState, leaves: Tensor) -> None:
+    """Append ids of leaves [n] to their ring, in order."""
+    _append(state.free_leaves, state.leaf_ends, leaves)
+
+
+def _append(ring: Tensor, ends: Tensor, ids: Tensor) -> None:
+    tail = int(ends[1])
+    places = (tail + torch.arange(ids.numel(), device=ids.device)) % len(ring)
+    ring[places] = ids.to(torch.int32)
+    ends[1] = tail + ids.numel()

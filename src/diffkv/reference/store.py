@@ -4,8 +4,14 @@ import torch
 from torch import Tensor
 
 from diffkv.policy import DROPPED, HIGH, LOW
-from diffkv.reference.pages import page_column, read_token, write_token
-from diffkv.reference.ring import give_back, take
+from diffkv.reference.pages import (
+    directory_column,
+    enter_page,
+    page_id,
+    read_token,
+    write_token,
+)
+from diffkv.reference.ring import give_back, give_back_leaves, take
 from diffkv.state import PoolState, PromptTokens
 
 __all__ = ["gather", "release", "store_prompt"]
@@ -45,9 +51,9 @@ def store_prompt(
     for r, (slot, span) in enumerate(requests):
         for head in range(state.num_kv_heads):
             for tier in range(num_tiers):
-                _enter_pages(
-                    state, (slot, layer, head, tier), first[r, head, tier], wanted[r, head, tier]
-                )
+                for k in range(int(wanted[r, head, tier])):
+                    page = state.free_ring[(int(first[r, head, tier]) + k) % state.num_pages]
+                    enter_page(state, (slot, layer, head), tier, int(page))
             for i in range(span.start, span.stop):
                 tier = int(tiers[head, i])
                 if tier != DROPPED:
@@ -57,24 +63,12 @@ def store_prompt(
                     write_token(state, tier, place, vectors, score)
 
 
-def _enter_pages(
-    state: PoolState, head: tuple[int, int, int, int], first: Tensor, num: Tensor
-) -> None:
-    """Enter the pages at ring index `first` into the page table of (slot, layer, head, tier)."""
-    *row, tier = head
-    held = int(state.num_pages_held[head])
-    for k in range(int(num)):
-        page = state.free_ring[(int(first) + k) % state.num_pages]
-        state.page_table[(*row, page_column(state, tier, held + k))] = page
-    state.num_pages_held[head] += int(num)
-
-
 def _next_place(state: PoolState, head: tuple[int, int, int, int]) -> tuple[int, int]:
     """Where the next token of (slot, layer, head, tier) goes; counts it."""
     *row, tier = head
     number, index = divmod(int(state.num_tokens[head]), state.layout.tiers[tier].tokens_per_page)
     state.num_tokens[head] += 1
-    return int(state.page_table[(*row, page_column(state, tier, number))]), index
+    return page_id(state, (row[0], row[1], row[2]), tier, number), index
 
 
 def gather(
@@ -106,8 +100,7 @@ def gather(
         for tier in (HIGH, LOW)[: len(state.layout.tiers)]:
             per_page = state.layout.tiers[tier].tokens_per_page
             for k in range(int(state.num_tokens[slot, layer, head, tier])):
-                column = page_column(state, tier, k // per_page)
-                place = int(state.page_table[slot, layer, head, column]), k % per_page
+                place = page_id(state, (slot, layer, head), tier, k // per_page), k % per_page
                 k_vector, v_vector, _, position = read_token(state, tier, place, state.dtype)
                 key[head, n], value[head, n] = k_vector, v_vector
                 positions[head, n], tiers[head, n] = position, tier
@@ -116,10 +109,10 @@ def gather(
 
 
 def release(state: PoolState, slots: Tensor, layer: int) -> None:
-    """Give all pages of some requests back to the ring, in the order (slot, layer, head, tier).
+    """Give all pages and leaves of some requests back, in the order (slot, layer, head, tier).
 
     Args:
-        state: ring and tables change; counts become 0 and table entries -1.
+        state: rings and tables change; counts become 0 and entries of the directory -1.
         slots: [R] int32; -1 is skipped, none may occur twice.
         layer: which layer, or -1 for all of them.
     """
@@ -128,9 +121,15 @@ def release(state: PoolState, slots: Tensor, layer: int) -> None:
         for each in layers:
             for head in range(state.num_kv_heads):
                 for tier in range(2):
-                    held = int(state.num_pages_held[slot, each, head, tier])
-                    columns = [page_column(state, tier, k) for k in range(held)]
-                    give_back(state, state.page_table[slot, each, head, columns])
-                    state.page_table[slot, each, head, columns] = -1
+                    _release_tier(state, (slot, each, head), tier)
         state.num_tokens[slot, list(layers)] = 0
         state.num_pages_held[slot, list(layers)] = 0
+
+
+def _release_tier(state: PoolState, row: tuple[int, int, int], tier: int) -> None:
+    held = int(state.num_pages_held[(*row, tier)])
+    pages = [page_id(state, row, tier, number) for number in range(held)]
+    give_back(state, torch.tensor(pages, dtype=torch.int32))
+    columns = [directory_column(state, tier, k) for k in range(-(-held // state.leaf_entries))]
+    give_back_leaves(state, state.directory[(*row, columns)])
+    state.directory[(*row, columns)] = -1

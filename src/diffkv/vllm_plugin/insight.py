@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffkv.policy import DROPPED, HIGH, LOW
+from diffkv.pool import page_ids
 from diffkv.quant import ConfigError
 from diffkv.state import CacheState, PoolState
 from diffkv.vllm_plugin.options import Options
@@ -33,16 +34,14 @@ def token_tiers(state: PoolState, slot: int, num_tokens: int) -> Tensor:
     tiers = torch.full(
         (state.num_layers, state.num_kv_heads, num_tokens), DROPPED, dtype=torch.int8
     )
-    counts, table = state.num_tokens[slot].cpu(), state.page_table[slot].cpu().long()
+    counts = state.num_tokens[slot].cpu()
     for tier in (HIGH, LOW)[: len(state.layout.tiers)]:
         stored = _positions(state, tier)
         per_page = state.layout.tiers[tier].tokens_per_page
         for layer in range(state.num_layers):
             for head in range(state.num_kv_heads):
                 number = torch.arange(int(counts[layer, head, tier]))
-                page = number // per_page
-                column = page if tier == HIGH else state.table_width - 1 - page
-                pages = table[layer, head, column]
+                pages = page_ids(state, (slot, layer, head), tier).cpu()[number // per_page]
                 positions = stored[pages.to(stored.device), number % per_page].cpu().long()
                 tiers[layer, head, positions] = tier
     return tiers
@@ -88,7 +87,7 @@ def _newest(state: PoolState, slot: int) -> int:
     """Largest position of a request: in the high tier of any head."""
     number = torch.arange(int(state.num_tokens[slot, 0, 0, HIGH]))
     per_page = state.layout.tiers[HIGH].tokens_per_page
-    pages = state.page_table[slot, 0, 0].cpu().long()[number // per_page]
+    pages = page_ids(state, (slot, 0, 0), HIGH).cpu()[number // per_page]
     stored = _positions(state, HIGH)
     return int(stored[pages.to(stored.device), number % per_page].max())
 

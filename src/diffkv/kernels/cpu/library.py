@@ -71,11 +71,12 @@ class Pool(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in (
-            "pages", "free_ring", "ring_ends", "page_table", "num_tokens", "num_pages_held",
-            "thresholds", "prompt_lens", "overruns",
+            "pages", "free_ring", "ring_ends", "leaves", "free_leaves", "leaf_ends", "directory",
+            "num_tokens", "num_pages_held", "thresholds", "prompt_lens", "overruns",
         )),
         *((name, c_int64) for name in (
-            "num_pages", "num_layers", "num_kv_heads", "table_width", "window",
+            "num_pages", "num_leaves", "num_layers", "num_kv_heads", "directory_width",
+            "leaf_shift", "window",
         )),
     )  # fmt: skip
 
@@ -215,13 +216,16 @@ def _make_handle(state: PoolState) -> Handle:
             f"state.layout must be derived for elements of {state.dtype.itemsize} bytes "
             f"({state.dtype}), got element_bytes {layout.element_bytes}"
         )
-    table = state.page_table.shape
+    table, num_leaves = state.directory.shape, len(state.free_leaves)
     slots = table[0]
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "pages": (torch.uint8, (state.num_pages, layout.page_bytes)),
         "free_ring": (torch.int32, (state.num_pages,)),
         "ring_ends": (torch.int64, (2,)),
-        "page_table": (torch.int32, tuple(table)),
+        "leaves": (torch.int32, (num_leaves, state.leaf_entries)),
+        "free_leaves": (torch.int32, (num_leaves,)),
+        "leaf_ends": (torch.int64, (2,)),
+        "directory": (torch.int32, tuple(table)),
         "num_tokens": (torch.int32, (*table[:3], 2)),
         "num_pages_held": (torch.int32, (*table[:3], 2)),
         "thresholds": (torch.float32, (slots, 2)),
@@ -238,7 +242,8 @@ def _make_handle(state: PoolState) -> Handle:
             )
     pool = Pool(
         *(getattr(state, name).data_ptr() for name in expected),
-        state.num_pages, state.num_layers, state.num_kv_heads, state.table_width, state.window,
+        state.num_pages, num_leaves, state.num_layers, state.num_kv_heads, state.directory_width,
+        state.leaf_entries.bit_length() - 1, state.window,
     )  # fmt: skip
     library = pages_library(layout, state.dtype)
     address = ctypes.addressof(pool)

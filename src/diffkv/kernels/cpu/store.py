@@ -45,8 +45,8 @@ def gather(
     """
     pool = handle(state)
     check_layer(layer, state.num_layers)
-    if not 0 <= slot < state.page_table.shape[0]:
-        raise ValueError(f"slot must be in 0 .. {state.page_table.shape[0] - 1}, got {slot}")
+    if not 0 <= slot < state.directory.shape[0]:
+        raise ValueError(f"slot must be in 0 .. {state.directory.shape[0] - 1}, got {slot}")
     shape = (pool.num_kv_heads, max_tokens)
     key = torch.empty(*shape, pool.head_dim, dtype=pool.dtype)
     value = torch.empty(*shape, pool.head_dim, dtype=pool.dtype)

@@ -24,10 +24,10 @@ from diffkv.kernels.triton.tile import (
 )
 from diffkv.kernels.triton.worklist import (
     ITEM_FIELDS,
-    MAX_CHUNKS,
     item_of,
     list_kernel,
     most_chunk_pages,
+    most_chunks,
     most_items,
 )
 from diffkv.kernels.triton.workspace import Workspace, workspace
@@ -51,11 +51,9 @@ MIN_SCORE_BYTES = 128 << 20
 
 @triton.jit
 def _attend_item(
-    item, row, slot, first_page, num_tokens, score_tile,
-    q_ptr, pages_ptr, page_table_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, layer, scale,
-    score_tiles,
-    TIER: tl.constexpr, T: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    GROUP: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    item, row, entry, num_tokens, score_tile,
+    q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale, score_tiles,
+    T: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One chunk: partial output, log-sum-exp, and probabilities relative to the tile's maximum.
@@ -72,7 +70,6 @@ def _attend_item(
     SPLITS: tl.constexpr = V.split
     head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
     operands, totals, factor = load_query(head_ptr, G, GROUP, K, K_DOT)
-    table_ptr = page_table_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * M
     g = tl.arange(0, GROUP)
     keeps_scores = score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles
 
@@ -87,7 +84,7 @@ def _attend_item(
         offsets = offsets + (tl.zeros([8, GROUP], tl.float32),)
     for tile in range(0, tl.cdiv(num_tokens, TILE)):
         page_ptr, index, valid = tile_places(
-            pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
+            pages_ptr, leaves_ptr + entry, tile, num_tokens, T, TILE, PAGE
         )
         scores = tile_scores(operands, totals, page_ptr, index, valid, K, GROUP, DTYPE, K_DOT, FAST)
         new_most = tl.maximum(most, tl.max(scores, 0) * factor)
@@ -122,25 +119,21 @@ def _attend_item(
         tl.store(out_ptr, out / total_p[None, :], mask=(g < G)[None, :] & inside[:, None])
 
 
-@triton.jit(do_not_specialize=["layer", "score_tiles"])
+@triton.jit(do_not_specialize=["score_tiles"])
 def _attend_kernel(
     q_ptr,  # [R, H * G, D]
     pages_ptr,  # [num_pages, PAGE]
-    page_table_ptr,  # [S, L, H, M]
+    leaves_ptr,  # [num_leaves, E]
     items_ptr,  # [., ITEM_FIELDS]
     num_items_ptr,  # [2] items, next one to take
     partial_ptr,  # [items, G, D] f32, out
     lse_ptr,  # [items, G] f32, out, to base 2
     probs_ptr,  # [score_tiles, TILE, G] out
     most_ptr,  # [score_tiles, G] f32, out
-    layer,
     scale,
     score_tiles,
-    L: tl.constexpr,
-    H: tl.constexpr,
     G: tl.constexpr,
     GROUP: tl.constexpr,
-    M: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     TIERS: tl.constexpr,
@@ -155,20 +148,18 @@ def _attend_kernel(
     item = tl.program_id(0)
     while item < num_items:
         following = tl.atomic_add(num_items_ptr + 1, 1)  # early, so that nothing waits for it
-        row, tier, slot, first_page, num_tokens, score_tile = item_of(items_ptr, item)
+        row, tier, entry, num_tokens, score_tile = item_of(items_ptr, item)
         if tier == 0:
             _attend_item(
-                item, row, slot, first_page, num_tokens, score_tile,
-                q_ptr, pages_ptr, page_table_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, layer,
-                scale, score_tiles, 0, HIGH, L, H, G, GROUP, M, PAGE, TILE,
-                RAW_DOT, CODE_DOT, FAST,
+                item, row, entry, num_tokens, score_tile,
+                q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
+                score_tiles, HIGH, G, GROUP, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
         elif len(TIERS) > 1:
             _attend_item(
-                item, row, slot, first_page, num_tokens, score_tile,
-                q_ptr, pages_ptr, page_table_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, layer,
-                scale, score_tiles, 1, LOW, L, H, G, GROUP, M, PAGE, TILE,
-                RAW_DOT, CODE_DOT, FAST,
+                item, row, entry, num_tokens, score_tile,
+                q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
+                score_tiles, LOW, G, GROUP, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
         item = following
 
@@ -182,11 +173,11 @@ def _score_tiles(state: PoolState, work: Workspace, tile: int, tile_bytes: int) 
     if not tracked:
         return 0, True
     most_per_page = max(tracked)
-    most_pages = most_chunk_pages(state.layout, state.table_width, work.tuning.chunk_tokens)
+    most_pages = most_chunk_pages(state.layout, _table(state), work.tuning.chunk_tokens)
     chunk_tiles = triton.cdiv(most_pages * most_per_page, tile)
     rows = work.num_slots * state.num_kv_heads
     full = triton.cdiv(_most_pages(state, work) * most_per_page, tile)
-    every = full + rows * (MAX_CHUNKS + len(tracked) * chunk_tiles)
+    every = full + rows * (most_chunks(_table(state)) + len(tracked) * chunk_tiles)
     tiles = work.tuning.score_tiles
     if tiles is None:
         budget = max(MIN_SCORE_BYTES, state.pages.numel() // SCORE_SHARE)
@@ -194,8 +185,12 @@ def _score_tiles(state: PoolState, work: Workspace, tile: int, tile_bytes: int) 
     return tiles, tiles >= every
 
 
+def _table(state: PoolState) -> tuple[int, int]:
+    return state.directory_width, state.leaf_entries
+
+
 def _most_pages(state: PoolState, work: Workspace) -> int:
-    return min(work.num_slots * state.num_kv_heads * state.table_width, state.num_pages)
+    return min(work.num_slots * state.num_kv_heads * state.max_pages, state.num_pages)
 
 
 def _check(
@@ -226,7 +221,8 @@ def _item_buffers(
     """Items of work, those of each row and their number; partial outputs and log-sum-exps of items."""
     f32, i32 = torch.float32, torch.int32
     real_rows = work.num_slots * state.num_kv_heads
-    num = most_items(state.layout, real_rows, _most_pages(state, work), work.tuning.chunk_tokens)
+    pages = _most_pages(state, work)
+    num = most_items(state.layout, real_rows, pages, _table(state), work.tuning.chunk_tokens)
     return (
         work.buffer("items", i32, num, ITEM_FIELDS),
         work.buffer("row_items", i32, rows, 2, least=2 * real_rows),
@@ -270,12 +266,13 @@ def attend(
     probs, most, keeps_all = _score_buffers(state, work, group, tile)
     score_tiles = len(most)
 
-    programs = min(rows * MAX_CHUNKS, work.multiprocessors * tuning.programs)
-    tables = {"L": state.num_layers, "H": heads, "TIERS": work.tiers, "TILE": tile}
+    chunks = most_chunks(_table(state))
+    programs = min(rows * chunks, work.multiprocessors * tuning.programs)
+    tiles = {"TIERS": work.tiers, "TILE": tile}
     list_kernel[(triton.cdiv(rows, LIST_ROWS),)](
-        slots, state.num_tokens, items, row_items, num_items, layer, rows, programs,
-        TOKENS=tuning.chunk_tokens, MAX=MAX_CHUNKS, ROWS=LIST_ROWS, COUNT=LIST_COUNT, num_warps=4,
-        **tables,
+        slots, state.directory, state.num_tokens, items, row_items, num_items, layer, rows, programs,
+        L=state.num_layers, H=heads, TABLE=work.table, TOKENS=tuning.chunk_tokens, MAX=chunks,
+        ROWS=LIST_ROWS, COUNT=LIST_COUNT, num_warps=4, **tiles,
     )  # fmt: skip
     dtype = DTYPES[state.dtype]
     # The interpreter has no products of bfloat16
@@ -283,27 +280,26 @@ def attend(
     code_dot = tl.float32 if dtype is tl.float32 else tl.float16
     shared = {
         "G": group, "GROUP": max(MIN_COLUMNS, triton.next_power_of_2(group)),
-        "M": state.table_width, "PAGE": state.layout.page_bytes, **tables,
+        "PAGE": state.layout.page_bytes, **tiles,
     }  # fmt: skip
     products = {"RAW_DOT": raw_dot, "CODE_DOT": code_dot, "FAST": tuning.fast}
     _attend_kernel[(programs,)](
-        query, state.pages, state.page_table, items, num_items, partial, lse, probs, most,
-        layer, scale * LOG2_E, score_tiles,
+        query, state.pages, state.leaves, items, num_items, partial, lse, probs, most,
+        scale * LOG2_E, score_tiles,
         num_warps=tuning.num_warps, num_stages=tuning.num_stages,
         maxnreg=tuning.max_registers, **shared, **products,
     )  # fmt: skip
-    finishers = min(rows * MAX_CHUNKS, work.multiprocessors * FINISH_PROGRAMS)
+    finishers = min(rows * chunks, work.multiprocessors * FINISH_PROGRAMS)
     if not any(tier.tracked for tier in state.layout.tiers):
         finishers = 0
     finish_kernel[(rows * group + finishers,)](
-        output, state.pages, state.page_table, items, num_items, row_items, partial, lse,
-        probs, most, layer, score_tiles, rows * group,
-        D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), MAX=MAX_CHUNKS,
+        output, state.pages, state.leaves, items, num_items, row_items, partial, lse, probs, most,
+        score_tiles, rows * group,
+        D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), MAX=chunks,
         num_warps=2, num_stages=2, **shared,
     )  # fmt: skip
     if not keeps_all:
         recompute_kernel[(programs,)](
-            query, state.pages, state.page_table, items, num_items, row_items, lse,
-            layer, scale * LOG2_E, score_tiles,
-            MAX=MAX_CHUNKS, num_warps=1, num_stages=2, **shared, **products,
+            query, state.pages, state.leaves, items, num_items, row_items, lse, scale * LOG2_E,
+            score_tiles, MAX=chunks, num_warps=1, num_stages=2, **shared, **products,
         )  # fmt: skip

@@ -13,7 +13,7 @@ from diffkv.layout import PageLayout
 from diffkv.quant import FLOAT16_MAX, cut_of
 from diffkv.tier import META_BYTES, TierLayout
 
-__all__ = ["DTYPES", "Side", "Tier", "tiers_of", "tile_vectors", "vector_side"]
+__all__ = ["DTYPES", "Side", "Table", "Tier", "tiers_of", "tile_vectors", "vector_side"]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -114,6 +114,19 @@ class Tier(_Facts):
     tracked: bool
     sums: int
     positions: int
+
+
+@dataclass(frozen=True)
+class Table(_Facts):
+    """Sizes of page tables. For kernels: outside of them, fields are no plain numbers.
+
+    Attributes:
+        width: leaves that a row of the directory can name.
+        entries: pages that a leaf names.
+    """
+
+    width: int
+    entries: int
 
 
 def _boost(bits: int) -> float:

@@ -66,15 +66,15 @@ def _add(page_ptr, index, valid, growth, T: tl.constexpr):
 
 @triton.jit
 def _add_kept(
-    first_page, num_tokens, score_tile, lse, pages_ptr, table_ptr, probs_ptr, most_ptr,
-    TIER: tl.constexpr, T: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
+    num_tokens, score_tile, lse, pages_ptr, entry_ptr, probs_ptr, most_ptr,
+    T: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Add the group's largest probability to the sums of one chunk's tokens, from what was kept."""
     g = tl.arange(0, GROUP)
     for start in range(0, num_tokens, ADDED):
         page_ptr, index, valid = tile_places(
-            pages_ptr, table_ptr, first_page, start // ADDED, num_tokens, TIER, T, ADDED, M, PAGE
+            pages_ptr, entry_ptr, start // ADDED, num_tokens, T, ADDED, PAGE
         )
         token = start + tl.arange(0, ADDED)
         tile = (score_tile + token // TILE).to(tl.int64)
@@ -87,8 +87,8 @@ def _add_kept(
 
 @triton.jit
 def _add_recomputed(
-    row, first_page, num_tokens, lse, q_ptr, pages_ptr, table_ptr, scale,
-    TIER: tl.constexpr, T: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
+    row, num_tokens, lse, q_ptr, pages_ptr, entry_ptr, scale,
+    T: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
@@ -99,19 +99,17 @@ def _add_recomputed(
     head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
     operands, totals, factor = load_query(head_ptr, G, GROUP, K, DOT)
     for tile in range(0, tl.cdiv(num_tokens, TILE)):
-        page_ptr, index, valid = tile_places(
-            pages_ptr, table_ptr, first_page, tile, num_tokens, TIER, T, TILE, M, PAGE
-        )
+        page_ptr, index, valid = tile_places(pages_ptr, entry_ptr, tile, num_tokens, T, TILE, PAGE)
         scores = tile_scores(operands, totals, page_ptr, index, valid, K, GROUP, DTYPE, DOT, FAST)
         p = tl.exp2(scores * (factor * scale)[None, :] - lse[None, :])
         _add(page_ptr, index, valid, tl.max(p, 1), T)
 
 
-@triton.jit(do_not_specialize=["layer", "score_tiles", "num_heads"])
+@triton.jit(do_not_specialize=["score_tiles", "num_heads"])
 def finish_kernel(
     output_ptr,  # [R, H * G, D], out
     pages_ptr,  # [num_pages, PAGE], its sums change
-    page_table_ptr,  # [S, L, H, M]
+    leaves_ptr,  # [num_leaves, E]
     items_ptr,  # [., ITEM_FIELDS]
     num_items_ptr,  # [2]
     row_items_ptr,  # [R * H, 2]
@@ -119,14 +117,10 @@ def finish_kernel(
     lse_ptr,  # [items, G] f32, to base 2
     probs_ptr,  # [score_tiles, TILE, G]
     most_ptr,  # [score_tiles, G] f32
-    layer,
     score_tiles,
     num_heads,  # R * H * G
-    L: tl.constexpr,
-    H: tl.constexpr,
     G: tl.constexpr,
     GROUP: tl.constexpr,
-    M: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     PAGE: tl.constexpr,
@@ -143,40 +137,35 @@ def finish_kernel(
     elif HIGH.tracked:
         num_items = tl.load(num_items_ptr)
         for item in range(pid - num_heads, num_items, tl.num_programs(0) - num_heads):
-            row, tier, slot, first_page, num_tokens, score_tile = item_of(items_ptr, item)
+            row, tier, entry, num_tokens, score_tile = item_of(items_ptr, item)
             is_kept = score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles
             if is_kept & has_sums(tier, HIGH, LOW):
                 lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP, MAX)
-                table_ptr = page_table_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * M
                 if tier == 0:
                     _add_kept(
-                        first_page, num_tokens, score_tile, lse, pages_ptr, table_ptr,
-                        probs_ptr, most_ptr, 0, HIGH, G, GROUP, M, PAGE, TILE,
+                        num_tokens, score_tile, lse, pages_ptr, leaves_ptr + entry, probs_ptr,
+                        most_ptr, HIGH, G, GROUP, PAGE, TILE,
                     )  # fmt: skip
                 elif len(TIERS) > 1 and LOW.tracked:
                     _add_kept(
-                        first_page, num_tokens, score_tile, lse, pages_ptr, table_ptr,
-                        probs_ptr, most_ptr, 1, LOW, G, GROUP, M, PAGE, TILE,
+                        num_tokens, score_tile, lse, pages_ptr, leaves_ptr + entry, probs_ptr,
+                        most_ptr, LOW, G, GROUP, PAGE, TILE,
                     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["layer", "score_tiles"])
+@triton.jit(do_not_specialize=["score_tiles"])
 def recompute_kernel(
     q_ptr,  # [R, H * G, D]
     pages_ptr,  # [num_pages, PAGE], its sums change
-    page_table_ptr,  # [S, L, H, M]
+    leaves_ptr,  # [num_leaves, E]
     items_ptr,  # [., ITEM_FIELDS]
     num_items_ptr,  # [2]
     row_items_ptr,  # [R * H, 2]
     lse_ptr,  # [items, G] f32, to base 2
-    layer,
     scale,
     score_tiles,
-    L: tl.constexpr,
-    H: tl.constexpr,
     G: tl.constexpr,
     GROUP: tl.constexpr,
-    M: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     TIERS: tl.constexpr,
@@ -190,18 +179,17 @@ def recompute_kernel(
     LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     num_items = tl.load(num_items_ptr)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        row, tier, slot, first_page, num_tokens, score_tile = item_of(items_ptr, item)
+        row, tier, entry, num_tokens, score_tile = item_of(items_ptr, item)
         is_kept = score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles
         if ~is_kept & has_sums(tier, HIGH, LOW):
             lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP, MAX)
-            table_ptr = page_table_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * M
             if tier == 0:
                 _add_recomputed(
-                    row, first_page, num_tokens, lse, q_ptr, pages_ptr, table_ptr, scale,
-                    0, HIGH, G, GROUP, M, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,
+                    row, num_tokens, lse, q_ptr, pages_ptr, leaves_ptr + entry, scale,
+                    HIGH, G, GROUP, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip
             elif len(TIERS) > 1 and LOW.tracked:
                 _add_recomputed(
-                    row, first_page, num_tokens, lse, q_ptr, pages_ptr, table_ptr, scale,
-                    1, LOW, G, GROUP, M, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,
+                    row, num_tokens, lse, q_ptr, pages_ptr, leaves_ptr + entry, scale,
+                    LOW, G, GROUP, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip

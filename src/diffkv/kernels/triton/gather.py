@@ -14,7 +14,7 @@ from diffkv.kernels.triton.codes import (
     rounded,
 )
 from diffkv.kernels.triton.facts import tile_vectors
-from diffkv.kernels.triton.ring import table_column
+from diffkv.kernels.triton.table import page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.policy import DROPPED
 from diffkv.state import PoolState
@@ -35,36 +35,36 @@ def _load_side(x, page_ptr, index, element, mask, S: tl.constexpr, DTYPE: tl.con
 
 @triton.jit
 def _places(
-    number, mask, pages_ptr, table_ptr,
-    TIER: tl.constexpr, T: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr,
+    number, mask, pages_ptr, table,
+    TIER: tl.constexpr, T: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """(page pointer, index in the page) of tokens `number` of a tier."""
-    page = tl.load(table_ptr + table_column(number // T.tokens, TIER, M), mask=mask, other=0)
+    page = page_where(table, number // T.tokens, mask, TIER, TABLE)
     return pages_ptr + page.to(tl.int64) * PAGE, number % T.tokens
 
 
 @triton.jit
 def _read_side(
-    x, number, mask, element, pages_ptr, table_ptr,
-    KEY: tl.constexpr, TIER: tl.constexpr, TIERS: tl.constexpr, M: tl.constexpr,
+    x, number, mask, element, pages_ptr, table,
+    KEY: tl.constexpr, TIER: tl.constexpr, TIERS: tl.constexpr, TABLE: tl.constexpr,
     PAGE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """x [B, D_PADDED], with keys or values of tokens `number` of a tier where the mask says."""
     T: tl.constexpr = TIERS[TIER]
     S: tl.constexpr = T.k if KEY else T.v
-    page_ptr, index = _places(number, mask, pages_ptr, table_ptr, TIER, T, M, PAGE)
+    page_ptr, index = _places(number, mask, pages_ptr, table, TIER, T, TABLE, PAGE)
     return _load_side(x, page_ptr, index, element, mask, S, DTYPE)
 
 
 @triton.jit
 def _read_positions(
-    position, number, mask, pages_ptr, table_ptr,
-    TIER: tl.constexpr, TIERS: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr,
+    position, number, mask, pages_ptr, table,
+    TIER: tl.constexpr, TIERS: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Position [B], with those of tokens `number` of a tier where the mask says, if it is tracked."""
     T: tl.constexpr = TIERS[TIER]
     if T.tracked:
-        page_ptr, index = _places(number, mask, pages_ptr, table_ptr, TIER, T, M, PAGE)
+        page_ptr, index = _places(number, mask, pages_ptr, table, TIER, T, TABLE, PAGE)
         at = position_pointers(page_ptr, index, T)
         position = tl.where(mask, tl.load(at, mask=mask, other=-1), position)
     return position
@@ -73,7 +73,8 @@ def _read_positions(
 @triton.jit(do_not_specialize=["slot", "layer", "N"])
 def _gather_kernel(
     pages_ptr,  # [num_pages, PAGE]
-    page_table_ptr,  # [S, L, H, M]
+    leaves_ptr,  # [num_leaves, E]
+    directory_ptr,  # [S, L, H, W]
     num_tokens_ptr,  # [S, L, H, 2]
     key_ptr,  # [H, N, D], out
     value_ptr,  # [H, N, D], out
@@ -84,7 +85,7 @@ def _gather_kernel(
     N,
     L: tl.constexpr,
     H: tl.constexpr,
-    M: tl.constexpr,
+    TABLE: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     PAGE: tl.constexpr,
@@ -106,7 +107,7 @@ def _gather_kernel(
         tier = tl.where((i >= high) & (i < kept), 1, tier)
     tier = tl.where(exists, tier, _DROPPED)
     number = tl.where(tier == 1, i - high, i)
-    table_ptr = page_table_ptr + row * M
+    table = table_of(leaves_ptr, directory_ptr, row, TABLE)
     out = head * N + i
     element = tl.arange(0, D_PADDED)[None, :]
     at = out[:, None] * D + element
@@ -117,17 +118,17 @@ def _gather_kernel(
     # One side after the other: both at once do not fit registers
     for t in tl.static_range(NUM_TIERS):
         key = _read_side(
-            key, number, tier == t, element, pages_ptr, table_ptr, True, t, TIERS, M, PAGE, DTYPE
+            key, number, tier == t, element, pages_ptr, table, True, t, TIERS, TABLE, PAGE, DTYPE
         )
     tl.store(key_ptr + at, rounded(key, DTYPE), mask=in_vector)
     for t in tl.static_range(NUM_TIERS):
         value = _read_side(
-            value, number, tier == t, element, pages_ptr, table_ptr, False, t, TIERS, M, PAGE, DTYPE
+            value, number, tier == t, element, pages_ptr, table, False, t, TIERS, TABLE, PAGE, DTYPE
         )
     tl.store(value_ptr + at, rounded(value, DTYPE), mask=in_vector)
     for t in tl.static_range(NUM_TIERS):
         position = _read_positions(
-            position, number, tier == t, pages_ptr, table_ptr, t, TIERS, M, PAGE
+            position, number, tier == t, pages_ptr, table, t, TIERS, TABLE, PAGE
         )
     tl.store(positions_ptr + out, position, mask=exists)
     tl.store(tiers_ptr + out, tier.to(tl.int8), mask=exists)
@@ -151,9 +152,9 @@ def gather(
     block = tile_vectors(head_dim)
     if max_tokens:
         _gather_kernel[(triton.cdiv(max_tokens, block), state.num_kv_heads)](
-            state.pages, state.page_table, state.num_tokens, key, value, positions, tiers,
+            state.pages, state.leaves, state.directory, state.num_tokens, key, value, positions, tiers,
             slot, layer, max_tokens,
-            L=state.num_layers, H=state.num_kv_heads, M=state.table_width,
+            L=state.num_layers, H=state.num_kv_heads, TABLE=work.table,
             D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
             PAGE=state.layout.page_bytes, TIERS=work.tiers, B=block, enable_fp_fusion=False,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Give the pages of requests back to the ring."""
+"""Give the pages of requests back to the ring, and the leaves that named them."""
 
 import torch
 import triton
@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.triton.check import check_layer, check_tensor
-from diffkv.kernels.triton.ring import scan_kernel, table_column
+from diffkv.kernels.triton.ring import scan_kernel
+from diffkv.kernels.triton.table import leaf_column, num_leaves, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.state import PoolState
 
@@ -21,13 +22,14 @@ PAGE_BLOCK = 128
 def _count_kernel(
     slots_ptr,  # [R]
     held_ptr,  # [S, L, H, 2]
-    totals_ptr,  # [R, num_layers] i32, out
-    before_ptr,  # [R, num_layers, H, 2] i32, out: pages of the same layer that come before
+    totals_ptr,  # [2, R, num_layers] i32, out: pages, leaves
+    before_ptr,  # [2, R, num_layers, H, 2] i32, out: those of the same layer that come before
     first_layer,
     num_layers,
     L: tl.constexpr,
     H2: tl.constexpr,
     H2_PADDED: tl.constexpr,
+    TABLE: tl.constexpr,
 ):
     """One program per request and layer."""
     pid = tl.program_id(0).to(tl.int64)
@@ -38,23 +40,49 @@ def _count_kernel(
     held = tl.load(held_ptr + (slot * L + layer) * H2 + each, mask=mask, other=0)
     tl.store(totals_ptr + pid, tl.sum(held))
     tl.store(before_ptr + pid * H2 + each, tl.cumsum(held, 0) - held, mask=each < H2)
+    leaf_pid = tl.num_programs(0) + pid
+    leaves = num_leaves(held, TABLE)
+    tl.store(totals_ptr + leaf_pid, tl.sum(leaves))
+    tl.store(before_ptr + leaf_pid * H2 + each, tl.cumsum(leaves, 0) - leaves, mask=each < H2)
+
+
+@triton.jit
+def _give_back_tier(
+    table, held, first, first_leaf, free_ring_ptr, free_leaves_ptr, num_pages, leaf_ring,
+    TIER: tl.constexpr, TABLE: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    for start in range(0, held, B):
+        number = start + tl.arange(0, B)
+        page = page_where(table, number, number < held, TIER, TABLE)
+        tl.store(free_ring_ptr + (first + number) % num_pages, page, mask=number < held)
+    tl.debug_barrier()  # entries of the directory are read above by other threads
+    for start in range(0, num_leaves(held, TABLE), B):
+        number = start + tl.arange(0, B)
+        mask = number < num_leaves(held, TABLE)
+        at = table[1] + leaf_column(number, TIER, TABLE)
+        leaf = tl.load(at, mask=mask, other=0)
+        tl.store(free_leaves_ptr + (first_leaf + number) % leaf_ring, leaf, mask=mask)
+        tl.store(at, -1, mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_layer", "num_layers"])
 def _give_back_kernel(
     slots_ptr,  # [R]
-    first_ptr,  # [R, num_layers] i64
-    before_ptr,  # [R, num_layers, H, 2]
+    first_ptr,  # [2, R, num_layers] i64
+    before_ptr,  # [2, R, num_layers, H, 2]
     free_ring_ptr,  # [num_pages]
-    page_table_ptr,  # [S, L, H, M]
+    leaves_ptr,  # [num_leaves, E]
+    free_leaves_ptr,  # [num_leaves]
+    directory_ptr,  # [S, L, H, W]
     num_tokens_ptr,  # [S, L, H, 2]
     held_ptr,  # [S, L, H, 2]
     first_layer,
     num_layers,
     num_pages,
+    leaf_ring,
     L: tl.constexpr,
     H: tl.constexpr,
-    M: tl.constexpr,
+    TABLE: tl.constexpr,
     B: tl.constexpr,
 ):
     """One program per (request, layer) and (head, tier)."""
@@ -66,13 +94,19 @@ def _give_back_kernel(
         tier = each % 2
         held = tl.load(held_ptr + row * 2 + tier)
         first = tl.load(first_ptr + pid) + tl.load(before_ptr + pid * (H * 2) + each)
-        for start in range(0, held, B):
-            number = start + tl.arange(0, B)
-            mask = number < held
-            column = tl.where(tier == 0, table_column(number, 0, M), table_column(number, 1, M))
-            page = tl.load(page_table_ptr + row * M + column, mask=mask, other=0)
-            tl.store(free_ring_ptr + (first + number) % num_pages, page, mask=mask)
-            tl.store(page_table_ptr + row * M + column, -1, mask=mask)
+        leaf_pid = tl.num_programs(0) + pid
+        first_leaf = tl.load(first_ptr + leaf_pid) + tl.load(before_ptr + leaf_pid * (H * 2) + each)
+        table = table_of(leaves_ptr, directory_ptr, row, TABLE)
+        if tier == 0:
+            _give_back_tier(
+                table, held, first, first_leaf, free_ring_ptr, free_leaves_ptr, num_pages, leaf_ring,
+                0, TABLE, B,
+            )  # fmt: skip
+        else:
+            _give_back_tier(
+                table, held, first, first_leaf, free_ring_ptr, free_leaves_ptr, num_pages, leaf_ring,
+                1, TABLE, B,
+            )  # fmt: skip
         tl.store(held_ptr + row * 2 + tier, 0)
         tl.store(num_tokens_ptr + row * 2 + tier, 0)
 
@@ -88,20 +122,22 @@ def release(state: PoolState, slots: Tensor, layer: int) -> None:
         return
     first_layer, num_layers = (layer, 1) if layer >= 0 else (0, state.num_layers)
     most = work.num_slots * state.num_layers
-    rows = (num_requests, num_layers)
-    totals = work.buffer("release_totals", torch.int32, *rows, least=most)
-    before = work.buffer("release_before", torch.int32, *rows, heads, 2, least=most * heads * 2)
-    first = work.buffer("release_first", torch.int64, *rows, least=most)
+    rows = (2, num_requests, num_layers)
+    totals = work.buffer("release_totals", torch.int32, *rows, least=2 * most)
+    before = work.buffer("release_before", torch.int32, *rows, heads, 2, least=4 * most * heads)
+    first = work.buffer("release_first", torch.int64, *rows, least=2 * most)
     _count_kernel[(num_requests * num_layers,)](
         slots, state.num_pages_held, totals, before, first_layer, num_layers,
-        L=state.num_layers, H2=2 * heads, H2_PADDED=triton.next_power_of_2(2 * heads), num_warps=1,
+        L=state.num_layers, H2=2 * heads, H2_PADDED=triton.next_power_of_2(2 * heads),
+        TABLE=work.table, num_warps=1,
     )  # fmt: skip
     scan_kernel[(1,)](
-        totals, first, state.ring_ends, state.overruns, num_requests * num_layers,
+        totals, first, state.ring_ends, state.leaf_ends, state.overruns, num_requests * num_layers,
         TAKE=False, B=SCAN_BLOCK, num_warps=8,
     )  # fmt: skip
     _give_back_kernel[(num_requests * num_layers, 2 * heads)](
-        slots, first, before, state.free_ring, state.page_table, state.num_tokens,
-        state.num_pages_held, first_layer, num_layers, state.num_pages,
-        L=state.num_layers, H=heads, M=state.table_width, B=PAGE_BLOCK, num_warps=1,
+        slots, first, before, state.free_ring, state.leaves, state.free_leaves, state.directory,
+        state.num_tokens, state.num_pages_held, first_layer, num_layers, state.num_pages,
+        len(state.free_leaves), L=state.num_layers, H=heads, TABLE=work.table, B=PAGE_BLOCK,
+        num_warps=1,
     )  # fmt: skip

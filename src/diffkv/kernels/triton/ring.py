@@ -1,59 +1,56 @@
-"""Device functions and a kernel for the free ring: prefix sums give every head its own slice.
+"""A kernel for the free rings: prefix sums give every head its own slice.
 
-The ring's ends move in programs of their own, after or before the launch that reads or writes entries.
+The rings' ends move in programs of their own, after or before the launch that reads or writes entries.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["scan_kernel", "table_column"]
+__all__ = ["scan_kernel"]
 
 
 @triton.jit
-def table_column(number, TIER: tl.constexpr, M: tl.constexpr):
-    """Where page `number` of a tier is in a head's page table: low pages from the right."""
-    if TIER == 0:
-        column = number
-    else:
-        column = M - 1 - number
-    return column
+def _counts(counts_ptr, start, N, B: tl.constexpr):
+    """Pages and leaves that B of them count, and where they are."""
+    at = start + tl.arange(0, B)
+    pages = tl.load(counts_ptr + at, mask=at < N, other=0).to(tl.int64)
+    leaves = tl.load(counts_ptr + N + at, mask=at < N, other=0).to(tl.int64)
+    return pages, leaves, at
 
 
 @triton.jit(do_not_specialize=["N"])
 def scan_kernel(
-    counts_ptr,  # [N] i32
-    first_ptr,  # [N] i64, out: ring index of each one's first entry; -1 after an overrun
+    counts_ptr,  # [2, N] i32, of pages and of leaves
+    first_ptr,  # [2, N] i64, out: ring index of each one's first entry; -1 after an overrun
     ring_ends_ptr,  # [2] i64
+    leaf_ends_ptr,  # [2] i64
     overruns_ptr,  # [1] i32
     N,
     TAKE: tl.constexpr,
     B: tl.constexpr,
 ):
-    """One program: take `counts` entries from the ring, or make room to give them back."""
-    head = tl.load(ring_ends_ptr)
-    tail = tl.load(ring_ends_ptr + 1)
-    offsets = tl.arange(0, B)
-    total = tl.zeros([], tl.int64)
-    for start in range(0, N, B):
-        at = start + offsets
-        total += tl.sum(tl.load(counts_ptr + at, mask=at < N, other=0).to(tl.int64))
+    """One program: take `counts` entries from the rings, or make room to give them back."""
+    END: tl.constexpr = 0 if TAKE else 1
+    page_end = tl.load(ring_ends_ptr + END)
+    leaf_end = tl.load(leaf_ends_ptr + END)
+    fits = page_end >= 0
     if TAKE:
-        first = head
-        fits = total <= tail - head
-    else:
-        first = tail
-        fits = total >= 0
-    before = tl.zeros([], tl.int64)
+        tail = tl.load(ring_ends_ptr + 1)
+        total = tl.zeros([], tl.int64)
+        for start in range(0, N, B):
+            pages, _, _ = _counts(counts_ptr, start, N, B)
+            total += tl.sum(pages)
+        fits = total <= tail - page_end
     for start in range(0, N, B):
-        at = start + offsets
-        count = tl.load(counts_ptr + at, mask=at < N, other=0).to(tl.int64)
-        index = first + before + tl.cumsum(count, 0) - count
-        tl.store(first_ptr + at, tl.where(fits, index, -1), mask=at < N)
-        before += tl.sum(count)
+        pages, leaves, at = _counts(counts_ptr, start, N, B)
+        first = tl.where(fits, page_end + tl.cumsum(pages, 0) - pages, -1)
+        first_leaf = tl.where(fits, leaf_end + tl.cumsum(leaves, 0) - leaves, -1)
+        tl.store(first_ptr + at, first, mask=at < N)
+        tl.store(first_ptr + N + at, first_leaf, mask=at < N)
+        page_end += tl.sum(pages)
+        leaf_end += tl.sum(leaves)
     if fits:
-        if TAKE:
-            tl.store(ring_ends_ptr, head + total)
-        else:
-            tl.store(ring_ends_ptr + 1, tail + total)
+        tl.store(ring_ends_ptr + END, page_end)
+        tl.store(leaf_ends_ptr + END, leaf_end)
     else:
         tl.store(overruns_ptr, tl.load(overruns_ptr) + 1)

@@ -15,7 +15,8 @@ from diffkv.kernels.triton.codes import (
     sum_pointers,
 )
 from diffkv.kernels.triton.facts import tile_vectors
-from diffkv.kernels.triton.ring import scan_kernel, table_column
+from diffkv.kernels.triton.ring import scan_kernel
+from diffkv.kernels.triton.table import enter_page, num_leaves, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.policy import DROPPED
 from diffkv.state import PoolState, PromptTokens
@@ -41,11 +42,12 @@ def _count_kernel(
     token_ptr,  # [H, N] i32, out: number of the token in its head and tier, -1 if it is not kept
     request_ptr,  # [N] i32, out
     after_ptr,  # [R, H, 2] i32, out: tokens that each head will keep
-    wanted_ptr,  # [R, H, 2] i32, out: pages that this takes
+    wanted_ptr,  # [2, R, H, 2] i32, out: pages and leaves that this takes
     layer,
     N,
     L: tl.constexpr,
     H: tl.constexpr,
+    TABLE: tl.constexpr,
     TIERS: tl.constexpr,
     B: tl.constexpr,
 ):
@@ -79,31 +81,38 @@ def _count_kernel(
     out = (r * H + head) * 2
     tl.store(after_ptr + out, high)
     tl.store(after_ptr + out + 1, low)
+    leaf_out = tl.num_programs(0) * (H * 2) + out
     held = tl.load(held_ptr + row * 2, mask=is_request, other=0)
-    wanted = tl.cdiv(high, TIERS[0].tokens) - held
-    tl.store(wanted_ptr + out, tl.where(is_request, wanted, 0))
-    wanted = 0
+    pages = tl.where(is_request, tl.cdiv(high, TIERS[0].tokens), 0)
+    tl.store(wanted_ptr + out, pages - held)
+    tl.store(wanted_ptr + leaf_out, num_leaves(pages, TABLE) - num_leaves(held, TABLE))
+    held = 0
+    pages = 0
     if len(TIERS) > 1:
         held = tl.load(held_ptr + row * 2 + 1, mask=is_request, other=0)
-        wanted = tl.where(is_request, tl.cdiv(low, TIERS[1].tokens) - held, 0)
-    tl.store(wanted_ptr + out + 1, wanted)
+        pages = tl.where(is_request, tl.cdiv(low, TIERS[1].tokens), 0)
+    tl.store(wanted_ptr + out + 1, pages - held)
+    tl.store(wanted_ptr + leaf_out + 1, num_leaves(pages, TABLE) - num_leaves(held, TABLE))
 
 
 @triton.jit(do_not_specialize=["layer"])
 def _enter_kernel(
     slots_ptr,  # [R]
-    first_ptr,  # [R, H, 2] i64
+    first_ptr,  # [2, R, H, 2] i64
     after_ptr,  # [R, H, 2]
-    wanted_ptr,  # [R, H, 2]
+    wanted_ptr,  # [2, R, H, 2]
     free_ring_ptr,  # [num_pages]
-    page_table_ptr,  # [S, L, H, M]
+    leaves_ptr,  # [num_leaves, E]
+    free_leaves_ptr,  # [num_leaves]
+    directory_ptr,  # [S, L, H, W]
     num_tokens_ptr,  # [S, L, H, 2]
     held_ptr,  # [S, L, H, 2]
     layer,
     num_pages,
+    leaf_ring,
     L: tl.constexpr,
     H: tl.constexpr,
-    M: tl.constexpr,
+    TABLE: tl.constexpr,
     B: tl.constexpr,
 ):
     """Enter the pages that were taken into the tables. One program per request, head and tier."""
@@ -115,13 +124,21 @@ def _enter_kernel(
         row = (slot * L + layer) * H + pid // 2 % H
         wanted = tl.load(wanted_ptr + pid)
         held = tl.load(held_ptr + row * 2 + tier)
+        first_leaf = tl.load(first_ptr + tl.num_programs(0) + pid) - num_leaves(held, TABLE)
+        table = table_of(leaves_ptr, directory_ptr, row, TABLE)
         for start in range(0, wanted, B):
             k = start + tl.arange(0, B)
             mask = k < wanted
             page = tl.load(free_ring_ptr + (first + k) % num_pages, mask=mask, other=0)
             number = held + k
-            column = tl.where(tier == 0, table_column(number, 0, M), table_column(number, 1, M))
-            tl.store(page_table_ptr + row * M + column, page, mask=mask)
+            leaf = number // TABLE.entries
+            opens = mask & (leaf >= num_leaves(held, TABLE))
+            leaf_index = (first_leaf + leaf) % leaf_ring
+            new_leaf = tl.load(free_leaves_ptr + leaf_index, mask=opens, other=0)
+            if tier == 0:
+                enter_page(table, number, page, mask, new_leaf, opens, 0, TABLE)
+            else:
+                enter_page(table, number, page, mask, new_leaf, opens, 1, TABLE)
         tl.store(held_ptr + row * 2 + tier, held + wanted)
         tl.store(num_tokens_ptr + row * 2 + tier, tl.load(after_ptr + pid))
 
@@ -138,15 +155,14 @@ def _write_side(x_ptr, page_ptr, index, mask, S: tl.constexpr):
 
 @triton.jit
 def _write_tier(
-    key_ptr, value_ptr, score, position, number, table_ptr, pages_ptr, mask,
-    TIER: tl.constexpr, TIERS: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr,
+    key_ptr, value_ptr, score, position, number, table, pages_ptr, mask,
+    TIER: tl.constexpr, TIERS: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Write tokens [T] of one head as tokens `number` of a tier."""
     T: tl.constexpr = TIERS[TIER]
     K: tl.constexpr = T.k
     V: tl.constexpr = T.v
-    column = table_column(number // T.tokens, TIER, M)
-    page = tl.load(table_ptr + column, mask=mask, other=0).to(tl.int64)
+    page = page_where(table, number // T.tokens, mask, TIER, TABLE).to(tl.int64)
     page_ptr = pages_ptr + page * PAGE
     index = number % T.tokens
     _write_side(key_ptr, page_ptr, index, mask, K)
@@ -159,7 +175,7 @@ def _write_tier(
 @triton.jit(do_not_specialize=["layer", "N"])
 def _write_kernel(
     slots_ptr,  # [R]
-    first_ptr,  # [R, H, 2] i64
+    first_ptr,  # [2, R, H, 2] i64
     token_ptr,  # [H, N]
     request_ptr,  # [N]
     key_ptr,  # [N, H, D]
@@ -168,14 +184,15 @@ def _write_kernel(
     tiers_ptr,  # [H, N] i8
     sums_ptr,  # [H, N] f32
     pages_ptr,  # [num_pages, PAGE]
-    page_table_ptr,  # [S, L, H, M]
+    leaves_ptr,  # [num_leaves, E]
+    directory_ptr,  # [S, L, H, W]
     key_stride,
     value_stride,
     layer,
     N,
     L: tl.constexpr,
     H: tl.constexpr,
-    M: tl.constexpr,
+    TABLE: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
     TIERS: tl.constexpr,
@@ -191,7 +208,7 @@ def _write_kernel(
     kept = (number >= 0) & (tl.load(first_ptr + r * (2 * H), mask=exists, other=-1) >= 0)
     tier_of = tl.load(tiers_ptr + head * N + i, mask=kept, other=_DROPPED)
     slot = tl.load(slots_ptr + r, mask=kept, other=0).to(tl.int64)
-    table_ptr = page_table_ptr + ((slot * L + layer) * H + head) * M
+    table = table_of(leaves_ptr, directory_ptr, (slot * L + layer) * H + head, TABLE)
     score = tl.load(sums_ptr + head * N + i, mask=kept, other=0.0)
     position = tl.load(positions_ptr + i, mask=kept, other=0)
     for t in tl.static_range(NUM_TIERS):
@@ -205,12 +222,12 @@ def _write_kernel(
                 score,
                 position,
                 number,
-                table_ptr,
+                table,
                 pages_ptr,
                 mask,
                 t,
                 TIERS,
-                M,
+                TABLE,
                 PAGE,
             )
 
@@ -220,7 +237,7 @@ def store_prompt(
 ) -> None:
     """Same contract as `reference.store_prompt`. Rows of key and value may be apart.
 
-    The ring's order is (request, head, tier); lengths stay on the device.
+    The rings' order is (request, head, tier); lengths stay on the device.
     """
     work = workspace(state)
     device, head_dim = work.device, state.layout.head_dim
@@ -239,27 +256,27 @@ def store_prompt(
     token = work.buffer("store_token", torch.int32, heads, num)
     request = work.buffer("store_request", torch.int32, num)
     after = work.buffer("store_after", torch.int32, num_requests, heads, 2)
-    wanted = work.buffer("store_wanted", torch.int32, num_requests, heads, 2)
-    first = work.buffer("store_first", torch.int64, num_requests, heads, 2)
-    tables = {"L": state.num_layers, "H": heads}
+    wanted = work.buffer("store_wanted", torch.int32, 2, num_requests, heads, 2)
+    first = work.buffer("store_first", torch.int64, 2, num_requests, heads, 2)
+    tables = {"L": state.num_layers, "H": heads, "TABLE": work.table}
     _count_kernel[(num_requests, heads)](
         tokens.slots, tokens.cu_seqlens, tiers, state.num_tokens, state.num_pages_held,
         token, request, after, wanted, layer, num,
         TIERS=work.tiers, B=COUNT_BLOCK, num_warps=8, **tables,
     )  # fmt: skip
     scan_kernel[(1,)](
-        wanted, first, state.ring_ends, state.overruns, wanted.numel(), TAKE=True, B=SCAN_BLOCK,
-        num_warps=4,
+        wanted, first, state.ring_ends, state.leaf_ends, state.overruns, after.numel(), TAKE=True,
+        B=SCAN_BLOCK, num_warps=4,
     )  # fmt: skip
     _enter_kernel[(num_requests * heads * 2,)](
-        tokens.slots, first, after, wanted, state.free_ring, state.page_table, state.num_tokens,
-        state.num_pages_held, layer, state.num_pages, M=state.table_width, B=PAGE_BLOCK,
-        num_warps=1, **tables,
+        tokens.slots, first, after, wanted, state.free_ring, state.leaves, state.free_leaves,
+        state.directory, state.num_tokens, state.num_pages_held, layer, state.num_pages,
+        len(state.free_leaves), B=PAGE_BLOCK, num_warps=1, **tables,
     )  # fmt: skip
     block = tile_vectors(head_dim)
     _write_kernel[(triton.cdiv(num, block), heads)](
         tokens.slots, first, token, request, tokens.key, tokens.value, tokens.positions, tiers, sums,
-        state.pages, state.page_table, key_stride, value_stride, layer, num,
-        M=state.table_width, D=head_dim, PAGE=state.layout.page_bytes, TIERS=work.tiers, B=block,
+        state.pages, state.leaves, state.directory, key_stride, value_stride, layer, num,
+        D=head_dim, PAGE=state.layout.page_bytes, TIERS=work.tiers, B=block,
         enable_fp_fusion=False, **tables,
     )  # fmt: skip

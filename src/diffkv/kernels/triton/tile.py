@@ -16,8 +16,6 @@ as 8: a group of 4 heads as rows would leave three quarters of every tile idle.
 import triton
 import triton.language as tl
 
-from diffkv.kernels.triton.ring import table_column
-
 __all__ = [
     "BIAS",
     "folded",
@@ -185,19 +183,19 @@ def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT
 
 @triton.jit
 def tile_places(
-    pages_ptr, table_ptr, first_page, tile, num_tokens,
-    TIER: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr,
+    pages_ptr, entry_ptr, tile, num_tokens,
+    T: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """(page pointer, index in the page, whether there is such a token) of a tile of a chunk.
 
+    The ids of its pages are at `entry_ptr`.
     A token that is none has the place of the chunk's last one, so what is there can be read.
     """
     token = tile * TILE + tl.arange(0, TILE)
     valid = token < num_tokens
     token = tl.minimum(token, num_tokens - 1)
     number = token // T.tokens
-    column = table_column(first_page + number, TIER, M)
-    page = tl.load(table_ptr + column).to(tl.int64)
+    page = tl.load(entry_ptr + number).to(tl.int64)
     return pages_ptr + page * PAGE, token - number * T.tokens, valid
 
 

@@ -4,6 +4,9 @@ A chunk is of one head and one tier. How many pages it has follows from the head
 that results do not depend on which other requests are in a batch. It grows with the root of their
 number: a short head alone on a GPU takes the time of one chunk, and many long heads the time of all, to
 which each adds what it costs to begin one and to merge its result.
+
+It is a power of two and no larger than a leaf of a page table, so that the pages of a chunk are named
+side by side: looking for the leaf of every page in the loop over them costs attention up to a fifth.
 """
 
 import math
@@ -11,6 +14,7 @@ import math
 import triton
 import triton.language as tl
 
+from diffkv.kernels.triton.table import leaf_column
 from diffkv.layout import PageLayout
 
 __all__ = [
@@ -21,40 +25,60 @@ __all__ = [
     "item_of",
     "list_kernel",
     "most_chunk_pages",
+    "most_chunks",
     "most_items",
 ]
 
 MAX_CHUNKS = 64
-"""Most chunks of a head: partial results of one head are merged by one program."""
+"""Most chunks of a head where leaves are large enough: one program merges all partial results of one."""
 
-CHUNK_TOKENS = 256
-"""High tokens of the smallest chunk, where a head has more; a chunk of low pages has as many pages."""
+CHUNK_TOKENS = 192
+"""Fewest high tokens of a chunk, where a head has more; a chunk of low pages has as many pages."""
 
-CHUNK_ROOT = 4
+CHUNK_ROOT = 3
 """A chunk has at least so many times the root of its head's tokens."""
 
-ITEM_FIELDS = 8
-"""int32 fields of an item: row * 2 + tier, slot, first page, pages, tokens, first kept tile."""
+ITEM_FIELDS = 4
+"""int32 fields of an item: row * 2 + tier, entry of the leaves with its first page, tokens, first tile
+whose probabilities are kept."""
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
 _ROOT = tl.constexpr(CHUNK_ROOT)
+_MOST = tl.constexpr(MAX_CHUNKS)
 
 
-def most_chunk_pages(layout: PageLayout, table_width: int, tokens: int = CHUNK_TOKENS) -> int:
-    """Pages of the largest chunk that a head can have whose page table has so many columns."""
+def most_chunks(table: tuple[int, int]) -> int:
+    """Most chunks of a head, as a power of two; `table` is the width of the directory and E."""
+    return triton.next_power_of_2(max(MAX_CHUNKS, table[0] + 2))
+
+
+def most_chunk_pages(layout: PageLayout, table: tuple[int, int], tokens: int = CHUNK_TOKENS) -> int:
+    """Pages of the largest chunk that a head can have."""
+    return min(table[1], _wanted_pages(layout, table, tokens))
+
+
+def _wanted_pages(layout: PageLayout, table: tuple[int, int], tokens: int) -> int:
+    """Pages of the largest chunk that a head could have if leaves were larger."""
     high, low = layout.high.tokens_per_page, layout.tiers[-1].tokens_per_page
-    root = math.isqrt(max(0, CHUNK_ROOT**2 * table_width * low - 1)) + 1
-    return max(-(-max(tokens, root) // high), -(-table_width // (MAX_CHUNKS - 2)))
+    pages = table[0] * table[1]
+    root = math.isqrt(max(0, CHUNK_ROOT**2 * pages * low - 1)) + 1
+    wanted = max(-(-max(tokens, root) // high), -(-pages // (MAX_CHUNKS - 2)))
+    return triton.next_power_of_2(wanted)
 
 
 def most_items(
-    layout: PageLayout, num_rows: int, num_pages: int, tokens: int = CHUNK_TOKENS
+    layout: PageLayout,
+    num_rows: int,
+    num_pages: int,
+    table: tuple[int, int],
+    tokens: int = CHUNK_TOKENS,
 ) -> int:
     """Chunks that rows can have together whose heads hold so many pages, however they share them.
 
     Where a head's pages have room for n high tokens of h a page, its chunks are at most n / tokens + 2
     and at most sqrt(n) / r + 2 h / tokens + 2, r being CHUNK_ROOT (it may have 2 h tokens less than n).
-    That root is below each of its tangents, sqrt(m) / 2 + n / (2 sqrt(m)).
+    That root is below each of its tangents, sqrt(m) / 2 + n / (2 sqrt(m)). Heads whose chunks are no
+    larger than that for want of larger leaves have one for each leaf.
     """
     high = layout.high.tokens_per_page
     room = num_pages * high
@@ -62,13 +86,17 @@ def most_items(
         (num_rows * root + room // root) // (2 * CHUNK_ROOT) + num_rows * (2 * high // tokens + 1)
         for root in (64, 128)
     )
-    return min(num_rows * (MAX_CHUNKS - 2), room // tokens, *tangents) + 2 * num_rows + 1
+    most = min(room // tokens, *tangents)
+    if _wanted_pages(layout, table, tokens) > table[1]:
+        most += num_pages // table[1]
+    return min(num_rows * max(MAX_CHUNKS - 2, table[0]), most) + 2 * num_rows + 1
 
 
 @triton.jit
 def _row_chunks(
     slots_ptr, num_tokens_ptr, row, mask, layer,
-    L: tl.constexpr, H: tl.constexpr, TIERS: tl.constexpr, TOKENS: tl.constexpr, MAX: tl.constexpr,
+    L: tl.constexpr, H: tl.constexpr, TABLE: tl.constexpr, TIERS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
     """(slot, high tokens, low tokens, high pages, low pages, pages of a chunk) of some rows."""
     slot = tl.load(slots_ptr + row // H, mask=mask, other=-1)
@@ -84,8 +112,10 @@ def _row_chunks(
     root = tl.ceil(tl.sqrt_rn((high + low).to(tl.float32)) * _ROOT).to(tl.int32)
     chunk = tl.cdiv(tl.maximum(root, TOKENS), TIERS[0].tokens)
     # Two tiers may each end in a smaller chunk
-    chunk = tl.maximum(chunk, tl.cdiv(high_pages + low_pages, MAX - 2))
-    return slot, high, low, high_pages, low_pages, chunk
+    chunk = tl.maximum(chunk, tl.cdiv(high_pages + low_pages, _MOST - 2)) - 1
+    for shift in tl.static_range(5):
+        chunk |= chunk >> (1 << shift)
+    return slot, high, low, high_pages, low_pages, tl.minimum(chunk + 1, TABLE.entries)
 
 
 @triton.jit
@@ -100,6 +130,7 @@ def _chunk_tiles(chunk, T: tl.constexpr, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=["layer", "R_H", "programs"])
 def list_kernel(
     slots_ptr,  # [R]
+    directory_ptr,  # [S, L, H, W]
     num_tokens_ptr,  # [S, L, H, 2]
     items_ptr,  # [., ITEM_FIELDS] out
     row_items_ptr,  # [R * H, 2] out: first item of a row, and how many
@@ -109,6 +140,7 @@ def list_kernel(
     programs,
     L: tl.constexpr,
     H: tl.constexpr,
+    TABLE: tl.constexpr,
     TIERS: tl.constexpr,
     TILE: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -126,7 +158,7 @@ def list_kernel(
         row = block + tl.arange(0, COUNT)
         mask = row < start
         _, _, _, high_pages, low_pages, chunk = _row_chunks(
-            slots_ptr, num_tokens_ptr, row, mask, layer, L, H, TIERS, TOKENS, MAX
+            slots_ptr, num_tokens_ptr, row, mask, layer, L, H, TABLE, TIERS, TOKENS
         )
         high_items = tl.cdiv(high_pages, chunk)
         low_items = tl.cdiv(low_pages, chunk)
@@ -139,7 +171,7 @@ def list_kernel(
     row = start + tl.arange(0, ROWS)
     exists = row < R_H
     slot, high, low, high_pages, low_pages, chunk = _row_chunks(
-        slots_ptr, num_tokens_ptr, row, exists, layer, L, H, TIERS, TOKENS, MAX
+        slots_ptr, num_tokens_ptr, row, exists, layer, L, H, TABLE, TIERS, TOKENS
     )
     high_items = tl.cdiv(high_pages, chunk)
     low_items = tl.cdiv(low_pages, chunk)
@@ -163,12 +195,16 @@ def list_kernel(
     left = tl.where(is_low, low[:, None], high[:, None]) - number * chunk[:, None] * per_page
     skipped = tl.where(is_low, (high_items * high_tiles)[:, None], 0)
     skipped += number * tl.where(is_low, low_tiles[:, None], high_tiles[:, None])
+    first_page = number * chunk[:, None]
+    leaf = first_page // TABLE.entries
+    column = tl.where(is_low, leaf_column(leaf, 1, TABLE), leaf_column(leaf, 0, TABLE))
+    head = (slot.to(tl.int64) * L + layer) * H + row % H
+    leaf = tl.load(directory_ptr + head[:, None] * TABLE.width + column, mask=mask, other=0)
     at = items_ptr + (item[:, None] + each) * _FIELDS
     tl.store(at, row[:, None] * 2 + is_low.to(tl.int32), mask=mask)
-    tl.store(at + 1, slot[:, None] + tl.zeros_like(each), mask=mask)
-    tl.store(at + 2, number * chunk[:, None], mask=mask)
-    tl.store(at + 3, tl.minimum(left, chunk[:, None] * per_page), mask=mask)
-    tl.store(at + 4, score_tile[:, None] + skipped, mask=mask)
+    tl.store(at + 1, leaf * TABLE.entries + first_page % TABLE.entries, mask=mask)
+    tl.store(at + 2, tl.minimum(left, chunk[:, None] * per_page), mask=mask)
+    tl.store(at + 3, score_tile[:, None] + skipped, mask=mask)
 
 
 @triton.jit
@@ -185,11 +221,10 @@ def has_sums(tier, HIGH: tl.constexpr, LOW: tl.constexpr):
 
 @triton.jit
 def item_of(items_ptr, item):
-    """(row, tier, slot, first page, tokens, first tile of kept scores) of an item."""
+    """(row, tier, entry of the first page, tokens, first tile of kept scores) of an item."""
     at = items_ptr + item * _FIELDS
     row_tier = tl.load(at)
-    slot = tl.load(at + 1)
-    first_page = tl.load(at + 2)
-    num_tokens = tl.load(at + 3)
-    score_tile = tl.load(at + 4)
-    return row_tier // 2, row_tier % 2, slot, first_page, num_tokens, score_tile
+    entry = tl.load(at + 1)
+    num_tokens = tl.load(at + 2)
+    score_tile = tl.load(at + 3)
+    return row_tier // 2, row_tier % 2, entry, num_tokens, score_tile

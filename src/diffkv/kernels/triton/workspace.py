@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffkv.kernels.triton.check import check_tensor
-from diffkv.kernels.triton.facts import DTYPES, Tier, tiers_of
+from diffkv.kernels.triton.facts import DTYPES, Table, Tier, tiers_of
 from diffkv.kernels.triton.worklist import CHUNK_TOKENS
 from diffkv.state import PoolState
 
@@ -54,6 +54,7 @@ class Workspace:
 
     Attributes:
         tiers: of the layout, high first.
+        table: sizes of its page tables.
         device: of every tensor.
         num_slots: S of the state.
         multiprocessors: of the device.
@@ -63,6 +64,7 @@ class Workspace:
     """
 
     tiers: tuple[Tier, ...]
+    table: Table
     device: torch.device
     num_slots: int
     multiprocessors: int
@@ -110,7 +112,8 @@ def workspace(state: PoolState) -> Workspace:
 
 def _make(state: PoolState) -> Workspace:
     device = state.pages.device
-    num_slots, layers, heads, width = state.page_table.shape
+    num_slots, layers, heads, width = state.directory.shape
+    leaves = len(state.free_leaves)
     if state.dtype not in DTYPES or state.dtype.itemsize != state.layout.element_bytes:
         raise ValueError(
             f"state.dtype must be one of {', '.join(map(str, DTYPES))}, of "
@@ -121,7 +124,10 @@ def _make(state: PoolState) -> Workspace:
         ("pages", torch.uint8, (state.num_pages, state.layout.page_bytes)),
         ("free_ring", i32, (state.num_pages,)),
         ("ring_ends", torch.int64, (2,)),
-        ("page_table", i32, (num_slots, layers, heads, width)),
+        ("leaves", i32, (leaves, state.leaf_entries)),
+        ("free_leaves", i32, (leaves,)),
+        ("leaf_ends", torch.int64, (2,)),
+        ("directory", i32, (num_slots, layers, heads, width)),
         ("num_tokens", i32, (num_slots, layers, heads, 2)),
         ("num_pages_held", i32, (num_slots, layers, heads, 2)),
         ("thresholds", torch.float32, (num_slots, 2)),
@@ -134,4 +140,5 @@ def _make(state: PoolState) -> Workspace:
     else:
         multiprocessors = INTERPRETED_MULTIPROCESSORS
     tuning = Tuning(fast=device.type == "cuda")
-    return Workspace(tiers_of(state.layout), device, num_slots, multiprocessors, tuning)
+    table = Table(state.directory_width, state.leaf_entries)
+    return Workspace(tiers_of(state.layout), table, device, num_slots, multiprocessors, tuning)

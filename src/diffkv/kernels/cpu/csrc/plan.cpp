@@ -108,9 +108,9 @@ Decision decide(const Pool& pool, int64_t slot, int64_t row, int32_t num_tokens)
   return {is_full(pool, row, HIGH), HIGH, NOWHERE, NOWHERE};
 }
 
-// Count one more token of a tier, with a new page if one was taken.
-Place grow(const Pool& pool, int64_t row, int tier, int32_t page) {
-  if (page >= 0) pool.entry(row, tier, pool.held(row, tier)++) = page;
+// Count one more token of a tier, with a new page, and a leaf for it, if they were taken.
+Place grow(const Pool& pool, int64_t row, int tier, int32_t page, int32_t leaf) {
+  if (page >= 0) pool.enter(row, tier, page, leaf);
   const int T = layout::TIERS[tier].tokens_per_page;
   const int32_t number = pool.tokens(row, tier)++;
   return {pool.entry(row, tier, number / T), number % T};
@@ -125,7 +125,7 @@ EXPORT int diffkv_plan_decode(const Pool* pool_ptr, const int32_t* slots, const 
   const int64_t per_request = pool.num_layers * pool.num_kv_heads;
   const int64_t num = num_requests * per_request;
   std::vector<Decision> decisions(num);
-  std::vector<int64_t> ring_index(num);
+  std::vector<int64_t> ring_index(num), leaf_index(num);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (num >= SERIAL_HEADS)
   for (int64_t i = 0; i < num; i++) {
     const int64_t r = i / per_request, slot = slots[r];
@@ -134,23 +134,29 @@ EXPORT int diffkv_plan_decode(const Pool* pool_ptr, const int32_t* slots, const 
   }
 
   const int64_t head = pool.ring_ends[0];
-  int64_t next = head;
+  int64_t next = head, next_leaf = pool.leaf_ends[0];
   bool table_full = false;
   for (int64_t i = 0; i < num; i++) {
     const int64_t slot = slots[i / per_request];
     ring_index[i] = next;
+    leaf_index[i] = next_leaf;
     if (slot < 0 || !decisions[i].wants_page) continue;
     const int64_t row = slot * per_request + i % per_request;
-    table_full |= pool.held(row, HIGH) + pool.held(row, LOW) >= pool.table_width;
     next++;
+    if (!pool.wants_leaf(row, decisions[i].grows)) continue;
+    const int64_t held = pool.leaves_of(pool.held(row, HIGH)) + pool.leaves_of(pool.held(row, LOW));
+    table_full |= held >= pool.directory_width;
+    next_leaf++;
   }
   const bool overrun = next > pool.ring_ends[1];
-  if (overrun)
+  if (overrun) {
     ++*pool.overruns;
-  else if (table_full)
+  } else if (table_full) {
     return TABLE_FULL;
-  else
+  } else {
     pool.ring_ends[0] = next;
+    pool.leaf_ends[0] = next_leaf;
+  }
 
 #pragma omp parallel for num_threads(threads) schedule(static) if (num >= SERIAL_HEADS)
   for (int64_t i = 0; i < num; i++) {
@@ -160,10 +166,11 @@ EXPORT int diffkv_plan_decode(const Pool* pool_ptr, const int32_t* slots, const 
       const Decision& decision = decisions[i];
       const int64_t row = slot * per_request + i % per_request;
       const int32_t page = decision.wants_page ? pool.ring(ring_index[i]) : -1;
-      high = decision.grows == HIGH ? grow(pool, row, HIGH, page) : decision.victim;
+      const int32_t leaf = pool.leaf_ring(leaf_index[i]);
+      high = decision.grows == HIGH ? grow(pool, row, HIGH, page, leaf) : decision.victim;
       low = decision.low;
       if constexpr (NUM_TIERS > 1)
-        if (decision.grows == LOW) low = grow(pool, row, LOW, page);
+        if (decision.grows == LOW) low = grow(pool, row, LOW, page, leaf);
     }
     const int32_t place[4] = {high.page, high.index, low.page, low.index};
     std::memcpy(places + i * 4, place, sizeof(place));

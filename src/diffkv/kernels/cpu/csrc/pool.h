@@ -21,16 +21,21 @@ struct Pool {
   uint8_t* pages;
   int32_t* free_ring;
   int64_t* ring_ends;
-  int32_t* page_table;
+  int32_t* leaves;
+  int32_t* free_leaves;
+  int64_t* leaf_ends;
+  int32_t* directory;
   int32_t* num_tokens;
   int32_t* num_pages_held;
   const float* thresholds;
   const int32_t* prompt_lens;
   int32_t* overruns;
   int64_t num_pages;
+  int64_t num_leaves;
   int64_t num_layers;
   int64_t num_kv_heads;
-  int64_t table_width;
+  int64_t directory_width;
+  int64_t leaf_shift;  // a leaf names 1 << leaf_shift pages
   int64_t window;
 
   uint8_t* page(int64_t id) const { return pages + id * layout::PAGE_BYTES; }
@@ -42,13 +47,35 @@ struct Pool {
   int32_t& tokens(int64_t row, int tier) const { return num_tokens[row * 2 + tier]; }
   int32_t& held(int64_t row, int tier) const { return num_pages_held[row * 2 + tier]; }
 
-  // Entry of a row's page number `number` of a tier: low pages from the right.
+  // Leaf number `number` of a row in a tier: low ones from the right.
+  int32_t& leaf(int64_t row, int tier, int64_t number) const {
+    return directory[row * directory_width +
+                     (tier == HIGH ? number : directory_width - 1 - number)];
+  }
+  // Entry of a row's page number `number` of a tier.
   int32_t& entry(int64_t row, int tier, int64_t number) const {
-    return page_table[row * table_width + (tier == HIGH ? number : table_width - 1 - number)];
+    const int64_t id = leaf(row, tier, number >> leaf_shift);
+    return leaves[(id << leaf_shift) + (number & ((1 << leaf_shift) - 1))];
+  }
+  // Leaves that name so many pages of one tier.
+  int64_t leaves_of(int64_t pages) const { return (pages + (1 << leaf_shift) - 1) >> leaf_shift; }
+
+  // Whether the next page of a row in a tier is the first of a leaf.
+  bool wants_leaf(int64_t row, int tier) const {
+    return (held(row, tier) & ((1 << leaf_shift) - 1)) == 0;
   }
 
-  // Page `k` after the ring's head or tail, before the caller moves it.
+  // Enter a page as the last one of a row in a tier; `leaf_id` counts if the row wants a leaf.
+  void enter(int64_t row, int tier, int32_t page, int32_t leaf_id) const {
+    const int64_t number = held(row, tier);
+    if (wants_leaf(row, tier)) leaf(row, tier, number >> leaf_shift) = leaf_id;
+    entry(row, tier, number) = page;
+    held(row, tier)++;
+  }
+
+  // Entry `k` of a ring, of pages or of leaves.
   int32_t& ring(int64_t k) const { return free_ring[k % num_pages]; }
+  int32_t& leaf_ring(int64_t k) const { return free_leaves[k % num_leaves]; }
 };
 
 // One side (key or value) of a token in a page.

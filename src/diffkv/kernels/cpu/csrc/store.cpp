@@ -72,7 +72,7 @@ EXPORT int diffkv_store_prompt(const Pool* pool_ptr, int64_t layer, const int32_
   for (int64_t r = 0; r < R; r++)
     for (int64_t head = 0; head < heads; head++) {
       const int64_t row = pool.row(requests[r].slot, layer, head);
-      int64_t held = 0;
+      int64_t leaves = 0;
       for (int tier = 0; tier < 2; tier++) {
         int64_t next = pool.tokens(row, tier);
         for (int64_t b = first_block[r]; b < first_block[r + 1]; b++)
@@ -82,9 +82,9 @@ EXPORT int diffkv_store_prompt(const Pool* pool_ptr, int64_t layer, const int32_
           wanted[(r * heads + head) * 2 + tier] = ceil_div(next, T) - pool.held(row, tier);
         }
         total += wanted[(r * heads + head) * 2 + tier];
-        held += pool.held(row, tier) + wanted[(r * heads + head) * 2 + tier];
+        leaves += pool.leaves_of(pool.held(row, tier) + wanted[(r * heads + head) * 2 + tier]);
       }
-      table_full |= held > pool.table_width;
+      table_full |= leaves > pool.directory_width;
     }
   if (total > pool.ring_ends[1] - pool.ring_ends[0]) {
     ++*pool.overruns;
@@ -92,14 +92,15 @@ EXPORT int diffkv_store_prompt(const Pool* pool_ptr, int64_t layer, const int32_
   }
   if (table_full) return TABLE_FULL;
 
-  int64_t next_page = pool.ring_ends[0];
-  pool.ring_ends[0] += total;
   for (int64_t r = 0; r < R; r++)
     for (int64_t head = 0; head < heads; head++)
       for (int tier = 0; tier < NUM_TIERS; tier++) {
         const int64_t row = pool.row(requests[r].slot, layer, head);
-        for (int64_t k = 0; k < wanted[(r * heads + head) * 2 + tier]; k++)
-          pool.entry(row, tier, pool.held(row, tier)++) = pool.ring(next_page++);
+        for (int64_t k = 0; k < wanted[(r * heads + head) * 2 + tier]; k++) {
+          const int32_t leaf =
+              pool.wants_leaf(row, tier) ? pool.leaf_ring(pool.leaf_ends[0]++) : -1;
+          pool.enter(row, tier, pool.ring(pool.ring_ends[0]++), leaf);
+        }
       }
 
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic)
@@ -166,26 +167,31 @@ EXPORT int diffkv_release(const Pool* pool_ptr, const int32_t* slots, int64_t nu
                           int64_t layer, int threads) {
   const Pool& pool = *pool_ptr;
   const int64_t first = layer < 0 ? 0 : layer, last = layer < 0 ? pool.num_layers : layer + 1;
-  std::vector<int64_t> rows, starts;
-  int64_t tail = pool.ring_ends[1];
+  std::vector<int64_t> rows, starts, leaf_starts;
+  int64_t tail = pool.ring_ends[1], leaf_tail = pool.leaf_ends[1];
   for (int64_t r = 0; r < num_requests; r++)
     for (int64_t each = first; each < last && slots[r] >= 0; each++)
       for (int64_t head = 0; head < pool.num_kv_heads; head++) {
         const int64_t row = pool.row(slots[r], each, head);
         rows.push_back(row);
         starts.push_back(tail);
+        leaf_starts.push_back(leaf_tail);
         tail += pool.held(row, HIGH) + pool.held(row, LOW);
+        leaf_tail += pool.leaves_of(pool.held(row, HIGH)) + pool.leaves_of(pool.held(row, LOW));
       }
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < (int64_t)rows.size(); i++) {
-    int64_t next = starts[i];
+    int64_t next = starts[i], next_leaf = leaf_starts[i];
     for (int tier = HIGH; tier <= LOW; tier++) {
-      for (int64_t k = 0; k < pool.held(rows[i], tier); k++)
-        pool.ring(next++) = std::exchange(pool.entry(rows[i], tier, k), -1);
+      const int64_t held = pool.held(rows[i], tier);
+      for (int64_t k = 0; k < held; k++) pool.ring(next++) = pool.entry(rows[i], tier, k);
+      for (int64_t k = 0; k < pool.leaves_of(held); k++)
+        pool.leaf_ring(next_leaf++) = std::exchange(pool.leaf(rows[i], tier, k), -1);
       pool.held(rows[i], tier) = 0;
       pool.tokens(rows[i], tier) = 0;
     }
   }
   pool.ring_ends[1] = tail;
+  pool.leaf_ends[1] = leaf_tail;
   return OK;
 }

@@ -104,8 +104,9 @@ class Ahead {
   void follow(const Item* next) { next_ = next; }
 
   void start(const Item& item) {
-    entry_ = &pool_.entry(item.row, item.tier, item.first_page);
-    step_ = item.tier == HIGH ? 1 : -1;
+    row_ = item.row;
+    tier_ = item.tier;
+    number_ = item.first_page;
     const int T = layout::TIERS[item.tier].tokens_per_page;
     pages_ = (item.num_tokens + T - 1) / T;
     tile_lines_ = tile_lines(item.tier);
@@ -133,8 +134,7 @@ class Ahead {
       start(*next_);
       next_ = nullptr;
     }
-    at_ = pool_.page(*entry_);
-    entry_ += step_;
+    at_ = pool_.page(pool_.entry(row_, tier_, number_++));
     pages_--;
     lines_ = (layout::PAGE_BYTES + LINE_BYTES - 1) / LINE_BYTES;
     return true;
@@ -142,7 +142,7 @@ class Ahead {
 
   const Pool& pool_;
   const Item* next_ = nullptr;
-  const int32_t* entry_ = nullptr;
   const uint8_t* at_ = nullptr;
-  int step_ = 0, pages_ = 0, lines_ = 0, tile_lines_ = 0;
+  int64_t row_ = 0;
+  int tier_ = HIGH, number_ = 0, pages_ = 0, lines_ = 0, tile_lines_ = 0;
 };
