@@ -30,6 +30,7 @@ from diffkv.kernels import triton as kernels
 from diffkv.kernels.triton.workspace import Tuning, workspace
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
+from diffkv.shape import PoolShape
 from diffkv.state import PoolState, PromptTokens
 
 MIXED_HIGH = 0.2
@@ -60,7 +61,7 @@ def filled(
         for share, tier in zip(shares, layout.tiers, strict=True)
     )
     num_pages = num_layers * (pages + len(lens) * HEADS * spare // 16)
-    shape = pool.PoolShape(layout, num_layers, HEADS, len(lens), width, num_pages)
+    shape = PoolShape(layout, num_layers, HEADS, len(lens), width, num_pages)
     buffer = torch.empty(
         shape.table_bytes + num_pages * layout.page_bytes, dtype=torch.uint8, device="cuda"
     )
@@ -227,7 +228,7 @@ def one_call_pool(layers: int, requests: int, num: int) -> PoolState:
     layout = PageLayout.derive(quant, HEAD_DIM, None, DTYPE.itemsize, drops=True)
     width = layout.max_pages(num + 200)
     num_pages = layers * requests * HEADS * width * 3 // 4
-    shape = pool.PoolShape(layout, layers, HEADS, requests, width, num_pages)
+    shape = PoolShape(layout, layers, HEADS, requests, width, num_pages)
     buffer = torch.empty(
         shape.table_bytes + num_pages * layout.page_bytes, dtype=torch.uint8, device="cuda"
     )

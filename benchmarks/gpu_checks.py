@@ -14,6 +14,7 @@ from diffkv.layout import CacheLayout
 from diffkv.policy import Thresholds
 from diffkv.quant import LayerQuant
 from diffkv.rotation import signs
+from diffkv.shape import CacheShape
 from diffkv.state import PoolState, PromptTokens
 from diffkv.steps import PromptChunk
 
@@ -140,7 +141,7 @@ def check_prompts_without_waiting(rotate: bool) -> float:
     outputs = []
     for device in ("cpu", "cuda"):
         layout = CacheLayout.derive(LayerQuant.parse("k8v4-k4v2"), 1, HEAD_DIM)
-        shape = pool.CacheShape.fit(8 << 20, layout, 2, 512, 3)
+        shape = CacheShape.fit(8 << 20, layout, 2, 512, 3)
         buffer = torch.zeros(8 << 20, dtype=torch.uint8, device=device)
         state = pool.create_cache(shape, buffer, DTYPE, window=64)
         chosen = signs(HEAD_DIM).to(device) if rotate else None

@@ -5,8 +5,8 @@ import torch
 
 from diffkv import pool, reference
 from diffkv.layout import PageLayout
-from diffkv.pool import PoolShape
 from diffkv.quant import QuantConfig
+from diffkv.shape import PoolShape
 from diffkv.state import PromptTokens
 
 NUM_SLOTS, NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 3, 2, 2, 8

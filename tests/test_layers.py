@@ -12,8 +12,8 @@ from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk
 from diffkv.layout import CacheLayout, PageLayout
 from diffkv.policy import LOW, Thresholds
-from diffkv.pool import CacheShape
 from diffkv.quant import ConfigError, Format, LayerQuant, QuantConfig
+from diffkv.shape import CacheShape
 
 MIXED = "0:k8v4,1-2:k8v4-k4v2,3:k8v4,4:k16v16"
 NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_DIM = 5, 2, 2, 8

@@ -11,6 +11,7 @@ from diffkv.cache import DiffKVCache, PromptChunk
 from diffkv.layout import CacheLayout, PageLayout
 from diffkv.policy import Thresholds
 from diffkv.quant import LayerQuant, QuantConfig
+from diffkv.shape import CacheShape
 from diffkv.state import PoolState
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,7 @@ def _run(kernels: str | None) -> tuple[torch.Tensor, PoolState]:
         LayerQuant.parse(UNKNOWN), LAYERS, HEAD_DIM, element_bytes=4, drops=True
     )
     budget = 2 << 20
-    shape = pool.CacheShape.fit(budget, layout, KV_HEADS, PROMPT + NEW, 2)
+    shape = CacheShape.fit(budget, layout, KV_HEADS, PROMPT + NEW, 2)
     buffer = torch.zeros(budget, dtype=torch.uint8)
     cache_state = pool.create_cache(shape, buffer, torch.float32, window=16)
     (state,) = cache_state.groups

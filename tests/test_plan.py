@@ -9,8 +9,8 @@ from diffkv.capacity import HIGH_SHARE, Mix, parse_bytes, parse_tokens, plan_for
 from diffkv.cli import main
 from diffkv.layout import CacheLayout, PageLayout
 from diffkv.model_config import ModelConfig, stored_weight_bytes
-from diffkv.pool import FIXED_BYTES, CacheShape, suitable_leaf_entries
 from diffkv.quant import ConfigError, LayerQuant, QuantConfig
+from diffkv.shape import FIXED_BYTES, CacheShape, suitable_leaf_entries
 
 MOE = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
@@ -151,7 +151,7 @@ def test_llama_in_80_gib(capsys, llama):
     leaf = suitable_leaf_entries(layout.max_pages(8192))
     row = -(-layout.max_pages(8192) // leaf) + 1 + 4
     table = 256 * 4 * (row + 2 * (leaf + 1)) + 12
-    request = pages * (layout.page_bytes + 4) + -(-pages // leaf) * (leaf + 1) * 4 + table
+    request = pages * (layout.page_bytes + 4 + -(-(leaf + 1) * 4 // leaf)) + table
     assert ours["bytes_per_token"] == request / 8192
     assert ours["num_requests"] == (facts["kv_bytes_per_gpu"] - FIXED_BYTES) // request
     assert facts["verdict"]["name"] == "k8v4-k4v2"

@@ -24,8 +24,8 @@ from diffkv import pool, reference
 from diffkv.layout import CacheLayout
 from diffkv.ops import load
 from diffkv.policy import DROPPED, HIGH, LOW
-from diffkv.pool import CacheShape
 from diffkv.quant import ConfigError, LayerQuant
+from diffkv.shape import CacheShape
 
 
 @pytest.fixture(params=["reference", "cpu"])

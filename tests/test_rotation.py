@@ -11,6 +11,7 @@ from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError, LayerQuant
 from diffkv.reference.quantize import dequantize, quantize
 from diffkv.rotation import block_size, choose, hadamard_matrix, signs_of
+from diffkv.shape import CacheShape
 
 KV_HEADS, GROUP = 2, 3
 CHUNKS, NEW = (90, 60), 24
@@ -47,7 +48,7 @@ def _decode(head_dim: int, quant: str, rotate: str, outlier: float, alpha: float
     generator = torch.Generator().manual_seed(1)
     layout = CacheLayout.derive(LayerQuant.parse(quant), 1, head_dim, element_bytes=4, drops=True)
     num_tokens = sum(CHUNKS) + NEW
-    shape = pool.CacheShape.fit(8 << 20, layout, KV_HEADS, num_tokens, 2)
+    shape = CacheShape.fit(8 << 20, layout, KV_HEADS, num_tokens, 2)
     buffer = torch.zeros(8 << 20, dtype=torch.uint8)
     state = pool.create_cache(shape, buffer, torch.float32, window=16)
     signs = signs_of(rotate, head_dim, buffer.device)

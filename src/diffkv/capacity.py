@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from diffkv.layout import CacheLayout
 from diffkv.model_config import ModelConfig
 from diffkv.policy import WINDOW
-from diffkv.pool import CacheShape, fixed_bytes
 from diffkv.quant import ConfigError, LayerQuant, QuantConfig
+from diffkv.shape import CacheShape, fixed_bytes
 
 __all__ = [
     "DENSE_BITS",
@@ -209,7 +209,7 @@ def plan_format(
         for num, tier in zip(mix.tokens(group.page.quant, context), group.page.tiers, strict=True)
     )
     one = CacheShape(layout, rank.num_kv_heads, 1, context, 0)
-    request = one.pages_bytes(pages) + one.slot_bytes
+    request = one.spent_bytes(pages, 1)
     num_requests = max(0, rank.kv_bytes - fixed_bytes(len(layout.groups))) // request
     try:
         shape = CacheShape.fit(

@@ -12,8 +12,8 @@ from diffkv import ops, pool
 from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.policy import DROPPED, HIGH, LOW
-from diffkv.pool import PoolShape
 from diffkv.quant import QuantConfig
+from diffkv.shape import PoolShape
 from diffkv.state import PoolState, PromptTokens
 
 __all__ = ["SelfTest", "run"]

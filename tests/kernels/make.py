@@ -9,6 +9,7 @@ from diffkv import pool
 from diffkv.layout import PageLayout
 from diffkv.policy import DROPPED
 from diffkv.quant import QuantConfig
+from diffkv.shape import PoolShape
 from diffkv.state import PoolState, PromptTokens
 
 FORMATS = ("k8v8", "k8v4", "k8v4g1x2", "k8v2", "k4v4", "k4v2", "k4v2g2x4", "k4v1")
@@ -42,9 +43,7 @@ def make_state(
     width = layout.max_pages(max_tokens)
     if num_pages is None:
         num_pages = num_slots * num_layers * num_kv_heads * width
-    shape = pool.PoolShape(
-        layout, num_layers, num_kv_heads, num_slots, width, num_pages, leaf_entries
-    )
+    shape = PoolShape(layout, num_layers, num_kv_heads, num_slots, width, num_pages, leaf_entries)
     buffer = torch.zeros(shape.table_bytes + num_pages * layout.page_bytes, dtype=torch.uint8)
     state = pool.create(shape, buffer, dtype, window)
     generator = torch.Generator().manual_seed(num_pages)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from diffkv.kernels.triton import facts, worklist
 from diffkv.layout import PageLayout
-from diffkv.pool import PoolShape
 from diffkv.quant import QuantConfig
+from diffkv.shape import PoolShape
 
 LAYERS = 1
 LENGTHS = st.one_of(st.integers(0, 300), st.integers(0, 40_000), st.just(4096), st.just(200_000))

@@ -58,9 +58,9 @@ class TestMixed:
         assert [exact.num_layers, pair.num_layers] == [1, 2]
         # Every request is charged its pages, their entries, and the tables of a slot
         leaf = shape.leaf_entries
-        per_page = shape.layout.page_bytes + 4 + 4 * (leaf + 1) / leaf
+        per_page = shape.layout.page_bytes + 4 + -(-4 * (leaf + 1) // leaf)
         expected = totals["num_pages"] * per_page + totals["num_requests"] * shape.slot_bytes
-        assert expected <= totals["num_bytes"] <= expected + totals["num_requests"] * 4 * (leaf + 1)
+        assert totals["num_bytes"] == expected
         # a token of the exact layer costs as much as in bf16, so at least a third of bf16's bytes
         high, low = totals["high"], totals["low"]
         assert high + low == pytest.approx(totals["num_tokens"])

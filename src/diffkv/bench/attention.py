@@ -40,6 +40,7 @@ class Grid:
         num_kv_heads: of the layer.
         head_dim: elements of a head's key.
         repeats: timed calls.
+        warm: leave the caches as the last call left them, to see what arithmetic takes.
     """
 
     quants: list[str]
@@ -51,6 +52,7 @@ class Grid:
     num_kv_heads: int = 8
     head_dim: int = 128
     repeats: int = 20
+    warm: bool = False
 
     def points(self) -> Iterator["Point"]:
         """Each shape once."""
@@ -107,7 +109,7 @@ def run(
             for quant, mix in _formats(grid)
         ]
         cases = [read_case(device), *(case for case, _ in pairs)]
-        timings = measure(cases, grid.repeats, device, clock)
+        timings = measure(cases, grid.repeats, device, clock, grid.warm)
         errors = _errors(pairs, dense_attention(query, tokens, head_dim**-0.5))
         _add_rows(rows, grid, point, cases, timings, errors)
 
@@ -184,7 +186,8 @@ def _add_rows(
             "op": "attend", "quant": CODE_OF_STOCK.get(case.name), "tiers": None,
             "head_dim": grid.head_dim, "num_kv_heads": grid.num_kv_heads, "group": point.group,
             "ctx": point.ctx, "batch": point.batch, "ragged": point.ragged,
-            "threads": torch.get_num_threads(), "repeats": grid.repeats, "ms": timing.ms,
+            "threads": torch.get_num_threads(), "repeats": grid.repeats, "warm": grid.warm,
+            "ms": timing.ms,
             "ms_p20": timing.p20, "ms_p80": timing.p80, "bytes": case.num_bytes,
             "gb_per_s": rate / 1e6, "read_bandwidth_share": rate / peak,
             "relative_error": error, **ratios, **case.facts,

@@ -11,6 +11,7 @@ from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.policy import HIGH, LOW, WINDOW
 from diffkv.quant import QuantConfig
+from diffkv.shape import PoolShape
 from diffkv.state import PoolState, PromptTokens
 
 __all__ = ["TIER_MIXES", "Tokens", "fill", "make_pool", "pack", "random_tokens", "useful_bytes"]
@@ -69,7 +70,7 @@ def make_pool(
     width = layout.max_pages(max_tokens)
     if num_pages is None:
         num_pages = num_slots * heads[0] * heads[1] * width
-    shape = pool.PoolShape(layout, *heads, num_slots, width, num_pages)
+    shape = PoolShape(layout, *heads, num_slots, width, num_pages)
     num_bytes = shape.table_bytes + num_pages * layout.page_bytes
     buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     state = pool.create(shape, buffer, dtype, WINDOW)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffkv import ops, pool
+from diffkv import ops
 from diffkv.bench.facts import Rows, available_bytes, percentile
 from diffkv.bench.fill import TIER_MIXES, fill, make_pool, pack, random_tokens, useful_bytes
 from diffkv.bench.host_table import HostTable
@@ -18,6 +18,7 @@ from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.policy import DEFAULT_ALPHA_HIGH, HIGH, LOW, SCORED_QUERIES
 from diffkv.quant import QuantConfig
+from diffkv.shape import ENTRY_BYTES, PoolShape
 from diffkv.state import PoolState
 
 __all__ = ["Load", "overheads", "run", "sweeps"]
@@ -257,11 +258,11 @@ def overheads(base: Load, device: str, rows: Rows, ctx: int = 1024) -> None:
         fill(state, kernels, tokens, MIX)
         held = int(state.num_pages_held.sum())
         most = state.layout.max_pages(max_model_len)
-        shape = pool.PoolShape(state.layout, *heads, load.num_requests, most, held)
+        shape = PoolShape(state.layout, *heads, load.num_requests, most, held)
         pages = held * state.layout.page_bytes
         budget = shape.table_bytes + pages
         useful = sum(useful_bytes(state, layer) for layer in range(load.num_layers))
-        ring = held * pool.ENTRY_BYTES
+        ring = held * ENTRY_BYTES
         parts = {
             "tables": (shape.table_bytes - ring) / budget,
             "ring": ring / budget,

@@ -1,8 +1,9 @@
-"""Time calls with cold caches, the candidates in turn, so that noise meets all alike."""
+"""Time calls, with cold caches, the candidates in turn, so that noise meets all alike."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -66,33 +67,44 @@ def measure(
     repeats: int,
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
+    warm: bool = False,
 ) -> list[Timing]:
     """Time every case `repeats` times, in turn, each time after the caches were flushed.
 
     On CPUs the flush reads a buffer of several times the last cache: a write would still be on its way
     to memory while the case runs; `clock` gives seconds. On CUDA it overwrites one, and events time the
-    device alone.
+    device alone. Where `warm`, each case is called twice and the second call is timed, with no flush.
     """
     flush = _flush_buffer(device)
     ms: list[list[float]] = [[] for _ in cases]
     for repeat in range(WARM_UP + repeats):
         for case, values in zip(cases, ms, strict=True):
-            elapsed = _time_cuda(case, flush) if device == "cuda" else _time_cpu(case, flush, clock)
+            before = case.run if warm else partial(_flush, flush)
+            elapsed = (
+                _time_cuda(case, before) if device == "cuda" else _time_cpu(case, before, clock)
+            )
             if repeat >= WARM_UP:
                 values.append(elapsed)
     return [Timing(median(v), percentile(v, 0.2), percentile(v, 0.8)) for v in ms]
 
 
-def _time_cpu(case: Case, flush: torch.Tensor, clock: Callable[[], float]) -> float:
-    flush.sum()
+def _flush(buffer: torch.Tensor) -> None:
+    if buffer.is_cuda:
+        buffer.zero_()
+    else:
+        buffer.sum()
+
+
+def _time_cpu(case: Case, before: Callable[[], Any], clock: Callable[[], float]) -> float:
+    before()
     start = clock()
     case.run()
     return (clock() - start) * 1e3
 
 
-def _time_cuda(case: Case, flush: torch.Tensor) -> float:
+def _time_cuda(case: Case, before: Callable[[], Any]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()
+    before()
     start.record()
     case.run()
     end.record()

@@ -69,6 +69,8 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     parser.add_argument("--cpu-time", action="store_true",
                         help="time of the one thread, on a machine that is shared")  # fmt: skip
+    parser.add_argument("--warm", action="store_true",
+                        help="no flush of the caches between calls: what arithmetic takes")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--full", choices=["grid"], help="contexts, batches and groups of the grid")
 
@@ -191,7 +193,7 @@ def _attention(args: argparse.Namespace) -> None:
     ragged = {"no": [False], "yes": [True], "both": [False, True]}[args.ragged]
     grid = attention.Grid(
         args.quant, args.tiers, args.ctx, args.batch, args.group, ragged, args.kv_heads,
-        args.head_dim, args.repeats,
+        args.head_dim, args.repeats, args.warm,
     )  # fmt: skip
     clock = time.thread_time if args.cpu_time else time.perf_counter
     attention.run(grid, args.device, Rows(args.json, args.out, args.device), clock)

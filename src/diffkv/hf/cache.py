@@ -16,9 +16,9 @@ from diffkv.hf.use import CacheUse
 from diffkv.layout import CacheLayout
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
-from diffkv.pool import CacheShape
 from diffkv.quant import ConfigError, LayerQuant
 from diffkv.rotation import choose, signs_of
+from diffkv.shape import CacheShape
 from diffkv.state import CacheState
 
 __all__ = ["DiffKVHFCache", "feed"]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from diffkv import pool
+from diffkv.shape import CacheShape
 from diffkv.state import CacheState
 from diffkv.vllm_plugin.banner import bf16_bytes_per_token
 from diffkv.vllm_plugin.snapshot import Snapshot
@@ -76,7 +76,7 @@ class Accounts:
         state: of the pool, which is only read.
     """
 
-    def __init__(self, shape: pool.CacheShape, state: CacheState) -> None:
+    def __init__(self, shape: CacheShape, state: CacheState) -> None:
         self._shape = shape
         self._state = state
         self._totals = Totals()

@@ -3,8 +3,8 @@
 from typing import Any
 
 from diffkv.layout import LayerGroup
-from diffkv.pool import CacheShape
 from diffkv.quant import layers_text
+from diffkv.shape import CacheShape
 from diffkv.vllm_plugin.estimate import why_worst_case
 from diffkv.vllm_plugin.options import Options
 

@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from diffkv.layout import CacheLayout
-from diffkv.pool import CacheShape
+from diffkv.shape import CacheShape
 from diffkv.vllm_plugin.estimate import Prompt, PromptSizes
 
 __all__ = ["MAX_IN_FLIGHT", "DiffKVManager", "DiffKVSpec", "Report", "register_spec"]

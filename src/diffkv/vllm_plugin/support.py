@@ -5,8 +5,8 @@ from typing import Any
 import vllm
 
 from diffkv.layout import CacheLayout
-from diffkv.pool import CacheShape
 from diffkv.quant import ConfigError
+from diffkv.shape import CacheShape
 from diffkv.vllm_plugin import matrix
 from diffkv.vllm_plugin.options import Options
 
