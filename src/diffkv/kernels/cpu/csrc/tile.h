@@ -72,6 +72,9 @@ constexpr int tile_lines(int tier) {
   return tile_tokens(tier) * layout::PAGE_BYTES / tokens_per_page(tier) / LINE_BYTES + 1;
 }
 
+// Where lines are asked for: the second cache. The first one can wait for fewer lines at once.
+constexpr int SECOND_CACHE = 2;
+
 // Which lines to ask for at each step of a tile, half of them while it is scored: all at once would
 // fill the queue of misses, and pages are too small for the machine's own prefetchers.
 template <int TIER, int VALUE_BLOCKS>
@@ -86,12 +89,13 @@ struct Schedule {
   const uint8_t* lines[NUM];
 
   INLINE void score_step(int start) const {
-    for (int i = 0; i < PER_SCORE; i++) __builtin_prefetch(lines[start / LANES * PER_SCORE + i]);
+    for (int i = 0; i < PER_SCORE; i++)
+      __builtin_prefetch(lines[start / LANES * PER_SCORE + i], 0, SECOND_CACHE);
   }
   INLINE void value_step(int block, int t) const {
     const int step = block * (tile_tokens(TIER) / 4) + t / 4;
     for (int i = 0; i < PER_VALUE; i++)
-      __builtin_prefetch(lines[SCORE_STEPS * PER_SCORE + step * PER_VALUE + i]);
+      __builtin_prefetch(lines[SCORE_STEPS * PER_SCORE + step * PER_VALUE + i], 0, SECOND_CACHE);
   }
 };
 
