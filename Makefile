@@ -8,6 +8,8 @@ INSTALLED := $(VENV)/.installed
 
 # What the caller's shell has set up for another Python must not leak into .venv.
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV CONDA_PREFIX UV_SYSTEM_PYTHON UV_PYTHON
+# Without bytecode on disk, every process compiles torch and vLLM anew before it does anything.
+unexport PYTHONDONTWRITEBYTECODE
 
 # uv does not read pip's settings: what pip has been told, uv is told too. A folder with a torch wheel is
 # where torch comes from; without one uv takes PyTorch's own builds for CPU.
@@ -47,12 +49,16 @@ $(INSTALLED): pyproject.toml requirements/overrides.txt tools/vllm_cpu_metadata.
 run: env ## generate with the shipped model, compressed and not, side by side
 	$(BIN)/diffkv generate --compare
 
-# vLLM is tested in a process of its own: importing it changes threads, logging and Triton for all others.
+# vLLM is tested by processes of their own: importing it changes threads, logging and Triton for all others.
 # A failure of one half does not hide what the other finds.
+# Each core has a process, which takes whole files, for what is costly is made once a file; by name, because
+# xdist's own order has files of few, long tests last, when other cores have nothing left to do.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: env ## all tests
 	@status=0; \
-	$(BIN)/pytest tests --ignore=tests/vllm_plugin || status=1; \
-	$(BIN)/pytest tests/vllm_plugin || status=1; \
+	$(PYTEST) tests --ignore=tests/vllm_plugin || status=1; \
+	$(PYTEST) tests/vllm_plugin || status=1; \
 	exit $$status
 
 bench: env ## measure on this machine, beside vLLM's own cache: tables and plots in docs/results/cpu

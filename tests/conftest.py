@@ -1,6 +1,13 @@
 """Settings of all tests."""
 
+import os
+
 from hypothesis import settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There are as many workers as cores: each has one thread, and so have the processes that it
+    # starts. vLLM would bind all of them to the same core.
+    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 # A slow machine is no fault of the code: examples have no time limit.
 settings.register_profile("diffkv", deadline=None)

@@ -22,7 +22,9 @@ def poison_empty(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def keep_threads():
+def several_threads():
+    """More than one, also where the process was given one; what a test sets is undone."""
     before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))
     yield
     torch.set_num_threads(before)

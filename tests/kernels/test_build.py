@@ -121,6 +121,12 @@ def test_settings(monkeypatch):
 
 
 def test_one_openmp_runtime_in_the_process():
+    """A fresh one: other tests load libraries that bring runtimes of their own."""
+    script = "import test_build; test_build.check_one_openmp_runtime()"
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=True)
+
+
+def check_one_openmp_runtime():
     before = openmp_files()
     assert len(before) == 1, "torch loads one"
     library.vectors_library()

@@ -15,7 +15,10 @@ MINUTES = 15
 @pytest.mark.parametrize("interpret", ["1", "0"], ids=["interpreted", "compiled"])
 def test_triton_kernels(interpret):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
+    # Minutes in one process: two share what cores are free
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", str(TESTS)
+    ]  # fmt: skip
     environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=MINUTES * 60

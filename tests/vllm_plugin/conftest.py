@@ -1,4 +1,4 @@
-"""Engines for tests: one at a time, in this process unless a test asks for several processes."""
+"""Engines for tests: one at a time, in pytest's own process unless a test asks for several."""
 
 import contextlib
 import os

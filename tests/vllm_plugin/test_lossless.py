@@ -40,7 +40,9 @@ def test_tokens_equal_stock(
 def test_tokens_equal_stock_in_several_processes(
     monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], stock: list[list[int]]
 ) -> None:
+    """The worker with two threads, for those in one process may have one."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     with engine(LOSSLESS, max_num_batched_tokens=256) as llm:
         run = greedy(llm, prompts, NEW_TOKENS)
     assert run.token_ids == stock

@@ -25,6 +25,7 @@ KV_BYTES = 24 << 20
 MODEL_LEN = 2048
 START_SECONDS = 420
 SETTLE_SECONDS = 30
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
 # Prompts of eight requests fit one step: borders of chunks would depend on the company, and show.
 FLAGS = (
     "--max-model-len", str(MODEL_LEN), "--enforce-eager", "--dtype", "float32",
@@ -83,11 +84,11 @@ def free_port() -> int:
 def running(command: list[str], model: str, log: Path, **variables: str) -> Iterator[Server]:
     """A server process, ready; its whole process group ends with the block."""
     port = free_port()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")} | variables
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_") or k == BIND}
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port), "--host", "127.0.0.1"],
-            stdout=output, stderr=output, start_new_session=True, env=environment,
+            stdout=output, stderr=output, start_new_session=True, env=kept | variables,
         )  # fmt: skip
     server = Server(f"http://127.0.0.1:{port}", model, log)
     try:
@@ -346,7 +347,7 @@ def test_two_replicas(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "diffkv", "serve", "reference", *FLAGS, "--data-parallel-size", "2",
     ]  # fmt: skip
-    with running(command, "reference", tmp_path / "log", VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
+    with running(command, "reference", tmp_path / "log", **{BIND: "0|1"}) as server:
 
         def ask(prompt: str) -> str:
             done = server.client().completions.create(
