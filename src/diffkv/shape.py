@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from diffkv.layout import CacheLayout, PageLayout
 from diffkv.quant import ConfigError
 
-__all__ = ["CacheShape", "PoolShape", "fixed_bytes", "suitable_leaf_entries"]
+__all__ = [
+    "ENTRY_BYTES",
+    "FIXED_BYTES",
+    "TABLE_ALIGNMENT_BYTES",
+    "CacheShape",
+    "PoolShape",
+    "fixed_bytes",
+    "suitable_leaf_entries",
+]
 
 TABLE_ALIGNMENT_BYTES = 64
 ENTRY_BYTES = 4
