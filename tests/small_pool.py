@@ -6,6 +6,7 @@ import torch
 from diffkv import pool, reference
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
+from diffkv.reference.pages import page_ids
 from diffkv.shape import PoolShape
 from diffkv.state import PromptTokens
 
@@ -73,7 +74,7 @@ def read(state):
         for tier, tier_views in enumerate(views):
             number = np.arange(counts[(*row, tier)])
             number, index = np.divmod(number, state.layout.tiers[tier].tokens_per_page)
-            page = pool.page_ids(state, row, tier).numpy()[number]
+            page = page_ids(state, row, tier).numpy()[number]
             result[row].append([view[page, index] for view in tier_views])
     return result
 

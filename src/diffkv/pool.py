@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffkv import huge_pages
 from diffkv.layout import PageLayout
+from diffkv.reference.pages import page_ids
 from diffkv.shape import TABLE_ALIGNMENT_BYTES, CacheShape, PoolShape
 from diffkv.state import CacheState, PoolState
 
@@ -20,7 +21,6 @@ __all__ = [
     "create_cache",
     "held_pages",
     "page_growth",
-    "page_ids",
     "prompt_pages",
 ]
 
@@ -144,14 +144,6 @@ def page_growth(state: PoolState, slots: Tensor, most: int) -> Tensor:
         for n in range(1, most + 1)
     ]
     return torch.stack(worst).sum((2, 3)).T
-
-
-def page_ids(state: PoolState, head: tuple[int, int, int], tier: int) -> Tensor:
-    """The pages that (slot, layer, head) holds in a tier, first to last: [n] int64."""
-    number = torch.arange(int(state.num_pages_held[(*head, tier)]), device=state.leaves.device)
-    leaf = number // state.leaf_entries
-    column = leaf if tier == 0 else state.directory_width - 1 - leaf
-    return state.leaves[state.directory[head][column].long(), number % state.leaf_entries].long()
 
 
 def check_invariants(*groups: PoolState) -> None:

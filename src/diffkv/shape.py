@@ -176,10 +176,11 @@ class CacheShape:
     @property
     def groups(self) -> tuple[PoolShape, ...]:
         """The shape of each group of layers, in the layout's order."""
+        leaf_entries = self.leaf_entries
         return tuple(
             PoolShape(
                 group.page, len(group.layers), self.num_kv_heads, self.num_slots,
-                group.page.max_pages(self.max_model_len), self.num_pages, self.leaf_entries,
+                group.page.max_pages(self.max_model_len), self.num_pages, leaf_entries,
             )
             for group in self.layout.groups
         )  # fmt: skip

@@ -9,7 +9,8 @@ from make import DTYPES, assert_same, copy_of, fill, make_state, make_tiers, mak
 from diffkv import reference
 from diffkv.kernels import cpu
 from diffkv.policy import LOW
-from diffkv.pool import check_invariants, page_ids
+from diffkv.pool import check_invariants
+from diffkv.reference.pages import page_ids
 from diffkv.state import PoolState
 
 

@@ -1,5 +1,7 @@
 """Find a head's pages, and read and write single tokens of a page."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,17 @@ from diffkv.reference.ring import take_leaf
 from diffkv.state import PoolState
 from diffkv.tier import TierLayout
 
-__all__ = ["directory_column", "enter_page", "page_id", "read_token", "segment", "write_token"]
+__all__ = [
+    "directory_column",
+    "enter_page",
+    "page_id",
+    "page_ids",
+    "read_token",
+    "segment",
+    "write_token",
+]
+
+Number = TypeVar("Number", int, Tensor)
 
 
 def segment(state: PoolState, page: int, start: int, num: int, dtype: torch.dtype) -> Tensor:
@@ -17,8 +29,8 @@ def segment(state: PoolState, page: int, start: int, num: int, dtype: torch.dtyp
     return row[start : start + num * dtype.itemsize].view(dtype)
 
 
-def directory_column(state: PoolState, tier: int, leaf: int) -> int:
-    """Where a head's leaf number `leaf` of a tier is in its row of the directory."""
+def directory_column(state: PoolState, tier: int, leaf: Number) -> Number:
+    """Where leaf number `leaf`, or several, of a head and tier is in its row of the directory."""
     return leaf if tier == 0 else state.directory_width - 1 - leaf
 
 
@@ -26,6 +38,13 @@ def page_id(state: PoolState, row: tuple[int, int, int], tier: int, number: int)
     """The page number `number` that (slot, layer, head) holds in a tier."""
     leaf, entry = divmod(number, state.leaf_entries)
     return int(state.leaves[state.directory[(*row, directory_column(state, tier, leaf))], entry])
+
+
+def page_ids(state: PoolState, row: tuple[int, int, int], tier: int) -> Tensor:
+    """The pages that (slot, layer, head) holds in a tier, first to last: [n] int64."""
+    number = torch.arange(int(state.num_pages_held[(*row, tier)]), device=state.leaves.device)
+    columns = directory_column(state, tier, number // state.leaf_entries)
+    return state.leaves[state.directory[row][columns].long(), number % state.leaf_entries].long()
 
 
 def enter_page(state: PoolState, row: tuple[int, int, int], tier: int, page: int) -> None:

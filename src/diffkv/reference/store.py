@@ -8,6 +8,7 @@ from diffkv.reference.pages import (
     directory_column,
     enter_page,
     page_id,
+    page_ids,
     read_token,
     write_token,
 )
@@ -127,9 +128,9 @@ def release(state: PoolState, slots: Tensor, layer: int) -> None:
 
 
 def _release_tier(state: PoolState, row: tuple[int, int, int], tier: int) -> None:
-    held = int(state.num_pages_held[(*row, tier)])
-    pages = [page_id(state, row, tier, number) for number in range(held)]
-    give_back(state, torch.tensor(pages, dtype=torch.int32))
-    columns = [directory_column(state, tier, k) for k in range(-(-held // state.leaf_entries))]
+    pages = page_ids(state, row, tier)
+    give_back(state, pages)
+    leaves = -(-len(pages) // state.leaf_entries)
+    columns = directory_column(state, tier, torch.arange(leaves, device=pages.device))
     give_back_leaves(state, state.directory[(*row, columns)])
     state.directory[(*row, columns)] = -1

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from diffkv.policy import DROPPED, HIGH, LOW
-from diffkv.pool import page_ids
 from diffkv.quant import ConfigError
+from diffkv.reference.pages import page_ids
 from diffkv.state import CacheState, PoolState
 from diffkv.vllm_plugin.options import Options
 

@@ -6,7 +6,8 @@ number: a short head alone on a GPU takes the time of one chunk, and many long h
 which each adds what it costs to begin one and to merge its result.
 
 It is a power of two and no larger than a leaf of a page table, so that the pages of a chunk are named
-side by side: looking for the leaf of every page in the loop over them costs attention up to a fifth.
+side by side: looking for the leaf of every page in the loop over them, whose loads then depend on each
+other three deep, makes attention slower.
 """
 
 import math

@@ -144,8 +144,7 @@ EXPORT int diffkv_plan_decode(const Pool* pool_ptr, const int32_t* slots, const 
     const int64_t row = slot * per_request + i % per_request;
     next++;
     if (!pool.wants_leaf(row, decisions[i].grows)) continue;
-    const int64_t held = pool.leaves_of(pool.held(row, HIGH)) + pool.leaves_of(pool.held(row, LOW));
-    table_full |= held >= pool.directory_width;
+    table_full |= pool.leaves_held(row) >= pool.directory_width;
     next_leaf++;
   }
   const bool overrun = next > pool.ring_ends[1];

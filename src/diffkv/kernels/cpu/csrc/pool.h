@@ -60,6 +60,11 @@ struct Pool {
   // Leaves that name so many pages of one tier.
   int64_t leaves_of(int64_t pages) const { return (pages + (1 << leaf_shift) - 1) >> leaf_shift; }
 
+  // Leaves of a row, of both tiers.
+  int64_t leaves_held(int64_t row) const {
+    return leaves_of(held(row, HIGH)) + leaves_of(held(row, LOW));
+  }
+
   // Whether the next page of a row in a tier is the first of a leaf.
   bool wants_leaf(int64_t row, int tier) const {
     return (held(row, tier) & ((1 << leaf_shift) - 1)) == 0;

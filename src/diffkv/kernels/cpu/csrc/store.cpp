@@ -177,7 +177,7 @@ EXPORT int diffkv_release(const Pool* pool_ptr, const int32_t* slots, int64_t nu
         starts.push_back(tail);
         leaf_starts.push_back(leaf_tail);
         tail += pool.held(row, HIGH) + pool.held(row, LOW);
-        leaf_tail += pool.leaves_of(pool.held(row, HIGH)) + pool.leaves_of(pool.held(row, LOW));
+        leaf_tail += pool.leaves_held(row);
       }
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < (int64_t)rows.size(); i++) {
