@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from diffkv import policies
-from diffkv.evaluation import hf_runs
-from diffkv.evaluation.kld import read_texts
-from diffkv.evaluation.results import Run
-from diffkv.evaluation.runs import CacheSpec, HFRun, language_of
-from diffkv.evaluation.synth import Plan
+from diffkv.lab.evaluation import hf_runs
+from diffkv.lab.evaluation.kld import read_texts
+from diffkv.lab.evaluation.results import Run
+from diffkv.lab.evaluation.runs import CacheSpec, HFRun, language_of
+from diffkv.lab.evaluation.synth import Plan
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.quant import LayerQuant
 

@@ -2,7 +2,7 @@
 
     python benchmarks/hostile.py docs/results/fidelity/hostile
 
-`reference-128` without the outliers that it ships with is rewritten (`diffkv.evaluation.hostile`) into
+`reference-128` without the outliers that it ships with is rewritten into
 each of `CASES`, in a temporary folder. Each case gets a file: one JSON object of `diffkv eval` a line,
 one line for each method. full-precision.jsonl says how far logits of the rewritten model are from the
 plain one's; a case whose full-precision answers differ ends the run.
@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from fidelity import Method
 
-from diffkv.evaluation import hf_runs
-from diffkv.evaluation.hf_runs import HFModel
-from diffkv.evaluation.hostile import rewrite
-from diffkv.evaluation.languages import LANGUAGES
-from diffkv.evaluation.runs import HFRun
-from diffkv.evaluation.synth import Plan
-from diffkv.evaluation.tasks import draw
+from diffkv.lab.evaluation import hf_runs
+from diffkv.lab.evaluation.hf_runs import HFModel
+from diffkv.lab.evaluation.hostile import rewrite
+from diffkv.lab.evaluation.languages import LANGUAGES
+from diffkv.lab.evaluation.runs import HFRun
+from diffkv.lab.evaluation.synth import Plan
+from diffkv.lab.evaluation.tasks import draw
 
 MODEL = "reference-128"
 OWN_OUTLIERS = ("k-outliers", 0.25)

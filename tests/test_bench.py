@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from diffkv import ops
-from diffkv.bench import fill, gain_map, manager, models, plots, prompt, throughput
-from diffkv.bench.attention import Grid, Point
-from diffkv.bench.facts import Rows, percentile
-from diffkv.bench.host_table import HostTable
-from diffkv.bench.timing import Case, measure
 from diffkv.cli import main
+from diffkv.lab.bench import fill, gain_map, manager, models, plots, prompt, throughput
+from diffkv.lab.bench.attention import Grid, Point
+from diffkv.lab.bench.facts import Rows, percentile
+from diffkv.lab.bench.host_table import HostTable
+from diffkv.lab.bench.timing import Case, measure
 
 
 def test_percentile_is_a_value_that_was_measured():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffkv.cli import main
-from diffkv.evaluation import benchmarks
+from diffkv.lab.evaluation import benchmarks
 
 DOCS = Path(__file__).parents[1] / "docs" / "real-benchmarks.md"
 SAMPLING = {"temperature": "T", "top_p": "top_p", "top_k": "top_k"}

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from diffkv.calibrate import file, questions
-from diffkv.calibrate.journal import Journal
-from diffkv.calibrate.search import (
+from diffkv.cli import main
+from diffkv.cli.calibrate import _share
+from diffkv.lab.calibrate import file, questions
+from diffkv.lab.calibrate.journal import Journal
+from diffkv.lab.calibrate.search import (
     DISTINCT_GRID,
     HIGH_GRID,
     LOW_GRID,
@@ -18,8 +20,6 @@ from diffkv.calibrate.search import (
     search,
     stages,
 )
-from diffkv.cli import main
-from diffkv.cli.calibrate import _share
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.options import Options

@@ -9,11 +9,11 @@ pytest.importorskip("transformers", reason="needs the extra eval")
 
 from diffkv.cli import main
 from diffkv.cli.engine_options import model_folder
-from diffkv.evaluation import hf_runs
-from diffkv.evaluation.languages import LANGUAGES, English, ReferenceWords
-from diffkv.evaluation.results import Run
-from diffkv.evaluation.runs import language_of
-from diffkv.evaluation.tasks import FILLER_TOKENS, SETTINGS, draw
+from diffkv.lab.evaluation import hf_runs
+from diffkv.lab.evaluation.languages import LANGUAGES, English, ReferenceWords
+from diffkv.lab.evaluation.results import Run
+from diffkv.lab.evaluation.runs import language_of
+from diffkv.lab.evaluation.tasks import FILLER_TOKENS, SETTINGS, draw
 
 NUM_TOKENS = 512
 CASES = [

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffkv.evaluation.hostile import REWRITINGS, rewrite
+from diffkv.lab.evaluation.hostile import REWRITINGS, rewrite
 from diffkv.quant import ConfigError
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")

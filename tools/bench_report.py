@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffkv.bench.gain_map import RATIOS, begins
-from diffkv.bench.plots import label, plot_attention, plot_map, plot_serving
+from diffkv.lab.bench.gain_map import RATIOS, begins
+from diffkv.lab.bench.plots import label, plot_attention, plot_map, plot_serving
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "cpu"

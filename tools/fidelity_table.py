@@ -5,8 +5,8 @@ python tools/fidelity_table.py          # after make eval, which calls it
 
 from pathlib import Path
 
-from diffkv.report.load import read
-from diffkv.report.summary import Score, scores
+from diffkv.lab.report.load import read
+from diffkv.lab.report.summary import Score, scores
 
 ROOT = Path(__file__).parents[1]
 MODEL = "reference-128"

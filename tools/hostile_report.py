@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffkv.report.load import read
-from diffkv.report.summary import Method, Score, scores
+from diffkv.lab.report.load import read
+from diffkv.lab.report.summary import Method, Score, scores
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "fidelity" / "hostile"
@@ -45,7 +45,7 @@ larger than the others, and single tokens that are (massive activations). A form
 levels over the whole range of a vector, so an outlier takes them from everything else. The shipped
 models have few outliers, so some are made: `reference-128`, its own taken away, is rewritten so that
 **full precision answers as before** and the cache has outliers
-(`src/diffkv/evaluation/hostile.py` says how). What a format loses here, it loses to the outliers
+(`src/diffkv/lab/evaluation/hostile.py` says how). What a format loses here, it loses to the outliers
 alone. Made by
 
 ```

@@ -44,7 +44,8 @@ def engine(
     quant: str | None = None, options: dict[str, Any] | None = None, **args: Any
 ) -> Iterator[Any]:
     """An engine on the shipped model; without `quant` with vLLM's own cache."""
-    from diffkv.vllm_plugin import engine_args, offline
+    from diffkv.vllm_plugin import engine_args
+    from diffkv.vllm_plugin.front import offline
 
     arguments: dict[str, Any] = {
         "model": MODEL,

@@ -9,7 +9,14 @@ from test_models import arguments, decode, token_ids
 
 from checkpoints import make  # isort: skip
 from diffkv.policy import Thresholds
-from diffkv.vllm_plugin.estimate import FEWEST_SEEN, MARGIN, MOST_KINDS, SEEN, Prompt, PromptSizes
+from diffkv.vllm_plugin.scheduler.estimate import (
+    FEWEST_SEEN,
+    MARGIN,
+    MOST_KINDS,
+    SEEN,
+    Prompt,
+    PromptSizes,
+)
 
 EXACT, NOTHING_DROPPED = "k16v16", {"alpha_low": 1e-30}
 """Prompts are scored, held to limits and given up, but nothing is lost: every token must be right."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from diffkv.bench.child import Child, in_turn
-from diffkv.bench.engine import Job
+from diffkv.lab.bench.child import Child, in_turn
+from diffkv.lab.bench.engine import Job
 
 TIMEOUT_SECONDS = 300
 FACTS = {"device", "diffkv", "torch", "vllm", "python", "commit"}

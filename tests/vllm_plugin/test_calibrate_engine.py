@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from diffkv.calibrate import file, search
 from diffkv.cli import main
+from diffkv.lab.calibrate import file, search
 
 DATA = Path(__file__).parents[2] / "examples" / "lm_eval" / "lists.jsonl"
 NUM = 3

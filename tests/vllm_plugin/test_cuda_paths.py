@@ -12,12 +12,12 @@ from torch import Tensor
 from diffkv.prefill import Spans, torch_prefill
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import engine_args
-from diffkv.vllm_plugin.admission import Admission
-from diffkv.vllm_plugin.backend import DiffKVBuilder
 from diffkv.vllm_plugin.connector import DiffKVConnector
-from diffkv.vllm_plugin.prefill import choose_prefill
-from diffkv.vllm_plugin.snapshot import Snapshots
-from diffkv.vllm_plugin.spec import DiffKVManager, Report
+from diffkv.vllm_plugin.front.admission import Admission
+from diffkv.vllm_plugin.scheduler.spec import DiffKVManager, Report
+from diffkv.vllm_plugin.worker.backend import DiffKVBuilder
+from diffkv.vllm_plugin.worker.prefill import choose_prefill
+from diffkv.vllm_plugin.worker.snapshot import Snapshots
 
 
 def test_message_after_metadata(

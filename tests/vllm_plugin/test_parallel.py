@@ -14,7 +14,7 @@ from test_models import Answer, arguments, decode, drift, token_ids
 from checkpoints import make  # isort: skip
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.connector import ReportMessage
-from diffkv.vllm_plugin.spec import Report
+from diffkv.vllm_plugin.scheduler.spec import Report
 
 SUMMATION_DRIFT = 1e-3
 """In nats: two halves of a sum are added in another order, and a code may fall on its other side."""

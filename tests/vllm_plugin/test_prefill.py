@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffkv.prefill import Spans, torch_prefill
-from diffkv.vllm_plugin.prefill import choose_prefill
+from diffkv.vllm_plugin.worker.prefill import choose_prefill
 
 WORST = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}
 

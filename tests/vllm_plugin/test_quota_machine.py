@@ -14,8 +14,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from diffkv.layout import CacheLayout
 from diffkv.policy import Thresholds
 from diffkv.quant import LayerQuant
-from diffkv.vllm_plugin.estimate import Prompt, PromptSizes
-from diffkv.vllm_plugin.spec import MAX_IN_FLIGHT, DiffKVManager, DiffKVSpec, Report
+from diffkv.vllm_plugin.scheduler.estimate import Prompt, PromptSizes
+from diffkv.vllm_plugin.scheduler.spec import MAX_IN_FLIGHT, DiffKVManager, DiffKVSpec, Report
 
 LAYERS, KV_HEADS, RANKS = 2, 2, 2
 HEADS = LAYERS * KV_HEADS

@@ -318,8 +318,8 @@ class TestServer:
 
 
 def test_plain_vllm_with_documented_flags(tmp_path: Path) -> None:
+    from diffkv.vllm_plugin.front.server import serve_flags
     from diffkv.vllm_plugin.options import Options
-    from diffkv.vllm_plugin.server import serve_flags
 
     flags = serve_flags(Options(quant="k8v8", alpha_low=0.0))
     (config,) = [json.loads(f) for f in flags if f.startswith("{")]

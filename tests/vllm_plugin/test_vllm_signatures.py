@@ -157,33 +157,33 @@ OVERRIDES = {
         f"{CONNECTOR}.metrics:KVConnectorPromMetrics",
         "__init__ observe",
     ),
-    "diffkv.vllm_plugin.spec:DiffKVSpec": (
+    "diffkv.vllm_plugin.scheduler.spec:DiffKVSpec": (
         "vllm.v1.kv_cache_interface:FullAttentionSpec",
         "get_num_kernel_states max_num_blocks_per_req max_memory_usage_bytes merge",
     ),
-    "diffkv.vllm_plugin.spec:DiffKVManager": (
+    "diffkv.vllm_plugin.scheduler.spec:DiffKVManager": (
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
         "__init__ get_num_blocks_to_allocate allocate_new_blocks pop_blocks_for_free "
         "find_longest_cache_hit add_local_computed_blocks cache_blocks remove_skipped_blocks",
     ),
-    "diffkv.vllm_plugin.backend:DiffKVBackend": (
+    "diffkv.vllm_plugin.worker.backend:DiffKVBackend": (
         "vllm.v1.attention.backend:AttentionBackend",
         "get_name get_impl_cls get_builder_cls get_supported_kernel_block_sizes "
         "supports_sliding_window customize_spec",
     ),
-    "diffkv.vllm_plugin.backend:DiffKVBuilder": (
+    "diffkv.vllm_plugin.worker.backend:DiffKVBuilder": (
         "vllm.v1.attention.backend:AttentionMetadataBuilder",
         "__init__ build build_for_cudagraph_capture get_cudagraph_support",
     ),
-    "diffkv.vllm_plugin.backend:DiffKVImpl": (
+    "diffkv.vllm_plugin.worker.backend:DiffKVImpl": (
         "vllm.v1.attention.backend:AttentionImpl",
         "__init__ forward",
     ),
-    "diffkv.vllm_plugin.admission:Admission": (
+    "diffkv.vllm_plugin.front.admission:Admission": (
         "vllm.v1.sample.logits_processor:LogitsProcessor",
         "__init__ validate_params apply is_argmax_invariant update_state",
     ),
-    "diffkv.vllm_plugin.admission:Admission ": (
+    "diffkv.vllm_plugin.front.admission:Admission ": (
         "vllm.v1.worker.gpu.sample.logits_processor.interface:LogitsProcessor",
         "validate_params apply add_request",
     ),

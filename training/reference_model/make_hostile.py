@@ -3,7 +3,7 @@
     python training/reference_model/make_hostile.py src/diffkv/data/reference-128 out \
         --hostile k-outliers --scale 16
 
-What each name does stands in `diffkv.evaluation.hostile`. float32 keeps biases exact.
+What each name does stands in `diffkv.lab.evaluation.hostile`. float32 keeps biases exact.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from diffkv.evaluation.hostile import REWRITINGS, rewrite
+from diffkv.lab.evaluation.hostile import REWRITINGS, rewrite
 
 
 def main() -> None:

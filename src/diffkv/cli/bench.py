@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
-    from diffkv.bench.fill import TIER_MIXES
+    from diffkv.lab.bench.fill import TIER_MIXES
 
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quant", nargs="+", default=DEFAULT_QUANTS, help="formats")
@@ -180,8 +180,8 @@ def _prepare_device(args: argparse.Namespace) -> None:
 
 
 def _attention(args: argparse.Namespace) -> None:
-    from diffkv.bench import attention
-    from diffkv.bench.facts import Rows
+    from diffkv.lab.bench import attention
+    from diffkv.lab.bench.facts import Rows
 
     if args.cpu_time and (args.device, args.threads) != ("cpu", 1):
         raise ConfigError("--cpu-time is the time of one thread of a CPU: add --threads 1")
@@ -200,8 +200,8 @@ def _attention(args: argparse.Namespace) -> None:
 
 
 def _manager(args: argparse.Namespace) -> None:
-    from diffkv.bench import manager
-    from diffkv.bench.facts import Rows
+    from diffkv.lab.bench import manager
+    from diffkv.lab.bench.facts import Rows
 
     _prepare_device(args)
     if args.smoke:
@@ -231,13 +231,13 @@ def _options(args: argparse.Namespace, drops: bool | None = None) -> list[dict[s
 
 def _model(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The model's folder or id, arguments of the engine for it, and its `config.json`."""
-    from diffkv.bench import models
+    from diffkv.lab.bench import models
 
     if args.model is None:
         name = args.random_weights or "bench-small"
         load_format = models.write_model(name, folder)
         return str(folder), {"load_format": load_format}, models.find(name)
-    from diffkv.vllm_plugin.offline import check_model
+    from diffkv.vllm_plugin.front.offline import check_model
 
     model = model_folder(args.model)
     check_model(model)
@@ -246,7 +246,7 @@ def _model(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any],
 
 
 def _kv_bytes(args: argparse.Namespace, config: dict[str, Any], longest: int) -> int:
-    from diffkv.bench.throughput import four_requests
+    from diffkv.lab.bench.throughput import four_requests
 
     if args.kv_bytes:
         return int(args.kv_bytes)
@@ -256,9 +256,9 @@ def _kv_bytes(args: argparse.Namespace, config: dict[str, Any], longest: int) ->
 
 
 def _throughput(args: argparse.Namespace) -> None:
-    from diffkv.bench import throughput
-    from diffkv.bench.facts import Rows
-    from diffkv.bench.models import PAPER_MODELS
+    from diffkv.lab.bench import throughput
+    from diffkv.lab.bench.facts import Rows
+    from diffkv.lab.bench.models import PAPER_MODELS
 
     options = _options(args)
     if args.smoke:
@@ -283,9 +283,9 @@ def _throughput(args: argparse.Namespace) -> None:
 
 
 def _map(args: argparse.Namespace) -> None:
-    from diffkv.bench import gain_map, plots, prompt
-    from diffkv.bench.facts import Rows
-    from diffkv.bench.throughput import four_requests
+    from diffkv.lab.bench import gain_map, plots, prompt
+    from diffkv.lab.bench.facts import Rows
+    from diffkv.lab.bench.throughput import four_requests
 
     options = _options(args)
     if args.smoke:
@@ -321,7 +321,7 @@ def _engine_device() -> str:
 
 def _compared(args: argparse.Namespace, options: list[dict[str, Any]], rows: Any) -> list[Any]:
     """The settings to compare; a smoke run leaves fp8 out, for its time."""
-    from diffkv.bench.throughput import settings
+    from diffkv.lab.bench.throughput import settings
 
     compared = settings(options)
     if not args.smoke:
@@ -331,7 +331,7 @@ def _compared(args: argparse.Namespace, options: list[dict[str, Any]], rows: Any
 
 
 def _workload(args: argparse.Namespace, model: str, config: dict[str, Any]) -> Any:
-    from diffkv.bench import throughput
+    from diffkv.lab.bench import throughput
 
     if args.workload == RANDOM:
         words = config.get("vocab_size", 512)
@@ -346,15 +346,15 @@ def _workload(args: argparse.Namespace, model: str, config: dict[str, Any]) -> A
 def _engine_flags(args: argparse.Namespace) -> dict[str, Any]:
     if not args.flags:
         return {}
-    from diffkv.vllm_plugin.offline import engine_flags
+    from diffkv.vllm_plugin.front.offline import engine_flags
 
     return engine_flags(args.flags)
 
 
 def _serving(args: argparse.Namespace) -> None:
-    from diffkv.bench import plots, serving
-    from diffkv.bench.facts import Rows
-    from diffkv.bench.throughput import Setting, settings
+    from diffkv.lab.bench import plots, serving
+    from diffkv.lab.bench.facts import Rows
+    from diffkv.lab.bench.throughput import Setting, settings
 
     # Requests that may lose tokens need sums of all of them
     compared = settings(_options(args, drops=True if args.request_alpha_low else None))

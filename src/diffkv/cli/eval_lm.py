@@ -12,7 +12,7 @@ from diffkv.cli.engine_options import REFERENCE, cache_options, model_folder
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
-    from diffkv.evaluation.results import Run
+    from diffkv.lab.evaluation.results import Run
 
 __all__ = ["SUITE", "add_arguments", "evaluate"]
 
@@ -65,14 +65,14 @@ def evaluate(args: argparse.Namespace) -> "Run":
         if (args.alpha_high, args.alpha_low) != (None, None):
             raise ConfigError("policy none has no thresholds: leave out --alpha-high, --alpha-low")
         options = options.without_thresholds()
-    from diffkv.evaluation import benchmarks
+    from diffkv.lab.evaluation import benchmarks
 
     found = benchmarks.find(args.tasks.split(","), args.thinking)
-    from diffkv.evaluation import lm_eval
-    from diffkv.evaluation.intervals import interval
-    from diffkv.evaluation.results import Run
-    from diffkv.evaluation.runs import provenance
-    from diffkv.vllm_plugin.offline import check_model, engine_flags
+    from diffkv.lab.evaluation import lm_eval
+    from diffkv.lab.evaluation.intervals import interval
+    from diffkv.lab.evaluation.results import Run
+    from diffkv.lab.evaluation.runs import provenance
+    from diffkv.vllm_plugin.front.offline import check_model, engine_flags
 
     model = model_folder(args.model)
     check_model(model)

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from diffkv.evaluation.results import Run, Use
+from diffkv.lab.evaluation.results import Run, Use
 
 __all__ = ["print_run"]
 

@@ -20,7 +20,7 @@ from diffkv.cli.engine_options import (
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
-    from diffkv.vllm_plugin.offline import Result
+    from diffkv.vllm_plugin.front.offline import Result
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run", "silence_engine"]
 
@@ -110,7 +110,7 @@ def _read_questions(text: str) -> list[Question]:
 
 
 def _engine(args: argparse.Namespace) -> dict[str, Any]:
-    from diffkv.vllm_plugin.offline import check_model, engine_flags
+    from diffkv.vllm_plugin.front.offline import check_model, engine_flags
 
     model = model_folder(args.model)
     check_model(model)
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    from diffkv.vllm_plugin.offline import generate
+    from diffkv.vllm_plugin.front.offline import generate
 
     engine = _engine(args)
     sampling = [

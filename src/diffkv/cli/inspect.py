@@ -12,7 +12,7 @@ from diffkv.cli.models import load_config
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
-    from diffkv.vllm_plugin.insight import Insight
+    from diffkv.vllm_plugin.front.insight import Insight
     from diffkv.vllm_plugin.options import Options
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     options = cache_options(args)
     prompts = [question.prompt for question in generate._questions(args)]
     _check(args)
-    from diffkv.vllm_plugin.insight import inspect
+    from diffkv.vllm_plugin.front.insight import inspect
 
     insights = inspect(prompts, generate._engine(args), options, args.max_tokens)
     facts = summarize(args.model, options, insights)

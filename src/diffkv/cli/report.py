@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
     """Read everything, then write everything."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("diffkv report draws with matplotlib: pip install 'diffkv[plot]'")
-    from diffkv.report.load import read
-    from diffkv.report.plots import draw
-    from diffkv.report.tables import markdown, write_csv
+    from diffkv.lab.report.load import read
+    from diffkv.lab.report.plots import draw
+    from diffkv.lab.report.tables import markdown, write_csv
 
     loaded = read(args.files)
     try:

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until stopped."""
-    from diffkv.vllm_plugin.server import serve
+    from diffkv.vllm_plugin.front.server import serve
 
     model = model_folder(args.model)
     flags = args.flags

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from diffkv.vllm_plugin.offline import CacheUse, Result
+from diffkv.vllm_plugin.front.offline import CacheUse, Result
 
 __all__ = ["print_result"]
 

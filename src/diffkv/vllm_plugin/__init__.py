@@ -39,12 +39,14 @@ def register() -> None:
 
     if CONNECTOR in KVConnectorFactory._registry:
         return
-    from diffkv.vllm_plugin.spec import register_spec
+    from diffkv.vllm_plugin.scheduler.spec import register_spec
 
     KVConnectorFactory.register_connector(CONNECTOR, "diffkv.vllm_plugin.connector", CONNECTOR)
-    register_backend(AttentionBackendEnum.CUSTOM, "diffkv.vllm_plugin.backend.DiffKVBackend")
+    register_backend(AttentionBackendEnum.CUSTOM, "diffkv.vllm_plugin.worker.backend.DiffKVBackend")
     if current_platform.is_cpu():
-        register_backend(AttentionBackendEnum.CPU_ATTN, "diffkv.vllm_plugin.select.CpuBackend")
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN, "diffkv.vllm_plugin.worker.select.CpuBackend"
+        )
     register_spec()
 
 
@@ -72,7 +74,7 @@ def engine_args(quant: str = DEFAULT_QUANT, **options: Any) -> dict[str, Any]:
             "kv_role": "kv_both",
             "kv_connector_extra_config": parsed.to_dict(),
         },
-        "worker_extension_cls": "diffkv.vllm_plugin.extension.WorkerExtension",
+        "worker_extension_cls": "diffkv.vllm_plugin.worker.extension.WorkerExtension",
         "logits_processors": [admission_path(parsed.request_thresholds())],
         "enable_prefix_caching": False,
         "watermark": WATERMARK,

@@ -19,14 +19,14 @@ from vllm.logger import init_logger
 
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
-from diffkv.vllm_plugin.banner import banner
-from diffkv.vllm_plugin.estimate import Prompt, longest_whole, why_worst_case
 from diffkv.vllm_plugin.metrics import DiffKVPromMetrics, DiffKVStats
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.requests import Settings, admission_path
-from diffkv.vllm_plugin.spec import DiffKVManager, DiffKVSpec, Report
+from diffkv.vllm_plugin.scheduler.banner import banner
+from diffkv.vllm_plugin.scheduler.estimate import Prompt, longest_whole, why_worst_case
+from diffkv.vllm_plugin.scheduler.spec import DiffKVManager, DiffKVSpec, Report
 from diffkv.vllm_plugin.support import check_config
-from diffkv.vllm_plugin.worker import Started, WorkerCache
+from diffkv.vllm_plugin.worker.cache import Started, WorkerCache
 
 __all__ = ["DiffKVConnector"]
 

@@ -8,8 +8,9 @@ from diffkv import policies, rotation
 from diffkv.layout import CacheLayout
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.quant import ConfigError, LayerQuant
+from diffkv.vllm_plugin.matrix import CONNECTOR
 
-__all__ = ["ADMISSIONS", "DEFAULT_QUANT", "EXPECTED", "WORST_CASE", "Options"]
+__all__ = ["ADMISSIONS", "DEFAULT_QUANT", "EXPECTED", "WORST_CASE", "Options", "options_of"]
 
 DEFAULT_QUANT = "k8v4-k4v2"
 
@@ -147,3 +148,11 @@ class Options:
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}
+
+
+def options_of(vllm_config: Any) -> Options | None:
+    """DiffKV's options in a vLLM configuration; None if it is not turned on."""
+    transfer = None if vllm_config is None else vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector != CONNECTOR:
+        return None
+    return Options.parse(transfer.kv_connector_extra_config)

@@ -26,7 +26,7 @@ _ADMISSIONS = {THRESHOLDS: "Admission", ("alpha_high",): "HighAdmission", (): "F
 
 def admission_path(settable: tuple[str, ...]) -> str:
     """What `--logits-processors` is given where requests may set these thresholds above 0."""
-    return f"diffkv.vllm_plugin.admission:{_ADMISSIONS[settable]}"
+    return f"diffkv.vllm_plugin.front.admission:{_ADMISSIONS[settable]}"
 
 
 @dataclass(frozen=True)

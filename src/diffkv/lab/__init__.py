@@ -1,0 +1,1 @@
+"""The laboratory: benchmarks, evaluation, calibration, and what they write their results with."""

@@ -1,0 +1,120 @@
+"""Engines in processes of their own, as their parent sees them."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from statistics import median
+from threading import Timer
+from typing import IO, Any
+
+from diffkv.lab.bench.engine import ANSWER, Job
+
+__all__ = ["Child", "in_turn", "medians"]
+
+COMMAND = (sys.executable, "-m", "diffkv.lab.bench.engine")
+TIMEOUT_SECONDS = 3600
+CELL_SECONDS = 4.0
+CELL_RUNS = 5
+"""A cell that is over sooner runs again, at most so many times in all; its figures are medians."""
+
+
+class Child:
+    """An engine that is warm and waits; it ends with the `with` block.
+
+    Args:
+        job: what it can run.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __enter__(self) -> "Child":
+        self._log: IO[str] = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+        self._timer = Timer(TIMEOUT_SECONDS, self._process.kill)
+        self._timer.daemon = True
+        self._timer.start()
+        self._error = self._ask(json.dumps(asdict(self._job))).get("error")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # closes its input: it has nothing more to do
+        self._timer.cancel()
+        if self._job.profile:
+            print(self._read_log(), file=sys.stderr)
+        self._log.close()
+
+    def run(self, cell: int) -> dict[str, Any]:
+        """Run a cell of the job; what went wrong, now or before, is in the result as `error`."""
+        if self._error is not None:
+            return {"error": self._error}
+        result = self._ask(str(cell))
+        self._error = result.get("error")
+        return result
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        given, printed = self._process.stdin, self._process.stdout
+        assert given is not None and printed is not None
+        try:
+            given.write(line + "\n")
+            given.flush()
+        except BrokenPipeError:
+            pass  # what it has to say about its end is in its log
+        for answer in printed:
+            if answer.startswith(ANSWER):
+                result: dict[str, Any] = json.loads(answer.removeprefix(ANSWER))
+                return result
+        last = (self._read_log().strip().splitlines() or ["no message"])[-1]
+        return {"error": f"the engine ended with status {self._process.wait()}: {last}"}
+
+    def _read_log(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+
+def in_turn(jobs: Sequence[Job], say: Callable[[str], None]) -> list[list[dict[str, Any]]]:
+    """Medians of every cell in every job's engine: [job][cell], with how many `runs` there were.
+
+    All engines stay, and each run of a cell is taken by one after the other: a machine whose memory is
+    now faster, now slower, is so for all of them.
+
+    Args:
+        jobs: with the same cells.
+        say: is told how far it is.
+    """
+    with ExitStack() as stack:
+        children = [stack.enter_context(Child(job)) for job in jobs]
+        say(f"  {len(jobs)} engine(s) started")
+        num_cells, found = len(jobs[0].cells), []
+        for cell in range(num_cells):
+            found.append(_take_turns(children, cell))
+            say(f"  {cell + 1} of {num_cells} cells")
+    return [list(results) for results in zip(*found, strict=True)]
+
+
+def _take_turns(children: Sequence[Child], cell: int) -> list[dict[str, Any]]:
+    runs: list[list[dict[str, Any]]] = [[] for _ in children]
+    for _ in range(CELL_RUNS):
+        for child, mine in zip(children, runs, strict=True):
+            mine.append(child.run(cell))
+        if all(_is_measured(mine) for mine in runs):
+            break
+    return [{"runs": len(mine), **medians(mine)} for mine in runs]
+
+
+def _is_measured(runs: Sequence[dict[str, Any]]) -> bool:
+    return "error" in runs[-1] or sum(run["seconds"] for run in runs) >= CELL_SECONDS
+
+
+def medians(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of every figure of several runs; the first `error` alone if one failed."""
+    failed = [result["error"] for result in results if "error" in result]
+    if failed:
+        return {"error": failed[0]}
+    return {name: median(result[name] for result in results) for name in results[0]}

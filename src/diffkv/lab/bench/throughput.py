@@ -1,0 +1,232 @@
+"""Offline throughput: the same prompts and the same KV budget, vLLM's own cache and DiffKV's in turn."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffkv.lab.bench.child import Child, medians
+from diffkv.lab.bench.engine import Job
+from diffkv.lab.bench.facts import Rows
+from diffkv.lab.bench.models import kv_bytes_per_token
+from diffkv.quant import ConfigError
+
+__all__ = [
+    "Setting",
+    "Workload",
+    "bf16_bytes_per_token",
+    "four_requests",
+    "joined",
+    "random_workload",
+    "ratios",
+    "run",
+    "settings",
+    "text_workload",
+]
+
+COMPARED = {
+    "tokens_per_s": "vs_stock_",
+    "decode_tokens_per_s": "decode_vs_stock_",
+    "prefill_tokens_per_s": "prefill_vs_stock_",
+}
+"""Figures of a run, and how their ratios to a stock engine's begin."""
+BLOCK_TOKENS = 128
+"""Of vLLM's own cache on CPUs; one block is never given to a request."""
+
+
+def four_requests(config: dict[str, Any], longest: int) -> int:
+    """A KV budget in which vLLM's own bf16 cache holds four requests of a length, and no fifth."""
+    blocks = 4 * -(-longest // BLOCK_TOKENS) + 2
+    return blocks * BLOCK_TOKENS * bf16_bytes_per_token(config)
+
+
+def bf16_bytes_per_token(config: dict[str, Any]) -> int:
+    """Of vLLM's own cache, for a `config.json` that may leave head_dim and KV heads out."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    kv_heads = config.get("num_key_value_heads", heads)
+    return kv_bytes_per_token({**config, "num_key_value_heads": kv_heads, "head_dim": head_dim})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One engine: vLLM's own cache in a dtype, or DiffKV's.
+
+    Attributes:
+        name: of its rows.
+        options: DiffKV's; None for vLLM's own.
+        engine: arguments of vLLM's engine that make it so.
+    """
+
+    name: str
+    options: dict[str, Any] | None
+    engine: dict[str, Any]
+
+
+def settings(options: Sequence[dict[str, Any]]) -> list[Setting]:
+    """Stock bf16, stock fp8, then DiffKV with each set of options."""
+    stock = [
+        Setting("stock bf16", None, {}),
+        Setting("stock fp8", None, {"kv_cache_dtype": "fp8"}),
+    ]
+    return stock + [Setting("diffkv", each, {}) for each in options]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts, and how many tokens to generate for each."""
+
+    name: str
+    prompts: list[list[int]]
+    max_tokens: list[int]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request with its answer."""
+        return max(len(p) + n for p, n in zip(self.prompts, self.max_tokens, strict=True))
+
+
+def random_workload(
+    num: int, input_len: int, output_len: int, range_ratio: float, vocabulary: int, seed: int = 0
+) -> Workload:
+    """Prompts of random tokens; lengths are uniform within a share of the mean, as in vLLM's own."""
+    rng = random.Random(seed)
+
+    def length(mean: int) -> int:
+        spread = int(mean * range_ratio)
+        return max(1, rng.randint(mean - spread, mean + spread))
+
+    prompts = [rng.choices(range(3, vocabulary), k=length(input_len)) for _ in range(num)]
+    name = f"random {input_len} in, {output_len} out"
+    return Workload(name, prompts, [length(output_len) for _ in range(num)])
+
+
+def text_workload(path: Path, model: str, num: int | None, output_len: int) -> Workload:
+    """Prompts from JSON lines with "prompt", in the tokens of a model's folder.
+
+    Raises:
+        ConfigError: the file or the tokenizer cannot be read.
+    """
+    tokenizer = Path(model) / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise ConfigError(f"a workload of texts needs a model folder with tokenizer.json: {model}")
+    from tokenizers import Tokenizer
+
+    encode = Tokenizer.from_file(str(tokenizer)).encode
+    try:
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        texts = [str(json.loads(line)["prompt"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f'{path} is no file of JSON lines with "prompt": {error}') from None
+    if not texts:
+        raise ConfigError(f"{path} holds no prompt")
+    texts = [texts[i % len(texts)] for i in range(num or len(texts))]
+    prompts = [encode(text).ids for text in texts]
+    return Workload(path.name, prompts, [output_len] * len(prompts))
+
+
+def run(
+    engine: dict[str, Any],
+    workload: Workload,
+    kv_bytes: int,
+    compared: Sequence[Setting],
+    repeats: int,
+    rows: Rows,
+    facts: dict[str, Any],
+    profile: bool = False,
+) -> None:
+    """Run every setting `repeats` times, in turn, each in a process of its own; a row for each setting.
+
+    Args:
+        engine: arguments of vLLM's engine that all settings share, the model among them.
+        workload: what to generate.
+        kv_bytes: the KV budget, tables included, the same for all.
+        compared: the settings; ratios are to those named stock.
+        repeats: of each setting.
+        rows: gets the rows.
+        facts: that belong into every row.
+        profile: print the first repeat's profile of each setting to standard error.
+
+    Raises:
+        ConfigError: no setting could run.
+    """
+    results: list[list[dict[str, Any]]] = [[] for _ in compared]
+    rows.note(f"{workload.name}, {len(workload.prompts)} requests, {kv_bytes} bytes of KV")
+    for repeat in range(repeats):
+        for setting, done in zip(compared, results, strict=True):
+            if done and "error" in done[-1]:
+                continue
+            shared = {"max_model_len": workload.longest + 1, "max_num_seqs": len(workload.prompts)}
+            arguments = {**shared, **engine, **setting.engine}
+            cells = [(workload.prompts, workload.max_tokens)]
+            job = Job(arguments, setting.options, kv_bytes, cells, profile and repeat == 0)
+            with Child(job) as child:
+                done.append(child.run(0))
+            rows.note(f"  {repeat + 1} of {repeats}, {_progress(setting, done[-1])}")
+    found = [joined(setting, done) for setting, done in zip(compared, results, strict=True)]
+    ran = [row for row in found if "error" not in row]
+    for row, done in zip(found, results, strict=True):
+        budget = {"kv_bytes": kv_bytes, "workload": workload.name}
+        counts = {"requests": len(workload.prompts), "repeats": len(done)}
+        row = {**facts, **row, **budget, **counts, **ratios(row, ran)}
+        rows.add(row, _text(row))
+    if not ran:
+        raise ConfigError(f"no engine could run: {found[0]['error']}")
+
+
+def ratios(row: dict[str, Any], ran: list[dict[str, Any]]) -> dict[str, float | None]:
+    """A setting's figures over those of the stock ones; None where one of the two did not run."""
+    stock = {other["engine"]: other for other in ran if other["engine"].startswith("stock")}
+    ratios: dict[str, float | None] = {}
+    for code in ("bf16", "fp8"):
+        other = stock.get(f"stock {code}")
+        for figure, name in COMPARED.items():
+            known = other is not None and "error" not in row
+            ratios[name + code] = row[figure] / other[figure] if known and other else None
+    return ratios
+
+
+def joined(setting: Setting, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of a setting's repeats, with the least and the most of what is compared."""
+    quant = setting.name.removeprefix("stock ")
+    options = setting.options or {}
+    row: dict[str, Any] = {"engine": setting.name, "quant": options.get("quant", quant)}
+    row |= {name: value for name, value in options.items() if name != "quant"}
+    row |= medians(results)
+    if "error" in row:
+        return row
+    for name in COMPARED:
+        values = [result[name] for result in results]
+        row[f"{name}_min"], row[f"{name}_max"] = min(values), max(values)
+    return row
+
+
+def _name(engine: str, quant: str) -> str:
+    return f"{engine} {quant}" if engine == "diffkv" else engine
+
+
+def _progress(setting: Setting, result: dict[str, Any]) -> str:
+    name = _name(setting.name, (setting.options or {}).get("quant", ""))
+    if "error" in result:
+        return f"{name}: {result['error']}"
+    return f"{name}: {result['tokens_per_s']:.1f} tokens/s"
+
+
+def _text(row: dict[str, Any]) -> str:
+    name = f"  {_name(row['engine'], row['quant'])}"
+    if "error" in row:
+        return f"{name:24} did not run: {row['error']}"
+    text = (
+        f"{name:24} {row['tokens_per_s']:8.1f} tokens/s, decoding {row['decode_tokens_per_s']:.1f} "
+        f"({row['decode_tokens_per_s_min']:.1f} to {row['decode_tokens_per_s_max']:.1f}), prefill "
+        f"{row['prefill_tokens_per_s']:.0f}, at once {row['max_running']:.0f}, "
+        f"{row['preemptions']:.0f} preempted, {row['bytes_per_token']:.0f} B/token, "
+        f"{row['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    for code in ("bf16", "fp8"):
+        whole, decode, prefill = (row.get(name + code) for name in COMPARED.values())
+        if whole is not None and row["engine"] == "diffkv":
+            text += f"; {whole:.2f}x of {code}, decoding {decode:.2f}x, prefill {prefill:.2f}x"
+    return text

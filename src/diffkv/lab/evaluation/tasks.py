@@ -1,0 +1,260 @@
+"""The tasks: a context, a question about it, and the only right answer.
+
+A task is a function of a seeded generator, a language and a length; the language writes it down, so
+that one task serves the shipped models, which know their own words only, and any other one. To add a
+task: write the function, and name it in `TASKS` and in the languages that have words for it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from diffkv.quant import ConfigError
+
+__all__ = ["FILLER_TOKENS", "SETTINGS", "TASKS", "Answer", "Sample", "Setting", "draw"]
+
+Answer = tuple[tuple[str, bool], ...]
+"""Words of a right answer, and whether each counts: what the question itself says does not."""
+
+Setting = Literal["easy", "hard"]
+SETTINGS: tuple[Setting, ...] = ("easy", "hard")
+
+FILLER_TOKENS = 160
+"""Between the last fact and the question, in the setting hard: more than twice the window."""
+
+LISTED, WALKED, ADDED, PASSKEYS, FREQUENT = 16, 24, 12, 2, 3
+LONG_WALK = 240
+MOST_PAIRS = 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    Attributes:
+        prompt: is compressed as a whole: it ends with the question (easy), or with filler (hard).
+        question: comes afterwards, token by token; empty where the prompt has it.
+        answer: the only right one.
+    """
+
+    prompt: str
+    question: str
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a task makes: facts in their order, and the question with its answer.
+
+    Attributes:
+        facts: of the context.
+        question: about them.
+        answer: to it.
+        places: of the facts in the filler, 0 .. 1; None: anywhere between it.
+    """
+
+    facts: list[str]
+    question: str
+    answer: Answer
+    places: Sequence[float] | None = None
+
+
+Task = Callable[[np.random.Generator, Any, int, int], _Parts]
+"""(generator, language, tokens of the context, number of the sample) -> its parts."""
+
+
+def _pick(rng: np.random.Generator, pool: Sequence[Any], num: int) -> list[Any]:
+    """Different members of a pool."""
+    return [pool[i] for i in rng.permutation(len(pool))[:num]]
+
+
+def _draw(rng: np.random.Generator, pool: Sequence[Any], num: int) -> list[Any]:
+    """Members of a pool, repeats allowed."""
+    return [pool[i] for i in rng.integers(0, len(pool), num)]
+
+
+def _num_facts(language: Any, fact: str, num_tokens: int, asked: int) -> int:
+    """Facts that fill three quarters of a context."""
+    return max(asked, min(len(language.keys), num_tokens * 3 // 4 // language.count(fact)))
+
+
+def retrieval(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+    """Many keys with values; the values of some are asked for."""
+    example = language.fact(language.keys[0], language.values[0])
+    num_facts = _num_facts(language, example, num_tokens, LISTED)
+    keys, values = _pick(rng, language.keys, num_facts), _draw(rng, language.values, num_facts)
+    asked = rng.permutation(num_facts)[:LISTED]
+    question, answer = language.ask_values([keys[i] for i in asked], [values[i] for i in asked])
+    facts = [language.fact(key, value) for key, value in zip(keys, values, strict=True)]
+    return _Parts(facts, question, answer)
+
+
+def passkey(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+    """Two keys in filler; the depth goes from the start to the end of the context over the samples."""
+    keys, values = _pick(rng, language.keys, PASSKEYS), _draw(rng, language.values, PASSKEYS)
+    question, answer = language.ask_values(keys, values)
+    facts = [language.fact(key, value) for key, value in zip(keys, values, strict=True)]
+    depth = (number % 8 + 0.5) / 8
+    return _Parts(facts, question, answer, [depth] * PASSKEYS)
+
+
+def chain(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+    """Links of one cycle, shuffled; a walk along them, each step read from the one before."""
+    num_keys = _num_facts(language, language.link(*language.keys[:2]), num_tokens, WALKED + 1)
+    keys = _pick(rng, language.keys, num_keys)
+    links = [language.link(keys[i - 1], keys[i]) for i in rng.permutation(num_keys)]
+    question, answer = language.ask_chain(keys[-1], keys[:WALKED])
+    return _Parts(links, question, answer)
+
+
+def long_chain(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+    """The same with links that fill the context, and a walk along nearly all of them."""
+    link = language.link(*language.keys[:2])
+    num_keys = min(len(language.keys), num_tokens // language.count(link))
+    keys = _pick(rng, language.keys, num_keys)
+    links = [language.link(keys[i - 1], keys[i]) for i in rng.permutation(num_keys)]
+    question, answer = language.ask_chain(keys[-1], keys[: min(LONG_WALK, num_keys - 1)])
+    return _Parts(links, question, answer)
+
+
+def pair_chain(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+    """Links between keys of two words out of a small grid: each differs in one word from many others."""
+    first, second = language.keys[:2]
+    link = language.link(f"{first} {second}", f"{second} {first}")
+    num_nodes = min(MOST_PAIRS, num_tokens // language.count(link))
+    side = int(np.ceil(np.sqrt(num_nodes * 1.5)))
+    rows, columns = _pick(rng, language.keys, side), _pick(rng, language.keys, side)
+    cells = rng.permutation(side * side)[:num_nodes]
+    nodes = [(rows[cell // side], columns[cell % side]) for cell in cells]
+    texts = [" ".join(node) for node in nodes]
+    links = [language.link(texts[i - 1], texts[i]) for i in rng.permutation(num_nodes)]
+    walked = nodes[: min(LONG_WALK // 4, num_nodes - 1)]
+    question, answer = language.ask_chain(texts[-1], [word for node in walked for word in node])
+    return _Parts(links, question, answer)
+
+
+def hot(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+    """Facts, then questions about some of them again and again: past attention says what is needed."""
+    num_facts = min(len(language.keys), num_tokens // 6)
+    keys, values = _pick(rng, language.keys, num_facts), _draw(rng, language.values, num_facts)
+    shares = 1 / np.arange(1, num_facts + 1)
+    shares /= shares.sum()
+    parts = [language.fact(key, value) for key, value in zip(keys, values, strict=True)]
+    order = rng.permutation(
+        num_facts
+    )  # so that place and popularity have nothing to do with each other
+    room = num_tokens - sum(map(language.count, parts))
+    while (asked := language.asked(keys[0], values[0])) and room >= language.count(asked):
+        i = order[rng.choice(num_facts, p=shares)]
+        parts.append(language.asked(keys[i], values[i]))
+        room -= language.count(asked)
+    last = order[rng.choice(num_facts, LISTED, replace=False, p=shares)]
+    question, answer = language.ask_values([keys[i] for i in last], [values[i] for i in last])
+    return _Parts(parts, question, answer, [i / len(parts) for i in range(len(parts))])
+
+
+def copy(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+    """A list of words, to be repeated."""
+    facts, question, answer = language.ask_copy(_pick(rng, language.keys, language.num_copied))
+    return _Parts(facts, question, answer, [0.5] * len(facts))
+
+
+def running_sum(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+    """Keys with numbers; some are added up, step by step."""
+    example = language.number_fact(language.keys[0], 1)
+    num_facts = _num_facts(language, example, num_tokens, ADDED)
+    keys, numbers = _pick(rng, language.keys, num_facts), _draw(rng, language.numbers, num_facts)
+    asked = rng.permutation(num_facts)[:ADDED]
+    question, answer = language.ask_sum([keys[i] for i in asked], [numbers[i] for i in asked])
+    facts = [language.number_fact(key, n) for key, n in zip(keys, numbers, strict=True)]
+    return _Parts(facts, question, answer)
+
+
+def frequent_words(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+    """Things named once, and three that are named many times."""
+    num_lines = max(30, num_tokens * 3 // 4 // 8)
+    keys = _pick(rng, language.keys, min(len(language.keys), FREQUENT + num_lines // 2))
+    often = [key for key in keys[:FREQUENT] for _ in range(num_lines // 2 // FREQUENT)]
+    named = [*often, *keys[FREQUENT:]]
+    lines = [f"Then came the {named[i]}." for i in rng.permutation(len(named))]
+    question, answer = language.ask_frequent(keys[:FREQUENT])
+    return _Parts(lines, question, answer)
+
+
+TASKS: dict[str, Task] = {
+    "retrieval": retrieval,
+    "passkey": passkey,
+    "chain": chain,
+    "copy": copy,
+    "sum": running_sum,
+    "frequent-words": frequent_words,
+    "long-chain": long_chain,
+    "pair-chain": pair_chain,
+    "hot": hot,
+}
+"""Every task by name."""
+
+
+def _context(rng: np.random.Generator, language: Any, parts: _Parts, num_tokens: int) -> str:
+    """Filler between the facts, to about `num_tokens` tokens; exactly so in the shipped language."""
+    filler = _filler(rng, language, num_tokens - sum(map(language.count, parts.facts)))
+    if parts.places is None:
+        is_fact = rng.permutation(len(parts.facts) + len(filler)) < len(parts.facts)
+        rest = {True: iter(parts.facts), False: iter(filler)}
+        return language.separator.join(next(rest[bool(here)]) for here in is_fact)
+    segments = list(filler)
+    for place, fact in zip(reversed(parts.places), reversed(parts.facts), strict=True):
+        segments.insert(round(place * len(filler)), fact)
+    return language.separator.join(segments)
+
+
+def _filler(rng: np.random.Generator, language: Any, num_tokens: int) -> list[str]:
+    """Sentences of `num_tokens` tokens; the last one loses its first words where it is too long."""
+    sentences: list[str] = []
+    while num_tokens > 0:
+        words = language.sentence(rng).split()
+        while len(words) > 1 and language.count(" ".join(words)) > num_tokens:
+            words = words[1:]
+        sentences.append(" ".join(words))
+        num_tokens -= language.count(sentences[-1])
+    return sentences
+
+
+def draw(
+    task: str, language: Any, setting: Setting, num_tokens: int, num_samples: int, seed: int
+) -> list[Sample]:
+    """Draw samples; the same arguments give the same samples.
+
+    Args:
+        task: name in `TASKS`.
+        language: member of `diffkv.lab.evaluation.languages.LANGUAGES`.
+        setting: easy or hard.
+        num_tokens: of context and question together, or of context and filler.
+        num_samples: how many.
+        seed: of all choices.
+
+    Raises:
+        ConfigError: an unknown task, or one that the language has no words for.
+    """
+    if task not in language.tasks:
+        raise ConfigError(
+            f"unknown task {task!r} for the language {language.name}: there are "
+            f"{', '.join(language.tasks)}"
+        )
+    samples = []
+    for number in range(num_samples):
+        rng = np.random.default_rng([seed, list(TASKS).index(task), number])
+        room = num_tokens - language.count(language.opening)
+        parts = TASKS[task](rng, language, room - FILLER_TOKENS, number)
+        question, end = parts.question, ""
+        if setting == "easy":
+            room -= language.count(question)
+            end, question = question, ""
+        else:
+            room -= FILLER_TOKENS
+            end = language.separator.join(_filler(rng, language, FILLER_TOKENS))
+        prompt = language.opening + _context(rng, language, parts, room) + language.separator + end
+        samples.append(Sample(prompt, language.separator * bool(question) + question, parts.answer))
+    return samples

@@ -1,0 +1,1 @@
+"""What runs in the API process, and offline: options from outside, requests in, answers out."""

@@ -1,0 +1,95 @@
+"""`vllm serve` with DiffKV turned on."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from diffkv.quant import ConfigError
+from diffkv.vllm_plugin import engine_args
+from diffkv.vllm_plugin.front.offline import check_model, first_line, refuse_in_one_line
+from diffkv.vllm_plugin.options import Options
+from diffkv.vllm_plugin.requests import admission_path
+from diffkv.vllm_plugin.support import check_config, check_version
+
+__all__ = ["serve", "serve_flags"]
+
+
+def serve_flags(options: Options) -> list[str]:
+    """The flags that turn DiffKV on in a plain `vllm serve`."""
+    args = engine_args(**options.to_dict())
+    flags = [
+        "--kv-transfer-config", json.dumps(args["kv_transfer_config"]),
+        "--worker-extension-cls", args["worker_extension_cls"],
+        "--logits-processors", *args["logits_processors"],
+        "--middleware", "diffkv.vllm_plugin.front.middleware.SettingsCheck",
+        "--no-enable-prefix-caching",
+        "--watermark", str(args["watermark"]),
+    ]  # fmt: skip
+    if "attention_backend" in args:
+        flags += ["--attention-backend", args["attention_backend"]]
+    return flags
+
+
+def serve(model: str, options: Options, flags: Sequence[str]) -> None:
+    """Run vLLM's OpenAI server until it is stopped.
+
+    Args:
+        model: a folder or a model id.
+        options: DiffKV's.
+        flags: of `vllm serve`, passed on as they are.
+
+    Raises:
+        ConfigError: a flag that vLLM does not know or DiffKV cannot be combined with, a bad model.
+    """
+    check_version()
+    check_model(model)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    _refuse_flags(flags)
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="diffkv serve", add_help=False))
+    refuse_in_one_line(parser, "vllm serve")
+    args: Any = parser.parse_args(["--model", model, *serve_flags(options), *flags])
+    ours = [admission_path(options.request_thresholds())]
+    # a user's own replace what was given before them
+    args.logits_processors = [*ours, *(p for p in args.logits_processors if p not in ours)]
+    try:
+        validate_parsed_serve_args(args)
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
+            UsageContext.OPENAI_API_SERVER
+        )
+    except (ValueError, OSError, TypeError) as error:
+        raise ConfigError(f"vLLM refuses these settings: {first_line(error)}") from error
+    check_config(config, options)
+    configure_logging_from_args(args)
+    ServeSubcommand.cmd(args)
+
+
+def _refuse_flags(flags: Sequence[str]) -> None:
+    """Refuse flags that would undo what `serve_flags` sets.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    refused = {
+        "--kv-transfer-config": "DiffKV is the KV connector: give --quant and its other options",
+        "--kv-offloading-size": "DiffKV is the KV connector, and vLLM has one: leave it out",
+        "--attention-backend": "DiffKV is the attention backend: leave it out",
+        "--enable-prefix-caching": "prefix caching does not go with DiffKV: leave it out",
+        **dict.fromkeys(
+            ("--speculative-config", "-sc"),
+            "speculative decoding does not go with DiffKV: leave it out",
+        ),
+        "--worker-extension-cls": "DiffKV extends the worker: leave it out",
+    }
+    for flag in flags:
+        # vLLM takes --a.b=c for a field of what --a sets
+        name = flag.split("=")[0].split(".")[0].replace("_", "-")
+        if name in refused:
+            raise ConfigError(f"{name}: {refused[name]}")

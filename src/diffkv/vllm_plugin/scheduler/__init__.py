@@ -1,0 +1,1 @@
+"""What runs beside the scheduler: quotas, the size of prompts, the banner."""

@@ -1,0 +1,199 @@
+"""What a worker counts: totals for a summary, and counters since the last step for metrics."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from diffkv.shape import CacheShape
+from diffkv.state import CacheState
+from diffkv.vllm_plugin.scheduler.banner import bf16_bytes_per_token
+from diffkv.vllm_plugin.worker.snapshot import Snapshot
+
+__all__ = ["Accounts", "Request", "Totals"]
+
+
+@dataclass
+class Request:
+    """A running request.
+
+    Attributes:
+        slot: of the pool.
+        block_id: of the vLLM block that identifies it.
+        prompt_len: tokens that are prefilled.
+        life: which admission of the request this is.
+        num_tokens: tokens of it that the pool covers after the current step.
+    """
+
+    slot: int
+    block_id: int
+    prompt_len: int
+    life: int
+    num_tokens: int = 0
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the current step is part of its prompt."""
+        return self.num_tokens <= self.prompt_len
+
+
+@dataclass
+class Totals:
+    """What requests had kept when they ended; token counts are means over heads.
+
+    `nominal_bits` is the sum over kept tokens of their codes' bits an element, likewise a mean.
+    """
+
+    num_requests: int = 0
+    num_tokens: int = 0
+    high: float = 0.0
+    low: float = 0.0
+    nominal_bits: float = 0.0
+    num_bytes: int = 0
+    num_pages: int = 0
+    pages_peak: int = 0
+    running_peak: int = 0
+    given_up: int = 0
+
+
+@dataclass
+class _Since:
+    """Counted since they were last taken."""
+
+    demotions: int = 0
+    prompts_compressed: int = 0
+    prompts_given_up: int = 0
+    manager_seconds: float = 0.0
+    ratios: list[float] = field(default_factory=list)
+
+
+class Accounts:
+    """Counts what one worker's pool spends.
+
+    Args:
+        shape: of the pool.
+        state: of the pool, which is only read.
+    """
+
+    def __init__(self, shape: CacheShape, state: CacheState) -> None:
+        self._shape = shape
+        self._state = state
+        self._totals = Totals()
+        self._since = _Since()
+        self._snapshot: Snapshot | None = None
+
+    @property
+    def num_held(self) -> int:
+        """Pages that requests hold."""
+        head, tail = self._state.pool.ring_ends.tolist()
+        return self._state.num_pages - (tail - head)
+
+    @contextmanager
+    def managing(self) -> Iterator[None]:
+        """Time spent inside counts as the manager's."""
+        start = time.perf_counter()
+        yield
+        self._since.manager_seconds += time.perf_counter() - start
+
+    def step_began(self, num_running: int) -> None:
+        """Note how many requests run."""
+        self._totals.running_peak = max(self._totals.running_peak, num_running)
+
+    def step_planned(self, num_compressed: int) -> None:
+        """Count the prompts that are decided in a step."""
+        self._since.prompts_compressed += num_compressed
+
+    def prompts_given_up(self, num: int) -> None:
+        """Count prompts of a step that exceeded their limit."""
+        self._totals.given_up += num
+        self._since.prompts_given_up += num
+
+    def step_ended(self, snapshot: Snapshot) -> None:
+        """Note what the pool holds; pages are most right after a step."""
+        before = 0 if self._snapshot is None else self._snapshot.demotions
+        self._since.demotions += snapshot.demotions - before
+        held = self._state.num_pages - snapshot.num_free
+        self._totals.pages_peak = max(self._totals.pages_peak, held)
+        self._snapshot = snapshot
+
+    def request_ended(self, request: Request) -> None:
+        """Count what a request keeps, before it is released."""
+        before = self._totals.num_bytes
+        self._add(self._totals, request)
+        spent = self._totals.num_bytes - before
+        if spent:
+            bf16 = bf16_bytes_per_token(self._shape) * request.num_tokens
+            self._since.ratios.append(bf16 / spent)
+
+    def _add(self, totals: Totals, request: Request) -> None:
+        """Add what a request keeps to some totals, unless it has not run."""
+        num_heads = self._shape.num_layers * self._shape.num_kv_heads
+        groups = self._state.groups
+        pages = sum(int(group.num_pages_held[request.slot].sum()) for group in groups)
+        if pages:
+            totals.num_requests += 1
+            totals.num_tokens += request.num_tokens
+            for group in groups:
+                high, low = group.num_tokens[request.slot].sum((0, 1)).tolist()
+                totals.high += high / num_heads
+                totals.low += low / num_heads
+                for count, tier in zip((high, low), group.layout.tiers, strict=False):
+                    totals.nominal_bits += count * tier.format.nominal_bits / num_heads
+            totals.num_pages += pages
+            totals.num_bytes += self._shape.spent_bytes(pages, 1)
+
+    def gauges(self) -> dict[str, float]:
+        """The pool after the latest step that is known; token counts are means over heads."""
+        num_heads = self._shape.num_layers * self._shape.num_kv_heads
+        high = low = per_token = 0.0
+        held = num_tokens = 0
+        if self._snapshot is not None:
+            high, low = (n / num_heads for n in self._snapshot.kept)
+            num_tokens = self._snapshot.num_tokens
+            held = self._state.num_pages - self._snapshot.num_free
+            if num_tokens:
+                spent = self._shape.spent_bytes(held, self._snapshot.num_requests)
+                per_token = spent / num_tokens
+        return {
+            "pages_total": self._state.num_pages,
+            "pages_free": self._state.num_pages - held,
+            "pages_held": held,
+            "tokens_high": high,
+            "tokens_low": low,
+            "tokens_dropped": max(0.0, num_tokens - high - low),
+            "bytes_per_token": per_token,
+            "compression_ratio": bf16_bytes_per_token(self._shape) / per_token
+            if per_token
+            else 0.0,
+        }
+
+    def take(self) -> tuple[dict[str, float], list[float]]:
+        """Counters and compression ratios of ended requests since the last call."""
+        since, self._since = self._since, _Since()
+        ratios = since.ratios
+        counters = {
+            "demotions": since.demotions,
+            "prompts_compressed": since.prompts_compressed,
+            "prompts_given_up": since.prompts_given_up,
+            "manager_seconds": since.manager_seconds,
+        }
+        return counters, ratios
+
+    def summary(self, requests: list[Request]) -> dict[str, Any]:
+        """Totals of all requests so far, running ones included, and the pool's shape."""
+        totals = replace(self._totals)
+        for request in requests:
+            self._add(totals, request)
+        return {
+            "totals": dict(vars(totals)),
+            "pool": {
+                "quant": str(self._shape.layout.quant),
+                "page_bytes": self._shape.layout.page_bytes,
+                "num_pages": self._shape.num_pages,
+                "pages_held": self.num_held,
+                "num_slots": self._shape.num_slots,
+                "table_bytes": self._shape.table_bytes,
+                "bf16_bytes_per_token": bf16_bytes_per_token(self._shape),
+            },
+        }

@@ -1,0 +1,244 @@
+"""The attention backend: hands each layer of a step to the cache."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+
+from diffkv.cache import Step
+from diffkv.layout import CacheLayout
+from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.matrix import WITHOUT
+from diffkv.vllm_plugin.options import options_of
+from diffkv.vllm_plugin.scheduler.spec import DiffKVSpec
+from diffkv.vllm_plugin.support import check_config, check_layer
+from diffkv.vllm_plugin.worker.cache import Rows, WorkerCache
+
+__all__ = ["DiffKVBackend", "DiffKVBuilder", "DiffKVImpl", "DiffKVMetadata"]
+
+
+@dataclass(frozen=True)
+class DiffKVMetadata:
+    """What every layer of a step needs.
+
+    Attributes:
+        worker: whose pool it is.
+        rows: of the step.
+        layers: index of each layer in the pool, by name.
+    """
+
+    worker: WorkerCache
+    rows: Rows
+    layers: dict[str, int]
+
+    @property
+    def step(self) -> Step:
+        """As it was planned; vLLM's dummy runs come without a message, and are planned here."""
+        return self.rows.step or self.worker.plan(self.rows)
+
+
+class DiffKVBuilder(AttentionMetadataBuilder[DiffKVMetadata]):
+    """Plans each step, before its first layer.
+
+    vLLM's first model runner gives the scheduler's message to the worker before it builds metadata, its
+    second one after that, immediately before the model runs: then the plan waits for the message.
+    """
+
+    reorder_batch_threshold: int | None = 1
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: Any
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._layers = {name: index for index, name in enumerate(layer_names)}
+        self._impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+        self._message_comes_later = vllm_config.use_v2_model_runner
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: Any, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        """Of steps with generated tokens alone: static launches over buffers that stay."""
+        if vllm_config.device_config.device_type == "cuda":
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> DiffKVMetadata:
+        """Take the step that vLLM describes, and plan it, or have it planned."""
+        metadata = self._describe(common_attn_metadata)
+        if self._message_comes_later:
+            metadata.worker.plan_after_message(metadata.rows)
+        else:
+            metadata.worker.plan(metadata.rows)
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> DiffKVMetadata:
+        """A step of padding: its plan must be there before the capture begins."""
+        metadata = self._describe(common_attn_metadata)
+        metadata.worker.plan(metadata.rows)
+        return metadata
+
+    def _describe(self, m: Any) -> DiffKVMetadata:
+        rows = Rows(
+            m.block_table_tensor[: m.num_reqs, 0],
+            m.query_start_loc_cpu[: m.num_reqs + 1].numpy(),
+            m.seq_lens[: m.num_reqs],
+        )
+        return DiffKVMetadata(self._impl.worker, rows, self._layers)
+
+
+class DiffKVImpl(AttentionImpl[DiffKVMetadata]):
+    """One attention layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        check_layer(
+            alibi_slopes=alibi_slopes,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            kv_sharing=kv_sharing_target_layer_name,
+            sinks=sinks is not None,
+            **others,
+        )
+        if attn_type != AttentionType.DECODER:
+            raise ConfigError(f"DiffKV does not support {attn_type} attention layers")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self._worker: WorkerCache | None = None
+        _remember_model(get_current_vllm_config(), head_size)
+
+    @property
+    def worker(self) -> WorkerCache:
+        """The pool of this worker, which the connector sets when memory is there."""
+        assert self._worker is not None, "the KV cache is not allocated yet"
+        return self._worker
+
+    @worker.setter
+    def worker(self, worker: WorkerCache) -> None:
+        self._worker = worker
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: DiffKVMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Store and attend one layer of a step; warm-up runs without one give zeros."""
+        if attn_metadata is None:
+            return output.fill_(0)
+        m = attn_metadata
+        index = m.layers[layer.layer_name]
+        m.worker.cache.attend(index, m.step, query, key, value, output.view(query.shape))
+        return output
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a spec needs of a model, noted while its layers are built."""
+
+    layout: CacheLayout
+    num_layers: int
+    max_model_len: int
+    max_num_seqs: int
+
+
+_models: dict[int, _Model] = {}
+"""By head_dim. `customize_spec` is a class method that is called without a current configuration."""
+
+
+def _remember_model(vllm_config: Any, head_dim: int) -> None:
+    options = options_of(vllm_config)
+    if options is None:
+        raise ConfigError(
+            "the attention backend CUSTOM is DiffKV's, but --kv-transfer-config does not name its "
+            "connector: use diffkv serve, or the flags that it prints"
+        )
+    check_config(vllm_config, options)
+    model = vllm_config.model_config
+    num_layers = model.get_num_layers(vllm_config.parallel_config)
+    _models[head_dim] = _Model(
+        options.layout(num_layers, head_dim, model.dtype.itemsize),
+        num_layers,
+        model.max_model_len,
+        vllm_config.scheduler_config.max_num_seqs,
+    )
+
+
+class DiffKVBackend(AttentionBackend):
+    """Attention over a DiffKV pool."""
+
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        """Name among vLLM's backends: the slot for one from outside."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[DiffKVImpl]:
+        """The layer."""
+        return DiffKVImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[DiffKVBuilder]:
+        """The planner."""
+        return DiffKVBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Blocks are units of account, so any size will do."""
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """Windowed layers would need another rule for what to keep."""
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Replace the spec vLLM made for a layer by ours."""
+        if isinstance(spec, DiffKVSpec):
+            return spec
+        if type(spec) is not FullAttentionSpec or spec.non_causal:
+            raise ConfigError(
+                f"DiffKV does not support attention layers with a cache of another kind "
+                f"({type(spec).__name__}): {WITHOUT}"
+            )
+        model = _models[spec.head_size]
+        return DiffKVSpec.of(
+            spec, model.layout, model.num_layers, model.max_model_len, model.max_num_seqs
+        )

@@ -1,0 +1,21 @@
+"""A method that DiffKV adds to vLLM's workers, for `LLM.collective_rpc`."""
+
+from typing import Any
+
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+from diffkv.vllm_plugin.front.insight import read_pool
+
+__all__ = ["WorkerExtension"]
+
+
+class WorkerExtension:
+    """Mixed into the worker by `--worker-extension-cls`."""
+
+    def diffkv_summary(self) -> dict[str, Any]:
+        """Totals of this worker's pool, see `WorkerCache.summary`."""
+        return get_kv_transfer_group().worker.summary()
+
+    def diffkv_insight(self) -> list[dict[str, Any]]:
+        """What requests keep that have not been released yet, see `insight.read_pool`."""
+        return read_pool(get_kv_transfer_group().worker.state)

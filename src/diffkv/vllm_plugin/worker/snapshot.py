@@ -1,0 +1,142 @@
+"""What a pool holds after a step, copied to the host without making it wait."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffkv import pool
+from diffkv.state import CacheState
+from diffkv.vllm_plugin.scheduler.spec import MAX_IN_FLIGHT, Report
+
+__all__ = ["Snapshot", "Snapshots", "Subject"]
+
+NUM_TOTALS = 6
+"""Overruns, head and tail of the ring, tokens high and low, demotions since the start."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A request that a step has run.
+
+    Attributes:
+        slot: of the request.
+        life: which admission of the request this is.
+        num_tokens: after the step.
+        given_up: whether its prompt was given up.
+    """
+
+    slot: int
+    life: int
+    num_tokens: int
+    given_up: bool
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The pool after a step.
+
+    Attributes:
+        subjects: the step's requests.
+        num_requests: that were running, in the step or not.
+        num_tokens: of all of them.
+        numbers: [NUM_TOTALS + R * (1 + MAX_IN_FLIGHT)] int64 on the host, once `copied` has happened.
+        copied: a CUDA event; None where nothing had to be copied.
+    """
+
+    subjects: Mapping[str, Subject]
+    num_requests: int
+    num_tokens: int
+    numbers: Tensor
+    copied: torch.cuda.Event | None
+
+    def wait(self) -> None:
+        """Until the numbers are there."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+    @property
+    def overruns(self) -> int:
+        """Plans that wanted more pages than were free."""
+        return int(self.numbers[0])
+
+    @property
+    def num_free(self) -> int:
+        """Free pages."""
+        return int(self.numbers[2] - self.numbers[1])
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Tokens (high, low) over all layers and heads."""
+        return int(self.numbers[3]), int(self.numbers[4])
+
+    @property
+    def demotions(self) -> int:
+        """Tokens that went from high to low in decode steps, since the start."""
+        return int(self.numbers[5])
+
+    def reports(self) -> dict[str, Report]:
+        """What each request of the step holds."""
+        rows = self.numbers[NUM_TOTALS:].view(len(self.subjects), 1 + MAX_IN_FLIGHT).tolist()
+        return {
+            name: Report(held, tuple(growth), s.num_tokens, s.given_up, s.life)
+            for (name, s), (held, *growth) in zip(self.subjects.items(), rows, strict=True)
+        }
+
+
+class Snapshots:
+    """Takes them, and gives each out: at once, or one step late.
+
+    Args:
+        state: of the pool, which is only read.
+        late: give a snapshot out after the next one was taken, while requests run. Then the device is
+            never waited for while it has nothing to do; who reads a report must bound one more step.
+    """
+
+    def __init__(self, state: CacheState, late: bool) -> None:
+        self._state = state
+        self._late = late
+        self._taken: deque[Snapshot] = deque()
+        self._demotions = torch.zeros(1, dtype=torch.int64, device=state.pool.pages.device)
+
+    def count_demotions(self, places: Sequence[Tensor]) -> None:
+        """Add a step's: `places` of its DecodePlans."""
+        for group in places:
+            self._demotions += (group[..., 2] >= 0).sum()
+
+    def take(self, subjects: Mapping[str, Subject], num_requests: int, num_tokens: int) -> None:
+        """Begin to copy what the pool holds now."""
+        groups, device = self._state.groups, self._demotions.device
+        shared = self._state.pool
+        slots = torch.tensor([s.slot for s in subjects.values()], dtype=torch.int64)
+        slots = slots.to(device, non_blocking=True)
+        held = sum((pool.held_pages(g, slots) for g in groups), start=torch.zeros_like(slots))
+        growth = torch.stack([pool.page_growth(g, slots, MAX_IN_FLIGHT) for g in groups]).sum(0)
+        kept = torch.stack([g.num_tokens.sum((0, 1, 2)) for g in groups]).sum(0)
+        numbers = torch.cat(
+            [
+                shared.overruns.long(), shared.ring_ends, kept, self._demotions,
+                torch.cat([held[:, None], growth], 1).flatten(),
+            ]
+        )  # fmt: skip
+        copied = None
+        if device.type == "cuda":
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            numbers = host.copy_(numbers, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._taken.append(Snapshot(dict(subjects), num_requests, num_tokens, numbers, copied))
+
+    def give(self) -> list[Snapshot]:
+        """Those that are due, in their order; asked after each `take`.
+
+        After the last request none waits for another step.
+        """
+        one_waits = self._late and self._taken[-1].num_requests > 0
+        due = []
+        while len(self._taken) > one_waits:
+            due.append(self._taken.popleft())
+            due[-1].wait()
+        return due
