@@ -107,6 +107,11 @@ class PoolShape:
         return one.pages_bytes(one.num_heads * one.max_pages) + one.table_bytes
 
     @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return self.layout.page_bytes
+
+    @property
     def num_heads(self) -> int:
         """Heads of one slot, of all layers."""
         return self.num_layers * self.num_kv_heads

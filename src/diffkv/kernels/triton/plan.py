@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.triton.check import check_tensor
+from diffkv.kernels.check import check_tensor
 from diffkv.kernels.triton.codes import position_pointers, sum_pointers
 from diffkv.kernels.triton.table import enter_page, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace

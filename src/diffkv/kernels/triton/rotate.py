@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.triton.check import check_dtype, check_packed, check_tensor
+from diffkv.kernels.check import check_dtype, check_packed, check_tensor
 from diffkv.kernels.triton.codes import rounded
-from diffkv.kernels.triton.facts import DTYPES, MIN_DOT
+from diffkv.kernels.triton.constants import DTYPES, MIN_DOT
 from diffkv.rotation import block_size
 
 __all__ = ["rotate"]

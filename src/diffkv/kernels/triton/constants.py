@@ -44,7 +44,7 @@ INTERPRETED = not isinstance(_jitted, triton.JITFunction)
 """Whether kernels run in Triton's interpreter, as they do where TRITON_INTERPRET=1."""
 
 
-class _Facts:
+class _Constants:
     """Wraps every field as a kernel's constants are, so that what is computed from them is one, too."""
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class _Facts:
 
 
 @dataclass(frozen=True)
-class Side(_Facts):
+class Side(_Constants):
     """K or V of one tier. For kernels: outside of them, fields are no plain numbers.
 
     Attributes:
@@ -96,7 +96,7 @@ class Side(_Facts):
 
 
 @dataclass(frozen=True)
-class Tier(_Facts):
+class Tier(_Constants):
     """One tier of a page. For kernels: outside of them, fields are no plain numbers.
 
     Attributes:
@@ -117,7 +117,7 @@ class Tier(_Facts):
 
 
 @dataclass(frozen=True)
-class Table(_Facts):
+class Table(_Constants):
     """Sizes of page tables. For kernels: outside of them, fields are no plain numbers.
 
     Attributes:
