@@ -6,7 +6,7 @@ Arithmetic on sizes only: nothing is loaded or measured. A rank of tensor parall
 import re
 from dataclasses import dataclass
 
-from diffkv.layout import PageLayout
+from diffkv.layout import PageLayout, bf16_bytes_per_token
 from diffkv.model_config import ModelConfig
 from diffkv.policy import WINDOW
 from diffkv.quant import ConfigError, QuantConfig
@@ -89,11 +89,6 @@ class Rank:
     num_kv_heads: int
     weight_bytes: int
     kv_bytes: int
-
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Elements of a token's keys and values on this rank."""
-        return self.model.kv_elements_per_token // self.model.num_kv_heads * self.num_kv_heads
 
     def weight_bytes_read(self, num_requests: int) -> int:
         """Weights that a decode step reads: of a mixture, the experts that some request hits.
@@ -184,7 +179,8 @@ class FormatPlan:
 
 def plan_dense(name: str, rank: Rank, context: int) -> FormatPlan:
     """Plan one of vLLM's own caches, in its blocks of 16 tokens."""
-    token_bytes = rank.kv_elements_per_token * DENSE_BITS[name] // 8
+    heads = rank.model.num_layers * rank.num_kv_heads
+    token_bytes = bf16_bytes_per_token(heads, rank.model.head_dim) * DENSE_BITS[name] // 16
     request = -(-context // DENSE_BLOCK_TOKENS) * DENSE_BLOCK_TOKENS * token_bytes
     num_requests = rank.kv_bytes // request
     return FormatPlan(name, request / context, num_requests, starts=num_requests > 0)

@@ -149,11 +149,6 @@ class ModelConfig:
         return DTYPE_BYTES[self.dtype]
 
     @property
-    def kv_elements_per_token(self) -> int:
-        """Elements of a token's keys and values, all layers and KV heads."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
-    @property
     def _attention_parameters(self) -> int:
         q, kv = self.num_q_heads * self.head_dim, self.num_kv_heads * self.head_dim
         biases = (q + 2 * kv) * self.attention_bias + self.hidden_size * self.output_bias

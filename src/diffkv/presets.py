@@ -65,7 +65,8 @@ class Preset:
     def __post_init__(self) -> None:
         """Refuse what no engine would start with."""
         quant = QuantConfig.parse(self.quant)
-        assert Thresholds.choose(quant, self.alpha_high, self.alpha_low) == self.thresholds
+        chosen = Thresholds.choose(quant, self.alpha_high, self.alpha_low)
+        assert chosen == self.thresholds, f"{self.name}: an engine would run {chosen}"
         policies.parse(self.policy).check(quant)
 
     @property

@@ -5,7 +5,7 @@ A pool's tables are paid for out of the same bytes as its pages.
 
 from dataclasses import dataclass, replace
 
-from diffkv.layout import PageLayout
+from diffkv.layout import PageLayout, bf16_bytes_per_token
 from diffkv.quant import ConfigError
 
 __all__ = [
@@ -145,6 +145,11 @@ class PoolShape:
         """
         rows = self.num_heads * ENTRY_BYTES * (self.directory_width + 4)
         return rows + self.half_empty_leaves * _leaf_bytes(self.leaf_entries) + SLOT_FIXED_BYTES
+
+    @property
+    def bf16_bytes_per_token(self) -> int:
+        """Bytes of a token in bf16, all layers and KV heads of a rank."""
+        return bf16_bytes_per_token(self.num_heads, self.layout.head_dim)
 
     def pages_bytes(self, num_pages: int) -> int:
         """What pages take of a budget: themselves, their ring entries, and the leaves that name them."""
