@@ -125,7 +125,7 @@ class Options:
         """Whether every token has a sum and a position, for alpha_low of whatever request."""
         return self.thresholds().alpha_low > 0 if self.drops is None else self.drops
 
-    def request_thresholds(self) -> tuple[str, ...]:
+    def settable_thresholds(self) -> tuple[str, ...]:
         """The thresholds that a request may set above 0.
 
         Without sums of low tokens none of them can be dropped; without a low tier either threshold

@@ -1,95 +1,14 @@
-"""What requests keep, token by token, read from a worker's pool.
-
-For people who want to look: it copies counts and positions to the host, and is no part of a step.
-"""
+"""What requests keep, token by token: runs prompts, and has the workers read their pools."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from diffkv.policy import DROPPED, HIGH, LOW
 from diffkv.quant import ConfigError
-from diffkv.reference.pages import page_ids
-from diffkv.state import CacheState, PoolState
 from diffkv.vllm_plugin.options import Options
 
-__all__ = ["Insight", "inspect", "read_pool", "token_tiers"]
-
-
-def token_tiers(state: PoolState, slot: int, num_tokens: int) -> Tensor:
-    """The tier of every token of a request, for every layer of a group and head.
-
-    Args:
-        state: of the group; not modified.
-        slot: of the request.
-        num_tokens: of the request so far.
-
-    Returns:
-        [num_layers, num_kv_heads, num_tokens] int8 of HIGH, LOW and DROPPED, on the CPU.
-    """
-    tiers = torch.full(
-        (state.num_layers, state.num_kv_heads, num_tokens), DROPPED, dtype=torch.int8
-    )
-    counts = state.num_tokens[slot].cpu()
-    for tier in (HIGH, LOW)[: len(state.layout.tiers)]:
-        stored = _positions(state, tier)
-        per_page = state.layout.tiers[tier].tokens_per_page
-        for layer in range(state.num_layers):
-            for head in range(state.num_kv_heads):
-                number = torch.arange(int(counts[layer, head, tier]))
-                pages = page_ids(state, (slot, layer, head), tier).cpu()[number // per_page]
-                positions = stored[pages.to(stored.device), number % per_page].cpu().long()
-                tiers[layer, head, positions] = tier
-    return tiers
-
-
-def _positions(state: PoolState, tier: int) -> Tensor:
-    """[num_pages, tokens_per_page] int32, a view: what each page would say if it were of a tier."""
-    offset, num_bytes = state.layout.tiers[tier].segments["positions"]
-    return state.pages[:, offset : offset + num_bytes].view(torch.int32)
-
-
-def read_pool(state: CacheState) -> list[dict[str, Any]]:
-    """Every request that holds tokens, by slot.
-
-    Returns:
-        For each: `num_tokens`, of the request so far (its newest token is always kept); `high` and
-        `low`, [num_layers][num_kv_heads] counts; `tiers`, [num_layers][num_kv_heads] strings of one
-        digit a token: 0 high, 1 low, 2 dropped.
-
-    Raises:
-        ConfigError: the engine does not drop, so that it has no positions of low tokens.
-    """
-    if not state.pool.layout.drops:
-        raise ConfigError("this engine keeps no positions of low tokens: start it with drops")
-    requests = []
-    order = torch.tensor([layer for members in state.layers for layer in members]).argsort()
-    for slot in torch.nonzero(state.pool.num_tokens.sum((1, 2, 3)) > 0)[:, 0].tolist():
-        num_tokens = _newest(state.pool, slot) + 1
-        tiers = torch.cat([token_tiers(g, slot, num_tokens) for g in state.groups])[order]
-        counts = torch.cat([g.num_tokens[slot].cpu() for g in state.groups])[order]
-        requests.append(
-            {
-                "num_tokens": num_tokens,
-                "high": counts[..., HIGH].tolist(),
-                "low": counts[..., LOW].tolist(),
-                "tiers": [["".join(map(str, row)) for row in rows] for rows in tiers.tolist()],
-            }
-        )
-    return requests
-
-
-def _newest(state: PoolState, slot: int) -> int:
-    """Largest position of a request: in the high tier of any head."""
-    number = torch.arange(int(state.num_tokens[slot, 0, 0, HIGH]))
-    per_page = state.layout.tiers[HIGH].tokens_per_page
-    pages = page_ids(state, (slot, 0, 0), HIGH).cpu()[number // per_page]
-    stored = _positions(state, HIGH)
-    return int(stored[pages.to(stored.device), number % per_page].max())
+__all__ = ["Insight", "inspect"]
 
 
 @dataclass(frozen=True)
@@ -132,12 +51,14 @@ def inspect(
     from vllm import SamplingParams
     from vllm.exceptions import VLLMClientError
 
-    from diffkv.vllm_plugin import engine_args
     from diffkv.vllm_plugin.front import offline
+    from diffkv.vllm_plugin.support import check_version
+
+    check_version()
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     insights = []
-    with offline.engine(arguments | engine_args(**replace(options, drops=True).to_dict())) as llm:
+    with offline.engine(offline.turned_on(replace(options, drops=True), arguments)) as llm:
         tokenizer = llm.get_tokenizer()
         for prompt in prompts:
             try:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
-from diffkv.vllm_plugin import engine_args
+from diffkv.vllm_plugin.arguments import arguments_of
 from diffkv.vllm_plugin.options import Options
 
 __all__ = [
@@ -282,7 +282,7 @@ def turned_on(options: Options, arguments: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: an argument that DiffKV sets itself was given.
     """
-    ours = engine_args(**options.to_dict())
+    ours = arguments_of(options)
     for name in ours:
         if name in arguments and name != "watermark":
             flag = "--" + name.replace("_", "-")

@@ -61,7 +61,7 @@ def banner(options: Options, shape: CacheShape, vllm_config: Any) -> list[str]:
             f"DiffKV layers {layers_text(group.layers)}: {_tiers(group, heads)}"
             for group in layout.groups
         ]
-    reason = why_worst_case(vllm_config, options.admission)
+    reason = why_worst_case(vllm_config, options)
     lines.append(
         "DiffKV admits prompts by their expected compressed size"
         if reason is None

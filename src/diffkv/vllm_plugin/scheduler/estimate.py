@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffkv.policy import Thresholds
-from diffkv.vllm_plugin.options import WORST_CASE
+from diffkv.vllm_plugin.options import WORST_CASE, Options
 
 __all__ = ["Prompt", "PromptSizes", "longest_whole", "why_worst_case"]
 
@@ -33,8 +33,8 @@ class Prompt:
     """What decides the size of a prompt before it is computed.
 
     Attributes:
-        num_tokens: that are prefilled.
-        thresholds: of its request.
+        num_tokens: tokens that are prefilled.
+        thresholds: its request's.
     """
 
     num_tokens: int
@@ -72,10 +72,10 @@ class PromptSizes:
         return min(most_pages, math.ceil(max(seen) * MARGIN * most_pages))
 
 
-def why_worst_case(vllm_config: Any, admission: str) -> str | None:
+def why_worst_case(vllm_config: Any, options: Options) -> str | None:
     """Why an engine sets aside the worst case for every prompt; None where it does not."""
     scheduler = vllm_config.scheduler_config
-    if admission == WORST_CASE:
+    if options.admission == WORST_CASE:
         return f"--admission {WORST_CASE}"
     if vllm_config.max_concurrent_batches > 1:
         return "steps overlap (--async-scheduling), so a prompt's size is known too late"
