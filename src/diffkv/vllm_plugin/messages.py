@@ -1,4 +1,4 @@
-"""What scheduler and workers tell each other: all of it that crosses from one process to the other.
+"""The messages between scheduler and workers: everything that crosses from one process to the other.
 
 Down, before a step: which requests ended and which start. Up, after it: the pages that each request
 holds. Figures for /metrics go up beside these, see `metrics.DiffKVStats`.

@@ -70,7 +70,7 @@ class DiffKVStats(KVConnectorStats):
     def of_rank(
         cls, rank: int, gauges: dict[str, float], counters: dict[str, float], ratios: list[float]
     ) -> "DiffKVStats":
-        """What one worker says after a step."""
+        """A worker's figures after a step."""
         if rank:
             counters, ratios = {name: counters[name] for name in _BY_RANK}, []
         return cls({"ranks": {str(rank): gauges}, "counters": counters, "ratios": ratios})

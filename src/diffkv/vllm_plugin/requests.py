@@ -46,7 +46,7 @@ def thresholds_of(extra_args: Mapping[str, Any] | None, options: Options) -> Thr
 
 @dataclass(frozen=True)
 class Settings:
-    """What a request asks for; None leaves a threshold to the engine."""
+    """A request's own settings; None leaves a threshold to the engine."""
 
     off: bool = False
     alpha_high: float | None = None

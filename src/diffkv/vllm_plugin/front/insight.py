@@ -1,4 +1,4 @@
-"""What requests keep, token by token: runs prompts, and has the workers read their pools."""
+"""Runs prompts, and has the workers read what each keeps, token by token."""
 
 import os
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ __all__ = ["Insight", "inspect"]
 
 @dataclass(frozen=True)
 class Insight:
-    """What one request kept.
+    """The tokens of one request.
 
     Attributes:
-        texts: of its tokens, one each.
+        texts: each token's text.
         high: [num_layers][num_kv_heads], high tokens of each head, over all ranks.
-        low: likewise.
+        low: [num_layers][num_kv_heads], low tokens of each head.
         tiers: [num_layers][num_kv_heads], a string of one digit a token, see `read_pool`.
     """
 
@@ -40,7 +40,7 @@ def inspect(
 
     Args:
         prompts: texts.
-        arguments: of vLLM's engine, the model among them.
+        arguments: arguments of vLLM's engine, the model among them.
         options: DiffKV's; the engine keeps every token's position, whatever they say of drops.
         max_tokens: new tokens of each; with 1 it is seen as the prompt left it.
 

@@ -52,7 +52,7 @@ class SettingsCheck:
 
 
 def _problem(body: bytes, vllm_config: Any) -> str | None:
-    """What is wrong with a body's settings; None if nothing is, or if it is not for us to say."""
+    """The fault in a body's settings; None if there is none, or if it is not for us to say."""
     try:
         request = json.loads(body)
     except ValueError:

@@ -36,7 +36,7 @@ def serve(model: str, options: Options, flags: Sequence[str]) -> None:
     Args:
         model: a folder or a model id.
         options: DiffKV's.
-        flags: of `vllm serve`, passed on as they are.
+        flags: flags of `vllm serve`, passed on as they are.
 
     Raises:
         ConfigError: a flag that vLLM does not know or DiffKV cannot be combined with, a bad model.

@@ -1,7 +1,7 @@
-"""How large a prompt will be once its tiers are known, learned from the prompts before it.
+"""The expected size of a prompt once its tiers are known, learned from the prompts before it.
 
-What is learned is a share: the pages that a prompt took, of the most that one of its length can take.
-It is a bet. What happens when it is lost is the manager's and the worker's part.
+Learned are shares: the pages that a prompt took, of the most that one of its length can take.
+Each is a bet. The manager and the worker deal with those that are lost.
 """
 
 import math
@@ -30,7 +30,7 @@ MOST_KINDS = 512
 
 @dataclass(frozen=True)
 class Prompt:
-    """What decides the size of a prompt before it is computed.
+    """A prompt before it is computed, as far as its size depends on it.
 
     Attributes:
         num_tokens: tokens that are prefilled.
@@ -56,7 +56,7 @@ class PromptSizes:
         self._seen: OrderedDict[tuple[Thresholds, int], deque[float]] = OrderedDict()
 
     def observe(self, prompt: Prompt, share: float) -> None:
-        """Learn what a prompt took, as a share of its worst case."""
+        """Learn a prompt's size, as a share of its worst case."""
         seen = self._seen.setdefault(prompt.kind, deque(maxlen=SEEN))
         seen.append(share)
         self._seen.move_to_end(prompt.kind)

@@ -1,4 +1,4 @@
-"""What a worker counts: totals for a summary, and counters since the last step for metrics."""
+"""A worker's figures: totals for a summary, gauges and counters for metrics."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ __all__ = ["Accounts", "Totals"]
 
 @dataclass
 class Totals:
-    """What requests had kept when they ended; token counts are means over heads.
+    """Sums over requests when they ended; token counts are means over heads.
 
     `nominal_bits` is the sum over kept tokens of their codes' bits an element, likewise a mean.
     """
@@ -77,7 +77,7 @@ class Accounts:
         self._counters["prompts_given_up"] += num
 
     def step_ended(self, snapshot: Snapshot) -> None:
-        """Note what the pool holds; pages are most right after a step."""
+        """Note the state of the pool; it holds most pages right after a step."""
         before = 0 if self._snapshot is None else self._snapshot.demotions
         self._counters["demotions"] += snapshot.demotions - before
         held = self._state.num_pages - snapshot.num_free

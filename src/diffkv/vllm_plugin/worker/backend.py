@@ -31,7 +31,7 @@ __all__ = ["DiffKVBackend", "DiffKVBuilder", "DiffKVImpl", "DiffKVMetadata"]
 
 @dataclass
 class DiffKVMetadata:
-    """What every layer of a step needs.
+    """A step, for each of its layers.
 
     Attributes:
         worker: the pool, and its requests.
@@ -74,7 +74,7 @@ class DiffKVBuilder(AttentionMetadataBuilder[DiffKVMetadata]):
     def get_cudagraph_support(
         cls, vllm_config: Any, kv_cache_spec: AttentionSpec
     ) -> AttentionCGSupport:
-        """Of steps with generated tokens alone: static launches over buffers that stay."""
+        """Steps of generated tokens alone: their launches are static, over buffers that stay."""
         if vllm_config.device_config.device_type == "cuda":
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.NEVER

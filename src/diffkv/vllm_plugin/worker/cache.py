@@ -1,6 +1,6 @@
-"""The worker's side: which request is in which slot, what a step adds, what to report.
+"""The worker's side of the connector: the slot of each request, the plan of a step, the reports.
 
-One per worker process, owned by the worker's connector. It knows vLLM's data, not its engine.
+There is one in each worker process. It knows vLLM's data, not its engine.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -49,7 +49,7 @@ class _Slots:
         free: slots without a request.
         of_block: [num_blocks] int32, each block's slot; -1 where it identifies no request.
         prompt_lens: [num_slots + 1] int64 on the host; the last is for rows without a slot, -1.
-        requests: by vLLM's name.
+        requests: the requests themselves, by vLLM's name.
     """
 
     free: list[int]
@@ -207,7 +207,7 @@ class WorkerCache:
     def _split(
         self, row_slots: Tensor, query_starts: np.ndarray, seq_lens: Tensor
     ) -> tuple[list[PromptChunk], Tensor, slice | Tensor]:
-        """Prompt chunks; which rows are generated tokens; and where those are in the batch."""
+        """Prompt chunks; the rows that are generated tokens; and where those are in the batch."""
         slots, lengths = row_slots.cpu().numpy(), seq_lens.cpu().numpy()
         num_new = np.diff(query_starts)
         used = (slots >= 0) & (num_new > 0)
@@ -226,7 +226,7 @@ class WorkerCache:
         return prompts, index, torch.from_numpy(starts).to(row_slots.device)
 
     def report(self) -> dict[str, PagesHeld]:
-        """What each request of a step holds: of the one that just ended, or of the one before.
+        """Each request of the step that just ended, or of the one before it.
 
         Raises:
             RuntimeError: a plan wanted more pages than were free, which quotas rule out.

@@ -17,5 +17,5 @@ class WorkerExtension:
         return get_kv_transfer_group().worker.summary()
 
     def diffkv_insight(self) -> list[dict[str, Any]]:
-        """What requests keep that have not been released yet, see `pages.read_pool`."""
+        """Every token of the requests that have not been released yet, see `pages.read_pool`."""
         return read_pool(get_kv_transfer_group().worker.state)

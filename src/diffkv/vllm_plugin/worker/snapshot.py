@@ -1,4 +1,4 @@
-"""What a pool holds after a step, copied to the host without making it wait."""
+"""The state of a pool after a step, copied to the host without making it wait."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -87,7 +87,7 @@ class Snapshot:
         return int(self.numbers[5])
 
     def reports(self) -> dict[str, PagesHeld]:
-        """What each request of the step holds."""
+        """The step's requests, as the scheduler is told of them."""
         rows = self.numbers[NUM_TOTALS:].view(len(self.requests), 1 + MAX_IN_FLIGHT).tolist()
         return {
             name: PagesHeld(held, tuple(growth), r.num_tokens, r.given_up, r.epoch)
