@@ -1,11 +1,10 @@
 """Runs prompts, and has the workers read what each keeps, token by token."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.front.offline import engine, engine_arguments, requests_in_one_line
 from diffkv.vllm_plugin.options import Options
 
 __all__ = ["Insight", "inspect"]
@@ -47,24 +46,16 @@ def inspect(
     Raises:
         ConfigError: the engine cannot start, or a prompt does not fit the model.
     """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    args = engine_arguments(arguments, replace(options, drops=True))
     from vllm import SamplingParams
-    from vllm.exceptions import VLLMClientError
-
-    from diffkv.vllm_plugin.front import offline
-    from diffkv.vllm_plugin.support import check_version
-
-    check_version()
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     insights = []
-    with offline.engine(offline.turned_on(replace(options, drops=True), arguments)) as llm:
+    with engine(args) as llm:
         tokenizer = llm.get_tokenizer()
         for prompt in prompts:
-            try:
+            with requests_in_one_line():
                 (output,) = llm.generate([prompt], params, use_tqdm=False)
-            except (ValueError, VLLMClientError) as error:
-                raise ConfigError(offline.first_line(error)) from error
             # Pages go back with the next step's message, so a finished request is still there.
             ranks = [rank for (rank,) in llm.collective_rpc("diffkv_insight")]
             num_tokens = ranks[0]["num_tokens"]
