@@ -131,6 +131,7 @@ def check_empty(llm: Any) -> None:
     ours = manager(llm)
     assert not any((ours.req_to_blocks, ours._quotas, ours._reports, ours._num_tokens))
     assert not any((ours._prompts, ours._given_up, ours._must_leave))
+    assert not scheduler(llm).connector.scheduler._thresholds
 
 
 def check_quotas(llm: Any) -> None:

@@ -9,13 +9,15 @@ from conftest import NEW_TOKENS, engine, greedy
 from stepping import Request, check_quotas, drive, worker
 from torch import Tensor
 
+from diffkv.cache import Step
 from diffkv.prefill import Spans, torch_prefill
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import engine_args
 from diffkv.vllm_plugin.connector import DiffKVConnector
 from diffkv.vllm_plugin.front.admission import Admission
-from diffkv.vllm_plugin.scheduler.spec import DiffKVManager, Report
-from diffkv.vllm_plugin.worker.backend import DiffKVBuilder
+from diffkv.vllm_plugin.messages import PagesHeld
+from diffkv.vllm_plugin.scheduler.manager import DiffKVManager
+from diffkv.vllm_plugin.worker.backend import DiffKVBuilder, DiffKVMetadata
 from diffkv.vllm_plugin.worker.prefill import choose_prefill
 from diffkv.vllm_plugin.worker.snapshot import Snapshots
 
@@ -52,6 +54,41 @@ def test_message_after_metadata(
     assert not messages
 
 
+def test_dummy_run_without_a_message(
+    monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], stock: list[list[int]]
+) -> None:
+    """The second runner captures graphs in pieces, and waits for other replicas, by such runs.
+
+    Its builder cannot tell them from steps whose message is still to come.
+    """
+    init, plan = DiffKVBuilder.__init__, DiffKVMetadata.plan
+    planned: list[Any] = []
+
+    def late(self: DiffKVBuilder, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self._message_comes_later = True
+
+    def count(self: DiffKVMetadata) -> Step:
+        planned.append(self)
+        return plan(self)
+
+    monkeypatch.setattr(DiffKVBuilder, "__init__", late)
+    monkeypatch.setattr(DiffKVMetadata, "plan", count)
+    with engine("k16v16", max_num_batched_tokens=256) as llm:
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+        def look(step: int) -> None:
+            held = worker().accounts.num_held
+            runner._dummy_run(8, force_attention=True)
+            assert worker().accounts.num_held == held
+            check_quotas(llm)
+
+        requests = {f"r{i}": Request(prompt, 8) for i, prompt in enumerate(prompts[:4])}
+        driven = drive(llm, requests, look)
+    assert list(driven.token_ids.values()) == [tokens[:8] for tokens in stock[:4]]
+    assert len(planned) == len(set(map(id, planned))), "a step was planned twice"
+
+
 def test_reports_a_step_late(
     monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], stock: list[list[int]]
 ) -> None:
@@ -62,8 +99,8 @@ def test_reports_a_step_late(
     def late(self: Snapshots, state: Any, late: bool) -> None:
         init(self, state, late=True)
 
-    def count(self: DiffKVManager, request_id: str, report: Report) -> None:
-        stale.append(report.life != self._lives.get(request_id) or request_id not in self._quotas)
+    def count(self: DiffKVManager, request_id: str, report: PagesHeld) -> None:
+        stale.append(report.epoch != self._epochs.get(request_id) or request_id not in self._quotas)
         on_report(self, request_id, report)
 
     monkeypatch.setattr(Snapshots, "__init__", late)

@@ -12,7 +12,8 @@ import torch
 from diffkv import ops
 from diffkv.cli import heatmap, main
 from diffkv.policy import DROPPED, HIGH
-from diffkv.vllm_plugin.front.insight import _join_heads, read_pool, token_tiers
+from diffkv.vllm_plugin.front.insight import _join_heads
+from diffkv.vllm_plugin.worker.pages import read_pool, token_tiers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest adds this folder, but not the one above
 import small_pool  # isort: skip

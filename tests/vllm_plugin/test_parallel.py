@@ -13,8 +13,7 @@ from test_models import Answer, arguments, decode, drift, token_ids
 
 from checkpoints import make  # isort: skip
 from diffkv.quant import ConfigError
-from diffkv.vllm_plugin.connector import ReportMessage
-from diffkv.vllm_plugin.scheduler.spec import Report
+from diffkv.vllm_plugin.messages import PagesHeld, ReportMessage
 
 SUMMATION_DRIFT = 1e-3
 """In nats: two halves of a sum are added in another order, and a code may fall on its other side."""
@@ -67,16 +66,16 @@ def test_two_ranks_equal_one(
 
 
 def test_the_fullest_rank_decides() -> None:
-    left = ReportMessage({"a": Report(7, (2, 6), 30), "b": Report(1, (1, 1), 5)})
-    right = ReportMessage({"a": Report(5, (4, 5), 29), "c": Report(9, (0, 3), 80)})
+    left = ReportMessage({"a": PagesHeld(7, (2, 6), 30), "b": PagesHeld(1, (1, 1), 5)})
+    right = ReportMessage({"a": PagesHeld(5, (4, 5), 29), "c": PagesHeld(9, (0, 3), 80)})
     expected = {
-        "a": Report(7, (4, 6), 29),
-        "b": Report(1, (1, 1), 5),
-        "c": Report(9, (0, 3), 80),
+        "a": PagesHeld(7, (4, 6), 29),
+        "b": PagesHeld(1, (1, 1), 5),
+        "c": PagesHeld(9, (0, 3), 80),
     }
     assert left.aggregate(right).reports == expected
     assert right.aggregate(left).reports == expected
-    assert left.reports["a"] == Report(7, (2, 6), 30), "aggregating changed a message"
+    assert left.reports["a"] == PagesHeld(7, (2, 6), 30), "aggregating changed a message"
 
 
 @pytest.mark.parametrize(

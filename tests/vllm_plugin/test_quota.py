@@ -95,7 +95,7 @@ class TestOneEngine:
             assert usage == pytest.approx(stepping.blocks_in_use(llm) / stepping.usable_blocks(llm))
             running = {r.request_id for r in scheduler(llm).running}
             slots = [r.slot for name, r in worker()._slots.requests.items() if name in running]
-            covered = int(pool.held_pages(worker().state.pool, torch.tensor(slots).long()).sum())
+            covered = int(pool.held_pages(worker().state, torch.tensor(slots).long()).sum())
             assert covered <= usage * stepping.usable_blocks(llm) * layers + 1e-6
 
         drive(llm, requests(6), look)

@@ -14,8 +14,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from diffkv.layout import PageLayout
 from diffkv.policy import Thresholds
 from diffkv.quant import QuantConfig
+from diffkv.vllm_plugin.messages import MAX_IN_FLIGHT, PagesHeld
 from diffkv.vllm_plugin.scheduler.estimate import Prompt, PromptSizes
-from diffkv.vllm_plugin.scheduler.spec import MAX_IN_FLIGHT, DiffKVManager, DiffKVSpec, Report
+from diffkv.vllm_plugin.scheduler.manager import DiffKVManager
+from diffkv.vllm_plugin.spec import DiffKVSpec
 
 LAYERS, KV_HEADS, RANKS = 2, 2, 2
 HEADS = LAYERS * KV_HEADS
@@ -122,9 +124,9 @@ class World:
             budget -= num
         return scheduled, started
 
-    def work(self, scheduled: dict[Job, int], limits: dict[str, int]) -> dict[Job, Report]:
+    def work(self, scheduled: dict[Job, int], limits: dict[str, int]) -> dict[Job, PagesHeld]:
         """What both ranks hold after the step, and say of it, joined."""
-        reports: dict[Job, Report] = {}
+        reports: dict[Job, PagesHeld] = {}
         for job, num in scheduled.items():
             before, job.computed = job.computed, job.computed + num
             for rank in range(RANKS):
@@ -141,8 +143,8 @@ class World:
                     grown = job.pages[rank] + int(self.rng.binomial(HEADS, 0.1))
                     job.pages[rank] = min(grown, self.most(job.computed))
                 growth = tuple(HEADS * n for n in range(1, MAX_IN_FLIGHT + 1))
-                life = self.manager._lives[job.name]
-                report = Report(job.pages[rank], growth, job.computed, given_up, life)
+                epoch = self.manager._epochs[job.name]
+                report = PagesHeld(job.pages[rank], growth, job.computed, given_up, epoch)
                 reports[job] = report if rank == 0 else reports[job].fullest(report)
         for rank in range(RANKS):
             held = sum(job.pages[rank] for job in self.running)
@@ -220,4 +222,4 @@ def test_no_overrun_no_leak_all_finish(
     assert world.blocks.get_num_free_blocks() == world.usable
     ours = world.manager
     assert not any((ours._quotas, ours._reports, ours._num_tokens, ours._prompts))
-    assert not any((ours._given_up, ours._must_leave, ours._lives))
+    assert not any((ours._given_up, ours._must_leave, ours._epochs))

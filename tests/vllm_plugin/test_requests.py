@@ -37,8 +37,8 @@ def test_what_the_engine_keeps_no_sums_for_is_refused(
     (path,) = args["logits_processors"]
     module, _, name = path.partition(":")
     admission = getattr(importlib.import_module(module), name)
-    thresholds = Options.parse(args["kv_transfer_config"]["kv_connector_extra_config"])
-    assert admission.settable == thresholds.request_thresholds()
+    engine = Options.parse(args["kv_transfer_config"]["kv_connector_extra_config"])
+    assert admission.settable == engine.settable_thresholds()
     admission.validate_params(SamplingParams(extra_args=settable))
     if refused is not None:
         with pytest.raises(ConfigError, match=r"must be 0 in this engine, got 0\.1: .* --drops"):

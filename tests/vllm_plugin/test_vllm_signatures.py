@@ -115,7 +115,7 @@ ATTRIBUTES = {
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": (
         "supports_fine_grained_hash_lookup"
     ),
-    f"{CONNECTOR}.base:KVConnectorBase_V1": "requires_kv_delivery",
+    f"{CONNECTOR}.base:KVConnectorBase_V1": "requires_kv_delivery role",
 }
 """Read or set by us: attributes of a class, of its dataclass fields or of its instances."""
 
@@ -127,7 +127,8 @@ ASSIGNED = {
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "coordinator",
     "vllm.config:ModelConfig": "runner_type",
-    "vllm.v1.request:Request": "request_id sampling_params",
+    "vllm.v1.request:Request": "request_id sampling_params num_tokens",
+    f"{CONNECTOR}.base:KVConnectorBase_V1": "_vllm_config _kv_cache_config",
     f"{CONNECTOR}.metrics:KVConnectorPromMetrics": "_gauge_cls _counter_cls _histogram_cls",
 }
 """Attributes that methods, of the class or of a base, assign."""
@@ -135,8 +136,8 @@ ASSIGNED = {
 OVERRIDES = {
     "diffkv.vllm_plugin.connector:DiffKVConnector": (
         f"{CONNECTOR}.base:KVConnectorBase_V1",
-        "__init__ bind_kv_cache_manager get_num_new_matched_tokens update_state_after_alloc "
-        "build_connector_meta update_connector_output request_finished register_kv_caches "
+        "__init__ bind_kv_cache_manager on_new_request get_num_new_matched_tokens "
+        "update_state_after_alloc build_connector_meta update_connector_output register_kv_caches "
         "handle_preemptions build_connector_worker_meta get_kv_connector_stats start_load_kv "
         "wait_for_layer_load save_kv_layer wait_for_save build_kv_connector_stats "
         "build_prom_metrics",
@@ -145,7 +146,7 @@ OVERRIDES = {
         f"{CONNECTOR}.base:SupportsHMA",
         "request_finished_all_groups",
     ),
-    "diffkv.vllm_plugin.connector:ReportMessage": (
+    "diffkv.vllm_plugin.messages:ReportMessage": (
         f"{CONNECTOR}.base:KVConnectorWorkerMetadata",
         "aggregate",
     ),
@@ -157,11 +158,11 @@ OVERRIDES = {
         f"{CONNECTOR}.metrics:KVConnectorPromMetrics",
         "__init__ observe",
     ),
-    "diffkv.vllm_plugin.scheduler.spec:DiffKVSpec": (
+    "diffkv.vllm_plugin.spec:DiffKVSpec": (
         "vllm.v1.kv_cache_interface:FullAttentionSpec",
         "get_num_kernel_states max_num_blocks_per_req max_memory_usage_bytes merge",
     ),
-    "diffkv.vllm_plugin.scheduler.spec:DiffKVManager": (
+    "diffkv.vllm_plugin.scheduler.manager:DiffKVManager": (
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
         "__init__ get_num_blocks_to_allocate allocate_new_blocks pop_blocks_for_free "
         "find_longest_cache_hit add_local_computed_blocks cache_blocks remove_skipped_blocks",

@@ -7,14 +7,11 @@ for an engine that does not ask for DiffKV's connector.
 from typing import Any
 
 from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.arguments import arguments_of
+from diffkv.vllm_plugin.matrix import CONNECTOR
 from diffkv.vllm_plugin.options import DEFAULT_QUANT, Options
-from diffkv.vllm_plugin.requests import admission_path
 
 __all__ = ["DEFAULT_QUANT", "Options", "engine_args", "register"]
-
-WATERMARK = 0.04
-"""Share of the blocks that vLLM leaves free when it admits requests: several times more of them run at
-once than with its own cache, and all of them grow."""
 
 
 def register() -> None:
@@ -35,11 +32,9 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from diffkv.vllm_plugin.matrix import CONNECTOR
-
     if CONNECTOR in KVConnectorFactory._registry:
         return
-    from diffkv.vllm_plugin.scheduler.spec import register_spec
+    from diffkv.vllm_plugin.scheduler.manager import register_spec
 
     KVConnectorFactory.register_connector(CONNECTOR, "diffkv.vllm_plugin.connector", CONNECTOR)
     register_backend(AttentionBackendEnum.CUSTOM, "diffkv.vllm_plugin.worker.backend.DiffKVBackend")
@@ -60,25 +55,8 @@ def engine_args(quant: str = DEFAULT_QUANT, **options: Any) -> dict[str, Any]:
     Raises:
         ConfigError: an option that does not exist, a bad value, or a vLLM that is not supported.
     """
-    from vllm.platforms import current_platform
-
-    from diffkv.vllm_plugin.matrix import CONNECTOR
     from diffkv.vllm_plugin.support import check_version
 
     check_version()
     register()
-    parsed = Options.parse({"quant": quant, **options})
-    args = {
-        "kv_transfer_config": {
-            "kv_connector": CONNECTOR,
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": parsed.to_dict(),
-        },
-        "worker_extension_cls": "diffkv.vllm_plugin.worker.extension.WorkerExtension",
-        "logits_processors": [admission_path(parsed.request_thresholds())],
-        "enable_prefix_caching": False,
-        "watermark": WATERMARK,
-    }
-    if not current_platform.is_cpu():
-        args["attention_backend"] = "CUSTOM"
-    return args
+    return arguments_of(Options.parse({"quant": quant, **options}))

@@ -1,4 +1,4 @@
-"""What of vLLM goes with DiffKV: one table, for refusals at start and for docs/support-matrix.md.
+"""What works with DiffKV and what is refused: one table, for start-up checks and docs/support-matrix.md.
 
 Nothing here imports vLLM. `python tools/support_matrix.py` writes the page anew.
 """
@@ -27,15 +27,15 @@ class Row:
 
     Attributes:
         area: models, weights, features or parallelism.
-        feature: as the page names it.
+        feature: its name on the page.
         status: works, refused, turned off, tried or not tried.
-        why: or what is known.
-        change: what a user does instead, where it is refused.
-        tests: that run it: `file::function` in the tests' folder.
-        asked: for refused ones, whether a vLLM configuration asks for it; None where another check
-            refuses: vLLM's own, a flag of `diffkv serve`, or `layer_argument`.
-        words: of the refusal, formatted with the configuration as `config`; `feature` if empty.
-        layer_argument: of vLLM's attention layers, that a model uses for it.
+        why: the reason, or a note.
+        change: the user's alternative, where it is refused.
+        tests: tests that run it, each `file::function`.
+        asked: test of a vLLM configuration for a refused feature; None where another check
+            refuses it: vLLM's own, a flag of `diffkv serve`, or `layer_argument`.
+        words: name in the refusal, formatted with the configuration as `config`; `feature` if empty.
+        layer_argument: argument of vLLM's attention layers that a model uses for it.
     """
 
     area: str
@@ -338,13 +338,13 @@ def refuse(vllm_config: Any) -> None:
 def to_markdown() -> str:
     """docs/support-matrix.md."""
     lines = [
-        "# What goes with DiffKV",
+        "# What works with DiffKV",
         "",
         "<!-- Written by `python tools/support_matrix.py` from src/diffkv/vllm_plugin/matrix.py. -->",
         "",
         "*works*: the tests named beside it run it. *refused*: the engine does not start, and says "
-        "in one line what to change. *turned off*: the start-up log says so. *tried*: it ran, by hand; "
-        "no test here runs it. *not tried*: it may work; nobody has seen it.",
+        "in one line what to change. *turned off*: the start-up log says so. *tried*: it was run by "
+        "hand; no test runs it. *not tried*: it may work.",
     ]
     for area in dict.fromkeys(row.area for row in MATRIX):
         lines += ["", f"## {area.capitalize()}", "", "| | | why, what to change | tests |"]

@@ -47,6 +47,9 @@ COUNTERS = {
     "manager_seconds": "Time spent planning, releasing and reporting pages, first rank.",
 }
 
+_BY_RANK = ("demotions", "prompts_given_up")
+"""Counts of a rank's own heads; the others are counted by the first rank, for all."""
+
 HISTOGRAM = "request_compression_ratio"
 _RATIO_BUCKETS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0, 12.0)
 
@@ -67,7 +70,9 @@ class DiffKVStats(KVConnectorStats):
     def of_rank(
         cls, rank: int, gauges: dict[str, float], counters: dict[str, float], ratios: list[float]
     ) -> "DiffKVStats":
-        """What one worker says after a step."""
+        """A worker's figures after a step."""
+        if rank:
+            counters, ratios = {name: counters[name] for name in _BY_RANK}, []
         return cls({"ranks": {str(rank): gauges}, "counters": counters, "ratios": ratios})
 
     def reset(self) -> None:

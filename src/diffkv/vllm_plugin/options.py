@@ -15,21 +15,21 @@ __all__ = ["ADMISSIONS", "DEFAULT_QUANT", "EXPECTED", "WORST_CASE", "Options", "
 DEFAULT_QUANT = "k8v4-k4v2"
 
 EXPECTED, WORST_CASE = ADMISSIONS = ("expected", "worst-case")
-"""What is set aside for a prompt before its tiers are known."""
+"""Pages that are set aside for a prompt before its tiers are known."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user can set; the keys of `kv_connector_extra_config`.
+    """The options of an engine; the keys of `kv_connector_extra_config`.
 
     Attributes:
         quant: text form of the quantisation configuration.
         alpha_high: threshold of the high tier; None takes the default.
         alpha_low: threshold below which tokens are dropped.
-        drops: whether the pool keeps what dropping generated tokens takes, sums and positions of every
-            token, so that requests may set alpha_low; None: if the engine's own is above 0.
+        drops: whether the pool keeps sums and positions of every token, which dropping generated
+            tokens takes, so that requests may set alpha_low; None: if the engine's own is above 0.
         window: most recent tokens that always stay high.
-        policy: what decides a prompt by these thresholds, text form (`diffkv.policies`).
+        policy: text form of the policy that decides prompts by these thresholds (`diffkv.policies`).
         page_bytes: bytes of a page; None takes the size that wastes least.
         rotate: "hadamard" rotates keys and values before they are quantised, "none" does not; None
             takes what goes with the formats, see `diffkv.rotation.choose`.
@@ -106,11 +106,11 @@ class Options:
         return {"quant": self.quant, **given}
 
     def prompt_policy(self) -> policies.Policy:
-        """What decides prompts."""
+        """The policy that decides prompts."""
         return policies.parse(self.policy)
 
     def rotation(self) -> str:
-        """What keys and values are rotated by."""
+        """The rotation of keys and values, see `rotate`."""
         return rotation.choose(self.rotate, self.quant_config())
 
     def quant_config(self) -> QuantConfig:
@@ -125,7 +125,7 @@ class Options:
         """Whether every token has a sum and a position, for alpha_low of whatever request."""
         return self.thresholds().alpha_low > 0 if self.drops is None else self.drops
 
-    def request_thresholds(self) -> tuple[str, ...]:
+    def settable_thresholds(self) -> tuple[str, ...]:
         """The thresholds that a request may set above 0.
 
         Without sums of low tokens none of them can be dropped; without a low tier either threshold

@@ -10,8 +10,9 @@ from typing import Any
 
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.options import Options
 
-__all__ = ["PREFIX", "THRESHOLDS", "Settings", "admission_path"]
+__all__ = ["PREFIX", "THRESHOLDS", "Settings", "admission_path", "thresholds_of"]
 
 PREFIX = "diffkv"
 """Settings of ours begin with it; a misspelt one is refused, others are not ours."""
@@ -21,17 +22,31 @@ _KNOWN = ("diffkv", "diffkv_alpha_high", "diffkv_alpha_low")
 THRESHOLDS = ("alpha_high", "alpha_low")
 
 _ADMISSIONS = {THRESHOLDS: "Admission", ("alpha_high",): "HighAdmission", (): "FixedAdmission"}
-"""Classes of `admission` by the thresholds that a request may set above 0."""
+"""Classes of `front.admission` by the thresholds that a request may set above 0."""
 
 
-def admission_path(settable: tuple[str, ...]) -> str:
-    """What `--logits-processors` is given where requests may set these thresholds above 0."""
-    return f"diffkv.vllm_plugin.front.admission:{_ADMISSIONS[settable]}"
+def admission_path(options: Options) -> str:
+    """The argument of `--logits-processors` that has an engine's requests checked."""
+    return f"diffkv.vllm_plugin.front.admission:{_ADMISSIONS[options.settable_thresholds()]}"
+
+
+def thresholds_of(extra_args: Mapping[str, Any] | None, options: Options) -> Thresholds:
+    """The thresholds that a request runs with.
+
+    Args:
+        extra_args: the request's.
+        options: the engine's.
+
+    Raises:
+        ConfigError: names the setting, its value and what would work.
+    """
+    settings = Settings.parse(extra_args, options.settable_thresholds())
+    return settings.thresholds(options.thresholds(), options.quant_config().has_low)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a request asks for; None leaves a threshold to the engine."""
+    """A request's own settings; None leaves a threshold to the engine."""
 
     off: bool = False
     alpha_high: float | None = None
@@ -44,9 +59,9 @@ class Settings:
         """Read a request's settings.
 
         Args:
-            extra_args: of the request; what does not begin with our prefix is not ours.
+            extra_args: the request's; names that do not begin with our prefix are not ours.
             settable: thresholds that the engine lets a request set above 0
-                (`Options.request_thresholds`).
+                (`Options.settable_thresholds`).
 
         Raises:
             ConfigError: names the setting, its value and what would work.

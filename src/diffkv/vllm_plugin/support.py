@@ -92,7 +92,7 @@ def check_layer(**features: Any) -> None:
     """Refuse an attention layer with features that the kernels do not have.
 
     Args:
-        **features: of vLLM's attention constructor, by name; None, 0 and False mean unused.
+        **features: arguments of vLLM's attention constructor; None, 0 and False mean unused.
 
     Raises:
         ConfigError: names the feature.

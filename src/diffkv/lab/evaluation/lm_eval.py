@@ -16,8 +16,13 @@ from typing import Any
 from diffkv.lab.evaluation.benchmarks import Benchmark
 from diffkv.lab.evaluation.results import TaskRow
 from diffkv.quant import ConfigError
-from diffkv.vllm_plugin.front.offline import CacheUse, first_line, refusals_in_one_line
-from diffkv.vllm_plugin.front.session import Meter, engine_arguments
+from diffkv.vllm_plugin.front.offline import (
+    CacheUse,
+    engine_arguments,
+    first_line,
+    refusals_in_one_line,
+)
+from diffkv.vllm_plugin.front.session import Meter
 from diffkv.vllm_plugin.options import Options
 
 __all__ = ["Scores", "rows", "run"]

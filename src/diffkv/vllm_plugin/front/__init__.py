@@ -1,1 +1,1 @@
-"""What runs in the API process, and offline: options from outside, requests in, answers out."""
+"""In the API process, or that of `LLM`: starts engines, checks requests, reads answers."""

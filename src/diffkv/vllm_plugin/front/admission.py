@@ -68,12 +68,12 @@ class Admission(RunnerV1Processor, RunnerV2Processor):
 
 
 class HighAdmission(Admission):
-    """Of engines with two tiers that drop no generated token."""
+    """For engines with two tiers that drop no generated token."""
 
     settable = ("alpha_high",)
 
 
 class FixedAdmission(Admission):
-    """Of engines with one tier that drop no generated token: there is nothing to decide."""
+    """For engines with one tier that drop no generated token: there is nothing to decide."""
 
     settable = ()

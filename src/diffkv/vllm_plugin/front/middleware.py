@@ -10,7 +10,7 @@ from typing import Any
 
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.options import options_of
-from diffkv.vllm_plugin.requests import PREFIX, Settings
+from diffkv.vllm_plugin.requests import PREFIX, thresholds_of
 
 __all__ = ["SettingsCheck"]
 
@@ -52,7 +52,7 @@ class SettingsCheck:
 
 
 def _problem(body: bytes, vllm_config: Any) -> str | None:
-    """What is wrong with a body's settings; None if nothing is, or if it is not for us to say."""
+    """The fault in a body's settings; None if there is none, or if it is not for us to say."""
     try:
         request = json.loads(body)
     except ValueError:
@@ -64,7 +64,7 @@ def _problem(body: bytes, vllm_config: Any) -> str | None:
     if options is None:
         return None
     try:
-        Settings.parse(settings, options.request_thresholds())
+        thresholds_of(settings, options)
     except ConfigError as error:
         return str(error)
     return None

@@ -13,23 +13,23 @@ from safetensors import SafetensorError, safe_open
 
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
-from diffkv.vllm_plugin import engine_args
+from diffkv.vllm_plugin.arguments import arguments_of
 from diffkv.vllm_plugin.options import Options
 
 __all__ = [
     "Answer",
     "CacheUse",
     "Result",
-    "as_answer",
+    "answer",
     "cache_use",
-    "check_lengths",
     "check_model",
     "engine",
+    "engine_arguments",
     "engine_flags",
     "first_line",
     "generate",
     "refusals_in_one_line",
-    "turned_on",
+    "requests_in_one_line",
 ]
 
 PYDANTIC_PREFIX = "Value error, "
@@ -194,6 +194,21 @@ def refusals_in_one_line(args: dict[str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def requests_in_one_line() -> Iterator[None]:
+    """Give vLLM requests inside: its refusals of them are the user's to read, in one line.
+
+    Raises:
+        ConfigError: what vLLM refuses.
+    """
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        yield
+    except (ValueError, VLLMClientError) as error:
+        raise ConfigError(first_line(error)) from error
+
+
+@contextlib.contextmanager
 def engine(args: dict[str, Any]) -> Iterator[Any]:
     """An engine for a while."""
     from vllm import LLM
@@ -219,7 +234,7 @@ def generate(
 
     Args:
         prompts: texts.
-        arguments: of vLLM's engine, the model among them.
+        arguments: arguments of vLLM's engine, the model among them.
         sampling: arguments of vLLM's SamplingParams, for each prompt.
         options: DiffKV's; None runs vLLM with its own cache.
         progress: whether to show a progress bar.
@@ -227,39 +242,71 @@ def generate(
     Raises:
         ConfigError: the engine cannot start, or a prompt does not fit the model.
     """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import SamplingParams
-    from vllm.exceptions import VLLMClientError
-
-    from diffkv.vllm_plugin.support import check_version
-
-    check_version()
-    args = {**arguments, "disable_log_stats": False}
-    if options is not None:
-        args = turned_on(options, args)
-    try:
-        params = [SamplingParams(**each) for each in sampling]
-    except (ValueError, VLLMClientError) as error:
-        raise ConfigError(first_line(error)) from error
+    args = engine_arguments(arguments, options)
+    _sampling_params(sampling)  # bad ones are refused before the engine takes its time to start
     with engine(args) as llm:
-        check_lengths(llm, prompts)
-        try:
-            outputs = llm.generate(list(prompts), params, use_tqdm=progress)
-        except (ValueError, VLLMClientError) as error:
-            raise ConfigError(first_line(error)) from error
-        answers = [as_answer(output) for output in outputs]
+        answers = answer(llm, prompts, sampling, progress)
         use = None if options is None else cache_use(options, llm.collective_rpc("diffkv_summary"))
         return Result(answers, use, _preemptions(llm))
 
 
-def as_answer(output: Any) -> Answer:
-    """What vLLM made of a prompt, in our words."""
-    first = output.outputs[0]
-    prompt_tokens = len(output.prompt_token_ids)
-    return Answer(prompt_tokens, list(first.token_ids), first.text, first.finish_reason)
+def engine_arguments(arguments: dict[str, Any], options: Options | None) -> dict[str, Any]:
+    """Arguments of vLLM's engine for a run that is measured, with DiffKV or with vLLM's own cache.
+
+    Prefix caching is off in both: a prompt that is read from a cache is not compressed anew.
+
+    Raises:
+        ConfigError: an argument that DiffKV sets itself was given, or another vLLM is installed.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from diffkv.vllm_plugin.support import check_version
+
+    check_version()
+    args = {**arguments, "disable_log_stats": False}
+    if options is None:
+        return {**args, "enable_prefix_caching": False}
+    ours = arguments_of(options)
+    for name in ours:
+        if name in args and name != "watermark":
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} does not go with DiffKV, which sets it: leave it out")
+    return {**ours, **args}
 
 
-def check_lengths(llm: Any, prompts: Sequence[str]) -> None:
+def answer(
+    llm: Any, prompts: Sequence[str], sampling: Sequence[dict[str, Any]], progress: bool = False
+) -> list[Answer]:
+    """Answer prompts with an engine that is running.
+
+    Args:
+        llm: vLLM's engine.
+        prompts: texts.
+        sampling: arguments of vLLM's SamplingParams, for each prompt.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ConfigError: a prompt does not fit the model, or a bad argument of sampling.
+    """
+    _check_lengths(llm, prompts)
+    params = _sampling_params(sampling)
+    with requests_in_one_line():
+        outputs = llm.generate(list(prompts), params, use_tqdm=progress)
+    answers = []
+    for output in outputs:
+        first = output.outputs[0]
+        length = len(output.prompt_token_ids)
+        answers.append(Answer(length, list(first.token_ids), first.text, first.finish_reason))
+    return answers
+
+
+def _sampling_params(sampling: Sequence[dict[str, Any]]) -> list[Any]:
+    from vllm import SamplingParams
+
+    with requests_in_one_line():
+        return [SamplingParams(**each) for each in sampling]
+
+
+def _check_lengths(llm: Any, prompts: Sequence[str]) -> None:
     """Refuse a prompt that leaves no room for an answer, before there is a progress bar to disturb.
 
     Raises:
@@ -274,20 +321,6 @@ def check_lengths(llm: Any, prompts: Sequence[str]) -> None:
                 f"prompt {number} has {num_tokens} tokens, but prompt and answer may have {longest} "
                 f"together: shorten it, or raise --max-model-len"
             )
-
-
-def turned_on(options: Options, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Add what turns DiffKV on to an engine's arguments, of which its watermark may be another.
-
-    Raises:
-        ConfigError: an argument that DiffKV sets itself was given.
-    """
-    ours = engine_args(**options.to_dict())
-    for name in ours:
-        if name in arguments and name != "watermark":
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} does not go with DiffKV, which sets it: leave it out")
-    return {**ours, **arguments}
 
 
 def _preemptions(llm: Any) -> int:

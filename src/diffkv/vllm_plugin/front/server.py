@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffkv.quant import ConfigError
-from diffkv.vllm_plugin import engine_args
+from diffkv.vllm_plugin.arguments import arguments_of
 from diffkv.vllm_plugin.front.offline import check_model, first_line, refuse_in_one_line
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.requests import admission_path
@@ -16,7 +16,7 @@ __all__ = ["serve", "serve_flags"]
 
 def serve_flags(options: Options) -> list[str]:
     """The flags that turn DiffKV on in a plain `vllm serve`."""
-    args = engine_args(**options.to_dict())
+    args = arguments_of(options)
     flags = [
         "--kv-transfer-config", json.dumps(args["kv_transfer_config"]),
         "--worker-extension-cls", args["worker_extension_cls"],
@@ -36,7 +36,7 @@ def serve(model: str, options: Options, flags: Sequence[str]) -> None:
     Args:
         model: a folder or a model id.
         options: DiffKV's.
-        flags: of `vllm serve`, passed on as they are.
+        flags: flags of `vllm serve`, passed on as they are.
 
     Raises:
         ConfigError: a flag that vLLM does not know or DiffKV cannot be combined with, a bad model.
@@ -56,7 +56,7 @@ def serve(model: str, options: Options, flags: Sequence[str]) -> None:
     parser = make_arg_parser(FlexibleArgumentParser(prog="diffkv serve", add_help=False))
     refuse_in_one_line(parser, "vllm serve")
     args: Any = parser.parse_args(["--model", model, *serve_flags(options), *flags])
-    ours = [admission_path(options.request_thresholds())]
+    ours = [admission_path(options)]
     # a user's own replace what was given before them
     args.logits_processors = [*ours, *(p for p in args.logits_processors if p not in ours)]
     try:

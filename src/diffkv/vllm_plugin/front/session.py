@@ -1,25 +1,21 @@
 """One engine that answers several times, each time with thresholds of its own."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffkv.policy import Thresholds
-from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.front.offline import (
     Answer,
     CacheUse,
-    as_answer,
+    answer,
     cache_use,
-    check_lengths,
     engine,
-    first_line,
-    turned_on,
+    engine_arguments,
 )
 from diffkv.vllm_plugin.options import Options
 
-__all__ = ["Meter", "Session", "engine_arguments", "session"]
+__all__ = ["Meter", "Session", "session"]
 
 COUNTS = ("num_tokens", "high", "low", "num_bytes", "num_pages")
 """Of a rank's totals, those that grow with each request that ends."""
@@ -81,7 +77,7 @@ class Session:
         Args:
             prompts: texts.
             sampling: arguments of vLLM's SamplingParams, for each prompt.
-            thresholds: of these requests; None takes the engine's.
+            thresholds: the requests' own; None takes the engine's.
 
         Returns:
             Answers in the order of the prompts, and what they spent; None with vLLM's own cache.
@@ -89,17 +85,9 @@ class Session:
         Raises:
             ConfigError: a prompt does not fit the model, or a bad argument of sampling.
         """
-        from vllm import SamplingParams
-        from vllm.exceptions import VLLMClientError
-
         ours = {} if thresholds is None else {"extra_args": _settings(thresholds)}
-        check_lengths(self._llm, prompts)
-        try:
-            params = [SamplingParams(**each, **ours) for each in sampling]
-            outputs = self._llm.generate(list(prompts), params, use_tqdm=False)
-        except (ValueError, VLLMClientError) as error:
-            raise ConfigError(first_line(error)) from error
-        return [as_answer(output) for output in outputs], self._meter.take(thresholds)
+        answers = answer(self._llm, prompts, [{**each, **ours} for each in sampling])
+        return answers, self._meter.take(thresholds)
 
 
 def _settings(thresholds: Thresholds) -> dict[str, float]:
@@ -109,30 +97,12 @@ def _settings(thresholds: Thresholds) -> dict[str, float]:
     }
 
 
-def engine_arguments(arguments: dict[str, Any], options: Options | None) -> dict[str, Any]:
-    """Arguments of vLLM's engine for a run that is measured, with DiffKV or with vLLM's own cache.
-
-    Prefix caching is off in both: a prompt that is read from a cache is not compressed anew.
-
-    Raises:
-        ConfigError: an argument that DiffKV sets itself was given, or another vLLM is installed.
-    """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from diffkv.vllm_plugin.support import check_version
-
-    check_version()
-    args = {**arguments, "disable_log_stats": False}
-    if options is None:
-        return {**args, "enable_prefix_caching": False}
-    return turned_on(options, args)
-
-
 @contextlib.contextmanager
 def session(arguments: dict[str, Any], options: Options | None) -> Iterator[Session]:
     """An engine for a while.
 
     Args:
-        arguments: of vLLM's engine, the model among them.
+        arguments: arguments of vLLM's engine, the model among them.
         options: DiffKV's; None runs vLLM with its own cache.
 
     Raises:

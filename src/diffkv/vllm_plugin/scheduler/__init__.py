@@ -1,1 +1,1 @@
-"""What runs beside the scheduler: quotas, the size of prompts, the banner."""
+"""In the engine core, beside vLLM's scheduler: settings, quotas, the size of prompts, the banner."""

@@ -36,7 +36,7 @@ def banner(options: Options, shape: PoolShape, vllm_config: Any) -> list[str]:
         f"DiffKV capacity in tokens: {capacity}, {budget // bf16} in bf16 of the same "
         f"{budget} B ({shape.table_bytes} B of them tables)",
     ]
-    reason = why_worst_case(vllm_config, options.admission)
+    reason = why_worst_case(vllm_config, options)
     lines.append(
         "DiffKV admits prompts by their expected compressed size"
         if reason is None

@@ -1,7 +1,7 @@
-"""How large a prompt will be once its tiers are known, learned from the prompts before it.
+"""The expected size of a prompt once its tiers are known, learned from the prompts before it.
 
-What is learned is a share: the pages that a prompt took, of the most that one of its length can take.
-It is a bet. What happens when it is lost is the manager's and the worker's part.
+Learned are shares: the pages that a prompt took, of the most that one of its length can take.
+Each is a bet. The manager and the worker deal with those that are lost.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffkv.policy import Thresholds
-from diffkv.vllm_plugin.options import WORST_CASE
+from diffkv.vllm_plugin.options import WORST_CASE, Options
 
 __all__ = ["Prompt", "PromptSizes", "longest_whole", "why_worst_case"]
 
@@ -30,11 +30,11 @@ MOST_KINDS = 512
 
 @dataclass(frozen=True)
 class Prompt:
-    """What decides the size of a prompt before it is computed.
+    """A prompt before it is computed, as far as its size depends on it.
 
     Attributes:
-        num_tokens: that are prefilled.
-        thresholds: of its request.
+        num_tokens: tokens that are prefilled.
+        thresholds: its request's.
     """
 
     num_tokens: int
@@ -56,7 +56,7 @@ class PromptSizes:
         self._seen: OrderedDict[tuple[Thresholds, int], deque[float]] = OrderedDict()
 
     def observe(self, prompt: Prompt, share: float) -> None:
-        """Learn what a prompt took, as a share of its worst case."""
+        """Learn a prompt's size, as a share of its worst case."""
         seen = self._seen.setdefault(prompt.kind, deque(maxlen=SEEN))
         seen.append(share)
         self._seen.move_to_end(prompt.kind)
@@ -72,10 +72,10 @@ class PromptSizes:
         return min(most_pages, math.ceil(max(seen) * MARGIN * most_pages))
 
 
-def why_worst_case(vllm_config: Any, admission: str) -> str | None:
+def why_worst_case(vllm_config: Any, options: Options) -> str | None:
     """Why an engine sets aside the worst case for every prompt; None where it does not."""
     scheduler = vllm_config.scheduler_config
-    if admission == WORST_CASE:
+    if options.admission == WORST_CASE:
         return f"--admission {WORST_CASE}"
     if vllm_config.max_concurrent_batches > 1:
         return "steps overlap (--async-scheduling), so a prompt's size is known too late"

@@ -1,1 +1,1 @@
-"""What runs in each worker: the attention backend, the pool, what it reports."""
+"""In each worker process: the attention backend, the pool, its reports."""

@@ -1,45 +1,22 @@
-"""What a worker counts: totals for a summary, and counters since the last step for metrics."""
+"""A worker's figures: totals for a summary, gauges and counters for metrics."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffkv.shape import PoolShape
 from diffkv.state import PoolState
-from diffkv.vllm_plugin.worker.snapshot import Snapshot
+from diffkv.vllm_plugin.metrics import COUNTERS
+from diffkv.vllm_plugin.worker.snapshot import RunningRequest, Snapshot
 
-__all__ = ["Accounts", "Request", "Totals"]
-
-
-@dataclass
-class Request:
-    """A running request.
-
-    Attributes:
-        slot: of the pool.
-        block_id: of the vLLM block that identifies it.
-        prompt_len: tokens that are prefilled.
-        life: which admission of the request this is.
-        num_tokens: tokens of it that the pool covers after the current step.
-    """
-
-    slot: int
-    block_id: int
-    prompt_len: int
-    life: int
-    num_tokens: int = 0
-
-    @property
-    def is_prompt(self) -> bool:
-        """Whether the current step is part of its prompt."""
-        return self.num_tokens <= self.prompt_len
+__all__ = ["Accounts", "Totals"]
 
 
 @dataclass
 class Totals:
-    """What requests had kept when they ended; token counts are means over heads.
+    """Sums over requests when they ended; token counts are means over heads.
 
     `nominal_bits` is the sum over kept tokens of their codes' bits an element, likewise a mean.
     """
@@ -56,30 +33,20 @@ class Totals:
     given_up: int = 0
 
 
-@dataclass
-class _Since:
-    """Counted since they were last taken."""
-
-    demotions: int = 0
-    prompts_compressed: int = 0
-    prompts_given_up: int = 0
-    manager_seconds: float = 0.0
-    ratios: list[float] = field(default_factory=list)
-
-
 class Accounts:
     """Counts what one worker's pool spends.
 
     Args:
-        shape: of the pool.
-        state: of the pool, which is only read.
+        shape: the pool's.
+        state: the pool's, which is only read.
     """
 
     def __init__(self, shape: PoolShape, state: PoolState) -> None:
         self._shape = shape
         self._state = state
         self._totals = Totals()
-        self._since = _Since()
+        self._counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+        self._ratios: list[float] = []
         self._snapshot: Snapshot | None = None
 
     @property
@@ -93,7 +60,7 @@ class Accounts:
         """Time spent inside counts as the manager's."""
         start = time.perf_counter()
         yield
-        self._since.manager_seconds += time.perf_counter() - start
+        self._counters["manager_seconds"] += time.perf_counter() - start
 
     def step_began(self, num_running: int) -> None:
         """Note how many requests run."""
@@ -101,44 +68,45 @@ class Accounts:
 
     def step_planned(self, num_compressed: int) -> None:
         """Count the prompts that are decided in a step."""
-        self._since.prompts_compressed += num_compressed
+        self._counters["prompts_compressed"] += num_compressed
 
     def prompts_given_up(self, num: int) -> None:
         """Count prompts of a step that exceeded their limit."""
         self._totals.given_up += num
-        self._since.prompts_given_up += num
+        self._counters["prompts_given_up"] += num
 
     def step_ended(self, snapshot: Snapshot) -> None:
-        """Note what the pool holds; pages are most right after a step."""
+        """Note the state of the pool; it holds most pages right after a step."""
         before = 0 if self._snapshot is None else self._snapshot.demotions
-        self._since.demotions += snapshot.demotions - before
+        self._counters["demotions"] += snapshot.demotions - before
         held = self._state.num_pages - snapshot.num_free
         self._totals.pages_peak = max(self._totals.pages_peak, held)
         self._snapshot = snapshot
 
-    def request_ended(self, request: Request) -> None:
+    def request_ended(self, request: RunningRequest) -> None:
         """Count what a request keeps, before it is released."""
-        before = self._totals.num_bytes
-        self._add(self._totals, request)
-        spent = self._totals.num_bytes - before
+        spent = self._add(self._totals, request)
         if spent:
             bf16 = self._shape.bf16_bytes_per_token * request.num_tokens
-            self._since.ratios.append(bf16 / spent)
+            self._ratios.append(bf16 / spent)
 
-    def _add(self, totals: Totals, request: Request) -> None:
-        """Add what a request keeps to some totals, unless it has not run."""
+    def _add(self, totals: Totals, request: RunningRequest) -> int:
+        """Add what a request keeps to some totals, and return its bytes: 0 if it has not run."""
         num_heads = self._shape.num_heads
         pages = int(self._state.num_pages_held[request.slot].sum())
-        if pages:
-            totals.num_requests += 1
-            totals.num_tokens += request.num_tokens
-            high, low = self._state.num_tokens[request.slot].sum((0, 1)).tolist()
-            totals.high += high / num_heads
-            totals.low += low / num_heads
-            for count, tier in zip((high, low), self._state.layout.tiers, strict=False):
-                totals.nominal_bits += count * tier.format.nominal_bits / num_heads
-            totals.num_pages += pages
-            totals.num_bytes += self._shape.spent_bytes(pages, 1)
+        if not pages:
+            return 0
+        high, low = self._state.num_tokens[request.slot].sum((0, 1)).tolist()
+        totals.high += high / num_heads
+        totals.low += low / num_heads
+        for count, tier in zip((high, low), self._state.layout.tiers, strict=False):
+            totals.nominal_bits += count * tier.format.nominal_bits / num_heads
+        spent = self._shape.spent_bytes(pages, 1)
+        totals.num_requests += 1
+        totals.num_tokens += request.num_tokens
+        totals.num_pages += pages
+        totals.num_bytes += spent
+        return spent
 
     def gauges(self) -> dict[str, float]:
         """The pool after the latest step that is known; token counts are means over heads."""
@@ -165,17 +133,11 @@ class Accounts:
 
     def take(self) -> tuple[dict[str, float], list[float]]:
         """Counters and compression ratios of ended requests since the last call."""
-        since, self._since = self._since, _Since()
-        ratios = since.ratios
-        counters = {
-            "demotions": since.demotions,
-            "prompts_compressed": since.prompts_compressed,
-            "prompts_given_up": since.prompts_given_up,
-            "manager_seconds": since.manager_seconds,
-        }
-        return counters, ratios
+        taken = self._counters, self._ratios
+        self._counters, self._ratios = dict.fromkeys(COUNTERS, 0), []
+        return taken
 
-    def summary(self, requests: list[Request]) -> dict[str, Any]:
+    def summary(self, requests: list[RunningRequest]) -> dict[str, Any]:
         """Totals of all requests so far, running ones included, and the pool's shape."""
         totals = replace(self._totals)
         for request in requests:

@@ -1,6 +1,8 @@
 """The attention backend: hands each layer of a step to the cache."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,42 +19,45 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from diffkv.cache import Step
-from diffkv.layout import PageLayout
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.matrix import WITHOUT
 from diffkv.vllm_plugin.options import options_of
-from diffkv.vllm_plugin.scheduler.spec import DiffKVSpec
+from diffkv.vllm_plugin.spec import DiffKVSpec
 from diffkv.vllm_plugin.support import check_config, check_layer
-from diffkv.vllm_plugin.worker.cache import Rows, WorkerCache
+from diffkv.vllm_plugin.worker.cache import BatchRows, WorkerCache
 
 __all__ = ["DiffKVBackend", "DiffKVBuilder", "DiffKVImpl", "DiffKVMetadata"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class DiffKVMetadata:
-    """What every layer of a step needs.
+    """A step, for each of its layers.
 
     Attributes:
-        worker: whose pool it is.
-        rows: of the step.
+        worker: the pool, and its requests.
+        rows: the step's rows.
         layers: index of each layer in the pool, by name.
+        step: the step as planned; None before `plan`.
     """
 
     worker: WorkerCache
-    rows: Rows
+    rows: BatchRows
     layers: dict[str, int]
+    step: Step | None = None
 
-    @property
-    def step(self) -> Step:
-        """As it was planned; vLLM's dummy runs come without a message, and are planned here."""
-        return self.rows.step or self.worker.plan(self.rows)
+    def plan(self) -> Step:
+        """Plan the step: once, before its first layer, with the scheduler's message if it has one."""
+        self.step = self.worker.plan(self.rows)
+        return self.step
 
 
 class DiffKVBuilder(AttentionMetadataBuilder[DiffKVMetadata]):
-    """Plans each step, before its first layer.
+    """Plans each step, or has it planned before its first layer.
 
     vLLM's first model runner gives the scheduler's message to the worker before it builds metadata, its
     second one after that, immediately before the model runs: then the plan waits for the message.
+    Dummy runs have no message. The first runner's are planned here like every step, and so are those
+    that a whole CUDA graph is captured of; the second's others are planned by their first layer.
     """
 
     reorder_batch_threshold: int | None = 1
@@ -69,7 +74,7 @@ class DiffKVBuilder(AttentionMetadataBuilder[DiffKVMetadata]):
     def get_cudagraph_support(
         cls, vllm_config: Any, kv_cache_spec: AttentionSpec
     ) -> AttentionCGSupport:
-        """Of steps with generated tokens alone: static launches over buffers that stay."""
+        """Steps of generated tokens alone: their launches are static, over buffers that stay."""
         if vllm_config.device_config.device_type == "cuda":
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.NEVER
@@ -80,19 +85,19 @@ class DiffKVBuilder(AttentionMetadataBuilder[DiffKVMetadata]):
         """Take the step that vLLM describes, and plan it, or have it planned."""
         metadata = self._describe(common_attn_metadata)
         if self._message_comes_later:
-            metadata.worker.plan_after_message(metadata.rows)
+            metadata.worker.plan_after_message(metadata.plan)
         else:
-            metadata.worker.plan(metadata.rows)
+            metadata.plan()
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> DiffKVMetadata:
         """A step of padding: its plan must be there before the capture begins."""
         metadata = self._describe(common_attn_metadata)
-        metadata.worker.plan(metadata.rows)
+        metadata.plan()
         return metadata
 
     def _describe(self, m: Any) -> DiffKVMetadata:
-        rows = Rows(
+        rows = BatchRows(
             m.block_table_tensor[: m.num_reqs, 0],
             m.query_start_loc_cpu[: m.num_reqs + 1].numpy(),
             m.seq_lens[: m.num_reqs],
@@ -101,7 +106,13 @@ class DiffKVBuilder(AttentionMetadataBuilder[DiffKVMetadata]):
 
 
 class DiffKVImpl(AttentionImpl[DiffKVMetadata]):
-    """One attention layer."""
+    """One attention layer.
+
+    Attributes:
+        worker: the pool, set when vLLM has allocated the KV cache.
+    """
+
+    worker: WorkerCache
 
     def __init__(
         self,
@@ -131,18 +142,7 @@ class DiffKVImpl(AttentionImpl[DiffKVMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self._worker: WorkerCache | None = None
-        _remember_model(get_current_vllm_config(), head_size)
-
-    @property
-    def worker(self) -> WorkerCache:
-        """The pool of this worker, which the connector sets when memory is there."""
-        assert self._worker is not None, "the KV cache is not allocated yet"
-        return self._worker
-
-    @worker.setter
-    def worker(self, worker: WorkerCache) -> None:
-        self._worker = worker
+        _note_spec(get_current_vllm_config(), head_size)
 
     def forward(
         self,
@@ -160,26 +160,18 @@ class DiffKVImpl(AttentionImpl[DiffKVMetadata]):
         if attn_metadata is None:
             return output.fill_(0)
         m = attn_metadata
+        step = m.step or m.plan()  # the latter in a dummy run that no message came for
         index = m.layers[layer.layer_name]
-        m.worker.cache.attend(index, m.step, query, key, value, output.view(query.shape))
+        m.worker.cache.attend(index, step, query, key, value, output.view(query.shape))
         return output
 
 
-@dataclass(frozen=True)
-class _Model:
-    """What a spec needs of a model, noted while its layers are built."""
-
-    layout: PageLayout
-    num_layers: int
-    max_model_len: int
-    max_num_seqs: int
+_spec_of: dict[int, Callable[[AttentionSpec], DiffKVSpec]] = {}
+"""Makes the spec of a layer, by head_dim: noted while a model's layers are built, since `customize_spec`
+is called without a current configuration."""
 
 
-_models: dict[int, _Model] = {}
-"""By head_dim. `customize_spec` is a class method that is called without a current configuration."""
-
-
-def _remember_model(vllm_config: Any, head_dim: int) -> None:
+def _note_spec(vllm_config: Any, head_dim: int) -> None:
     options = options_of(vllm_config)
     if options is None:
         raise ConfigError(
@@ -188,11 +180,13 @@ def _remember_model(vllm_config: Any, head_dim: int) -> None:
         )
     check_config(vllm_config, options)
     model = vllm_config.model_config
-    _models[head_dim] = _Model(
-        options.layout(head_dim, model.dtype.itemsize),
-        model.get_num_layers(vllm_config.parallel_config),
-        model.max_model_len,
-        vllm_config.scheduler_config.max_num_seqs,
+    num_layers = model.get_num_layers(vllm_config.parallel_config)
+    _spec_of[head_dim] = partial(
+        DiffKVSpec.of,
+        layout=options.layout(head_dim, model.dtype.itemsize),
+        num_layers=num_layers,
+        max_model_len=model.max_model_len,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
     )
 
 
@@ -237,7 +231,4 @@ class DiffKVBackend(AttentionBackend):
                 f"DiffKV does not support attention layers with a cache of another kind "
                 f"({type(spec).__name__}): {WITHOUT}"
             )
-        model = _models[spec.head_size]
-        return DiffKVSpec.of(
-            spec, model.layout, model.num_layers, model.max_model_len, model.max_num_seqs
-        )
+        return _spec_of[spec.head_size](spec)

@@ -1,9 +1,9 @@
-"""The worker's side: which request is in which slot, what a step adds, what to report.
+"""The worker's side of the connector: the slot of each request, the plan of a step, the reports.
 
-One per worker process, owned by the worker's connector. It knows vLLM's data, not its engine.
+There is one in each worker process. It knows vLLM's data, not its engine.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,133 +13,131 @@ from torch import Tensor
 
 from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
-from diffkv.policy import Thresholds
+from diffkv.quant import ConfigError
 from diffkv.rotation import signs_of
+from diffkv.vllm_plugin.messages import PagesHeld, Started, StepMessage
 from diffkv.vllm_plugin.metrics import DiffKVStats
 from diffkv.vllm_plugin.options import Options
-from diffkv.vllm_plugin.scheduler.spec import DiffKVSpec, Report
-from diffkv.vllm_plugin.worker.accounting import Accounts, Request
+from diffkv.vllm_plugin.spec import DiffKVSpec
+from diffkv.vllm_plugin.worker.accounting import Accounts
 from diffkv.vllm_plugin.worker.prefill import choose_prefill
-from diffkv.vllm_plugin.worker.snapshot import Snapshot, Snapshots, Subject
+from diffkv.vllm_plugin.worker.snapshot import RunningRequest, Snapshot, Snapshots
 
-__all__ = ["Rows", "Started", "WorkerCache"]
+__all__ = ["BatchRows", "WorkerCache"]
 
 
 @dataclass(frozen=True)
-class Started:
-    """A request that the scheduler admits, or resumes after a preemption.
-
-    Attributes:
-        request_id: vLLM's.
-        block_id: of the block that is the request's identity in block tables.
-        prompt_len: tokens that are prefilled; after a preemption generated ones are among them.
-        thresholds: of the request.
-        life: which admission of the request this is; reports of an earlier one may still come.
-        max_pages: that the prompt may take on this rank; None: as many as it needs.
-    """
-
-    request_id: str
-    block_id: int
-    prompt_len: int
-    thresholds: Thresholds
-    life: int
-    max_pages: int | None = None
-
-
-@dataclass
-class Rows:
-    """What vLLM says of a step's rows; with the scheduler's message it makes the plan of the step.
+class BatchRows:
+    """A step's rows as vLLM's model runner describes them, a row for each request.
 
     Attributes:
         block_ids: [num_rows] int32, the block that identifies each row's request; 0 for padding.
         query_starts: [num_rows + 1] int, where each row's tokens start in the packed batch.
         seq_lens: [num_rows] int32, tokens of each request after the step.
-        step: as planned; None before.
     """
 
     block_ids: Tensor
     query_starts: np.ndarray
     seq_lens: Tensor
-    step: Step | None = None
 
 
 @dataclass
 class _Slots:
-    """Host-side tables of the running requests."""
+    """Tables of the running requests.
+
+    Attributes:
+        free: slots without a request.
+        of_block: [num_blocks] int32, each block's slot; -1 where it identifies no request.
+        prompt_lens: [num_slots + 1] int64 on the host; the last is for rows without a slot, -1.
+        requests: the requests themselves, by vLLM's name.
+    """
 
     free: list[int]
     of_block: Tensor
     prompt_lens: np.ndarray
-    requests: dict[str, Request] = field(default_factory=dict)
+    requests: dict[str, RunningRequest] = field(default_factory=dict)
 
 
 class WorkerCache:
-    """The pool of one worker.
+    """The pool of one worker, in the allocation that vLLM made for all layers' caches.
 
     Args:
-        options: of the engine.
-        spec: of the cache, as vLLM merged it.
-        num_blocks: vLLM's blocks.
-        buffer: [num_bytes] int8, the one allocation behind all layers' caches.
-        scale: of the attention's dot products.
-        late: report a step after the next one, so that the host does not wait for the device.
+        kv_caches: each layer's view of that allocation.
+        options: the engine's.
+        vllm_config: vLLM's configuration, which has the layers.
+        kv_cache_config: vLLM's KVCacheConfig, with the number of blocks and the layers' spec.
+
+    Raises:
+        ConfigError: the layers' softmax scales differ.
     """
 
     def __init__(
         self,
+        kv_caches: Mapping[str, Tensor],
         options: Options,
-        spec: DiffKVSpec,
-        num_blocks: int,
-        buffer: Tensor,
-        scale: float,
-        late: bool = False,
+        vllm_config: Any,
+        kv_cache_config: Any,
     ) -> None:
-        self.spec = spec
+        (group,) = kv_cache_config.kv_cache_groups
+        spec, num_blocks = group.kv_cache_spec, kv_cache_config.num_blocks
+        assert isinstance(spec, DiffKVSpec), f"vLLM merged the specs to {type(spec).__name__}"
+        storage = next(iter(kv_caches.values())).untyped_storage()
+        device, on_cpu = storage.device, storage.device.type == "cpu"
+        layers = vllm_config.compilation_config.static_forward_context
+        impls = [layers[name].impl for name in group.layer_names]
+        scales = {impl.scale for impl in impls}
+        if len(scales) != 1:
+            raise ConfigError(f"DiffKV needs one attention scale for all layers, got {scales}")
+
         self.shape = spec.pool_shape(num_blocks)
+        buffer = torch.empty(0, dtype=torch.int8, device=device).set_(storage)
         self.state = pool.create(self.shape, buffer, spec.dtype, options.window)
-        if buffer.device.type == "cpu":
+        if on_cpu:
             self.state.pages.zero_()  # a host that lacks the memory must say so now
-        kernels = ops.load(buffer.device.type, options.kernels)
-        signs = signs_of(options.rotation(), spec.head_size, buffer.device)
-        prefill = choose_prefill(buffer.device.type, spec.dtype, spec.head_size)
         self.cache = DiffKVCache(
-            self.state, kernels, scale, options.prompt_policy(), prefill, signs
+            self.state,
+            ops.load(device.type, options.kernels),
+            scales.pop(),
+            options.prompt_policy(),
+            choose_prefill(device.type, spec.dtype, spec.head_size),
+            signs_of(options.rotation(), spec.head_size, device),
         )
         self.accounts = Accounts(self.shape, self.state)
         self._slots = _Slots(
             list(range(self.shape.num_slots))[::-1],
-            torch.full((num_blocks,), -1, dtype=torch.int32, device=buffer.device),
+            torch.full((num_blocks,), -1, dtype=torch.int32, device=device),
             np.zeros(self.shape.num_slots + 1, dtype=np.int64),
         )
+        # where steps overlap, a report that came at once would wait for the device
+        late = not on_cpu and vllm_config.max_concurrent_batches > 1
         self._snapshots = Snapshots(self.state, late)
         self._due: list[Snapshot] = []
         self._is_reported = False
-        self._scheduled: dict[str, Request] = {}
-        self._awaiting: Rows | None = None
+        self._scheduled: dict[str, RunningRequest] = {}
+        self._plan_later: Callable[[], object] | None = None
         self._row_slots: list[Tensor] = []
 
-    def before_step(
-        self, ended: Iterable[str], started: Iterable[Started], num_tokens: Mapping[str, int]
-    ) -> None:
+        for impl in impls:
+            impl.worker = self
+        self.cache.warm_up(impls[0].num_heads)
+
+    def before_step(self, message: StepMessage) -> None:
         """Release the requests that ended, then open slots for those that start.
 
-        Args:
-            ended: finished or preempted requests; unknown ones are ignored.
-            started: new or resumed requests.
-            num_tokens: tokens of each scheduled request after the step.
+        An ended request that never started here is ignored.
         """
         with self.accounts.managing():
-            self._end(ended)
-            self._start(started)
+            self._end(message.ended)
+            self._start(message.started)
         self._scheduled = {}
-        for name, count in num_tokens.items():
+        for name, count in message.num_tokens.items():
             request = self._slots.requests[name]
             request.num_tokens = count
             self._scheduled[name] = request
         self._is_reported = False
         self.accounts.step_began(len(self._slots.requests))
-        if self._awaiting is not None:
-            self.plan(self._awaiting)
+        if self._plan_later is not None:
+            self._plan_later()
 
     def _end(self, ended: Iterable[str]) -> None:
         slots = []
@@ -158,19 +156,19 @@ class WorkerCache:
             self.cache.open(slot, start.prompt_len, start.thresholds, start.max_pages)
             self._slots.of_block[start.block_id] = slot
             self._slots.prompt_lens[slot] = start.prompt_len
-            request = Request(slot, start.block_id, start.prompt_len, start.life)
+            request = RunningRequest(slot, start.block_id, start.prompt_len, start.epoch)
             self._slots.requests[start.request_id] = request
 
-    def plan_after_message(self, rows: Rows) -> None:
-        """Plan a step in `before_step`, which comes after its rows are known."""
-        self._awaiting = rows
+    def plan_after_message(self, plan: Callable[[], object]) -> None:
+        """Have `before_step` call `plan`, unless the step is planned before a message comes."""
+        self._plan_later = plan
 
-    def plan(self, rows: Rows) -> Step:
+    def plan(self, rows: BatchRows) -> Step:
         """Sort the rows of a step into prompts and generated tokens, and plan the latter.
 
         A step without prompts is planned from device tensors alone: the host waits for nothing.
         """
-        self._awaiting = None
+        self._plan_later = None
         slots, seq_lens = self._slots_of(rows.block_ids), rows.seq_lens
         prompts: list[PromptChunk] = []
         generated_rows: slice | Tensor = slice(0, len(slots))
@@ -182,7 +180,6 @@ class WorkerCache:
         if step.decode is not None:
             self._snapshots.count_demotions(step.decode.places)
         self.accounts.step_planned(sum(map(self.cache.compresses, prompts)))
-        rows.step = step
         return step
 
     def _slots_of(self, block_ids: Tensor) -> Tensor:
@@ -197,7 +194,7 @@ class WorkerCache:
     def _split(
         self, row_slots: Tensor, query_starts: np.ndarray, seq_lens: Tensor
     ) -> tuple[list[PromptChunk], Tensor, slice | Tensor]:
-        """Prompt chunks; which rows are generated tokens; and where those are in the batch."""
+        """Prompt chunks; the rows that are generated tokens; and where those are in the batch."""
         slots, lengths = row_slots.cpu().numpy(), seq_lens.cpu().numpy()
         num_new = np.diff(query_starts)
         used = (slots >= 0) & (num_new > 0)
@@ -215,15 +212,15 @@ class WorkerCache:
             return prompts, index, slice(0, len(rows))
         return prompts, index, torch.from_numpy(starts).to(row_slots.device)
 
-    def report(self) -> dict[str, Report]:
-        """What each request of a step holds: of the one that just ended, or of the one before.
+    def report(self) -> dict[str, PagesHeld]:
+        """Each request of the step that just ended, or of the one before it.
 
         Raises:
             RuntimeError: a plan wanted more pages than were free, which quotas rule out.
         """
         with self.accounts.managing():
             self._look()
-            reports: dict[str, Report] = {}
+            reports: dict[str, PagesHeld] = {}
             for snapshot in self._due:
                 if snapshot.overruns:
                     raise RuntimeError(
@@ -237,24 +234,18 @@ class WorkerCache:
     def stats(self, rank: int) -> DiffKVStats:
         """Metrics after a step; requests are counted once, by the first rank."""
         self._look()
-        counters, ratios = self.accounts.take()
-        if rank:
-            counters = {name: counters[name] for name in ("demotions", "prompts_given_up")}
-            ratios = []
-        return DiffKVStats.of_rank(rank, self.accounts.gauges(), counters, ratios)
+        return DiffKVStats.of_rank(rank, self.accounts.gauges(), *self.accounts.take())
 
     def _look(self) -> None:
         """Take the step's snapshot, and note those that are due; once a step, whoever asks first."""
         if self._is_reported:
             return
         self._is_reported = True
-        subjects = {
-            name: Subject(r.slot, r.life, r.num_tokens, self.cache.over_limit(r.slot))
-            for name, r in self._scheduled.items()
-        }
-        self.accounts.prompts_given_up(sum(s.given_up for s in subjects.values()))
+        for request in self._scheduled.values():
+            request.given_up = self.cache.over_limit(request.slot)
+        self.accounts.prompts_given_up(sum(r.given_up for r in self._scheduled.values()))
         running = self._slots.requests.values()
-        self._snapshots.take(subjects, len(running), sum(r.num_tokens for r in running))
+        self._snapshots.take(self._scheduled, len(running), sum(r.num_tokens for r in running))
         self._due = self._snapshots.give()
         if self._due:
             self.accounts.step_ended(self._due[-1])

@@ -1,10 +1,10 @@
-"""A method that DiffKV adds to vLLM's workers, for `LLM.collective_rpc`."""
+"""Methods that DiffKV adds to vLLM's workers, for `LLM.collective_rpc`."""
 
 from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from diffkv.vllm_plugin.front.insight import read_pool
+from diffkv.vllm_plugin.worker.pages import read_pool
 
 __all__ = ["WorkerExtension"]
 
@@ -17,5 +17,5 @@ class WorkerExtension:
         return get_kv_transfer_group().worker.summary()
 
     def diffkv_insight(self) -> list[dict[str, Any]]:
-        """What requests keep that have not been released yet, see `insight.read_pool`."""
+        """Every token of the requests that have not been released yet, see `pages.read_pool`."""
         return read_pool(get_kv_transfer_group().worker.state)

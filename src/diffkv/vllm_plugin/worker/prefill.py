@@ -13,7 +13,7 @@ KV = 2
 
 
 def choose_prefill(device_type: str, dtype: torch.dtype, head_dim: int) -> Prefill:
-    """What attends to prompts on a device.
+    """The function that attends to prompts on a device.
 
     Flash-attention has no float32, which models run in only to be compared; torch has it everywhere.
     On CPUs vLLM's own kernel takes less than half the time of torch's, where it has the head_dim.
@@ -21,7 +21,7 @@ def choose_prefill(device_type: str, dtype: torch.dtype, head_dim: int) -> Prefi
     Args:
         device_type: "cpu" or "cuda".
         dtype: the model's.
-        head_dim: of its attention.
+        head_dim: the model's.
     """
     if device_type == "cpu":
         return _cpu_prefill(dtype, head_dim)

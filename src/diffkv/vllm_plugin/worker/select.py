@@ -1,9 +1,8 @@
-"""Which attention backend a CPU engine gets: ours if it was asked for, vLLM's own otherwise.
+"""The attention backend of an engine on a CPU: DiffKV's if it was asked for, vLLM's own otherwise.
 
-On CPUs vLLM ignores the backend that is asked for and imports whatever class is registered for CPU_ATTN.
-So a name of this module is registered, and what it stands for is decided at each import, by the
-configuration that is being built. vLLM's cache of choices keeps engines with and without a connector
-apart.
+On CPUs vLLM ignores the backend it was asked for and imports the class registered for CPU_ATTN. So a
+name in this module is registered, and resolved at each import by the configuration that is being built.
+vLLM's cache of choices keeps engines with and without a connector apart.
 """
 
 from typing import Any

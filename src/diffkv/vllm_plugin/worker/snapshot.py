@@ -1,37 +1,46 @@
-"""What a pool holds after a step, copied to the host without making it wait."""
+"""The state of a pool after a step, copied to the host without making it wait."""
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diffkv import pool
 from diffkv.state import PoolState
-from diffkv.vllm_plugin.scheduler.spec import MAX_IN_FLIGHT, Report
+from diffkv.vllm_plugin.messages import MAX_IN_FLIGHT, PagesHeld
 
-__all__ = ["Snapshot", "Snapshots", "Subject"]
+__all__ = ["RunningRequest", "Snapshot", "Snapshots"]
 
 NUM_TOTALS = 6
 """Overruns, head and tail of the ring, tokens high and low, demotions since the start."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A request that a step has run.
+@dataclass
+class RunningRequest:
+    """A running request.
 
     Attributes:
-        slot: of the request.
-        life: which admission of the request this is.
-        num_tokens: after the step.
+        slot: its slot of the pool.
+        block_id: the vLLM block that identifies it.
+        prompt_len: tokens that are prefilled.
+        epoch: the admission of the request that this is.
+        num_tokens: tokens of it that the pool covers after the current step.
         given_up: whether its prompt was given up.
     """
 
     slot: int
-    life: int
-    num_tokens: int
-    given_up: bool
+    block_id: int
+    prompt_len: int
+    epoch: int
+    num_tokens: int = 0
+    given_up: bool = False
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the current step is part of its prompt."""
+        return self.num_tokens <= self.prompt_len
 
 
 @dataclass(frozen=True)
@@ -39,14 +48,14 @@ class Snapshot:
     """The pool after a step.
 
     Attributes:
-        subjects: the step's requests.
-        num_requests: that were running, in the step or not.
-        num_tokens: of all of them.
+        requests: the step's requests, as they were after it.
+        num_requests: requests that were running, in the step or not.
+        num_tokens: tokens of all of them.
         numbers: [NUM_TOTALS + R * (1 + MAX_IN_FLIGHT)] int64 on the host, once `copied` has happened.
         copied: a CUDA event; None where nothing had to be copied.
     """
 
-    subjects: Mapping[str, Subject]
+    requests: Mapping[str, RunningRequest]
     num_requests: int
     num_tokens: int
     numbers: Tensor
@@ -77,12 +86,12 @@ class Snapshot:
         """Tokens that went from high to low in decode steps, since the start."""
         return int(self.numbers[5])
 
-    def reports(self) -> dict[str, Report]:
-        """What each request of the step holds."""
-        rows = self.numbers[NUM_TOTALS:].view(len(self.subjects), 1 + MAX_IN_FLIGHT).tolist()
+    def reports(self) -> dict[str, PagesHeld]:
+        """The step's requests, as the scheduler is told of them."""
+        rows = self.numbers[NUM_TOTALS:].view(len(self.requests), 1 + MAX_IN_FLIGHT).tolist()
         return {
-            name: Report(held, tuple(growth), s.num_tokens, s.given_up, s.life)
-            for (name, s), (held, *growth) in zip(self.subjects.items(), rows, strict=True)
+            name: PagesHeld(held, tuple(growth), r.num_tokens, r.given_up, r.epoch)
+            for (name, r), (held, *growth) in zip(self.requests.items(), rows, strict=True)
         }
 
 
@@ -90,7 +99,7 @@ class Snapshots:
     """Takes them, and gives each out: at once, or one step late.
 
     Args:
-        state: of the pool, which is only read.
+        state: the pool's, which is only read.
         late: give a snapshot out after the next one was taken, while requests run. Then the device is
             never waited for while it has nothing to do; who reads a report must bound one more step.
     """
@@ -105,10 +114,12 @@ class Snapshots:
         """Add a step's: `places` of its DecodePlan."""
         self._demotions += (places[..., 2] >= 0).sum()
 
-    def take(self, subjects: Mapping[str, Subject], num_requests: int, num_tokens: int) -> None:
+    def take(
+        self, requests: Mapping[str, RunningRequest], num_requests: int, num_tokens: int
+    ) -> None:
         """Begin to copy what the pool holds now."""
         state, device = self._state, self._demotions.device
-        slots = torch.tensor([s.slot for s in subjects.values()], dtype=torch.int64)
+        slots = torch.tensor([r.slot for r in requests.values()], dtype=torch.int64)
         slots = slots.to(device, non_blocking=True)
         held = pool.held_pages(state, slots)
         growth = pool.page_growth(state, slots, MAX_IN_FLIGHT)
@@ -125,7 +136,8 @@ class Snapshots:
             numbers = host.copy_(numbers, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self._taken.append(Snapshot(dict(subjects), num_requests, num_tokens, numbers, copied))
+        then = {name: replace(request) for name, request in requests.items()}
+        self._taken.append(Snapshot(then, num_requests, num_tokens, numbers, copied))
 
     def give(self) -> list[Snapshot]:
         """Those that are due, in their order; asked after each `take`.

@@ -1,152 +1,33 @@
-"""vLLM's view of the pool: a KV-cache spec, and the manager that keeps each request's quota.
+"""The manager of vLLM's blocks that keeps each request's quota.
 
-A vLLM block is only a unit of account here: one page for every layer. A request owns one block whose id
-tells the worker which request a row belongs to, and as many more as its pages may need before the next
-report. So quota >= real pages always, and what compression frees admits other requests.
+A request owns one block whose id tells the worker which request a row belongs to, and as many more as
+its pages may need before the next report. So quota >= real pages always, and what compression frees
+admits other requests.
 
 A prompt that is computed in one step gets a quota of its expected size, and the worker a limit: it gives
 a prompt up that would exceed it. The request is then preempted, and computed again with its worst case.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     register_all_kvcache_specs,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from diffkv.layout import PageLayout
-from diffkv.shape import PoolShape
+from diffkv.vllm_plugin.messages import PagesHeld
 from diffkv.vllm_plugin.scheduler.estimate import Prompt, PromptSizes
+from diffkv.vllm_plugin.spec import DiffKVSpec
 
-__all__ = ["MAX_IN_FLIGHT", "DiffKVManager", "DiffKVSpec", "Report", "register_spec"]
-
-MAX_IN_FLIGHT = 4
-"""Generated tokens that a report may be behind: with asynchronous scheduling it lags by two steps, and
-a worker that does not wait for its device adds one."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a worker says of one request after a step.
-
-    Attributes:
-        num_pages: pages it holds, over all layers and KV heads.
-        growth: most pages that 1, 2, … more tokens can add; see `pool.page_growth`.
-        num_tokens: tokens of the request that the pages cover.
-        given_up: whether it was a prompt that exceeded its limit, so that its pages are not kept.
-        life: which admission of the request it is about.
-    """
-
-    num_pages: int
-    growth: tuple[int, ...]
-    num_tokens: int
-    given_up: bool = False
-    life: int = 0
-
-    def fullest(self, other: "Report") -> "Report":
-        """The report of two ranks: the fuller one decides."""
-        return Report(
-            max(self.num_pages, other.num_pages),
-            tuple(map(max, self.growth, other.growth)),
-            min(self.num_tokens, other.num_tokens),
-            self.given_up or other.given_up,
-            self.life,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffKVSpec(FullAttentionSpec):
-    """One layer's share of the pool: a block is one page of it.
-
-    Attributes:
-        layout: of a page.
-        num_layers: attention layers of the model.
-        max_model_len: tokens of the longest request.
-        max_num_seqs: requests that may run at once.
-    """
-
-    layout: PageLayout
-    num_layers: int
-    max_model_len: int
-    max_num_seqs: int
-
-    @classmethod
-    def of(
-        cls,
-        spec: AttentionSpec,
-        layout: PageLayout,
-        num_layers: int,
-        max_model_len: int,
-        max_num_seqs: int,
-    ) -> "DiffKVSpec":
-        """Make the spec of a layer for which vLLM would have used `spec`."""
-        return cls(
-            # one id per request: a row of the block table is a single entry
-            block_size=-(-max_model_len // 128) * 128,
-            num_kv_heads=spec.num_kv_heads,
-            head_size=spec.head_size,
-            dtype=spec.dtype,
-            num_head_slots=1,
-            state_content_bytes=layout.page_bytes,
-            layout=layout,
-            num_layers=num_layers,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-        )
-
-    def pool_shape(self, num_blocks: int) -> PoolShape:
-        """The pool in `num_blocks` of vLLM's blocks: scheduler and worker must agree on it."""
-        return PoolShape.fit(
-            num_blocks * self.num_layers * self.layout.page_bytes,
-            self.layout,
-            self.num_layers,
-            self.num_kv_heads,
-            self.max_model_len,
-            self.max_num_seqs,
-        )
-
-    def get_num_kernel_states(self, kernel_block_size: int) -> int:
-        """A block is one opaque cell."""
-        return 1
-
-    @property
-    def prefix_cacheable(self) -> bool:
-        """Heads keep different tokens, so blocks cannot be shared."""
-        return False
-
-    @property
-    def block_table_token_alignment(self) -> None:
-        """Block-table rows do not address tokens."""
-        return None
-
-    def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
-        """Width of a block-table row."""
-        return 1
-
-    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """This layer's share of what one request of the longest length can need, tables included."""
-        needed = PoolShape.request_bytes(
-            self.layout, self.num_layers, self.num_kv_heads, self.max_model_len
-        )
-        null_block = self.num_layers * self.layout.page_bytes
-        return -(-(needed + null_block) // self.num_layers)
-
-    @classmethod
-    def merge(cls, specs: list["DiffKVSpec"]) -> "DiffKVSpec":
-        """All layers must be alike."""
-        assert all(spec == specs[0] for spec in specs[1:]), "layers differ"
-        return replace(specs[0])
+__all__ = ["DiffKVManager", "register_spec"]
 
 
 class DiffKVManager(FullAttentionManager):
     """Keeps quotas on the scheduler's side, from the reports of the worker.
 
     Attributes:
-        shape: of the pool.
+        shape: the pool's.
     """
 
     supports_fine_grained_hash_lookup = False
@@ -156,14 +37,14 @@ class DiffKVManager(FullAttentionManager):
         self._layout = kv_cache_spec.layout
         self._num_layers = kv_cache_spec.num_layers
         self._quotas: dict[str, list[Any]] = {}
-        self._reports: dict[str, Report] = {}
+        self._reports: dict[str, PagesHeld] = {}
         self._num_tokens: dict[str, int] = {}
         self._sizes = PromptSizes()
         self._prompts: dict[str, Prompt] = {}
         self._given_up: set[str] = set()
         self._must_leave: set[str] = set()
-        self._lives: dict[str, int] = {}
-        self._num_lives = 0
+        self._epochs: dict[str, int] = {}
+        self._num_epochs = 0
         self._reserve_tables(kv_cache_spec)
 
     def _reserve_tables(self, spec: DiffKVSpec) -> None:
@@ -186,13 +67,13 @@ class DiffKVManager(FullAttentionManager):
             self._prompts[request_id] = prompt
 
     def begin(self, request_id: str) -> int:
-        """A request is admitted, or resumed: the number of this life of it.
+        """A request is admitted, or resumed: the number of this admission.
 
-        A report that comes late may be about the life before, whose pages are gone.
+        A report that comes late may be about the one before, whose pages are gone.
         """
-        self._num_lives += 1
-        self._lives[request_id] = self._num_lives
-        return self._num_lives
+        self._num_epochs += 1
+        self._epochs[request_id] = self._num_epochs
+        return self._num_epochs
 
     def forget(self, request_id: str) -> None:
         """A request finished: it will not come back."""
@@ -219,12 +100,12 @@ class DiffKVManager(FullAttentionManager):
             if missing > share
         }
 
-    def on_report(self, request_id: str, report: Report) -> None:
+    def on_report(self, request_id: str, report: PagesHeld) -> None:
         """Take a worker's report: return what of the request's quota it does not need.
 
         A prompt that is larger than expected has stayed within its limit, so the blocks are there.
         """
-        if request_id not in self._quotas or report.life != self._lives[request_id]:
+        if request_id not in self._quotas or report.epoch != self._epochs[request_id]:
             return  # finished or preempted meanwhile
         self._reports[request_id] = report
         if report.given_up:
@@ -240,7 +121,7 @@ class DiffKVManager(FullAttentionManager):
         elif surplus < 0:
             quota.extend(self.block_pool.get_new_blocks(-surplus))
 
-    def _learn(self, request_id: str, report: Report) -> None:
+    def _learn(self, request_id: str, report: PagesHeld) -> None:
         """Note the size of a prompt that is complete."""
         prompt = self._prompts.get(request_id)
         if prompt is not None and prompt.num_tokens == report.num_tokens:
@@ -313,7 +194,7 @@ class DiffKVManager(FullAttentionManager):
         """The request leaves, for good or until it is resumed; its whole quota is free."""
         self._reports.pop(request_id, None)
         self._num_tokens.pop(request_id, None)
-        self._lives.pop(request_id, None)
+        self._epochs.pop(request_id, None)
         self._must_leave.discard(request_id)
         return super().pop_blocks_for_free(request_id) + self._quotas.pop(request_id, [])
 

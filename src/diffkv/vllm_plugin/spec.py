@@ -1,0 +1,99 @@
+"""vLLM's view of the pool: a KV-cache spec, in the place of the one that vLLM makes for a layer.
+
+A vLLM block is only a unit of account here: one page for every layer. Scheduler and workers read the
+pool's shape off the spec, so both have the same.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+
+from diffkv.layout import PageLayout
+from diffkv.shape import PoolShape
+
+__all__ = ["DiffKVSpec"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffKVSpec(FullAttentionSpec):
+    """One layer's share of the pool: a block is one page of it.
+
+    Attributes:
+        layout: the pages of all layers.
+        num_layers: attention layers of the model.
+        max_model_len: tokens of the longest request.
+        max_num_seqs: requests that may run at once.
+    """
+
+    layout: PageLayout
+    num_layers: int
+    max_model_len: int
+    max_num_seqs: int
+
+    @classmethod
+    def of(
+        cls,
+        spec: AttentionSpec,
+        layout: PageLayout,
+        num_layers: int,
+        max_model_len: int,
+        max_num_seqs: int,
+    ) -> "DiffKVSpec":
+        """Make the spec of a layer for which vLLM would have used `spec`."""
+        return cls(
+            # one id per request: a row of the block table is a single entry
+            block_size=-(-max_model_len // 128) * 128,
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            dtype=spec.dtype,
+            num_head_slots=1,
+            state_content_bytes=layout.page_bytes,
+            layout=layout,
+            num_layers=num_layers,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+        )
+
+    def pool_shape(self, num_blocks: int) -> PoolShape:
+        """The pool in `num_blocks` of vLLM's blocks: scheduler and worker must agree on it."""
+        return PoolShape.fit(
+            num_blocks * self.num_layers * self.layout.page_bytes,
+            self.layout,
+            self.num_layers,
+            self.num_kv_heads,
+            self.max_model_len,
+            self.max_num_seqs,
+        )
+
+    def get_num_kernel_states(self, kernel_block_size: int) -> int:
+        """A block is one opaque cell."""
+        return 1
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        """Heads keep different tokens, so blocks cannot be shared."""
+        return False
+
+    @property
+    def block_table_token_alignment(self) -> None:
+        """Block-table rows do not address tokens."""
+        return None
+
+    def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
+        """Width of a block-table row."""
+        return 1
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """This layer's share of what one request of the longest length can need, tables included."""
+        needed = PoolShape.request_bytes(
+            self.layout, self.num_layers, self.num_kv_heads, self.max_model_len
+        )
+        null_block = self.num_layers * self.layout.page_bytes
+        return -(-(needed + null_block) // self.num_layers)
+
+    @classmethod
+    def merge(cls, specs: list["DiffKVSpec"]) -> "DiffKVSpec":
+        """All layers must be alike."""
+        assert all(spec == specs[0] for spec in specs[1:]), "layers differ"
+        return replace(specs[0])
