@@ -80,7 +80,7 @@ def load(device_type: str, backend: str | None = None) -> Ops:
     """The operations for a device.
 
     Args:
-        device_type: of the pool's tensors, "cpu" or "cuda".
+        device_type: device of the pool's tensors, "cpu" or "cuda".
         backend: "reference" for plain torch; None for the device's kernels.
 
     Raises:

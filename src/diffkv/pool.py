@@ -27,7 +27,7 @@ def create(shape: PoolShape, buffer: Tensor, dtype: torch.dtype, window: int) ->
     """Make an empty pool inside a buffer: tables first, then pages.
 
     Args:
-        shape: as `PoolShape.fit` found it for a budget of at most the buffer's bytes.
+        shape: a split of at most the buffer's bytes, see `PoolShape.fit`.
         buffer: [num_bytes] uint8 or int8, contiguous, aligned to 64 bytes; what it holds is lost.
         dtype: the model's.
         window: recent tokens that always stay high.

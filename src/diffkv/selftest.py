@@ -29,10 +29,10 @@ MAX_ERROR = 1e-4
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What came out.
+    """Result of a self-test.
 
     Attributes:
-        device: that the kernels ran on.
+        device: device of the kernels.
         high: tokens that head 0 of layer 0 kept in high precision, before the release.
         low: likewise in low precision.
         different_pages: bytes of tables and pages that differ from the reference's after storing.

@@ -22,10 +22,10 @@ class TensorSpec:
     """One tensor of a pool.
 
     Attributes:
-        dtype: of its elements.
+        dtype: dtype of its elements.
         shape: numbers and names of sizes, see `sizes_of`.
-        initial: what an empty pool holds: one value everywhere, a size for each element, `IDS`, or None
-            where it does not matter.
+        initial: its elements in an empty pool: one value everywhere, a size for each element, `IDS`, or
+            None where it does not matter.
         meaning: in words.
     """
 
@@ -81,7 +81,7 @@ class PoolState:
     whoever admitted the requests.
 
     Attributes:
-        layout: what is where in a page.
+        layout: layout of a page.
         dtype: the model's dtype: float32, bfloat16 or float16; `layout.element_bytes` is its size.
         window: recent tokens that always stay high.
     """

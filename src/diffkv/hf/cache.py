@@ -85,7 +85,7 @@ class DiffKVHFCache(Cache):
     Args:
         model: a causal language model of transformers, already passed to `attach`.
         quant: formats of the tiers, as text or parsed.
-        policy: as text (`diffkv.policies`) or parsed.
+        policy: policy of prompts, as text (`diffkv.policies`) or parsed.
         thresholds: alpha_high and alpha_low; None: the defaults for the formats.
         window: recent tokens that always stay high.
         max_tokens: most tokens of a sequence, answer included; None: the model's limit, at most 4096.
@@ -140,7 +140,7 @@ class DiffKVHFCache(Cache):
         super().__init__(layers=[_Layer(self, i) for i in range(self._num_layers)])
 
     def use(self, row: int | None = None) -> CacheUse:
-        """What all sequences hold, or one of them.
+        """Use of all sequences, or of one of them.
 
         Raises:
             ValueError: nothing is stored yet.
@@ -282,7 +282,7 @@ def _paddings(mask: Tensor | None, batch: int, num_tokens: int) -> list[int]:
     Args:
         mask: [batch, num_tokens] bool, False for padding; None: there is none.
         batch: sequences.
-        num_tokens: of a row, padding included.
+        num_tokens: tokens of a row, padding included.
 
     Raises:
         ValueError: padding that is not on the left, or a row of nothing else.
@@ -304,7 +304,7 @@ def feed(model: PreTrainedModel, cache: DiffKVHFCache, token_ids: Tensor) -> Ten
 
     Args:
         model: attached.
-        cache: that holds the prompts.
+        cache: the cache that holds the prompts.
         token_ids: [batch, num_tokens].
 
     Returns:

@@ -73,7 +73,7 @@ STATUS_ERRORS = {
     1: "the page table is full: a request keeps more tokens than its table was made for",
     2: "max_tokens must be at least as many as any head keeps",
 }
-"""What the numbers of `Status` in csrc/pool.h mean."""
+"""Messages of the numbers of `Status` in csrc/pool.h."""
 
 
 SIZES = (
@@ -93,11 +93,11 @@ class Pool(ctypes.Structure):
 
 
 class Handle(NamedTuple):
-    """What an operation needs of a state, made once.
+    """A state as operations need it, made once.
 
     Attributes:
         library: the functions compiled for its layout and dtype.
-        address: of its Pool.
+        address: address of its Pool.
         attend: the function for each size of a query group that was asked for.
         pool: keeps the Pool alive.
     """

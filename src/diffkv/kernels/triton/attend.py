@@ -41,7 +41,7 @@ LIST_ROWS = 8
 LIST_COUNT = 1024
 
 FINISH_PROGRAMS = 16
-"""Of the last launch, for each multiprocessor, beside those that merge."""
+"""Programs of the last launch for each multiprocessor, beside those that merge."""
 
 SCORE_SHARE = 64
 """Kept probabilities may take one part in so many of the pool's bytes, or MIN_SCORE_BYTES."""

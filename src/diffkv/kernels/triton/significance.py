@@ -44,7 +44,7 @@ def _item(
     key_ptr, stride, starts_q_ptr, starts_k_ptr, max_queries, R,
     R_PADDED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """What a program scores, of one head: tokens of one request, by its last queries.
+    """Work of one program, for one head: tokens of one request, scored by its last queries.
 
     Returns (request, its first scored query, how many, its first token, how many, this program's tokens,
     their keys); the request is R, and no token exists, where there is no work.

@@ -24,14 +24,14 @@ INTERPRETED_MULTIPROCESSORS = 2
 
 @dataclass(frozen=True)
 class Tuning:
-    """How `attend` is launched; no result depends on it beyond rounding.
+    """Launch parameters of `attend`; no result depends on it beyond rounding.
 
     Attributes:
-        num_warps: of a program.
+        num_warps: warps of a program.
         num_stages: tiles in flight.
         programs: per multiprocessor.
         tile: tokens of a tile, a power of two of at least 16; None: by head_dim.
-        max_registers: of a thread; None: what the compiler likes.
+        max_registers: registers of a thread; None: the compiler's choice.
         fast: convert codes with `prmt`, which the interpreter does not know.
         score_tiles: tiles of one layer whose probabilities are kept between the passes; those of
             further tiles are computed twice. None: a share of the pool.
@@ -50,16 +50,16 @@ class Tuning:
 
 @dataclass(eq=False)
 class Workspace:
-    """What kernels know of a state, and its scratch buffers.
+    """A state as kernels see it, and its scratch buffers.
 
     Attributes:
-        tiers: of the layout, high first.
+        tiers: tiers of the layout, high first.
         table: sizes of its page tables.
-        device: of every tensor.
-        num_slots: of the state.
-        multiprocessors: of the device.
-        tuning: of `attend`.
-        buffers: by name, flat.
+        device: device of every tensor.
+        num_slots: slots of the state.
+        multiprocessors: number of the device's multiprocessors.
+        tuning: launch parameters of `attend`.
+        buffers: flat buffers by name.
         outgrown: former buffers.
     """
 
@@ -76,8 +76,8 @@ class Workspace:
         """A buffer of a shape, contents undefined: the front of the one that has that name.
 
         Args:
-            name: of the buffer.
-            dtype: of its elements.
+            name: name of the buffer.
+            dtype: dtype of its elements.
             shape: wanted.
             least: elements that it is made with at least, the most that the state can need.
         """
