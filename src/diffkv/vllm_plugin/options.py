@@ -1,4 +1,4 @@
-"""DiffKV's options as an engine gets them, and what follows from them for one model."""
+"""DiffKV's options for an engine, and what follows from them."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace

@@ -1,4 +1,4 @@
-"""Checks at start: of vLLM's version, of what is asked of it (the table of `matrix`), of the budget."""
+"""Checks at start: vLLM's version, its configuration (by the table in `matrix`), the KV budget."""
 
 from typing import Any
 
