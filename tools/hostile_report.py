@@ -69,7 +69,7 @@ in the plain model. Worth comparing:
 * the default with its groups: more scales for a vector, so that an outlier spoils only its own part;
 * k4v2 with the default: whether the high tier holds what the low one cannot.
 
-What follows from it is in [decisions](../../../decisions.md#which-outliers-break-which-format).
+What follows from it is in [the log](../../../log.md#which-outliers-break-which-format).
 """
 
 
