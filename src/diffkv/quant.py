@@ -33,7 +33,7 @@ _CUTS = {1: (0, 0, 9, 14, 17, 19, 21, 22, 23), 2: (0, 0, 1, 4, 6, 9, 11, 13, 14)
 """64ths of a group's range that are cut off at each end, by bits and log2 of the group's elements.
 
 What is beyond the ends is stored as the ends. Least squared error for normally distributed elements, of
-which few are near the ends (docs/log.md); with more bits the best cut gains less than a tenth.
+which few are near the ends (docs/decisions.md); with more bits the best cut gains less than a tenth.
 """
 
 CUT_WIDTHS = tuple(1 << power for power in range(len(_CUTS[1])))

@@ -34,7 +34,8 @@ def choose(name: str | None, quant: QuantConfig) -> str:
     """The rotation that was asked for, or the one that goes with formats.
 
     Rotating is the default wherever something is quantised: outliers are common, and without it they
-    cost far more than it does where there are none (docs/log.md). `k16v16` stays as it is, bit by bit.
+    cost far more than it does where there are none (docs/decisions.md). `k16v16` stays as it is, bit for
+    bit.
 
     Raises:
         ConfigError: an unknown name.
