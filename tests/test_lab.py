@@ -148,7 +148,11 @@ def test_page(tmp_path):
     made = Page("Figures")
     made.heading("One")
     made.sources([GOOD, GOOD])
-    columns = [("name", lambda row: "a|b"), ("b", lambda row: page.number(row["b"], 2))]
+    columns = [
+        ("name", lambda row: "a|b"),
+        ("b", lambda row: page.number(row["b"], 2)),
+        ("c", lambda row: page.number(row.get("c"))),
+    ]
     made.table(columns, [GOOD])
     made.failures([GOOD, replace(GOOD, error="no memory")], lambda row: row.kind)
     made.plot("plot.png", "a plot")

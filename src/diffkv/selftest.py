@@ -12,13 +12,12 @@ from diffkv import ops, pool
 from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.policy import DROPPED, HIGH, LOW
-from diffkv.quant import QuantConfig
+from diffkv.quant import DEFAULT_QUANT, QuantConfig
 from diffkv.shape import PoolShape
 from diffkv.state import PoolState, PromptTokens
 
 __all__ = ["SelfTest", "run"]
 
-QUANT = "k8v4-k4v2"
 HEAD_DIM, NUM_LAYERS, NUM_KV_HEADS, NUM_Q_HEADS = 64, 2, 2, 4
 PROMPT_LEN, NUM_NEW, NUM_PAGES = 48, 2, 64
 WINDOW = 8
@@ -58,7 +57,9 @@ class SelfTest:
 
 
 def _empty_pool(device: str) -> PoolState:
-    layout = PageLayout.derive(QuantConfig.parse(QUANT), HEAD_DIM, element_bytes=4, drops=True)
+    layout = PageLayout.derive(
+        QuantConfig.parse(DEFAULT_QUANT), HEAD_DIM, element_bytes=4, drops=True
+    )
     width = layout.max_pages(PROMPT_LEN + NUM_NEW)
     shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, 1, width, NUM_PAGES)
     num_bytes = shape.table_bytes + NUM_PAGES * layout.page_bytes

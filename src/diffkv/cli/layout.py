@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffkv.layout import CacheLayout, PageLayout
-from diffkv.quant import ConfigError, LayerQuant, layers_text
+from diffkv.quant import DEFAULT_QUANT, ConfigError, LayerQuant, layers_text
 
 __all__ = ["add_arguments", "describe", "describe_groups", "run"]
 
-DEFAULT_QUANT = "k8v4-k4v2"
 DEFAULT_HEAD_DIM = 128
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 BF16_BYTES = 2

@@ -16,7 +16,7 @@ from diffkv.hf.use import CacheUse
 from diffkv.layout import CacheLayout
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import DEFAULT_QUANT, ConfigError, LayerQuant
 from diffkv.rotation import choose, signs_of
 from diffkv.shape import CacheShape
 from diffkv.state import CacheState
@@ -83,7 +83,7 @@ class DiffKVHFCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        quant: str | LayerQuant = "k8v4-k4v2",
+        quant: str | LayerQuant = DEFAULT_QUANT,
         policy: str | Policy = PAPER,
         thresholds: Thresholds | None = None,
         window: int = WINDOW,

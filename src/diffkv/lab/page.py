@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from diffkv.lab.rows import Row
 
-__all__ = ["Column", "Page", "number", "percent", "times", "write_csv"]
+__all__ = ["NOTHING", "Column", "Page", "number", "percent", "times", "write_csv"]
 
 T = TypeVar("T")
 Column = tuple[str, Callable[[T], str]]
@@ -58,13 +58,18 @@ class Page:
         self._parts.append("\n".join(places))
 
     def table(self, columns: Sequence[Column[T]], items: Iterable[T]) -> None:
-        """A line for each item; the first column is text, the others are figures."""
-        lines = [
-            [name for name, _ in columns],
-            ["---", *("---:" for _ in columns[1:])],
-            *([cell(item).replace("|", "\\|") for _, cell in columns] for item in items),
+        """A line for each item; the first column is text, the others are figures.
+
+        A column in which there is nothing but dashes is left out.
+        """
+        items = list(items)
+        drawn = [
+            [name, rule, *cells]
+            for (name, cell), rule in zip(columns, ["---", *["---:"] * len(columns)], strict=False)
+            if set(cells := [cell(item).replace("|", "\\|") for item in items]) != {NOTHING}
         ]
-        self._parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+        lines = [f"| {' | '.join(cells)} |" for cells in zip(*drawn, strict=True)]
+        self._parts.append("\n".join(lines))
 
     def failures(self, rows: Iterable[Row], name: Callable[[Row], str]) -> None:
         """A line for each row that did not run, with its reason."""

@@ -8,6 +8,7 @@ A row whose case did not run has the reason in `error` instead.
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ class Writer:
         kind: str,
         case: dict[str, Any],
         measured: dict[str, Any],
-        text: str | None = None,
+        text: str | Callable[[Row], str] | None = None,
         error: str | None = None,
     ) -> Row:
         """Keep a row.
@@ -160,7 +161,7 @@ class Writer:
             kind: of the row.
             case: settings.
             measured: figures.
-            text: what a reader is shown of it; nothing if None.
+            text: what a reader is shown of it, or what says so of a row; nothing if None.
             error: why there are no figures.
         """
         row = Row(kind, case, measured, self._provenance, error)
@@ -171,7 +172,7 @@ class Writer:
         self.rows.append(row)
         if error is None:
             self._found[_key(kind, case)] = row
-        shown = line if self._as_json else text
+        shown = line if self._as_json else text(row) if callable(text) else text
         if shown is not None:
             print(shown, flush=True)
         return row

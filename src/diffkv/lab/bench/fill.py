@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,18 @@ from diffkv.quant import QuantConfig
 from diffkv.shape import PoolShape
 from diffkv.state import PoolState, PromptTokens
 
-__all__ = ["TIER_MIXES", "Tokens", "fill", "make_pool", "pack", "random_tokens", "useful_bytes"]
+__all__ = [
+    "TIER_MIXES",
+    "Tokens",
+    "available_bytes",
+    "fill",
+    "kept_tokens",
+    "make_pool",
+    "pack",
+    "random_tokens",
+]
+
+MEMINFO = Path("/proc/meminfo")
 
 TIER_MIXES = {"high": 1.0, "low": 0.0, "mix": 0.2}
 """Share of the tokens that are high."""
@@ -121,8 +133,18 @@ def fill(
             ops.store_prompt(state, layer, packed, tiers, sums)
 
 
-def useful_bytes(state: PoolState, layer: int) -> int:
-    """Bytes of the tokens that all requests keep in a layer, without what pages leave unused."""
-    kept = state.num_tokens[:, layer].sum((0, 1)).tolist()
-    tiers = state.layout.tiers
-    return sum(n * tier.token_bytes for n, tier in zip(kept, tiers, strict=False))
+def kept_tokens(state: PoolState, layer: int) -> list[int]:
+    """How many tokens all requests keep in a layer, all heads, by tier."""
+    kept: list[int] = state.num_tokens[:, layer].sum((0, 1)).tolist()
+    return kept[: len(state.layout.tiers)]
+
+
+def available_bytes(device: str) -> int:
+    """Bytes of memory that are free; 4 GiB where a host does not tell."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if MEMINFO.exists():
+        for line in MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 4 << 30

@@ -1,27 +1,28 @@
-"""Where DiffKV gains on vLLM's own cache and where it does not: contexts x requests x KV budget.
+"""Where DiffKV gains on vLLM's own cache and where it does not: contexts x requests x KV budgets.
 
 A setting has one engine for each budget, and all engines of a budget run a cell in turn before the next.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffkv.lab.bench.child import in_turn
 from diffkv.lab.bench.engine import Job
-from diffkv.lab.bench.facts import Rows
 from diffkv.lab.bench.throughput import (
     BLOCK_TOKENS,
+    OURS,
     Setting,
     Workload,
+    add_rows,
     bf16_bytes_per_token,
-    joined,
+    label,
     random_workload,
-    ratios,
 )
+from diffkv.lab.rows import Row, Writer
 from diffkv.quant import ConfigError
 
-__all__ = ["RATIOS", "Cell", "Map", "begins", "run"]
+__all__ = ["RATIOS", "Cell", "Sweep", "begins", "run"]
 
 RATIOS = {
     "decode_vs_stock_bf16": "decoding, of bf16",
@@ -56,7 +57,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Map:
+class Sweep:
     """What is measured.
 
     Attributes:
@@ -90,48 +91,52 @@ class Map:
 def run(
     engine: dict[str, Any],
     config: dict[str, Any],
-    wanted: Map,
+    wanted: Sweep,
     compared: Sequence[Setting],
-    rows: Rows,
+    writer: Writer,
     facts: dict[str, Any],
-) -> None:
+) -> list[Row]:
     """Measure all cells in every setting, a row for each.
 
     Args:
         engine: arguments of vLLM's engine that all settings share, the model among them.
-        config: of the model.
-        wanted: the map.
-        compared: the settings; ratios are to those named stock.
-        rows: gets the rows.
-        facts: that belong into every row.
+        config: the model's `config.json`.
+        wanted: what to measure.
+        compared: settings; ratios are to those named stock.
+        writer: gets the rows.
+        facts: settings that belong into every row.
+
+    Returns:
+        The rows.
 
     Raises:
         ConfigError: no cell fits into any budget, or no setting could run.
     """
+    added: list[Row] = []
     for kv_bytes in wanted.budgets:
         cells = wanted.cells(kv_bytes, config)
         if not cells:
-            rows.note(f"{kv_bytes} bytes of KV hold no request of the shortest context")
+            writer.note(f"{kv_bytes} bytes of KV hold no request of the shortest context")
             continue
-        rows.note(f"{kv_bytes / 1e6:.0f} MB of KV, {wanted.output_len} tokens out")
-        results = _measure(engine, config, wanted, kv_bytes, cells, compared, rows.note)
+        writer.note(f"{kv_bytes / 1e6:.0f} MB of KV, {wanted.output_len} tokens out")
+        results = _measure(engine, config, wanted, kv_bytes, cells, compared, writer.note)
         for index, cell in enumerate(cells):
-            place = {"kv_bytes": kv_bytes, "ctx": cell.ctx, "requests": cell.requests}
-            for row in _cell_rows(index, compared, results):
-                repeats = {"output_len": wanted.output_len, "repeats": wanted.repeats}
-                row = {**facts, **row, **place, **repeats}
-                rows.add(row, _text(row))
-    if all("error" in row for row in rows.rows):
-        reason = rows.rows[0]["error"] if rows.rows else "no budget holds a request"
+            case = {**facts, "kv_bytes": kv_bytes, **asdict(cell)}
+            case |= {"output_len": wanted.output_len, "repeats": wanted.repeats}
+            here = [[each[index] for each in done] for done in results]
+            added += add_rows(writer, "map", case, compared, here, _text)
+    if all(row.error is not None for row in added):
+        reason = added[0].error if added else "no budget holds a request"
         raise ConfigError(f"nothing was measured: {reason}")
-    for line in begins(rows.rows):
-        rows.note(line)
+    for line in begins(added):
+        writer.note(line)
+    return added
 
 
 def _measure(
     engine: dict[str, Any],
     config: dict[str, Any],
-    wanted: Map,
+    wanted: Sweep,
     kv_bytes: int,
     cells: Sequence[Cell],
     compared: Sequence[Setting],
@@ -162,43 +167,29 @@ def _measure(
     return results
 
 
-def _cell_rows(
-    index: int, compared: Sequence[Setting], results: Sequence[Sequence[Sequence[dict[str, Any]]]]
-) -> list[dict[str, Any]]:
-    """Rows of one cell, with their ratios."""
-    found = []
-    for setting, done in zip(compared, results, strict=True):
-        found.append(joined(setting, [each[index] for each in done]))
-    ran = [row for row in found if "error" not in row]
-    return [{**row, **ratios(row, ran)} for row in found]
-
-
-def _text(row: dict[str, Any]) -> str:
-    name = row["engine"] if row["engine"] != "diffkv" else f"diffkv {row['quant']}"
-    place = f"  {row['ctx']:6} tokens, {row['requests']:3} requests  {name:20}"
-    if "error" in row:
-        return f"{place} did not run: {row['error']}"
+def _text(row: Row) -> str:
+    place = f"  {row['ctx']:6} tokens, {row['requests']:3} requests  {label(row):20}"
+    if row.error is not None:
+        return f"{place} did not run: {row.error}"
     text = (
         f"{place} decoding {row['decode_tokens_per_s']:7.1f} tokens/s, whole "
         f"{row['tokens_per_s']:7.1f}, at once {row['max_running']:.0f}"
     )
-    if row["engine"] == "diffkv":
-        known = [
-            f"{row[key]:.2f}x {words}" for key, words in RATIOS.items() if row[key] is not None
-        ]
+    if row["engine"] == OURS:
+        known = [f"{row[key]:.2f}x {words}" for key, words in RATIOS.items() if row.get(key)]
         text += f"; {', '.join(known)}"
     return text
 
 
-def begins(rows: Sequence[dict[str, Any]]) -> list[str]:
+def begins(rows: Sequence[Row]) -> list[str]:
     """Where the gain begins, in words: a line for each ratio and budget, over all contexts."""
-    ours = [row for row in rows if row["engine"] == "diffkv" and "error" not in row]
+    ours = [row for row in rows if row["engine"] == OURS and row.error is None]
     places = dict.fromkeys((row["quant"], row["kv_bytes"]) for row in ours)
     texts = []
     for ratio in (ratio for ratio in RATIOS if ratio != NO_GAIN):
         for quant, kv_bytes in places:
             here = [
-                r for r in ours if (r["quant"], r["kv_bytes"]) == (quant, kv_bytes) and r[ratio]
+                r for r in ours if (r["quant"], r["kv_bytes"]) == (quant, kv_bytes) and r.get(ratio)
             ]
             contexts = [
                 f"{ctx} tokens {_begin([(r['requests'], r[ratio]) for r in here if r['ctx'] == ctx])}"
