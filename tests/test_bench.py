@@ -360,16 +360,28 @@ def test_sections_of_all_kinds(tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     page = Page("On a CPU")
     assert {row.kind for row in rows_of_all_kinds()} == set(pages.KINDS)
-    pages.add_sections(page, [*rows_of_all_kinds(), Row("other", {}, {}, HERE)], tmp_path)
+    drawn = pages.add_sections(page, [*rows_of_all_kinds(), Row("other", {}, {}, HERE)], tmp_path)
     page.write(tmp_path / "README.md")
     text = (tmp_path / "README.md").read_text()
     assert "| diffkv k8v4-k4v2, mix | 1,024 | 8 | 4 | 0.500 (0.400 to 0.600) |" in text
     assert "| 2,048 | 1.00% | 2.00% | 3.00% | 6.00% |" in text
     assert "* k8v4, decoding, of bf16, 10 MB: 1024 tokens from 4 requests on (1.50)" in text
     assert "Did not run:\n\n* stock fp8: not here" in text
-    drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {"attention.png", "map.png", "serving.png"}
-    assert all(f"]({name})" in text for name in drawn)
+    assert drawn == ["attention.png", "map.png", "serving.png"]
+    assert all(f"]({name})" in text and (tmp_path / name).exists() for name in drawn)
+
+
+def test_sections_of_two_machines_without_plots(tmp_path):
+    page = Page("On CPUs")
+    other = replace(HERE, device="Other CPU (AMX)")
+    both = [row for row in rows_of_all_kinds() if row.kind == "attention"]
+    both += [replace(row, provenance=other) for row in both]
+    assert pages.add_sections(page, both, tmp_path, with_plots=False) == []
+    page.write(tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("## Decode attention") == 1
+    assert text.index("Some CPU;") < text.index("Other CPU (AMX);")
+    assert text.count("| diffkv k8v4-k4v2, mix |") == 2
 
 
 def test_sizes_of_known_models():

@@ -125,11 +125,11 @@ SERVING: list[Column[Row]] = [
 Rows = Sequence[Row]
 
 
-def _attention(page: Page, rows: Rows, path: Path) -> None:
+def _attention(page: Page, rows: Rows, path: Path | None) -> None:
     page.table(ATTENTION, rows)
     even = [row for row in rows if not row["ragged"] and row.get("vs_stock_bf16")]
     shapes = sorted({(row["batch"], row["group"]) for row in even})[:MAX_PANELS]
-    if not shapes:
+    if not shapes or path is None:
         return
     panels = []
     for batch, group in shapes:
@@ -149,21 +149,21 @@ def _series(rows: Rows, x: str, y: str) -> dict[str, list[tuple[float, float]]]:
     return series
 
 
-def _pool(page: Page, rows: Rows, _: Path) -> None:
+def _pool(page: Page, rows: Rows, _: object) -> None:
     page.table(POOL, rows)
 
 
-def _growth(page: Page, rows: Rows, _: Path) -> None:
+def _growth(page: Page, rows: Rows, _: object) -> None:
     page.text("Exponents of power laws through the medians:")
     page.table(GROWTH, rows)
 
 
-def _overhead(page: Page, rows: Rows, _: Path) -> None:
+def _overhead(page: Page, rows: Rows, _: object) -> None:
     page.text(f"What of a budget is not tokens, for requests of {rows[0]['ctx']} tokens:")
     page.table(OVERHEAD, rows)
 
 
-def _throughput(page: Page, rows: Rows, _: Path) -> None:
+def _throughput(page: Page, rows: Rows, _: object) -> None:
     first = rows[0]
     page.text(
         f"{first['model']}, {first['workload']}, {first['requests']} requests, "
@@ -172,11 +172,12 @@ def _throughput(page: Page, rows: Rows, _: Path) -> None:
     page.table(THROUGHPUT, rows)
 
 
-def _map(page: Page, rows: Rows, path: Path) -> None:
+def _map(page: Page, rows: Rows, path: Path | None) -> None:
     page.table(MAP, rows)
     page.text("\n".join(f"* {line}" for line in begins(rows)))
-    draw_map(rows, path)
-    page.plot(path.name, "where the gain is")
+    if path is not None:
+        draw_map(rows, path)
+        page.plot(path.name, "where the gain is")
 
 
 def draw_map(rows: Rows, path: Path) -> None:
@@ -221,15 +222,16 @@ def _heat_map(rows: Rows, key: str, words: str) -> plots.HeatMap:
     )
 
 
-def _prompt(page: Page, rows: Rows, _: Path) -> None:
+def _prompt(page: Page, rows: Rows, _: object) -> None:
     page.text("What scoring and storing a prompt takes, in all layers:")
     page.table(PROMPT, rows)
 
 
-def _serving(page: Page, rows: Rows, path: Path) -> None:
+def _serving(page: Page, rows: Rows, path: Path | None) -> None:
     page.table(SERVING, rows)
-    draw_serving(rows, path)
-    page.plot(path.name, "latency by request rate")
+    if path is not None:
+        draw_serving(rows, path)
+        page.plot(path.name, "latency by request rate")
 
 
 def draw_serving(rows: Rows, path: Path) -> None:
@@ -241,7 +243,7 @@ def draw_serving(rows: Rows, path: Path) -> None:
     plots.lines(path, panels)
 
 
-KINDS: dict[str, tuple[str | None, Callable[[Page, Rows, Path], None]]] = {
+KINDS: dict[str, tuple[str | None, Callable[[Page, Rows, Path | None], None]]] = {
     "attention": ("Decode attention", _attention),
     "pool": ("The pool's own work", _pool),
     "growth": (None, _growth),
@@ -253,17 +255,18 @@ KINDS: dict[str, tuple[str | None, Callable[[Page, Rows, Path], None]]] = {
 }
 """Heading and body of each kind, in the order of a page; one without heading goes on with the last.
 
-A body gets a page, rows of one machine that all ran, and where its plot goes.
+A body gets a page, rows of one machine that all ran, and where its plot goes if one is wanted.
 """
 
 
-def add_sections(page: Page, rows: Rows, folder: Path) -> list[str]:
+def add_sections(page: Page, rows: Rows, folder: Path, with_plots: bool = True) -> list[str]:
     """Add the sections of all kinds that there are rows of; in each, machines one after the other.
 
     Args:
         page: to be added to.
         rows: of any kinds; others than those of `KINDS` are left alone.
         folder: for plots, where the page will be.
+        with_plots: whether to draw.
 
     Returns:
         Names of the plots.
@@ -282,7 +285,7 @@ def add_sections(page: Page, rows: Rows, folder: Path) -> list[str]:
             if ran:
                 words = [kind] if len(places) == 1 else [kind, *re.findall(r"\w+", place.lower())]
                 path = folder / f"{'-'.join(words)}.png"
-                body(page, ran, path)
-                drawn += [path.name] if path.exists() else []
+                body(page, ran, path if with_plots else None)
+                drawn += [path.name] if with_plots and path.exists() else []
             page.failures(here, label)
     return drawn
