@@ -1,8 +1,12 @@
 """The laboratory's shared modules: provenance, rows, pages, plots, timing."""
 
+import contextlib
 import json
+import os
 import subprocess
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,7 +203,7 @@ def test_plots_are_drawn(tmp_path):
 
 
 def test_plots_need_matplotlib(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"pip install 'diffkv\[plot\]'"):
         plots.require()
 
@@ -241,3 +245,100 @@ def test_stream_case_moves_what_it_says():
     assert case.num_bytes >= timing.MIN_FLUSH_BYTES["cpu"]
     assert case.run() == case.num_bytes // 4
     assert timing.peak_gb_per_s("cpu") is None
+
+
+class FakeCuda:
+    """Streams, events and graphs of torch.cuda on a CPU; a graph's time is how often it ran."""
+
+    def __init__(self, monkeypatch):
+        self.ticks, self.recording = 0, None
+        monkeypatch.setattr(timing, "_flush_buffer", lambda device: torch.ones(8))
+        for name, fake in {
+            "CUDAGraph": lambda: self.Graph(self),
+            "graph": self.graph,
+            "Event": lambda enable_timing: self.Event(self),
+            "synchronize": lambda: None,
+            "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "stream": contextlib.nullcontext,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.recording = graph
+        yield
+        self.recording = None
+
+    def launch(self, work):
+        """What a kernel's launch is: work, or a line in the graph that is recorded."""
+        if self.recording is not None:
+            self.recording.work.append(work)
+        else:
+            self.ticks += 1
+            work()
+
+    class Graph:
+        def __init__(self, cuda):
+            self.cuda, self.work = cuda, []
+
+        def replay(self):
+            for work in self.work:
+                self.cuda.launch(work)
+
+    class Event:
+        def __init__(self, cuda):
+            self.cuda = cuda
+
+        def record(self):
+            self.at = self.cuda.ticks
+
+        def elapsed_time(self, end):
+            return float(end.at - self.at)
+
+
+@pytest.fixture(name="cuda")
+def _cuda(monkeypatch):
+    return FakeCuda(monkeypatch)
+
+
+def test_on_gpus_cases_run_from_graphs(cuda):
+    calls, work = [], []
+
+    def case(name, launches):
+        def run():
+            calls.append(name)
+            for _ in range(launches):
+                cuda.launch(lambda: work.append(name))
+
+        return timing.Case(name, run, 1)
+
+    one, three = timing.measure([case("a", 1), case("b", 3)], repeats=5, device="cuda")
+    assert (one.ms, three.ms) == (1.0, 3.0)
+    assert calls.count("a") == timing.WARM_UP + 1  # the last of them is recorded
+    assert work.count("a") == timing.WARM_UP + timing.WARM_UP + 5
+    assert work[-4:] == ["a", "b", "b", "b"]
+
+
+def test_on_gpus_a_stopwatch_runs_each_part_once(cuda):
+    watch, done = timing.Stopwatch("cuda"), []
+
+    def part(number):
+        cuda.launch(lambda: done.append(number))
+        return number
+
+    assert [watch.time("part", lambda n=n: part(n)) for n in range(5)] == [0, 1, 2, 3, 4]
+    assert done == [0, 1, 2, 3, 4]
+    assert watch.timings()["part"] == timing.Timing(1.0, 1.0, 1.0)
+
+
+def test_the_streaming_copy_copies():
+    """By Triton's interpreter, which must be chosen before Triton is imported."""
+    pytest.importorskip("triton", reason="needs triton")
+    code = (
+        "import torch; from diffkv.lab.stream import BLOCK, copy; "
+        "x = torch.randn(2 * BLOCK); y = torch.zeros_like(x); copy(x, y); "
+        "assert torch.equal(x, y) and x.abs().sum() > 0"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
