@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,7 +180,10 @@ def _writer(args: argparse.Namespace, device: str) -> "Writer":
 
     if getattr(args, "plot", None):
         plots.require()  # before anything is measured
-    return Writer(collect(device), args.out, args.json)
+    here = collect(device)
+    if "DIFFKV_COMMIT" in os.environ:  # sources without their repository
+        here = replace(here, commit=os.environ["DIFFKV_COMMIT"])
+    return Writer(here, args.out, args.json)
 
 
 def _attention(args: argparse.Namespace) -> None:

@@ -133,7 +133,7 @@ def pareto(
     """Points of which less x and more y is better; the best at each x are joined.
 
     Args:
-        path: of the PNG.
+        path: PNG file.
         title: above it.
         x: label of the axis.
         y: likewise.
@@ -171,7 +171,7 @@ def bars(
     """Groups of bars side by side, in each a bar for every series that has one.
 
     Args:
-        path: of the PNG.
+        path: PNG file.
         title: above it.
         y: label of the axis.
         series: bars by group, by the name in the legend.

@@ -158,7 +158,7 @@ class Writer:
         """Keep a row.
 
         Args:
-            kind: of the row.
+            kind: kind of the row.
             case: settings.
             measured: figures.
             text: what a reader is shown of it, or what says so of a row; nothing if None.

@@ -47,7 +47,7 @@ class Grid:
         batches: requests.
         groups: query heads of a KV head.
         ragged: whether lengths, and the tiers of heads, differ.
-        num_kv_heads: of the layer.
+        num_kv_heads: KV heads of the layer.
         head_dim: elements of a head's key.
         repeats: timed calls.
         warm: leave the caches as the last call left them, to see what arithmetic takes.

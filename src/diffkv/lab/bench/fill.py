@@ -39,7 +39,7 @@ class Tokens:
     Attributes:
         key: [N, num_kv_heads, head_dim], N the longest length.
         value: likewise.
-        lengths: of the requests.
+        lengths: tokens of each request.
     """
 
     key: Tensor
@@ -76,7 +76,7 @@ def make_pool(
         num_slots: requests.
         max_tokens: longest of them.
         device: "cpu" or "cuda".
-        num_pages: of the pool; enough for all slots at their longest if None.
+        num_pages: pages of the pool; enough for all slots at their longest if None.
     """
     layout = PageLayout.derive(QuantConfig.parse(quant), head_dim, None, dtype.itemsize)
     width = layout.max_pages(max_tokens)
@@ -111,9 +111,9 @@ def fill(
 
     Args:
         state: an empty pool.
-        ops: of its device.
-        tokens: of the requests; slot r is the r-th.
-        high_share: of the tokens outside the window; the others are low, if there is such a tier.
+        ops: operations of its device.
+        tokens: tokens of the requests; slot r holds the r-th.
+        high_share: share of high tokens outside the window; the others are low, if there is such a tier.
         ragged_heads: let the share grow from head to head, from none to twice `high_share`.
     """
     heads, device = state.num_kv_heads, state.pages.device.type

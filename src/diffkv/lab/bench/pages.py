@@ -184,8 +184,8 @@ def draw_map(rows: Rows, path: Path) -> None:
     """Ratios by context and requests: a line of heat-maps for each format and budget.
 
     Args:
-        rows: of a map.
-        path: of the PNG.
+        rows: rows of a map.
+        path: PNG file.
 
     Raises:
         ConfigError: there is no ratio to draw.
@@ -263,9 +263,9 @@ def add_sections(page: Page, rows: Rows, folder: Path, with_plots: bool = True) 
     """Add the sections of all kinds that there are rows of; in each, machines one after the other.
 
     Args:
-        page: to be added to.
-        rows: of any kinds; others than those of `KINDS` are left alone.
-        folder: for plots, where the page will be.
+        page: grows.
+        rows: rows of any kinds; others than those of `KINDS` are left alone.
+        folder: where plots go, and the page will be.
         with_plots: whether to draw.
 
     Returns:

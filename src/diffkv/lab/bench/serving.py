@@ -41,7 +41,7 @@ class Traffic:
 
     Attributes:
         rates: requests a second, one run each; arrivals are a Poisson process.
-        num_prompts: of a run.
+        num_prompts: requests of a run.
         input_len: tokens of a prompt, at random.
         output_len: tokens of an answer.
         goodput: what a good answer keeps to, as vLLM's client takes it: "ttft:1000".

@@ -202,7 +202,7 @@ def begins(rows: Sequence[Row]) -> list[str]:
 
 
 def _begin(line: Sequence[tuple[int, float]]) -> str:
-    """From how many requests on every ratio of a line of (requests, ratio) is a gain."""
+    """The number of requests from which on every ratio of a line of (requests, ratio) is a gain."""
     line = sorted(line)
     least = max((requests for requests, ratio in line if ratio < GAIN), default=0)
     gains = [requests for requests, _ in line if requests > least]

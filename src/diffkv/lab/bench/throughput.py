@@ -39,7 +39,7 @@ COMPARED = {
 }
 """Figures of a run, and how their ratios to a stock engine's begin."""
 BLOCK_TOKENS = 128
-"""Of vLLM's own cache on CPUs; one block is never given to a request."""
+"""Tokens of a block of vLLM's own cache on CPUs; one block is never given to a request."""
 
 
 def four_requests(config: dict[str, Any], longest: int) -> int:
