@@ -24,7 +24,7 @@ TORCH := $(if $(WHEELS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-bac
 
 CPP := $(shell find src -name '*.cpp' -o -name '*.h')
 
-# What `make bench` writes; tools/bench_report.py makes its tables and plots.
+# What `make bench` and `make eval` write.
 RESULTS := docs/results/cpu
 FIDELITY := docs/results/fidelity
 
@@ -67,7 +67,7 @@ bench: env ## measure on this machine, beside vLLM's own cache: tables and plots
 	$(BIN)/diffkv bench throughput --random-weights bench-small --input-len 4096 --output-len 512 --num-prompts 12 --out $(RESULTS)/throughput.jsonl
 	$(BIN)/diffkv bench map --random-weights bench-small --ctx 256 1K 4K --requests 1 4 12 --output-len 64 --out $(RESULTS)/map.jsonl
 	$(BIN)/diffkv bench serving --random-weights bench-small --input-len 1024 --output-len 64 --num-prompts 12 --rates 0.5 1 2 --goodput ttft:10000 tpot:200 --out $(RESULTS)/serving.jsonl
-	$(BIN)/python tools/bench_report.py
+	$(BIN)/diffkv report $(RESULTS)/*.jsonl --out $(RESULTS)
 
 eval: env ## compare methods on the shipped models' tasks: docs/results/fidelity
 	$(BIN)/python benchmarks/fidelity.py $(FIDELITY)/reference

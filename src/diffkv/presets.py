@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from diffkv import policies
 from diffkv.model_config import ModelConfig
 from diffkv.policy import DEFAULT_ALPHA_HIGH, WINDOW, Thresholds
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 
 __all__ = ["AUTO", "DEFAULT", "PRESETS", "Preset", "Sizes", "choose", "find"]
 
@@ -94,7 +94,7 @@ PRESETS = (
         "DiffKV (SOSP 2025) figure 8: K8V4 alone scores like FP16 on every model there",
     ),
     Preset(
-        "balanced", "k8v4-k4v2", DEFAULT_ALPHA_HIGH, 0.0,
+        "balanced", DEFAULT_QUANT, DEFAULT_ALPHA_HIGH, 0.0,
         "unimportant tokens in low precision, nothing dropped; the default",
         "DiffKV (SOSP 2025) section 4: the thresholds of its largest Qwen models",
     ),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 __all__ = [
     "BITS",
     "CUT_WIDTHS",
+    "DEFAULT_QUANT",
     "FLOAT16_MAX",
     "GROUPS",
     "MIN_SCALE",
@@ -22,6 +23,9 @@ __all__ = [
 
 BITS = (16, 8, 4, 2, 1)
 GROUPS = (1, 2, 4)
+
+DEFAULT_QUANT = "k8v4-k4v2"
+"""What engines, caches and commands take if they are told nothing else."""
 
 FLOAT16_MAX = 65504.0
 """Largest finite float16: scale and zero are stored in it, and values beyond it saturate."""

@@ -12,13 +12,12 @@ from diffkv import ops, pool
 from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.policy import DROPPED, HIGH, LOW
-from diffkv.quant import QuantConfig
+from diffkv.quant import DEFAULT_QUANT, QuantConfig
 from diffkv.shape import PoolShape
 from diffkv.state import TENSORS, PoolState, PromptTokens
 
 __all__ = ["SelfTest", "run"]
 
-QUANT = "k8v4-k4v2"
 HEAD_DIM, NUM_LAYERS, NUM_KV_HEADS, NUM_Q_HEADS = 64, 2, 2, 4
 PROMPT_LEN, NUM_NEW, NUM_PAGES = 48, 2, 64
 WINDOW = 8
@@ -58,7 +57,8 @@ class SelfTest:
 
 
 def _empty_pool(device: str) -> PoolState:
-    layout = PageLayout.derive(QuantConfig.parse(QUANT), HEAD_DIM, element_bytes=4, drops=True)
+    quant = QuantConfig.parse(DEFAULT_QUANT)
+    layout = PageLayout.derive(quant, HEAD_DIM, element_bytes=4, drops=True)
     shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, 1, PROMPT_LEN + NUM_NEW, NUM_PAGES)
     num_bytes = shape.table_bytes + NUM_PAGES * layout.page_bytes
     buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)

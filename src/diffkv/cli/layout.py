@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffkv.layout import PageLayout, bf16_bytes_per_token
-from diffkv.quant import QuantConfig
+from diffkv.quant import DEFAULT_QUANT, QuantConfig
 
 __all__ = ["add_arguments", "describe", "run"]
 
-DEFAULT_QUANT = "k8v4-k4v2"
 DEFAULT_HEAD_DIM = 128
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 TIER_NAMES = ("high", "low")

@@ -18,7 +18,7 @@ from diffkv.layout import PageLayout
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.pool import create
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 from diffkv.rotation import choose, signs_of
 from diffkv.shape import PoolShape
 from diffkv.state import PoolState
@@ -100,7 +100,7 @@ class DiffKVHFCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        quant: str | QuantConfig = "k8v4-k4v2",
+        quant: str | QuantConfig = DEFAULT_QUANT,
         policy: str | Policy = PAPER,
         thresholds: Thresholds | None = None,
         window: int = WINDOW,

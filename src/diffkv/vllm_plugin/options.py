@@ -7,12 +7,10 @@ from typing import Any
 from diffkv import policies, rotation
 from diffkv.layout import PageLayout
 from diffkv.policy import WINDOW, Thresholds
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 from diffkv.vllm_plugin.matrix import CONNECTOR
 
 __all__ = ["ADMISSIONS", "DEFAULT_QUANT", "EXPECTED", "WORST_CASE", "Options", "options_of"]
-
-DEFAULT_QUANT = "k8v4-k4v2"
 
 EXPECTED, WORST_CASE = ADMISSIONS = ("expected", "worst-case")
 """Pages that are set aside for a prompt before its tiers are known."""

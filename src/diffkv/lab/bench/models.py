@@ -23,7 +23,7 @@ __all__ = ["MODELS", "PAPER_MODELS", "write_model"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 MAX_WRITTEN_PARAMETERS = 1_000_000_000
 QUERY_KEY_STD = 1.5
-"""Of each element of queries and keys: scores of attention then have a standard deviation of 2.25."""
+"""Standard deviation of elements of queries and keys; that of attention's scores is then 2.25."""
 LOGIT_STD = 4.0
 
 
