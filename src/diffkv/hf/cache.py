@@ -12,7 +12,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.hf.attention import IMPLEMENTATION
-from diffkv.hf.use import CacheUse
 from diffkv.layout import CacheLayout
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
@@ -20,6 +19,7 @@ from diffkv.quant import ConfigError, LayerQuant
 from diffkv.rotation import choose, signs_of
 from diffkv.shape import CacheShape
 from diffkv.state import CacheState
+from diffkv.use import CacheUse
 
 __all__ = ["DiffKVHFCache", "feed"]
 
@@ -67,7 +67,7 @@ class DiffKVHFCache(Cache):
     Args:
         model: a causal language model of transformers, already passed to `attach`.
         quant: formats of the tiers, or of each layer, as text or parsed.
-        policy: as text (`diffkv.policies`) or parsed.
+        policy: as text (`diffkv.policies`) or parsed; baselines by `diffkv.lab.evaluation.baselines.parse`.
         thresholds: alpha_high and alpha_low; None: the defaults for the formats.
         window: recent tokens that always stay high.
         max_tokens: most tokens of a sequence, answer included; None: the model's limit, at most 4096.

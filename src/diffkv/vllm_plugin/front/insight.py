@@ -17,7 +17,7 @@ from diffkv.reference.pages import page_ids
 from diffkv.state import CacheState, PoolState
 from diffkv.vllm_plugin.options import Options
 
-__all__ = ["Insight", "inspect", "read_pool", "token_tiers"]
+__all__ = ["Insight", "inspect", "read_pool", "summarize", "token_tiers"]
 
 
 def token_tiers(state: PoolState, slot: int, num_tokens: int) -> Tensor:
@@ -163,3 +163,44 @@ def inspect(
 def _join_heads(ranks: list[list[list[Any]]]) -> list[list[Any]]:
     """[num_layers][num_kv_heads] of all ranks, from each rank's own."""
     return [[head for heads in layer for head in heads] for layer in zip(*ranks, strict=True)]
+
+
+def summarize(options: Options, insights: Sequence[Insight]) -> dict[str, Any]:
+    """What prompts kept: the settings, shares of each layer and head, and the counts of each prompt.
+
+    Shares are of the tokens of all prompts, [num_layers][num_kv_heads] for each tier.
+    """
+    thresholds = options.thresholds()
+    num_tokens = sum(insight.num_tokens for insight in insights)
+    num_layers, num_heads = len(insights[0].high), len(insights[0].high[0])
+    shares = {
+        tier: [
+            [
+                sum(getattr(insight, tier)[layer][head] for insight in insights) / num_tokens
+                for head in range(num_heads)
+            ]
+            for layer in range(num_layers)
+        ]
+        for tier in ("high", "low")
+    }
+    shares["dropped"] = [
+        [1 - high - low for high, low in zip(highs, lows, strict=True)]
+        for highs, lows in zip(shares["high"], shares["low"], strict=True)
+    ]
+    return {
+        "quant": options.quant,
+        "alpha_high": thresholds.alpha_high,
+        "alpha_low": thresholds.alpha_low,
+        "window": options.window,
+        "num_layers": num_layers,
+        "num_kv_heads": num_heads,
+        "num_tokens": num_tokens,
+        "mean": {
+            tier: sum(map(sum, rows)) / (num_layers * num_heads) for tier, rows in shares.items()
+        },
+        "shares": shares,
+        "prompts": [
+            {"num_tokens": insight.num_tokens, "high": insight.high, "low": insight.low}
+            for insight in insights
+        ],
+    }

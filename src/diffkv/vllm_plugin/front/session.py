@@ -7,9 +7,9 @@ from typing import Any
 
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
+from diffkv.use import CacheUse
 from diffkv.vllm_plugin.front.offline import (
     Answer,
-    CacheUse,
     as_answer,
     cache_use,
     check_lengths,
@@ -20,9 +20,6 @@ from diffkv.vllm_plugin.front.offline import (
 from diffkv.vllm_plugin.options import Options
 
 __all__ = ["Meter", "Session", "engine_arguments", "session"]
-
-COUNTS = ("num_tokens", "high", "low", "num_bytes", "num_pages")
-"""Of a rank's totals, those that grow with each request that ends."""
 
 
 class Meter:
@@ -35,32 +32,17 @@ class Meter:
 
     def __init__(self, llm: Any, options: Options | None) -> None:
         self._llm = llm
-        self._options = options
+        self._is_ours = options is not None
         self._before = self._read()
 
-    def _read(self) -> list[dict[str, Any]]:
-        return [] if self._options is None else self._llm.collective_rpc("diffkv_summary")
+    def _read(self) -> CacheUse:
+        return cache_use(self._llm.collective_rpc("diffkv_summary")) if self._is_ours else CacheUse()
 
-    def take(self, thresholds: Thresholds | None = None) -> CacheUse | None:
-        """What was spent since the last reading; None without DiffKV or where nothing was.
-
-        Args:
-            thresholds: of the requests, if they were not the engine's.
-        """
-        if self._options is None:
-            return None
+    def take(self) -> CacheUse | None:
+        """What was spent since the last reading; None with vLLM's own cache or where nothing was."""
         before, self._before = self._before, self._read()
-        ranks = [
-            {**now, "totals": _difference(now["totals"], then["totals"])}
-            for now, then in zip(self._before, before, strict=True)
-        ]
-        if ranks[0]["totals"]["num_tokens"] == 0:
-            return None
-        return cache_use(self._options, ranks, thresholds)
-
-
-def _difference(now: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
-    return {**now, **{name: now[name] - then[name] for name in COUNTS}}
+        use = self._before - before
+        return use if use.tokens else None
 
 
 class Session:
@@ -99,7 +81,7 @@ class Session:
             outputs = self._llm.generate(list(prompts), params, use_tqdm=False)
         except (ValueError, VLLMClientError) as error:
             raise ConfigError(first_line(error)) from error
-        return [as_answer(output) for output in outputs], self._meter.take(thresholds)
+        return [as_answer(output) for output in outputs], self._meter.take()
 
 
 def _settings(thresholds: Thresholds) -> dict[str, float]:
