@@ -216,9 +216,7 @@ def _by_thresholds(description: str, tiers: PromptPolicy) -> Kind:
     """A policy that decides by thresholds, and may drop keys that are like others."""
 
     def make(text: str, queries: int = SCORED_QUERIES, distinct: float = 1.0) -> Policy:
-        return Policy(
-            text, tiers, uses_thresholds=True, scored_queries=queries, distinct=distinct
-        )
+        return Policy(text, tiers, uses_thresholds=True, scored_queries=queries, distinct=distinct)
 
     return Kind(description, {"queries": read_queries, "distinct": read_share}, make)
 

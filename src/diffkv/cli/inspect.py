@@ -1,10 +1,9 @@
 """`diffkv inspect`: what every layer and head kept of some prompts."""
 
 import argparse
-import importlib.util
-import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffkv.cli import prompts
 from diffkv.cli.engine_options import add_cache_options, cache_options, model_folder
@@ -12,6 +11,7 @@ from diffkv.cli.models import load_config
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
+    from diffkv.lab.rows import Row
     from diffkv.vllm_plugin.front.insight import Insight
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
@@ -52,8 +52,9 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} must be in 0 .. {num - 1}, got {getattr(args, name)}")
     if args.out is None:
         return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--out draws with matplotlib: pip install 'diffkv[plot]'")
+    from diffkv.lab import plots
+
+    plots.require()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,30 +68,41 @@ def run(args: argparse.Namespace) -> int:
     options = cache_options(args)
     texts = [question.prompt for question in prompts.questions(args)]
     _check(args)
+    from diffkv.lab.evaluation.results import HEADS
+    from diffkv.lab.provenance import collect
+    from diffkv.lab.rows import Row
     from diffkv.vllm_plugin.front.insight import inspect, summarize
 
     insights = inspect(texts, prompts.engine_arguments(args), options, args.max_tokens)
-    facts = {"model": args.model, **summarize(options, insights)}
+    thresholds = options.thresholds()
+    case = {
+        "model": args.model, "quant": options.quant, "policy": options.policy,
+        "alpha_high": thresholds.alpha_high, "alpha_low": thresholds.alpha_low,
+        "window": options.window, "rotate": options.rotation(), "max_tokens": args.max_tokens,
+    }  # fmt: skip
+    row = Row(HEADS, case, summarize(insights), collect(prompts.device()))
     if args.json:
-        print(json.dumps(facts))
+        print(row.to_json())
     else:
         from diffkv.cli.heatmap import print_maps
 
-        print_maps(facts)
+        print_maps(row)
     if args.out is not None:
-        _write(args, facts, insights[0])
+        _write(args, row, insights[0])
     return 0
 
 
-def _write(args: argparse.Namespace, facts: dict[str, Any], first: "Insight") -> None:
-    from diffkv.cli.heatmap import draw_png, tokens_html
+def _write(args: argparse.Namespace, row: "Row", first: "Insight") -> None:
+    from diffkv.cli.heatmap import tokens_html
+    from diffkv.lab.report.heads import draw_heads
 
     tiers = first.tiers[args.layer][args.head]
     tokens = {"layer": args.layer, "head": args.head, "texts": first.texts, "tiers": tiers}
-    draw_png(facts, args.out / PNG)
+    draw_heads(args.out / PNG, row)
     (args.out / HTML).write_text(
-        tokens_html(facts, args.layer, args.head, first.texts, tiers), encoding="utf-8"
+        tokens_html(row, args.layer, args.head, first.texts, tiers), encoding="utf-8"
     )
-    (args.out / JSON).write_text(json.dumps({**facts, "tokens": tokens}), encoding="utf-8")
+    seen = replace(row, measured={**row.measured, "tokens": tokens})
+    (args.out / JSON).write_text(seen.to_json() + "\n", encoding="utf-8")
     if not args.json:
         print(f"{PNG}, {HTML} and {JSON} are in {args.out}")

@@ -19,6 +19,7 @@ __all__ = [
     "add_engine_options",
     "add_prompt_options",
     "check_least",
+    "device",
     "engine_arguments",
     "questions",
     "read_questions",
@@ -77,9 +78,7 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and value < bound:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} must be at least {bound}, got {value}"
-            )
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
 
 
 def questions(args: argparse.Namespace) -> list[Question]:
@@ -142,6 +141,13 @@ def _parse(text: str) -> list[Question]:
         except (ValueError, KeyError) as error:
             raise ConfigError(f'line {number} is no JSON object with "prompt": {error}') from None
     return found
+
+
+def device() -> str:
+    """Where an engine or a model runs: on a GPU if torch sees one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def engine_arguments(args: argparse.Namespace, **defaults: Any) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class DiffKVHFCache(Cache):
     Args:
         model: a causal language model of transformers, already passed to `attach`.
         quant: formats of the tiers, or of each layer, as text or parsed.
-        policy: as text (`diffkv.policies`) or parsed; baselines by `diffkv.lab.evaluation.baselines.parse`.
+        policy: as text (`diffkv.policies`), or parsed, as those of `diffkv.lab.evaluation.baselines`.
         thresholds: alpha_high and alpha_low; None: the defaults for the formats.
         window: recent tokens that always stay high.
         max_tokens: most tokens of a sequence, answer included; None: the model's limit, at most 4096.

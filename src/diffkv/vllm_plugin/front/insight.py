@@ -165,12 +165,11 @@ def _join_heads(ranks: list[list[list[Any]]]) -> list[list[Any]]:
     return [[head for heads in layer for head in heads] for layer in zip(*ranks, strict=True)]
 
 
-def summarize(options: Options, insights: Sequence[Insight]) -> dict[str, Any]:
-    """What prompts kept: the settings, shares of each layer and head, and the counts of each prompt.
+def summarize(insights: Sequence[Insight]) -> dict[str, Any]:
+    """What prompts kept: shares of each layer and head over all of them, and the counts of each.
 
     Shares are of the tokens of all prompts, [num_layers][num_kv_heads] for each tier.
     """
-    thresholds = options.thresholds()
     num_tokens = sum(insight.num_tokens for insight in insights)
     num_layers, num_heads = len(insights[0].high), len(insights[0].high[0])
     shares = {
@@ -188,10 +187,6 @@ def summarize(options: Options, insights: Sequence[Insight]) -> dict[str, Any]:
         for highs, lows in zip(shares["high"], shares["low"], strict=True)
     ]
     return {
-        "quant": options.quant,
-        "alpha_high": thresholds.alpha_high,
-        "alpha_low": thresholds.alpha_low,
-        "window": options.window,
         "num_layers": num_layers,
         "num_kv_heads": num_heads,
         "num_tokens": num_tokens,

@@ -36,7 +36,9 @@ class Meter:
         self._before = self._read()
 
     def _read(self) -> CacheUse:
-        return cache_use(self._llm.collective_rpc("diffkv_summary")) if self._is_ours else CacheUse()
+        return (
+            cache_use(self._llm.collective_rpc("diffkv_summary")) if self._is_ours else CacheUse()
+        )
 
     def take(self) -> CacheUse | None:
         """What was spent since the last reading; None with vLLM's own cache or where nothing was."""
