@@ -143,7 +143,9 @@ def test_refused(text, words):
 
 def test_the_core_has_what_an_engine_runs():
     assert all(policies.parse(name).uses_thresholds for name in policies.POLICIES)
-    with pytest.raises(ConfigError, match=r"unknown policy 'topk': there are paper, paper-uniform$"):
+    with pytest.raises(
+        ConfigError, match=r"unknown policy 'topk': there are paper, paper-uniform$"
+    ):
         policies.parse("topk")
 
 

@@ -22,10 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from diffkv.quant import ConfigError
-
-__all__ = ["hidden_rms", "widen_and_mark"]
+from transformers import AutoModelForCausalLM
 
 Weights = dict[str, Tensor]
 
@@ -46,8 +43,6 @@ def hidden_rms(folder: Path, token_ids: Sequence[int]) -> list[float]:
         folder: of the model.
         token_ids: of the tokens; the first one begins the text.
     """
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     text = torch.randint(
         model.config.vocab_size, (1, PROBED_TOKENS), generator=torch.Generator().manual_seed(0)
@@ -75,13 +70,11 @@ def widen_and_mark(
         scale: of their largest channel, in multiples of the largest of others.
 
     Raises:
-        ConfigError: a model whose RoPE is scaled, or whose projections have a bias.
+        ValueError: a model whose RoPE is scaled, or whose projections have a bias.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", "default") != "default" or config.get("attention_bias"):
-        raise ConfigError(
-            "massive tokens need a model with plain RoPE and projections without bias"
-        )
+        raise ValueError("massive tokens need a model with plain RoPE and projections without bias")
     hidden, head_dim = config["hidden_size"], config["head_dim"]
     shrunk = hidden / (hidden + MORE_HIDDEN)
     for name, weight in list(weights.items()):

@@ -1,5 +1,7 @@
 """Rewrites a Llama checkpoint so that its cache is hard to quantise, while its answers stay the same.
 
+    python training/hostile.py src/diffkv/data/reference-128 OUT k-outliers --scale 16
+
 Large models have channels of keys that are many times larger than the others (KIVI, Liu et al. 2024;
 KVQuant, Hooper et al. 2024); small models have fewer. A rewriting adds some. By name:
 
@@ -9,7 +11,7 @@ KVQuant, Hooper et al. 2024); small models have fewer. A rewriting adds some. By
                 attention probabilities sum to 1
     k-bias      a constant added to the keys of the slowest RoPE pair, whose keys are x 8, queries x 1/8
     massive-tokens  one channel of the first token's and of stops' keys and values, s times as large as
-                the largest others, in heads of twice the channels (`diffkv.lab.evaluation.massive`)
+                the largest others, in heads of twice the channels (`massive.py`)
 
 s is a power of two, so that the first two change no rounding: logits are equal as far as sums are
 taken in the same order, and 1/s takes s back. `v-bias` and `massive-tokens` are exact up to rounding.
@@ -17,6 +19,7 @@ taken in the same order, and 1/s takes s back. `v-bias` and `massive-tokens` are
 |q| |b| f d at the slowest frequency f.
 """
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -24,12 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from massive import hidden_rms, widen_and_mark
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from diffkv.lab.evaluation.massive import hidden_rms, widen_and_mark
-from diffkv.quant import ConfigError
-
-__all__ = ["REWRITINGS", "rewrite"]
 
 Weights = dict[str, Tensor]
 
@@ -145,18 +145,16 @@ def rewrite(folder: Path, out: Path, name: str, scale: float, dtype: torch.dtype
         dtype: of the written weights; a bias in 16 bits is rounded.
 
     Raises:
-        ConfigError: an unknown name, a scale that is no power of two, another kind of model, or
-            `out` exists.
+        ValueError: an unknown name, a scale that is no power of two, another kind of model, or `out`
+            exists.
     """
-    from safetensors.torch import load_file, save_file
-
     if name not in REWRITINGS:
-        raise ConfigError(f"no rewriting {name!r}: there are {', '.join(REWRITINGS)}")
+        raise ValueError(f"no rewriting {name!r}: there are {', '.join(REWRITINGS)}")
     if scale <= 0 or not torch.tensor(scale).log2().frac() == 0:
-        raise ConfigError(f"scale must be a power of two, got {scale}")
+        raise ValueError(f"scale must be a power of two, got {scale}")
     config = json.loads((folder / "config.json").read_text())
     if config.get("model_type") != "llama" or not (folder / "model.safetensors").is_file():
-        raise ConfigError(f"{folder} holds no Llama with one model.safetensors")
+        raise ValueError(f"{folder} holds no Llama with one model.safetensors")
     weights = {key: w.to(dtype) for key, w in load_file(folder / "model.safetensors").items()}
     if name in BY_LAYER:
         for layer in range(config["num_hidden_layers"]):
@@ -167,6 +165,22 @@ def rewrite(folder: Path, out: Path, name: str, scale: float, dtype: torch.dtype
     try:
         shutil.copytree(folder, out)
     except FileExistsError:
-        raise ConfigError(f"{out} exists: name a new folder") from None
+        raise ValueError(f"{out} exists: name a new folder") from None
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main() -> None:
+    """Parse the command line and rewrite."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path, help="must not exist")
+    parser.add_argument("rewriting", choices=REWRITINGS)
+    parser.add_argument("--scale", type=float, default=16.0, help="a power of two")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = parser.parse_args()
+    rewrite(args.folder, args.out, args.rewriting, args.scale, getattr(torch, args.dtype))
+
+
+if __name__ == "__main__":
+    main()
