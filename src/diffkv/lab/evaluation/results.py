@@ -17,7 +17,7 @@ __all__ = ["HEADS", "KLD", "TASKS", "KldScore", "Method", "Score", "TaskScore", 
 TASKS, KLD, HEADS = "tasks", "kld", "heads"
 """Kinds of rows: of `diffkv eval`, of its suite kld, and of `diffkv inspect`."""
 
-DIGITS = 5
+DIGITS = 6
 SHARES = ("accuracy", "accuracy_full", "exact", "exact_full", "same_top1", "high", "low", "dropped")
 
 
