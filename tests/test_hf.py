@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from diffkv import hf  # noqa: E402
 from diffkv.hf import DiffKVHFCache  # noqa: E402
+from diffkv.lab.evaluation import baselines  # noqa: E402
 from diffkv.policy import Thresholds  # noqa: E402
 from diffkv.pool import check_invariants  # noqa: E402
 from diffkv.quant import ConfigError  # noqa: E402
@@ -93,7 +94,7 @@ def test_bytes_are_those_of_the_pool(attached, inputs):
 
 
 def test_budget_of_a_baseline_shows_in_the_pool(attached, inputs):
-    cache = DiffKVHFCache(attached, "k8v4", policy="topk:keep=0.5")
+    cache = DiffKVHFCache(attached, "k8v4", policy=baselines.parse("topk:keep=0.5"))
     with torch.no_grad():
         attached(**inputs, past_key_values=cache, position_ids=positions(inputs))
     state = cache.state
@@ -130,7 +131,7 @@ def test_refusals(model, attached, inputs):
         with pytest.raises(ValueError, match="DiffKVHFCache"):
             attached(ids[:, -8:])
     with pytest.raises(ConfigError, match="low tier"):
-        DiffKVHFCache(attached, "k8v4", policy="topk:survivors=low")
+        DiffKVHFCache(attached, "k8v4", policy=baselines.parse("topk:survivors=low"))
     hf.detach(model)
     with pytest.raises(ConfigError, match="attach"):
         DiffKVHFCache(model)

@@ -175,7 +175,19 @@ def _override(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_folder(name: str) -> str:
-    """The folder of a shipped model for its name; any other name as it is."""
+    """The folder of a shipped model for its name; any other name as it is.
+
+    Raises:
+        ConfigError: the model is not part of this installation.
+    """
     from importlib.resources import files
 
-    return str(files("diffkv") / "data" / name) if name in SHIPPED else name
+    if name not in SHIPPED:
+        return name
+    folder = files("diffkv") / "data" / name
+    if not folder.is_dir():
+        raise ConfigError(
+            f"the model {name} comes with the repository, not with the package: clone it, or take "
+            f"{REFERENCE}"
+        )
+    return str(folder)

@@ -13,7 +13,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from diffkv import ops
 from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.hf.attention import IMPLEMENTATION
-from diffkv.hf.use import CacheUse
 from diffkv.layout import PageLayout
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
@@ -22,6 +21,7 @@ from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 from diffkv.rotation import choose, signs_of
 from diffkv.shape import PoolShape
 from diffkv.state import PoolState
+from diffkv.use import CacheUse
 
 __all__ = ["DiffKVHFCache", "PoolOptions", "feed"]
 
@@ -85,7 +85,8 @@ class DiffKVHFCache(Cache):
     Args:
         model: a causal language model of transformers, already passed to `attach`.
         quant: formats of the tiers, as text or parsed.
-        policy: policy of prompts, as text (`diffkv.policies`) or parsed.
+        policy: policy of prompts, as text (`diffkv.policies`) or parsed, as those of
+            `diffkv.lab.evaluation.baselines`.
         thresholds: alpha_high and alpha_low; None: the defaults for the formats.
         window: recent tokens that always stay high.
         max_tokens: most tokens of a sequence, answer included; None: the model's limit, at most 4096.

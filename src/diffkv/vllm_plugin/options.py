@@ -73,16 +73,13 @@ class Options:
             raise ConfigError(
                 f"without drops alpha_low must be 0, got {alpha_low:g}: leave out --no-drops (drops)"
             )
-        policy = self.prompt_policy()
-        if not policy.uses_thresholds:
-            able = ", ".join(
-                name for name, kind in policies.POLICIES.items() if kind.uses_thresholds
-            )
+        if self.policy.partition(":")[0].strip() not in policies.POLICIES:
             raise ConfigError(
-                f"vLLM runs policies that go by alpha_high and alpha_low: {able}; got {policy}, which "
-                f"diffkv eval compares in transformers"
+                f"vLLM runs policies that go by alpha_high and alpha_low: "
+                f"{', '.join(policies.POLICIES)}; got {self.policy!r}; diffkv eval compares others in "
+                f"transformers"
             )
-        policy.check(self.quant_config())
+        self.prompt_policy().check(self.quant_config())
         self.rotation()
 
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any
 from diffkv.vllm_plugin.front.offline import engine, engine_arguments, requests_in_one_line
 from diffkv.vllm_plugin.options import Options
 
-__all__ = ["Insight", "inspect"]
+__all__ = ["Insight", "inspect", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -75,3 +75,39 @@ def inspect(
 def _join_heads(ranks: list[list[list[Any]]]) -> list[list[Any]]:
     """[num_layers][num_kv_heads] of all ranks, from each rank's own."""
     return [[head for heads in layer for head in heads] for layer in zip(*ranks, strict=True)]
+
+
+def summarize(insights: Sequence[Insight]) -> dict[str, Any]:
+    """What prompts kept: shares of each layer and head over all of them, and the counts of each.
+
+    Shares are of the tokens of all prompts, [num_layers][num_kv_heads] for each tier.
+    """
+    num_tokens = sum(insight.num_tokens for insight in insights)
+    num_layers, num_heads = len(insights[0].high), len(insights[0].high[0])
+    shares = {
+        tier: [
+            [
+                sum(getattr(insight, tier)[layer][head] for insight in insights) / num_tokens
+                for head in range(num_heads)
+            ]
+            for layer in range(num_layers)
+        ]
+        for tier in ("high", "low")
+    }
+    shares["dropped"] = [
+        [1 - high - low for high, low in zip(highs, lows, strict=True)]
+        for highs, lows in zip(shares["high"], shares["low"], strict=True)
+    ]
+    return {
+        "num_layers": num_layers,
+        "num_kv_heads": num_heads,
+        "num_tokens": num_tokens,
+        "mean": {
+            tier: sum(map(sum, rows)) / (num_layers * num_heads) for tier, rows in shares.items()
+        },
+        "shares": shares,
+        "prompts": [
+            {"num_tokens": insight.num_tokens, "high": insight.high, "low": insight.low}
+            for insight in insights
+        ],
+    }

@@ -11,14 +11,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
+from diffkv.use import CacheUse
 from diffkv.vllm_plugin.arguments import arguments_of
 from diffkv.vllm_plugin.options import Options
 
 __all__ = [
     "Answer",
-    "CacheUse",
     "Result",
     "answer",
     "cache_use",
@@ -47,38 +46,24 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class CacheUse:
-    """What the requests of a run spent, in bytes of the KV budget.
-
-    Token counts are means over heads, at the end of each request. `bytes_per_token` counts whole pages,
-    half-empty ones included, and tables; `nominal_ratio_bf16` counts bits of codes alone.
-    """
-
-    quant: str
-    alpha_high: float
-    alpha_low: float
-    tokens: int
-    high: float
-    low: float
-    dropped: float
-    pages: int
-    pages_peak: int
-    page_bytes: int
-    running_peak: int
-    bytes_per_token: float
-    bf16_bytes_per_token: int
-    ratio_bf16: float
-    ratio_fp8: float
-    nominal_ratio_bf16: float
-
-
-@dataclass(frozen=True)
 class Result:
-    """Answers in the order of the prompts, and the cache's use if it was ours."""
+    """What a run made and spent.
+
+    Attributes:
+        answers: in the order of the prompts.
+        cache: what requests held when they ended; None with vLLM's own cache.
+        preemptions: of requests.
+        page_bytes: of a page, as the next two 0 with vLLM's own cache.
+        pages_peak: most pages held at once.
+        running_peak: most requests at once.
+    """
 
     answers: list[Answer]
     cache: CacheUse | None
     preemptions: int
+    page_bytes: int = 0
+    pages_peak: int = 0
+    running_peak: int = 0
 
 
 def check_model(model: str) -> None:
@@ -246,8 +231,14 @@ def generate(
     _sampling_params(sampling)  # bad ones are refused before the engine takes its time to start
     with engine(args) as llm:
         answers = answer(llm, prompts, sampling, progress)
-        use = None if options is None else cache_use(options, llm.collective_rpc("diffkv_summary"))
-        return Result(answers, use, _preemptions(llm))
+        if options is None:
+            return Result(answers, None, _preemptions(llm))
+        ranks = llm.collective_rpc("diffkv_summary")
+        totals = [rank["totals"] for rank in ranks]
+        return Result(
+            answers, cache_use(ranks), _preemptions(llm), ranks[0]["pool"]["page_bytes"],
+            sum(each["pages_peak"] for each in totals), totals[0]["running_peak"],
+        )  # fmt: skip
 
 
 def engine_arguments(arguments: dict[str, Any], options: Options | None) -> dict[str, Any]:
@@ -329,22 +320,16 @@ def _preemptions(llm: Any) -> int:
     )
 
 
-def cache_use(
-    options: Options, ranks: list[dict[str, Any]], thresholds: Thresholds | None = None
-) -> CacheUse:
+def cache_use(ranks: list[dict[str, Any]]) -> CacheUse:
     """Join the ranks' summaries: bytes and pages add up, token counts are those of a head."""
     totals = [rank["totals"] for rank in ranks]
-    pool = ranks[0]["pool"]
     tokens = totals[0]["num_tokens"]
-    high, low = (sum(t[name] for t in totals) / len(totals) for name in ("high", "low"))
-    num_bytes = sum(t["num_bytes"] for t in totals)
+    high, low, nominal_bits = (
+        sum(each[name] for each in totals) / len(totals) for name in ("high", "low", "nominal_bits")
+    )
     bf16 = sum(rank["pool"]["bf16_bytes_per_token"] for rank in ranks)
-    nominal_bits = sum(t["nominal_bits"] for t in totals) / len(totals)
-    per_token = num_bytes / tokens
-    thresholds = thresholds or options.thresholds()
     return CacheUse(
-        pool["quant"], thresholds.alpha_high, thresholds.alpha_low, tokens, high, low,
-        max(0.0, round(tokens - high - low, 6)), sum(t["num_pages"] for t in totals),
-        sum(t["pages_peak"] for t in totals), pool["page_bytes"], totals[0]["running_peak"],
-        per_token, bf16, bf16 / per_token, bf16 / 2 / per_token, tokens * 16 / nominal_bits,
+        tokens, high, low, pages=sum(each["num_pages"] for each in totals),
+        num_bytes=sum(each["num_bytes"] for each in totals), bf16_bytes=tokens * bf16,
+        nominal_bytes=bf16 * nominal_bits / 16,
     )  # fmt: skip

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffkv.policy import Thresholds
+from diffkv.use import CacheUse
 from diffkv.vllm_plugin.front.offline import (
     Answer,
-    CacheUse,
     answer,
     cache_use,
     engine,
@@ -16,9 +16,6 @@ from diffkv.vllm_plugin.front.offline import (
 from diffkv.vllm_plugin.options import Options
 
 __all__ = ["Meter", "Session", "session"]
-
-COUNTS = ("num_tokens", "high", "low", "num_bytes", "num_pages")
-"""Of a rank's totals, those that grow with each request that ends."""
 
 
 class Meter:
@@ -31,32 +28,19 @@ class Meter:
 
     def __init__(self, llm: Any, options: Options | None) -> None:
         self._llm = llm
-        self._options = options
+        self._is_ours = options is not None
         self._before = self._read()
 
-    def _read(self) -> list[dict[str, Any]]:
-        return [] if self._options is None else self._llm.collective_rpc("diffkv_summary")
+    def _read(self) -> CacheUse:
+        return (
+            cache_use(self._llm.collective_rpc("diffkv_summary")) if self._is_ours else CacheUse()
+        )
 
-    def take(self, thresholds: Thresholds | None = None) -> CacheUse | None:
-        """What was spent since the last reading; None without DiffKV or where nothing was.
-
-        Args:
-            thresholds: of the requests, if they were not the engine's.
-        """
-        if self._options is None:
-            return None
+    def take(self) -> CacheUse | None:
+        """What was spent since the last reading; None with vLLM's own cache or where nothing was."""
         before, self._before = self._before, self._read()
-        ranks = [
-            {**now, "totals": _difference(now["totals"], then["totals"])}
-            for now, then in zip(self._before, before, strict=True)
-        ]
-        if ranks[0]["totals"]["num_tokens"] == 0:
-            return None
-        return cache_use(self._options, ranks, thresholds)
-
-
-def _difference(now: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
-    return {**now, **{name: now[name] - then[name] for name in COUNTS}}
+        use = self._before - before
+        return use if use.tokens else None
 
 
 class Session:
@@ -87,7 +71,7 @@ class Session:
         """
         ours = {} if thresholds is None else {"extra_args": _settings(thresholds)}
         answers = answer(self._llm, prompts, [{**each, **ours} for each in sampling])
-        return answers, self._meter.take(thresholds)
+        return answers, self._meter.take()
 
 
 def _settings(thresholds: Thresholds) -> dict[str, float]:
