@@ -25,7 +25,7 @@ from diffkv.lab.evaluation.results import Run
 from diffkv.lab.evaluation.runs import CacheSpec, HFRun, language_of
 from diffkv.lab.evaluation.synth import Plan
 from diffkv.policy import WINDOW, Thresholds
-from diffkv.quant import LayerQuant
+from diffkv.quant import QuantConfig
 
 KLD_STEPS = 64
 SHIPPED = ("reference", "reference-128")
@@ -53,7 +53,7 @@ class Method:
 
     @property
     def spec(self) -> CacheSpec:
-        quant, policy = LayerQuant.parse(self.quant), policies.parse(self.policy)
+        quant, policy = QuantConfig.parse(self.quant), policies.parse(self.policy)
         thresholds = Thresholds()
         if policy.uses_thresholds:
             thresholds = Thresholds.choose(quant, self.alpha_high, self.alpha_low)

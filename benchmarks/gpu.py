@@ -53,7 +53,6 @@ def filled(
 ) -> PoolState:
     """A pool on the GPU with random tokens, a share of them high."""
     layout = PageLayout.derive(QuantConfig.parse(quant), HEAD_DIM, None, DTYPE.itemsize, drops)
-    width = layout.max_pages(max(lens) + spare)
     shares = (1.0,) if layout.low is None else (high, 1 - high)
     pages = sum(
         HEADS * (-(-int(n * share * 1.05 + 64) // tier.tokens_per_page) + 2)
@@ -61,7 +60,7 @@ def filled(
         for share, tier in zip(shares, layout.tiers, strict=True)
     )
     num_pages = num_layers * (pages + len(lens) * HEADS * spare // 16)
-    shape = PoolShape(layout, num_layers, HEADS, len(lens), width, num_pages)
+    shape = PoolShape(layout, num_layers, HEADS, len(lens), max(lens) + spare, num_pages)
     buffer = torch.empty(
         shape.table_bytes + num_pages * layout.page_bytes, dtype=torch.uint8, device="cuda"
     )
@@ -226,9 +225,9 @@ def one_call_pool(layers: int, requests: int, num: int) -> PoolState:
     """`requests` prompts of `num` tokens, 40 % of them high, in every layer."""
     quant = QuantConfig.parse("k8v4-k4v2")
     layout = PageLayout.derive(quant, HEAD_DIM, None, DTYPE.itemsize, drops=True)
-    width = layout.max_pages(num + 200)
-    num_pages = layers * requests * HEADS * width * 3 // 4
-    shape = PoolShape(layout, layers, HEADS, requests, width, num_pages)
+    most = num + 200
+    num_pages = layers * requests * HEADS * layout.max_pages(most) * 3 // 4
+    shape = PoolShape(layout, layers, HEADS, requests, most, num_pages)
     buffer = torch.empty(
         shape.table_bytes + num_pages * layout.page_bytes, dtype=torch.uint8, device="cuda"
     )

@@ -10,11 +10,11 @@ from make import TABLES, assert_same, make_state, make_sums, make_tiers, make_to
 from diffkv import ops, pool, reference
 from diffkv.cache import DiffKVCache
 from diffkv.kernels import triton as kernels
-from diffkv.layout import CacheLayout
+from diffkv.layout import PageLayout
 from diffkv.policy import Thresholds
-from diffkv.quant import LayerQuant
+from diffkv.quant import QuantConfig
 from diffkv.rotation import signs
-from diffkv.shape import CacheShape
+from diffkv.shape import PoolShape
 from diffkv.state import PoolState, PromptTokens
 from diffkv.steps import PromptChunk
 
@@ -140,10 +140,10 @@ def check_prompts_without_waiting(rotate: bool) -> float:
     vectors = [torch.randn(shape).to(DTYPE) for shape in shapes]
     outputs = []
     for device in ("cpu", "cuda"):
-        layout = CacheLayout.derive(LayerQuant.parse("k8v4-k4v2"), 1, HEAD_DIM)
-        shape = CacheShape.fit(8 << 20, layout, 2, 512, 3)
+        layout = PageLayout.derive(QuantConfig.parse("k8v4-k4v2"), HEAD_DIM)
+        shape = PoolShape.fit(8 << 20, layout, 1, 2, 512, 3)
         buffer = torch.zeros(8 << 20, dtype=torch.uint8, device=device)
-        state = pool.create_cache(shape, buffer, DTYPE, window=64)
+        state = pool.create(shape, buffer, DTYPE, window=64)
         chosen = signs(HEAD_DIM).to(device) if rotate else None
         operations = ops.load(device, "reference" if device == "cpu" else None)
         cache = DiffKVCache(state, operations, HEAD_DIM**-0.5, signs=chosen)

@@ -17,9 +17,8 @@ WINDOW = 3
 
 def make_state(quant, page_bytes, num_pages, num_slots=NUM_SLOTS):
     layout = PageLayout.derive(QuantConfig.parse(quant), HEAD_DIM, page_bytes, 4, drops=True)
-    width = layout.max_pages(MAX_MODEL_LEN)
     # A leaf names two pages, so that heads of few tokens have several
-    shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, num_slots, width, num_pages, 2)
+    shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, num_slots, MAX_MODEL_LEN, num_pages, 2)
     buffer = torch.empty(shape.table_bytes + num_pages * page_bytes, dtype=torch.uint8)
     return pool.create(shape, buffer, torch.float32, WINDOW)
 

@@ -6,11 +6,11 @@ Arithmetic on sizes only: nothing is loaded or measured. A rank of tensor parall
 import re
 from dataclasses import dataclass
 
-from diffkv.layout import CacheLayout
+from diffkv.layout import PageLayout
 from diffkv.model_config import ModelConfig
 from diffkv.policy import WINDOW
-from diffkv.quant import ConfigError, LayerQuant, QuantConfig
-from diffkv.shape import CacheShape, fixed_bytes
+from diffkv.quant import ConfigError, QuantConfig
+from diffkv.shape import FIXED_BYTES, PoolShape
 
 __all__ = [
     "DENSE_BITS",
@@ -191,30 +191,27 @@ def plan_dense(name: str, rank: Rank, context: int) -> FormatPlan:
 
 
 def plan_format(
-    quant: LayerQuant, rank: Rank, context: int, mix: Mix, drops: bool = False
+    quant: QuantConfig, rank: Rank, context: int, mix: Mix, drops: bool = False
 ) -> FormatPlan:
     """Plan a pool of ours, its tables paid out of the budget.
 
-    All heads of layers with the same formats are taken to keep the same numbers of tokens; a prompt on
-    its way in needs its all-high size for the steps of its prefill, which is not set aside. `drops` is
-    that of `PageLayout.derive`.
+    All heads are taken to keep the same numbers of tokens; a prompt on its way in needs its all-high
+    size for the steps of its prefill, which is not set aside. `drops` is that of `PageLayout.derive`.
     """
     model = rank.model
-    layout = CacheLayout.derive(
-        quant, model.num_layers, model.head_dim, None, model.element_bytes, drops
+    layout = PageLayout.derive(quant, model.head_dim, None, model.element_bytes, drops)
+    one = PoolShape(layout, model.num_layers, rank.num_kv_heads, 1, context, 0)
+    pages = one.num_heads * sum(
+        -(-num // tier.tokens_per_page)
+        for num, tier in zip(mix.tokens(quant, context), layout.tiers, strict=True)
     )
-    pages = rank.num_kv_heads * sum(
-        len(group.layers) * -(-num // tier.tokens_per_page)
-        for group in layout.groups
-        for num, tier in zip(mix.tokens(group.page.quant, context), group.page.tiers, strict=True)
-    )
-    one = CacheShape(layout, rank.num_kv_heads, 1, context, 0)
     request = one.spent_bytes(pages, 1)
-    num_requests = max(0, rank.kv_bytes - fixed_bytes(len(layout.groups))) // request
+    num_requests = max(0, rank.kv_bytes - FIXED_BYTES) // request
     try:
-        shape = CacheShape.fit(
-            rank.kv_bytes, layout, rank.num_kv_heads, context, max(1, num_requests)
-        )
+        shape = PoolShape.fit(
+            rank.kv_bytes, layout, model.num_layers, rank.num_kv_heads, context,
+            max(1, num_requests),
+        )  # fmt: skip
     except ConfigError:
         return FormatPlan(str(quant), request / context, 0, layout.page_bytes, starts=False)
     return FormatPlan(

@@ -28,7 +28,7 @@ from diffkv.policy import (
     key_difference,
     paper_tiers,
 )
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import ConfigError, QuantConfig
 
 __all__ = ["ALL_QUERIES", "PAPER", "POLICIES", "Policy", "parse", "with_distinct"]
 
@@ -100,21 +100,21 @@ class Policy:
             before.scatter_(-1, alike, chosen)
         return tiers
 
-    def check(self, quant: LayerQuant) -> None:
+    def check(self, quant: QuantConfig) -> None:
         """Refuse formats that the policy cannot work with.
 
         Raises:
             ConfigError: it wants a low tier and there is none.
         """
-        if self.distinct < 1 and not quant.all_have_low:
+        if self.distinct < 1 and not quant.has_low:
             raise ConfigError(
-                f"policy {self.text} drops tokens that would be low, but {quant} has no low tier, or "
-                f"not in every layer: name two formats, as in k8v4-k4v2"
+                f"policy {self.text} drops tokens that would be low, but {quant} has no low tier: "
+                f"name two formats, as in k8v4-k4v2"
             )
-        if self.needs_low and not quant.all_have_low:
+        if self.needs_low and not quant.has_low:
             raise ConfigError(
-                f"policy {self.text} keeps tokens in the low tier, but {quant} has none, or not in "
-                f"every layer: name two formats, as in k8v4-k4v2, or survivors=high"
+                f"policy {self.text} keeps tokens in the low tier, but {quant} has none: name two "
+                f"formats, as in k8v4-k4v2, or survivors=high"
             )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from diffkv.quant import ConfigError, LayerQuant, QuantConfig
+from diffkv.quant import ConfigError, QuantConfig
 
 __all__ = [
     "DROPPED",
@@ -74,7 +74,7 @@ class Thresholds:
     @classmethod
     def choose(
         cls,
-        quant: QuantConfig | LayerQuant,
+        quant: QuantConfig,
         alpha_high: float | None = None,
         alpha_low: float | None = None,
     ) -> "Thresholds":
@@ -94,7 +94,7 @@ class Thresholds:
         return cls(low, low)
 
     def for_tiers(self, has_low: bool) -> "Thresholds":
-        """What they are in a layer with, or without, a low tier.
+        """What they are with, or without, a low tier.
 
         Without one a token that is not high enough stays high, unless it is low enough to be dropped:
         alpha_low is the only threshold. `decode_action` says the same for generated tokens.

@@ -4,21 +4,18 @@ What changes a pool is in the operations; here is only how it begins, what it ho
 be true of it.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from diffkv import huge_pages
 from diffkv.layout import PageLayout
 from diffkv.reference.pages import page_ids
-from diffkv.shape import TABLE_ALIGNMENT_BYTES, CacheShape, PoolShape
-from diffkv.state import CacheState, PoolState
+from diffkv.shape import TABLE_ALIGNMENT_BYTES, PoolShape
+from diffkv.state import PoolState
 
 __all__ = [
     "check_invariants",
     "create",
-    "create_cache",
     "held_pages",
     "page_growth",
     "prompt_pages",
@@ -53,51 +50,31 @@ class _Buffer:
 
 
 def create(shape: PoolShape, buffer: Tensor, dtype: torch.dtype, window: int) -> PoolState:
-    """Make an empty pool of one group of layers inside a buffer; arguments as of `create_cache`."""
-    return _create([shape], buffer, dtype, window)[0]
-
-
-def create_cache(shape: CacheShape, buffer: Tensor, dtype: torch.dtype, window: int) -> CacheState:
-    """Make an empty pool for all layers inside a buffer: tables first, then pages.
+    """Make an empty pool inside a buffer: tables first, then pages.
 
     Args:
-        shape: as `CacheShape.fit` found it for a budget of at most the buffer's bytes.
+        shape: as `PoolShape.fit` found it for a budget of at most the buffer's bytes.
         buffer: [num_bytes] uint8 or int8, contiguous, aligned to 64 bytes; what it holds is lost.
         dtype: the model's.
         window: recent tokens that always stay high.
     """
-    states = _create(shape.groups, buffer, dtype, window)
-    return CacheState(states, tuple(group.layers for group in shape.layout.groups))
-
-
-def _create(
-    shapes: Sequence[PoolShape], buffer: Tensor, dtype: torch.dtype, window: int
-) -> tuple[PoolState, ...]:
-    """Groups with the same slots, pages and ring, each with tables of its own."""
     huge_pages.use(buffer)
-    one, memory = shapes[0], _Buffer(buffer)
+    memory = _Buffer(buffer)
+    heads = (shape.num_slots, shape.num_layers, shape.num_kv_heads)
     overruns = memory.region((1,), torch.int32)
-    thresholds = memory.region((one.num_slots, 2), torch.float32)
-    prompt_lens = memory.region((one.num_slots,), torch.int32)
-    tables = []
-    for shape in shapes:
-        heads = (shape.num_slots, shape.num_layers, shape.num_kv_heads)
-        directory = memory.region((*heads, shape.directory_width), torch.int32, -1)
-        num_tokens = memory.region((*heads, 2), torch.int32)
-        tables.append((directory, num_tokens, memory.region((*heads, 2), torch.int32)))
-    half_empty = one.num_slots * sum(shape.half_empty_leaves for shape in shapes)
-    num_leaves = -(-one.num_pages // one.leaf_entries) + half_empty
-    leaves = memory.region((num_leaves, one.leaf_entries), torch.int32, -1)
-    free_leaves, leaf_ends = _full_ring(memory, num_leaves)
-    free_ring, ring_ends = _full_ring(memory, one.num_pages)
+    thresholds = memory.region((shape.num_slots, 2), torch.float32)
+    prompt_lens = memory.region((shape.num_slots,), torch.int32)
+    directory = memory.region((*heads, shape.directory_width), torch.int32, -1)
+    num_tokens = memory.region((*heads, 2), torch.int32)
+    num_pages_held = memory.region((*heads, 2), torch.int32)
+    leaves = memory.region((shape.num_leaves, shape.leaf_entries), torch.int32, -1)
+    free_leaves, leaf_ends = _full_ring(memory, shape.num_leaves)
+    free_ring, ring_ends = _full_ring(memory, shape.num_pages)
     # What a page holds before it is written does not matter; a host need not commit its memory yet.
-    pages = memory.region((one.num_pages, one.layout.page_bytes), torch.uint8, None)
-    return tuple(
-        PoolState(
-            shape.layout, dtype, window, pages, free_ring, ring_ends, leaves, free_leaves, leaf_ends,
-            *own, thresholds, prompt_lens, overruns,
-        )
-        for shape, own in zip(shapes, tables, strict=True)
+    pages = memory.region((shape.num_pages, shape.layout.page_bytes), torch.uint8, None)
+    return PoolState(
+        shape.layout, dtype, window, pages, free_ring, ring_ends, leaves, free_leaves, leaf_ends,
+        directory, num_tokens, num_pages_held, thresholds, prompt_lens, overruns,
     )  # fmt: skip
 
 
@@ -146,23 +123,17 @@ def page_growth(state: PoolState, slots: Tensor, most: int) -> Tensor:
     return torch.stack(worst).sum((2, 3)).T
 
 
-def check_invariants(*groups: PoolState) -> None:
+def check_invariants(state: PoolState) -> None:
     """Raise AssertionError, with its numbers, if a page is lost, owned twice, or held for nothing.
 
     The same of leaves.
-
-    Args:
-        *groups: all groups of layers of one pool.
     """
-    state = groups[0]
-    for group in groups:
-        _check_tables(group)
-    leaves = torch.cat([group.directory.flatten().cpu().long() for group in groups])
+    _check_tables(state)
+    leaves = state.directory.flatten().cpu().long()
     _check_ring("leaf", state.free_leaves, state.leaf_ends, leaves[leaves >= 0])
     pages = [
-        page_ids(group, tuple(head), tier)
-        for group in groups
-        for *head, tier in torch.nonzero(group.num_pages_held).tolist()
+        page_ids(state, tuple(head), tier)
+        for *head, tier in torch.nonzero(state.num_pages_held).tolist()
     ]
     held = torch.cat(pages).cpu() if pages else torch.zeros(0, dtype=torch.int64)
     _check_ring("page", state.free_ring, state.ring_ends, held)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from diffkv import policies
 from diffkv.model_config import ModelConfig
 from diffkv.policy import DEFAULT_ALPHA_HIGH, WINDOW, Thresholds
-from diffkv.quant import ConfigError, LayerQuant, QuantConfig
+from diffkv.quant import ConfigError, QuantConfig
 
 __all__ = ["AUTO", "DEFAULT", "PRESETS", "Preset", "Sizes", "choose", "find"]
 
@@ -66,7 +66,7 @@ class Preset:
         """Refuse what no engine would start with."""
         quant = QuantConfig.parse(self.quant)
         assert Thresholds.choose(quant, self.alpha_high, self.alpha_low) == self.thresholds
-        policies.parse(self.policy).check(LayerQuant.parse(self.quant))
+        policies.parse(self.policy).check(quant)
 
     @property
     def thresholds(self) -> Thresholds:

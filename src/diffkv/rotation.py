@@ -12,7 +12,7 @@ Hadamard transform. The signs keep a vector that is constant over its channels f
 import torch
 from torch import Tensor
 
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import ConfigError, QuantConfig
 
 __all__ = [
     "ROTATIONS",
@@ -30,7 +30,7 @@ NONE, HADAMARD = ROTATIONS = ("none", "hadamard")
 _SIGN_SEED = 0
 
 
-def choose(name: str | None, quant: LayerQuant) -> str:
+def choose(name: str | None, quant: QuantConfig) -> str:
     """The rotation that was asked for, or the one that goes with formats.
 
     Rotating is the default wherever something is quantised: outliers are common, and without it they

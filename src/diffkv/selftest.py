@@ -59,8 +59,7 @@ class SelfTest:
 
 def _empty_pool(device: str) -> PoolState:
     layout = PageLayout.derive(QuantConfig.parse(QUANT), HEAD_DIM, element_bytes=4, drops=True)
-    width = layout.max_pages(PROMPT_LEN + NUM_NEW)
-    shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, 1, width, NUM_PAGES)
+    shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, 1, PROMPT_LEN + NUM_NEW, NUM_PAGES)
     num_bytes = shape.table_bytes + NUM_PAGES * layout.page_bytes
     buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     state = pool.create(shape, buffer, torch.float32, WINDOW)

@@ -11,17 +11,16 @@ from torch import Tensor
 
 from diffkv.layout import PageLayout
 
-__all__ = ["CacheState", "DecodePlan", "PoolState", "PromptTokens"]
+__all__ = ["DecodePlan", "PoolState", "PromptTokens"]
 
 
 @dataclass(frozen=True)
 class PoolState:
-    """A pool of pages and the tables of layers with one page layout, all on one device.
+    """A pool of pages and the tables of all layers of a model, on one device.
 
-    Several groups of layers may share a pool (`CacheState`). S slots (running requests), L layers of the
-    group, H KV heads. A head's page table has two levels, so that it is about as large as what the head
-    holds: its row of the directory names leaves, and a leaf names up to E pages of one tier. Page
-    `number` of a tier is entry `number % E` of the tier's leaf `number // E`.
+    S slots (running requests), L layers, H KV heads. A head's page table has two levels, so that it is
+    about as large as what the head holds: its row of the directory names leaves, and a leaf names up to
+    E pages of one tier. Page `number` of a tier is entry `number % E` of the tier's leaf `number // E`.
 
     Attributes:
         layout: what is where in a page.
@@ -70,7 +69,7 @@ class PoolState:
 
     @property
     def num_layers(self) -> int:
-        """L, of the group."""
+        """L."""
         return self.directory.shape[1]
 
     @property
@@ -95,51 +94,6 @@ class PoolState:
 
 
 @dataclass(frozen=True)
-class CacheState:
-    """One pool under all layers of a model, whatever their formats.
-
-    The groups have pages, leaves, both rings, `overruns`, `thresholds` and `prompt_lens` in common; each
-    has a page layout, a directory and counts of its own, for its own layers.
-
-    Attributes:
-        groups: one for each configuration.
-        layers: of the model, in each group; layer `layers[g][i]` is layer i of group g.
-    """
-
-    groups: tuple[PoolState, ...]
-    layers: tuple[tuple[int, ...], ...]
-
-    @property
-    def pool(self) -> PoolState:
-        """A group, for what all of them share."""
-        return self.groups[0]
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        return sum(map(len, self.layers))
-
-    @property
-    def num_kv_heads(self) -> int:
-        """H, on this rank."""
-        return self.pool.num_kv_heads
-
-    @property
-    def num_pages(self) -> int:
-        """Pages of the pool, free or held."""
-        return self.pool.num_pages
-
-    @property
-    def places(self) -> dict[int, tuple[int, int]]:
-        """(group, layer of the group) of each layer of the model."""
-        return {
-            layer: (g, i)
-            for g, members in enumerate(self.layers)
-            for i, layer in enumerate(members)
-        }
-
-
-@dataclass(frozen=True)
 class PromptTokens:
     """Tokens of R requests, packed one request after the other, for one layer.
 
@@ -160,7 +114,7 @@ class PromptTokens:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Where the new tokens of a decode step go, made once for all layers of a group.
+    """Where the new tokens of a decode step go, made once for all layers.
 
     Attributes:
         slots: [R] int32, -1 for a row that is no request (padding).

@@ -40,10 +40,10 @@ def make_state(
     """An empty pool with room for `max_tokens` in every slot, its free pages and leaves shuffled."""
     config = QuantConfig.parse(quant)
     layout = PageLayout.derive(config, head_dim, page_bytes, dtype.itemsize, drops)
-    width = layout.max_pages(max_tokens)
+    heads = (num_layers, num_kv_heads)
     if num_pages is None:
-        num_pages = num_slots * num_layers * num_kv_heads * width
-    shape = PoolShape(layout, num_layers, num_kv_heads, num_slots, width, num_pages, leaf_entries)
+        num_pages = num_slots * num_layers * num_kv_heads * layout.max_pages(max_tokens)
+    shape = PoolShape(layout, *heads, num_slots, max_tokens, num_pages, leaf_entries)
     buffer = torch.zeros(shape.table_bytes + num_pages * layout.page_bytes, dtype=torch.uint8)
     state = pool.create(shape, buffer, dtype, window)
     generator = torch.Generator().manual_seed(num_pages)

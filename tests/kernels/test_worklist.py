@@ -40,7 +40,7 @@ def listed(layout, counts, table, directory):
 def test_every_token_is_in_one_chunk_and_all_chunks_have_room(quant, head_dim, rows, entries):
     layout = PageLayout.derive(QuantConfig.parse(quant), head_dim)
     counts = [(high, low if layout.low else 0) for high, low in rows]
-    shape = PoolShape(layout, 1, 1, 1, layout.max_pages(max(map(sum, counts))), 1, entries)
+    shape = PoolShape(layout, 1, 1, 1, max(map(sum, counts)), 1, entries)
     table = width, leaf = shape.directory_width, shape.leaf_entries
     directory = torch.randperm(len(counts) * width).to(torch.int32).view(len(counts), width)
     row_items, items = listed(layout, counts, table, directory)

@@ -12,7 +12,6 @@ import torch
 from diffkv import ops
 from diffkv.cli import heatmap, main
 from diffkv.policy import DROPPED, HIGH
-from diffkv.state import CacheState
 from diffkv.vllm_plugin.front.insight import _join_heads, read_pool, token_tiers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest adds this folder, but not the one above
@@ -42,7 +41,7 @@ def test_reading_equals_gather() -> None:
                 valid = positions[head] >= 0
                 expected[positions[head][valid].long()] = kept[head][valid]
                 assert torch.equal(read[layer, head], expected)
-    requests = read_pool(CacheState((state,), (tuple(range(small_pool.NUM_LAYERS)),)))
+    requests = read_pool(state)
     assert [request["num_tokens"] for request in requests] == [NUM_TOKENS] * 2
     for slot, request in zip((0, 2), requests, strict=True):
         for digit, name in (("0", "high"), ("1", "low")):

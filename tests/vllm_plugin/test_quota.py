@@ -72,7 +72,7 @@ class TestOneEngine:
         prompt = stepping.shipped_prompts()[0]
         drive(llm, {"one": Request(prompt, new_tokens=8)}, look)
         shape = worker().shape
-        high = shape.layout.groups[0].page.high
+        high = shape.layout.high
         chunks = math.ceil(1071 / CHUNK)
         most_high = shape.num_kv_heads * math.ceil(1071 / high.tokens_per_page)
         # while it is prefilled all tokens are high; its last chunk decides, and half goes back

@@ -244,11 +244,10 @@ def _line(point: "Point") -> str:
 
 
 def _nothing_fits(args: argparse.Namespace, options: "Options", mildest: "Point") -> str:
-    high = ", ".join(str(span.quant.high) for span in options.quant_config().spans)
     return (
-        f"nothing keeps the loss within {args.max_loss:.2%}: {high} alone, every token high, loses "
-        f"{mildest.loss:.2%} of {mildest.n} samples; take a larger --max-loss, or a --quant with a "
-        f"better high tier"
+        f"nothing keeps the loss within {args.max_loss:.2%}: {options.quant_config().high} alone, "
+        f"every token high, loses {mildest.loss:.2%} of {mildest.n} samples; take a larger "
+        f"--max-loss, or a --quant with a better high tier"
     )
 
 

@@ -5,10 +5,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from diffkv.layout import CacheLayout, PageLayout
-from diffkv.quant import ConfigError, LayerQuant, layers_text
+from diffkv.layout import PageLayout
+from diffkv.quant import QuantConfig
 
-__all__ = ["add_arguments", "describe", "describe_groups", "run"]
+__all__ = ["add_arguments", "describe", "run"]
 
 DEFAULT_QUANT = "k8v4-k4v2"
 DEFAULT_HEAD_DIM = 128
@@ -20,14 +20,7 @@ TIER_NAMES = ("high", "low")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "--quant",
-        default=DEFAULT_QUANT,
-        help="formats, high-low or one, or by layer: 0-3:k8v8,4-:k8v4-k4v2 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--num-layers",
-        type=int,
-        help="layers of the model, where --quant goes by layer up to the last (4-:…)",
+        "--quant", default=DEFAULT_QUANT, help="formats, high-low or one (default: %(default)s)"
     )
     parser.add_argument(
         "--head-dim",
@@ -54,38 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Derive the layout and print it."""
-    quant = LayerQuant.parse(args.quant)
-    layout = CacheLayout.derive(
-        quant, _num_layers(quant, args), args.head_dim, args.page_bytes, ELEMENT_BYTES[args.dtype],
+    layout = PageLayout.derive(
+        QuantConfig.parse(args.quant), args.head_dim, args.page_bytes, ELEMENT_BYTES[args.dtype],
         args.drops,
     )  # fmt: skip
-    if len(layout.groups) == 1:
-        facts = describe(layout.groups[0].page)
-        text = _report(facts, args.dtype)
-    else:
-        facts = describe_groups(layout)
-        text = "\n\n".join(
-            f"layers {group['layers']}: {_report(group, args.dtype)}" for group in facts["groups"]
-        )
-        costs = ", ".join(
-            f"{cost:.1f} all {tier}" for tier, cost in facts["bytes_per_token"].items()
-        )
-        text += f"\n\nbytes of a token, one KV head in all {layout.num_layers} layers: {costs}"
-    print(json.dumps(facts) if args.json else text)
+    facts = describe(layout)
+    print(json.dumps(facts) if args.json else _report(facts, args.dtype))
     return 0
-
-
-def _num_layers(quant: LayerQuant, args: argparse.Namespace) -> int:
-    """As asked for, or as the last range says; one will do where all layers are alike."""
-    if args.num_layers is not None:
-        if args.num_layers < 1:
-            raise ConfigError(f"--num-layers must be at least 1, got {args.num_layers}")
-        return int(args.num_layers)
-    if quant.num_layers is not None:
-        return quant.num_layers
-    if len(quant.spans) > 1:
-        raise ConfigError(f"{quant} goes up to the model's last layer: give --num-layers")
-    return 1
 
 
 def describe(layout: PageLayout) -> dict[str, Any]:
@@ -97,23 +65,6 @@ def describe(layout: PageLayout) -> dict[str, Any]:
         "element_bytes": layout.element_bytes,
         "drops": layout.drops,
         "tiers": [_describe_tier(layout, tier) for tier in range(len(layout.tiers))],
-    }
-
-
-def describe_groups(layout: CacheLayout) -> dict[str, Any]:
-    """A layout with several groups of layers as plain data; tokens cost a sum over layers."""
-    return {
-        "quant": str(layout.quant),
-        "num_layers": layout.num_layers,
-        "head_dim": layout.head_dim,
-        "page_bytes": layout.page_bytes,
-        "bytes_per_token": {
-            name: layout.page_token_bytes(i)
-            for i, name in enumerate(TIER_NAMES if layout.quant.has_low else TIER_NAMES[:1])
-        },
-        "groups": [
-            {"layers": layers_text(group.layers), **describe(group.page)} for group in layout.groups
-        ],
     }
 
 

@@ -16,7 +16,7 @@ from diffkv.capacity import (
     verdict,
 )
 from diffkv.cli.models import load_config, weights_of
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import ConfigError, QuantConfig
 
 __all__ = ["add_arguments", "run"]
 
@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quant", nargs="+", metavar="FORMAT", default=list(DEFAULT_FORMATS),
-        help=f"formats to plan, by layer too, as in 0-3:k8v8,4-:k8v4-k4v2 (default: "
-        f"{' '.join(DEFAULT_FORMATS)}); the verdict is on the first pair, {JUDGED} by default",
+        help=f"formats to plan (default: {' '.join(DEFAULT_FORMATS)}); the verdict is on the first "
+        f"pair, {JUDGED} by default",
     )  # fmt: skip
     parser.add_argument(
         "--high-share", type=float, default=HIGH_SHARE, metavar="SHARE",
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--requests must be at least 1, got {args.requests}")
     context = parse_tokens(args.context)
     memory, reserve = parse_bytes(args.gpu_memory), parse_bytes(args.reserve)
-    quants = [LayerQuant.parse(text) for text in args.quant]
+    quants = [QuantConfig.parse(text) for text in args.quant]
     mix = Mix(args.high_share, args.dropped_share)
     folder = model_folder(args.model)
     model = load_config(folder)

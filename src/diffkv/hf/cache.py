@@ -13,13 +13,13 @@ from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.hf.attention import IMPLEMENTATION
 from diffkv.hf.use import CacheUse
-from diffkv.layout import CacheLayout
+from diffkv.layout import PageLayout
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import ConfigError, QuantConfig
 from diffkv.rotation import choose, signs_of
-from diffkv.shape import CacheShape
-from diffkv.state import CacheState
+from diffkv.shape import PoolShape
+from diffkv.state import PoolState
 
 __all__ = ["DiffKVHFCache", "feed"]
 
@@ -66,7 +66,7 @@ class DiffKVHFCache(Cache):
 
     Args:
         model: a causal language model of transformers, already passed to `attach`.
-        quant: formats of the tiers, or of each layer, as text or parsed.
+        quant: formats of the tiers, as text or parsed.
         policy: as text (`diffkv.policies`) or parsed.
         thresholds: alpha_high and alpha_low; None: the defaults for the formats.
         window: recent tokens that always stay high.
@@ -83,7 +83,7 @@ class DiffKVHFCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        quant: str | LayerQuant = "k8v4-k4v2",
+        quant: str | QuantConfig = "k8v4-k4v2",
         policy: str | Policy = PAPER,
         thresholds: Thresholds | None = None,
         window: int = WINDOW,
@@ -94,7 +94,7 @@ class DiffKVHFCache(Cache):
     ) -> None:
         config = model.config.get_text_config(decoder=True)
         _check(model, config, window)
-        self.quant = LayerQuant.parse(quant) if isinstance(quant, str) else quant
+        self.quant = QuantConfig.parse(quant) if isinstance(quant, str) else quant
         self.policy = parse(policy) if isinstance(policy, str) else policy
         self.policy.check(self.quant)
         self.thresholds = (
@@ -108,13 +108,12 @@ class DiffKVHFCache(Cache):
         self._num_kv_heads = getattr(config, "num_key_value_heads", None) or self._num_q_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._num_q_heads
         self._dtype, self._device, self._window = model.dtype, model.device, window
-        self._layout = CacheLayout.derive(
-            self.quant, self._num_layers, head_dim, page_bytes, model.dtype.itemsize,
-            self.thresholds.alpha_low > 0,
-        )  # fmt: skip
+        self._layout = PageLayout.derive(
+            self.quant, head_dim, page_bytes, model.dtype.itemsize, self.thresholds.alpha_low > 0
+        )
         self._signs = signs_of(choose(rotate, self.quant), head_dim, self._device)
         self._ops = ops.load(self._device.type, kernels)
-        self._shape: CacheShape | None = None
+        self._shape: PoolShape | None = None
         self._pages: DiffKVCache | None = None
         self._step: Step | None = None
         self._first: list[int] = []
@@ -128,22 +127,21 @@ class DiffKVHFCache(Cache):
         """
         if self._pages is None or self._shape is None:
             raise ValueError("the cache is empty: nothing has been stored yet")
-        groups = self._pages.state.groups
+        state = self._pages.state
         rows = slice(None) if row is None else slice(row, row + 1)
         lengths = [self.get_seq_length() - first for first in self._first[rows]]
         num_heads = self._num_layers * self._num_kv_heads
-        kept = [group.num_tokens[rows].sum((0, 1, 2)).tolist() for group in groups]
-        num_pages = sum(int(group.num_pages_held[rows].sum()) for group in groups)
+        high, low = state.num_tokens[rows].sum((0, 1, 2)).tolist()
+        num_pages = int(state.num_pages_held[rows].sum())
         elements = 2 * self._layout.head_dim
         bits = sum(
             count * tier.format.nominal_bits
-            for counts, group in zip(kept, groups, strict=True)
-            for count, tier in zip(counts, group.layout.tiers, strict=False)
+            for count, tier in zip((high, low), self._layout.tiers, strict=False)
         )
         return CacheUse(
             tokens=sum(lengths),
-            high=sum(high for high, _ in kept) / num_heads,
-            low=sum(low for _, low in kept) / num_heads,
+            high=high / num_heads,
+            low=low / num_heads,
             pages=num_pages,
             num_bytes=self._shape.spent_bytes(num_pages, len(lengths)),
             bf16_bytes=sum(lengths) * num_heads * elements * 2,
@@ -174,8 +172,8 @@ class DiffKVHFCache(Cache):
         raise NotImplementedError("pages belong to one sequence: select the prompts instead")
 
     @property
-    def state(self) -> CacheState:
-        """The pool, by groups of layers: what it holds is documented there. Only to be read.
+    def state(self) -> PoolState:
+        """The pool: what it holds is documented there. Only to be read.
 
         Raises:
             ValueError: nothing is stored yet.
@@ -231,15 +229,15 @@ class DiffKVHFCache(Cache):
         return self._pages.plan((), slice(0, batch), slots, lengths.to(self._device))
 
     def _make(self, batch: int, scale: float) -> DiffKVCache:
-        sizes = self._layout, self._num_kv_heads, self.max_tokens
-        request = CacheShape.request_bytes(*sizes)
-        shape = CacheShape.fit(batch * request, *sizes, batch)
+        sizes = self._layout, self._num_layers, self._num_kv_heads, self.max_tokens
+        request = PoolShape.request_bytes(*sizes)
+        shape = PoolShape.fit(batch * request, *sizes, batch)
         buffer = torch.empty(
             shape.table_bytes + shape.num_pages * self._layout.page_bytes,
             dtype=torch.uint8, device=self._device,
         )  # fmt: skip
         self._shape = shape
-        state = pool.create_cache(shape, buffer, self._dtype, self._window)
+        state = pool.create(shape, buffer, self._dtype, self._window)
         return DiffKVCache(state, self._ops, scale, self.policy, signs=self._signs)
 
 

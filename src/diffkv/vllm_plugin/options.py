@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from diffkv import policies, rotation
-from diffkv.layout import CacheLayout
+from diffkv.layout import PageLayout
 from diffkv.policy import WINDOW, Thresholds
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import ConfigError, QuantConfig
 from diffkv.vllm_plugin.matrix import CONNECTOR
 
 __all__ = ["ADMISSIONS", "DEFAULT_QUANT", "EXPECTED", "WORST_CASE", "Options", "options_of"]
@@ -23,7 +23,7 @@ class Options:
     """What a user can set; the keys of `kv_connector_extra_config`.
 
     Attributes:
-        quant: text form of the quantisation configuration, of all layers or by layer.
+        quant: text form of the quantisation configuration.
         alpha_high: threshold of the high tier; None takes the default.
         alpha_low: threshold below which tokens are dropped.
         drops: whether the pool keeps what dropping generated tokens takes, sums and positions of every
@@ -113,9 +113,9 @@ class Options:
         """What keys and values are rotated by."""
         return rotation.choose(self.rotate, self.quant_config())
 
-    def quant_config(self) -> LayerQuant:
-        """The formats of every layer."""
-        return LayerQuant.parse(self.quant)
+    def quant_config(self) -> QuantConfig:
+        """The formats of the tiers."""
+        return QuantConfig.parse(self.quant)
 
     def thresholds(self) -> Thresholds:
         """The engine's default thresholds."""
@@ -139,12 +139,11 @@ class Options:
         """The same, with every token in the high tier."""
         return replace(self, alpha_high=0.0 if self.quant_config().has_low else None, alpha_low=0.0)
 
-    def layout(self, num_layers: int, head_dim: int, element_bytes: int) -> CacheLayout:
-        """What is where in the pages of a model's layers."""
-        return CacheLayout.derive(
-            self.quant_config(), num_layers, head_dim, self.page_bytes, element_bytes,
-            self.keeps_sums(),
-        )  # fmt: skip
+    def layout(self, head_dim: int, element_bytes: int) -> PageLayout:
+        """What is where in a page."""
+        return PageLayout.derive(
+            self.quant_config(), head_dim, self.page_bytes, element_bytes, self.keeps_sums()
+        )
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}

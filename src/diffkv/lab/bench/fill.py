@@ -67,10 +67,9 @@ def make_pool(
         num_pages: of the pool; enough for all slots at their longest if None.
     """
     layout = PageLayout.derive(QuantConfig.parse(quant), head_dim, None, dtype.itemsize)
-    width = layout.max_pages(max_tokens)
     if num_pages is None:
-        num_pages = num_slots * heads[0] * heads[1] * width
-    shape = PoolShape(layout, *heads, num_slots, width, num_pages)
+        num_pages = num_slots * heads[0] * heads[1] * layout.max_pages(max_tokens)
+    shape = PoolShape(layout, *heads, num_slots, max_tokens, num_pages)
     num_bytes = shape.table_bytes + num_pages * layout.page_bytes
     buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     state = pool.create(shape, buffer, dtype, WINDOW)

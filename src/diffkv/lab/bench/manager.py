@@ -257,8 +257,7 @@ def overheads(base: Load, device: str, rows: Rows, ctx: int = 1024) -> None:
         tokens = random_tokens(lengths, load.num_kv_heads, load.head_dim, DTYPE, device)
         fill(state, kernels, tokens, MIX)
         held = int(state.num_pages_held.sum())
-        most = state.layout.max_pages(max_model_len)
-        shape = PoolShape(state.layout, *heads, load.num_requests, most, held)
+        shape = PoolShape(state.layout, *heads, load.num_requests, max_model_len, held)
         pages = held * state.layout.page_bytes
         budget = shape.table_bytes + pages
         useful = sum(useful_bytes(state, layer) for layer in range(load.num_layers))

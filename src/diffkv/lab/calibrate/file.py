@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffkv.lab.calibrate.search import Point
 from diffkv.policies import PAPER, with_distinct
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import ConfigError, QuantConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -137,7 +137,7 @@ class Calibration(_Table):
             "quant": choice.quant, "alpha_low": choice.alpha_low, "window": choice.window,
             "policy": with_distinct(PAPER.text, choice.distinct),
         }  # fmt: skip
-        has_low = LayerQuant.parse(choice.quant).has_low
+        has_low = QuantConfig.parse(choice.quant).has_low
         return {**values, "alpha_high": choice.alpha_high} if has_low else values
 
     def write(self, path: Path) -> None:

@@ -21,7 +21,7 @@ from diffkv.lab.evaluation.languages import LANGUAGES, English, ReferenceWords
 from diffkv.lab.evaluation.results import KldRow, Provenance, Run, TaskRow
 from diffkv.policies import Policy
 from diffkv.policy import Thresholds
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import ConfigError, QuantConfig
 
 __all__ = ["CacheSpec", "HFRun", "language_of", "provenance"]
 
@@ -40,7 +40,7 @@ class CacheSpec:
         rotate: "hadamard" or "none".
     """
 
-    quant: LayerQuant
+    quant: QuantConfig
     policy: Policy
     thresholds: Thresholds
     window: int

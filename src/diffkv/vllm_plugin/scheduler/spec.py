@@ -18,8 +18,8 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from diffkv.layout import CacheLayout
-from diffkv.shape import CacheShape
+from diffkv.layout import PageLayout
+from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.scheduler.estimate import Prompt, PromptSizes
 
 __all__ = ["MAX_IN_FLIGHT", "DiffKVManager", "DiffKVSpec", "Report", "register_spec"]
@@ -63,13 +63,13 @@ class DiffKVSpec(FullAttentionSpec):
     """One layer's share of the pool: a block is one page of it.
 
     Attributes:
-        layout: of the pages of all layers.
+        layout: of a page.
         num_layers: attention layers of the model.
         max_model_len: tokens of the longest request.
         max_num_seqs: requests that may run at once.
     """
 
-    layout: CacheLayout
+    layout: PageLayout
     num_layers: int
     max_model_len: int
     max_num_seqs: int
@@ -78,7 +78,7 @@ class DiffKVSpec(FullAttentionSpec):
     def of(
         cls,
         spec: AttentionSpec,
-        layout: CacheLayout,
+        layout: PageLayout,
         num_layers: int,
         max_model_len: int,
         max_num_seqs: int,
@@ -98,11 +98,12 @@ class DiffKVSpec(FullAttentionSpec):
             max_num_seqs=max_num_seqs,
         )
 
-    def pool_shape(self, num_blocks: int) -> CacheShape:
+    def pool_shape(self, num_blocks: int) -> PoolShape:
         """The pool in `num_blocks` of vLLM's blocks: scheduler and worker must agree on it."""
-        return CacheShape.fit(
+        return PoolShape.fit(
             num_blocks * self.num_layers * self.layout.page_bytes,
             self.layout,
+            self.num_layers,
             self.num_kv_heads,
             self.max_model_len,
             self.max_num_seqs,
@@ -128,7 +129,9 @@ class DiffKVSpec(FullAttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """This layer's share of what one request of the longest length can need, tables included."""
-        needed = CacheShape.request_bytes(self.layout, self.num_kv_heads, self.max_model_len)
+        needed = PoolShape.request_bytes(
+            self.layout, self.num_layers, self.num_kv_heads, self.max_model_len
+        )
         null_block = self.num_layers * self.layout.page_bytes
         return -(-(needed + null_block) // self.num_layers)
 
@@ -152,7 +155,6 @@ class DiffKVManager(FullAttentionManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._layout = kv_cache_spec.layout
         self._num_layers = kv_cache_spec.num_layers
-        self._num_kv_heads = kv_cache_spec.num_kv_heads
         self._quotas: dict[str, list[Any]] = {}
         self._reports: dict[str, Report] = {}
         self._num_tokens: dict[str, int] = {}
@@ -246,7 +248,7 @@ class DiffKVManager(FullAttentionManager):
 
     def _most_pages(self, num_tokens: int) -> int:
         """Pages that a request of `num_tokens` tokens can need, however they are tiered."""
-        return self._num_kv_heads * self._layout.max_pages(num_tokens)
+        return self.shape.num_heads * self._layout.max_pages(num_tokens)
 
     def _blocks(self, pages: int) -> int:
         return max(1, -(-pages // self._num_layers))
@@ -265,7 +267,7 @@ class DiffKVManager(FullAttentionManager):
             if 0 < more <= len(report.growth):
                 growth = report.growth[more - 1]
             else:
-                growth = self._num_kv_heads * self._layout.max_new_pages(more)
+                growth = self.shape.num_heads * self._layout.max_new_pages(more)
             pages = min(pages, report.num_pages + growth)
         elif prompt is not None and request_id not in self._given_up:
             if num_tokens == prompt.num_tokens:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from diffkv.shape import CacheShape
-from diffkv.state import CacheState
+from diffkv.shape import PoolShape
+from diffkv.state import PoolState
 from diffkv.vllm_plugin.scheduler.banner import bf16_bytes_per_token
 from diffkv.vllm_plugin.worker.snapshot import Snapshot
 
@@ -76,7 +76,7 @@ class Accounts:
         state: of the pool, which is only read.
     """
 
-    def __init__(self, shape: CacheShape, state: CacheState) -> None:
+    def __init__(self, shape: PoolShape, state: PoolState) -> None:
         self._shape = shape
         self._state = state
         self._totals = Totals()
@@ -86,7 +86,7 @@ class Accounts:
     @property
     def num_held(self) -> int:
         """Pages that requests hold."""
-        head, tail = self._state.pool.ring_ends.tolist()
+        head, tail = self._state.ring_ends.tolist()
         return self._state.num_pages - (tail - head)
 
     @contextmanager
@@ -128,24 +128,22 @@ class Accounts:
 
     def _add(self, totals: Totals, request: Request) -> None:
         """Add what a request keeps to some totals, unless it has not run."""
-        num_heads = self._shape.num_layers * self._shape.num_kv_heads
-        groups = self._state.groups
-        pages = sum(int(group.num_pages_held[request.slot].sum()) for group in groups)
+        num_heads = self._shape.num_heads
+        pages = int(self._state.num_pages_held[request.slot].sum())
         if pages:
             totals.num_requests += 1
             totals.num_tokens += request.num_tokens
-            for group in groups:
-                high, low = group.num_tokens[request.slot].sum((0, 1)).tolist()
-                totals.high += high / num_heads
-                totals.low += low / num_heads
-                for count, tier in zip((high, low), group.layout.tiers, strict=False):
-                    totals.nominal_bits += count * tier.format.nominal_bits / num_heads
+            high, low = self._state.num_tokens[request.slot].sum((0, 1)).tolist()
+            totals.high += high / num_heads
+            totals.low += low / num_heads
+            for count, tier in zip((high, low), self._state.layout.tiers, strict=False):
+                totals.nominal_bits += count * tier.format.nominal_bits / num_heads
             totals.num_pages += pages
             totals.num_bytes += self._shape.spent_bytes(pages, 1)
 
     def gauges(self) -> dict[str, float]:
         """The pool after the latest step that is known; token counts are means over heads."""
-        num_heads = self._shape.num_layers * self._shape.num_kv_heads
+        num_heads = self._shape.num_heads
         high = low = per_token = 0.0
         held = num_tokens = 0
         if self._snapshot is not None:

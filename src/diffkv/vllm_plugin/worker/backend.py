@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from diffkv.cache import Step
-from diffkv.layout import CacheLayout
+from diffkv.layout import PageLayout
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.matrix import WITHOUT
 from diffkv.vllm_plugin.options import options_of
@@ -169,7 +169,7 @@ class DiffKVImpl(AttentionImpl[DiffKVMetadata]):
 class _Model:
     """What a spec needs of a model, noted while its layers are built."""
 
-    layout: CacheLayout
+    layout: PageLayout
     num_layers: int
     max_model_len: int
     max_num_seqs: int
@@ -188,10 +188,9 @@ def _remember_model(vllm_config: Any, head_dim: int) -> None:
         )
     check_config(vllm_config, options)
     model = vllm_config.model_config
-    num_layers = model.get_num_layers(vllm_config.parallel_config)
     _models[head_dim] = _Model(
-        options.layout(num_layers, head_dim, model.dtype.itemsize),
-        num_layers,
+        options.layout(head_dim, model.dtype.itemsize),
+        model.get_num_layers(vllm_config.parallel_config),
         model.max_model_len,
         vllm_config.scheduler_config.max_num_seqs,
     )

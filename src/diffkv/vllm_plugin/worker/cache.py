@@ -96,9 +96,9 @@ class WorkerCache:
     ) -> None:
         self.spec = spec
         self.shape = spec.pool_shape(num_blocks)
-        self.state = pool.create_cache(self.shape, buffer, spec.dtype, options.window)
+        self.state = pool.create(self.shape, buffer, spec.dtype, options.window)
         if buffer.device.type == "cpu":
-            self.state.pool.pages.zero_()  # a host that lacks the memory must say so now
+            self.state.pages.zero_()  # a host that lacks the memory must say so now
         kernels = ops.load(buffer.device.type, options.kernels)
         signs = signs_of(options.rotation(), spec.head_size, buffer.device)
         prefill = choose_prefill(buffer.device.type, spec.dtype, spec.head_size)
@@ -179,7 +179,8 @@ class WorkerCache:
             slots, seq_lens = slots[generated], seq_lens[generated]
         with self.accounts.managing():
             step = self.cache.plan(prompts, generated_rows, slots, seq_lens.int())
-        self._snapshots.count_demotions([plan.places for plan in step.plans])
+        if step.decode is not None:
+            self._snapshots.count_demotions(step.decode.places)
         self.accounts.step_planned(sum(map(self.cache.compresses, prompts)))
         rows.step = step
         return step
@@ -248,7 +249,7 @@ class WorkerCache:
             return
         self._is_reported = True
         subjects = {
-            name: Subject(r.slot, r.life, r.num_tokens, self.cache.gave_up(r.slot))
+            name: Subject(r.slot, r.life, r.num_tokens, self.cache.over_limit(r.slot))
             for name, r in self._scheduled.items()
         }
         self.accounts.prompts_given_up(sum(s.given_up for s in subjects.values()))

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from diffkv.ops import Ops
 
-__all__ = ["Turn"]
+__all__ = ["Rotator"]
 
 
-class Turn:
+class Rotator:
     """The rotation of one model's queries, keys and values (`diffkv.rotation`), or none.
 
     Args:
@@ -20,7 +20,7 @@ class Turn:
         self._ops = ops
         self._signs = signs
 
-    def there(self, vectors: Tensor) -> Tensor:
+    def rotate(self, vectors: Tensor) -> Tensor:
         """[..., head_dim] as they are stored; the same tensor where nothing is rotated."""
         if self._signs is None:
             return vectors
@@ -28,7 +28,7 @@ class Turn:
         self._ops.rotate(vectors, self._signs, False, out)
         return out
 
-    def back(self, output: Tensor) -> None:
-        """Turn what was attended among rotated vectors back, in place."""
+    def unrotate(self, output: Tensor) -> None:
+        """Rotator what was attended among rotated vectors back, in place."""
         if self._signs is not None:
             self._ops.rotate(output, self._signs, True, output)
