@@ -1,4 +1,4 @@
-"""The operations as contract tests call them: with tensors on the CPU, wherever the backend keeps its own."""
+"""The operations as contract tests call them: with tensors on the CPU, whatever the device is."""
 
 import dataclasses
 import importlib.util

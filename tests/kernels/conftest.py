@@ -10,7 +10,9 @@ import torch
 from backends import CPU, HAS_TRITON, INTERPRETED, REFERENCE, Backend, import_triton
 
 # Before any test module can
-TRITON = Backend("triton", import_triton(), "cpu" if INTERPRETED else "cuda") if HAS_TRITON else None
+TRITON = (
+    Backend("triton", import_triton(), "cpu" if INTERPRETED else "cuda") if HAS_TRITON else None
+)
 triton_param = pytest.param(
     TRITON,
     id="triton",
@@ -46,12 +48,17 @@ def seed():
 def poison_empty(monkeypatch):
     """Fill what `torch.empty` returns, so that an output a kernel forgot to write is caught."""
     for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
-        def poisoned(*args, make=getattr(torch, name), **kwargs):
-            out = make(*args, **kwargs)
-            return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max)
 
-        monkeypatch.setattr(torch, name, poisoned)
+def poisoned(make):
+    """`make`, whose tensors are full of what no result is."""
+
+    def made(*args, **kwargs):
+        out = make(*args, **kwargs)
+        return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max)
+
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -92,7 +92,9 @@ def test_round_trip_error_is_half_a_step(backend, bits, groups):
     levels = 2**bits - 1
 
     codes, meta = backend.quantize(x, bits, groups)
-    error = (backend.dequantize(codes, meta, bits, torch.float32) - x).abs().view(len(x), groups, -1)
+    error = (
+        (backend.dequantize(codes, meta, bits, torch.float32) - x).abs().view(len(x), groups, -1)
+    )
 
     scale, zero = meta.float().unbind(-1)
     ends = zero.abs() * 2**-11 + 2**-25 + levels * scale * 2**-11

@@ -12,15 +12,15 @@ from diffkv.kernels.cpu.library import handle, vectors_library
 from diffkv.quant import ConfigError
 
 
-def test_same_names():
-    assert cpu.__all__ == reference.__all__
+def test_same_names(kernels):
+    assert kernels.module.__all__ == reference.__all__
 
 
 @pytest.mark.parametrize("name", reference.__all__)
-def test_same_signature(name):
+def test_same_signature(kernels, name):
     expected = inspect.signature(getattr(reference, name))
 
-    assert inspect.signature(getattr(cpu, name)) == expected
+    assert inspect.signature(getattr(kernels.module, name)) == expected
     protocol = inspect.signature(getattr(ops.Ops, name))
     assert [p for p in protocol.parameters if p != "self"] == list(expected.parameters)
     assert protocol.return_annotation == expected.return_annotation

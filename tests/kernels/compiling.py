@@ -1,0 +1,161 @@
+"""Compile the Triton kernels for GPUs that are not there; where Triton interprets, it cannot."""
+
+import importlib
+import re
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from diffkv.kernels.triton import facts, worklist, workspace
+from diffkv.layout import PageLayout
+from diffkv.quant import QuantConfig
+
+LAYERS, HEADS = 32, 8
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+BYTES, INTS, FLOATS = "*u8", "*i32", "*fp32"
+TYPES = {
+    "pages_ptr": BYTES, "codes_ptr": BYTES, "meta_ptr": "*fp16", "probs_ptr": "*fp16",
+    "wants_ptr": "*i8", "tiers_ptr": "*i8", "first_ptr": "*i64", "ring_ends_ptr": "*i64",
+    "partial_ptr": FLOATS, "lse_ptr": FLOATS, "most_ptr": FLOATS, "total_ptr": FLOATS,
+    "sums_ptr": FLOATS, "leaf_ends_ptr": "*i64", "thresholds_ptr": FLOATS, "scale": "fp32",
+    "signs_ptr": FLOATS, "norm": "fp32",
+}  # fmt: skip
+MODEL = ("q_ptr", "output_ptr", "key_ptr", "value_ptr", "query_ptr", "x_ptr")
+
+
+def kernel(module: str, name: str):
+    return getattr(importlib.import_module(f"diffkv.kernels.triton.{module}"), name)
+
+
+class Code(NamedTuple):
+    """What became of a kernel."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    sass: str
+
+
+def compiled(fn, constants, dtype, arch, **options):
+    """Triton's binary of a kernel."""
+    signature = {}
+    for name in fn.arg_names:
+        default = INTS if name.endswith("_ptr") else "i32"
+        kind = f"*{dtype}" if name in MODEL else TYPES.get(name, default)
+        signature[name] = "constexpr" if name in constants else kind
+    if fn.__name__ == "_apply_kernel" or fn.__name__ == "_finish_kernel":
+        signature["total_ptr"] = INTS
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(signature.values())
+        if kind.startswith("*")
+    }
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def code_of(
+    name: str, quant: str, head_dim: int, group: int, drops=False, dtype="bf16", arch=90
+) -> Code:
+    """Compile one of `cases`."""
+    fn, constants, options = cases(quant, head_dim, group, drops)[name]
+    if dtype == "fp32" and "RAW_DOT" in constants:
+        constants |= {"RAW_DOT": tl.float32, "CODE_DOT": tl.float32}
+    binary = compiled(fn, constants, dtype, arch, **options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+
+        def tool(*args: str) -> str:
+            command = [str(TOOLS / "cuobjdump"), *args, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("--dump-resource-usage"))
+        shared = binary.metadata.shared
+        return Code(int(usage[1]), int(usage[2]), shared, tool("--dump-sass"))
+
+
+def cases(quant: str, head_dim: int, group: int, drops: bool = False) -> dict[str, tuple]:
+    """(kernel, constants, options) of every kernel for one layout, as the wrappers launch them."""
+    layout = PageLayout.derive(QuantConfig.parse(quant), head_dim, drops=drops)
+    tiers, side = facts.tiers_of(layout), facts.vector_side(4, 2, head_dim)
+    padded, vectors = triton.next_power_of_2(head_dim), facts.tile_vectors(head_dim)
+    tables, table = {"L": LAYERS, "H": HEADS}, facts.Table(33, 64)
+    paged = {**tables, "TABLE": table, "TIERS": tiers, "PAGE": layout.page_bytes}
+    grouped = {
+        "TIERS": tiers, "PAGE": layout.page_bytes, "G": group, "GROUP": max(8, group),
+        "TILE": facts.tile_tokens(layout),
+    }  # fmt: skip
+    attention = {**grouped, "RAW_DOT": tl.bfloat16, "CODE_DOT": tl.float16, "FAST": True}
+    listed = {
+        **tables, "TABLE": table, "TIERS": tiers, "TILE": 64, "TOKENS": worklist.CHUNK_TOKENS,
+        "MAX": worklist.MAX_CHUNKS,
+        "ROWS": 8, "COUNT": 1024,
+    }  # fmt: skip
+    scored = {
+        "R_PADDED": 64, "H": HEADS, "G": group, "D": head_dim, "DP": padded, "DOT": tl.bfloat16,
+        "QUERIES": 64, "ROWS": 64, "B": 128,
+    }  # fmt: skip
+    merged = {
+        "HEADS": HEADS * group,
+        "ITEMS": 32,
+        "R_PADDED": 64,
+        "QUERIES": 64,
+        "ROWS": 64,
+        "B": 128,
+    }
+    turned = {
+        "H": HEADS, "D": head_dim, "DP": padded, "BLOCK": head_dim & -head_dim, "INVERSE": True,
+        "DOT": tl.bfloat16, "PRECISION": "ieee", "B": 32,
+    }  # fmt: skip
+    ring = {**tables, "TABLE": table, "B": 128}
+    exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}
+    finish = {**grouped, "D": head_dim, "D_PADDED": padded, "MAX": worklist.MAX_CHUNKS}
+    recomputed = {**attention, "MAX": worklist.MAX_CHUNKS}
+    tuning = workspace.Tuning()
+    launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
+    counted = {**tables, "TABLE": table, "TIERS": tiers, "B": 2048}
+    gathered = {**paged, "D": head_dim, "D_PADDED": padded, "B": vectors}
+    applied = {
+        "HEADS": LAYERS * HEADS, "TABLE": table, "TIERS": tiers, "B": 256, "COUNT": 4096
+    }  # fmt: skip
+    decided = {**paged, "WINDOW": 64, "B": 512}
+    released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS, "TABLE": table}
+    appended = {**tables, "D": head_dim, "PAGE": layout.page_bytes, "TIERS": tiers}
+    return {
+        "attend": (kernel("attend", "_attend_kernel"), attention, launch),
+        "finish": (kernel("finish", "finish_kernel"), finish, {"num_stages": 2, "num_warps": 2}),
+        "recompute": (
+            kernel("finish", "recompute_kernel"), recomputed, {"num_stages": 2, "num_warps": 1}
+        ),
+        "list": (kernel("worklist", "list_kernel"), listed, {}),
+        "decide": (kernel("plan", "_decide_kernel"), decided, {}),
+        "apply": (kernel("plan", "_apply_kernel"), applied, {}),
+        "finish plan": (kernel("plan", "_finish_kernel"), {}, one_warp),
+        "append": (kernel("append", "_append_kernel"), appended, {**exact, **one_warp}),
+        "count": (kernel("store", "_count_kernel"), counted, {"num_warps": 8}),
+        "enter": (kernel("store", "_enter_kernel"), ring, one_warp),
+        "write": (
+            kernel("store", "_write_kernel"), {**paged, "D": head_dim, "B": vectors}, exact
+        ),
+        "scan": (kernel("ring", "scan_kernel"), {"TAKE": True, "B": 2048}, {"num_warps": 8}),
+        "count pages": (kernel("release", "_count_kernel"), released, one_warp),
+        "give back": (kernel("release", "_give_back_kernel"), ring, one_warp),
+        "gather": (kernel("gather", "_gather_kernel"), gathered, exact),
+        "quantize": (kernel("quantize", "_quantize_kernel"), {"S": side, "T": vectors}, exact),
+        "dequantize": (kernel("quantize", "_dequantize_kernel"), {"S": side, "T": vectors}, exact),
+        "rotate": (kernel("rotate", "_rotate_kernel"), turned, {}),
+        "lse": (kernel("significance", "_lse_kernel"), scored, {"num_warps": 8}),
+        "merge": (kernel("significance", "_merge_kernel"), merged, {}),
+        "sum": (kernel("significance", "_sum_kernel"), scored, {"num_warps": 8}),
+    }  # fmt: skip
