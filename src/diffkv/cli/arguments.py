@@ -1,8 +1,9 @@
 """Types of options that several commands have."""
 
 from argparse import ArgumentTypeError
+from collections.abc import Callable
 
-__all__ = ["above_zero", "positive", "size"]
+__all__ = ["above_zero", "at_least", "positive", "size"]
 
 SUFFIXES = {
     "KiB": 1 << 10,
@@ -14,15 +15,22 @@ SUFFIXES = {
 }
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise ArgumentTypeError(f"must be a whole number, got {text}") from None
-    if value < 1:
-        raise ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number that is not below another one."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ArgumentTypeError(f"must be a whole number, got {text}") from None
+        if value < least:
+            raise ArgumentTypeError(f"must be at least {least}, got {text}")
+        return value
+
+    return parse
+
+
+positive = at_least(1)
 
 
 def size(text: str) -> int:
