@@ -61,6 +61,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_OUT,
         help="the file to write (default: %(default)s)",
     )
+    _add_question_options(parser)
+    parser.add_argument(
+        "--quant", default=DEFAULT_QUANT, help="formats of the tiers (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=WINDOW,
+        help="recent tokens that stay high (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--search",
+        default="alpha_high,alpha_low",
+        metavar="WHAT",
+        help="what is searched, separated by commas: alpha_high, alpha_low, and distinct, the share of "
+        "a prompt that stays because its keys are unlike others (default: %(default)s)",
+    )
+    parser.epilog = (
+        "A run that was stopped goes on from FILE.partial. Any other option is passed on to vLLM's "
+        "engine: --dtype, --max-model-len, …"
+    )
+
+
+def _add_question_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what is taken of the data, and how answers are scored."""
     parser.add_argument(
         "--samples",
         type=int,
@@ -87,26 +112,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="new tokens for each prompt of a FILE (default: 64)",
-    )
-    parser.add_argument(
-        "--quant", default=DEFAULT_QUANT, help="formats of the tiers (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--window",
-        type=int,
-        default=WINDOW,
-        help="recent tokens that stay high (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--search",
-        default="alpha_high,alpha_low",
-        metavar="WHAT",
-        help="what is searched, separated by commas: alpha_high, alpha_low, and distinct, the share of "
-        "a prompt that stays because its keys are unlike others (default: %(default)s)",
-    )
-    parser.epilog = (
-        "A run that was stopped goes on from FILE.partial. Any other option is passed on to vLLM's "
-        "engine: --dtype, --max-model-len, …"
     )
 
 

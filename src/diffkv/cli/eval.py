@@ -90,6 +90,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="keep the lines of --out, and run what is missing"
     )
     parser.add_argument("--json", action="store_true", help="only JSON lines, no tables")
+    _add_suite_options(parser)
+    eval_lm.add_arguments(parser)
+    add_cache_options(
+        parser,
+        "what decides: paper, paper-uniform, or a baseline (docs/evaluation.md); with settings as in "
+        "topk:keep=0.25,sinks=4 or paper:distinct=0.75 (default: paper)",
+    )
+
+
+def _add_suite_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what is asked in the suites synth and kld."""
     group = parser.add_argument_group("suite synth")
     group.add_argument("--tasks", help="names, separated by commas (default: all of the language)")
     group.add_argument("--settings", help="easy, hard or easy,hard (default: what the engine can)")
@@ -118,19 +129,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_STEPS,
         help="most compared steps of a text (default: %(default)s)",
     )
-    eval_lm.add_arguments(parser)
-    add_cache_options(
-        parser,
-        "what decides: paper, paper-uniform, or a baseline (docs/evaluation.md); with settings as in "
-        "topk:keep=0.25,sinks=4 or paper:distinct=0.75 (default: paper)",
-    )
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse before anything is loaded."""
-    for package in ("transformers", "pydantic"):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"diffkv eval needs {package}: pip install 'diffkv[eval]'")
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError("diffkv eval needs transformers: pip install 'diffkv[eval]'")
     prompts.check_least(args, n=2, tokens=256, steps=1, batch_size=1, threads=1)
     if min(args.seed) < 0:
         raise ConfigError(f"--seed must be at least 0, got {min(args.seed)}")
