@@ -52,10 +52,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--model", default=REFERENCE, help="a folder or a model id (default: the shipped model)"
     )
     parser.add_argument(
-        "--kv-memory", type=int, metavar="BYTES",
+        "--kv-memory",
+        type=int,
+        metavar="BYTES",
         help="KV budget, tables included (vLLM: --kv-cache-memory-bytes; default: 256 MiB for the "
         "shipped model, vLLM's own choice for others)",
-    )  # fmt: skip
+    )
     parser.add_argument("--verbose", action="store_true", help="show the engine's log")
 
 
@@ -64,9 +66,11 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
     source.add_argument(
-        "--prompts", type=Path, metavar="FILE",
+        "--prompts",
+        type=Path,
+        metavar="FILE",
         help='a file of prompts: one a line, or JSON lines with "prompt" (default: shipped ones)',
-    )  # fmt: skip
+    )
 
 
 def check_least(args: argparse.Namespace, **least: int) -> None:
