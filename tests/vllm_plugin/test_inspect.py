@@ -2,20 +2,17 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_pool
 import torch
 
 from diffkv import ops
 from diffkv.cli import heatmap, main
 from diffkv.policy import DROPPED, HIGH
 from diffkv.vllm_plugin.front.insight import _join_heads, read_pool, token_tiers
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest adds this folder, but not the one above
-import small_pool  # isort: skip
 
 NUM_TOKENS = 12
 ALPHAS = ("--alpha-high", "5", "--alpha-low", "0.04")
