@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests/kernels"))
 from gpu_baselines import baseline_rows
 from gpu_checks import checks, on_cpu
 from gpu_report import DTYPE, HEAD_DIM, HEADS, Report, copy_row, measure, shown
-from make import TABLES, assert_same, copy_of
+from make import assert_same, copy_of
 
 from diffkv import pool
 from diffkv.kernels import triton as kernels
@@ -31,7 +31,7 @@ from diffkv.kernels.triton.workspace import Tuning, workspace
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 from diffkv.shape import PoolShape
-from diffkv.state import PoolState, PromptTokens
+from diffkv.state import TENSORS, PoolState, PromptTokens
 
 MIXED_HIGH = 0.2
 MIX = "k8v4-k4v2"
@@ -196,7 +196,7 @@ def plan_rows(report: Report) -> None:
             context=num,
             **times,
         )
-    kept = {n: getattr(state, n).clone() for n in TABLES if n != "pages"}
+    kept = {n: getattr(state, n).clone() for n in TENSORS if n != "pages"}
     for batch in (1, 256):
         some = slots[:batch].contiguous()
         times = []

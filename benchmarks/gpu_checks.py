@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import torch
 from gpu_report import DTYPE, HEAD_DIM, Report
-from make import TABLES, assert_same, make_state, make_sums, make_tiers, make_tokens
+from make import assert_same, make_state, make_sums, make_tiers, make_tokens
 
 from diffkv import ops, pool, reference
 from diffkv.cache import DiffKVCache
@@ -15,16 +15,16 @@ from diffkv.policy import Thresholds
 from diffkv.quant import QuantConfig
 from diffkv.rotation import signs
 from diffkv.shape import PoolShape
-from diffkv.state import PoolState, PromptTokens
+from diffkv.state import TENSORS, PoolState, PromptTokens
 from diffkv.steps import PromptChunk
 
 
 def on_gpu(state: PoolState) -> PoolState:
-    return dataclasses.replace(state, **{name: getattr(state, name).cuda() for name in TABLES})
+    return dataclasses.replace(state, **{name: getattr(state, name).cuda() for name in TENSORS})
 
 
 def on_cpu(state: PoolState) -> PoolState:
-    return dataclasses.replace(state, **{name: getattr(state, name).cpu() for name in TABLES})
+    return dataclasses.replace(state, **{name: getattr(state, name).cpu() for name in TENSORS})
 
 
 def tokens_on_gpu(tokens: PromptTokens) -> PromptTokens:

@@ -8,7 +8,7 @@ from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 from diffkv.reference.pages import page_ids
 from diffkv.shape import PoolShape
-from diffkv.state import PromptTokens
+from diffkv.state import TENSORS, PromptTokens
 
 NUM_SLOTS, NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 3, 2, 2, 8
 MAX_MODEL_LEN = 16
@@ -30,11 +30,7 @@ def num_free(state):
 
 def tensors(state):
     """Everything that an operation may change, but the counter of overruns."""
-    names = (
-        "pages", "free_ring", "ring_ends", "leaves", "free_leaves", "leaf_ends", "directory",
-        "num_tokens", "num_pages_held",
-    )  # fmt: skip
-    return {name: getattr(state, name).clone() for name in names}
+    return {name: getattr(state, name).clone() for name in TENSORS if name != "overruns"}
 
 
 def assert_only_counted(state, before):

@@ -141,7 +141,7 @@ def test_plot_of_a_map_with_holes(tmp_path):
 
 
 def test_sizes_of_known_models():
-    per_token = {name: models.kv_bytes_per_token(config) for name, config in models.MODELS.items()}
+    per_token = {name: throughput.bf16_bytes(config) for name, config in models.MODELS.items()}
     assert per_token["llama-3-8b"] == 131072
     assert per_token["qwen2.5-7b"] == 57344
     assert per_token["bench-small"] == 16384

@@ -26,6 +26,7 @@ from diffkv.ops import load
 from diffkv.policy import DROPPED, HIGH, LOW
 from diffkv.quant import ConfigError, QuantConfig
 from diffkv.shape import PoolShape
+from diffkv.state import TENSORS, PoolState
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -48,6 +49,35 @@ def kept_sums(state, slot, layer):
 
 def all_high(num_tokens):
     return [[HIGH] * num_tokens] * NUM_KV_HEADS, [[0.0] * num_tokens] * NUM_KV_HEADS
+
+
+def test_an_empty_pool():
+    """Every tensor, with the values of a few of its elements."""
+    state = make_state("k8v4-k4v2", 256, num_pages=5, num_slots=3)
+    width, leaves = state.directory_width, state.num_leaves
+    heads = (3, NUM_LAYERS, NUM_KV_HEADS)
+    assert leaves == 3 + 3 * NUM_LAYERS * NUM_KV_HEADS * 2  # 5 pages, 2 a leaf; half-empty ones
+    expected = {
+        "overruns": (torch.int32, (1,), [0]),
+        "thresholds": (torch.float32, (3, 2), [0.0] * 6),
+        "prompt_lens": (torch.int32, (3,), [0, 0, 0]),
+        "directory": (torch.int32, (*heads, width), [-1, -1]),
+        "num_tokens": (torch.int32, (*heads, 2), [0, 0]),
+        "num_pages_held": (torch.int32, (*heads, 2), [0, 0]),
+        "leaves": (torch.int32, (leaves, 2), [-1, -1]),
+        "free_leaves": (torch.int32, (leaves,), [0, 1, 2, 3]),
+        "leaf_ends": (torch.int64, (2,), [0, leaves]),
+        "free_ring": (torch.int32, (5,), [0, 1, 2, 3, 4]),
+        "ring_ends": (torch.int64, (2,), [0, 5]),
+        "pages": (torch.uint8, (5, 256), []),
+    }
+    assert list(expected) == list(TENSORS)
+    fields = {each.name for each in dataclasses.fields(PoolState)}
+    assert fields == {"layout", "dtype", "window", *expected}
+    for name, (dtype, shape, values) in expected.items():
+        tensor = getattr(state, name)
+        assert (tensor.dtype, tensor.shape) == (dtype, shape), name
+        assert tensor.flatten()[: len(values)].tolist() == values, name
 
 
 def test_full_is_not_empty(ops):

@@ -26,10 +26,10 @@ class DiffKVCache:
     Args:
         state: the pool.
         ops: the kernels, as `diffkv.ops.load` returns them.
-        scale: of the attention's dot products.
+        scale: softmax scale.
         policy: decides the tiers of prompts.
         prefill: exact attention of prompts.
-        signs: of the rotation of queries, keys and values, which spreads their outliers
+        signs: signs of the rotation that spreads outliers of queries, keys and values
             (`diffkv.rotation`); None for none.
     """
 
@@ -79,9 +79,9 @@ class DiffKVCache:
         """Begin a request in an empty slot. A policy without thresholds lets go of them.
 
         Args:
-            slot: which.
+            slot: number of the slot.
             prompt_len: tokens of the prompt.
-            thresholds: of the request.
+            thresholds: the request's thresholds.
             max_pages: most pages that the prompt may take in all layers. One that needs more is over
                 its limit: it attends as ever, but keeps no page. None: as many as it needs.
 
@@ -142,8 +142,8 @@ class DiffKVCache:
         """One layer of a step: store its keys and values, and attend.
 
         Args:
-            layer: which layer.
-            step: as planned.
+            layer: number of the layer.
+            step: the plan of this step.
             query: [num_rows, num_q_heads, head_dim], packed batch, rotary embedding applied.
             key: [num_rows, num_kv_heads, head_dim].
             value: [num_rows, num_kv_heads, head_dim].

@@ -1,4 +1,4 @@
-"""What a GPU's memory holds of a model's KV cache, in each format, and whether compressing it pays.
+"""Requests that fit a GPU's memory in each cache format, and whether compressing the cache pays.
 
 Arithmetic on sizes only: nothing is loaded or measured. A rank of tensor parallelism is one GPU.
 """
@@ -6,7 +6,7 @@ Arithmetic on sizes only: nothing is loaded or measured. A rank of tensor parall
 import re
 from dataclasses import dataclass
 
-from diffkv.layout import PageLayout
+from diffkv.layout import PageLayout, bf16_bytes_per_token
 from diffkv.model_config import ModelConfig
 from diffkv.policy import WINDOW
 from diffkv.quant import ConfigError, QuantConfig
@@ -81,7 +81,7 @@ class Rank:
     Attributes:
         model: the whole model.
         num_kv_heads: KV heads of a layer on this rank.
-        weight_bytes: of this rank.
+        weight_bytes: bytes of this rank's weights.
         kv_bytes: KV budget, tables included.
     """
 
@@ -89,11 +89,6 @@ class Rank:
     num_kv_heads: int
     weight_bytes: int
     kv_bytes: int
-
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Elements of a token's keys and values on this rank."""
-        return self.model.kv_elements_per_token // self.model.num_kv_heads * self.num_kv_heads
 
     def weight_bytes_read(self, num_requests: int) -> int:
         """Weights that a decode step reads: of a mixture, the experts that some request hits.
@@ -163,14 +158,14 @@ class Mix:
 
 @dataclass(frozen=True)
 class FormatPlan:
-    """What one kind of cache costs, and how many requests of the context it holds.
+    """Cost of one kind of cache, and the requests of the context that it holds.
 
     Attributes:
         name: bf16, fp8, or the text form of a configuration.
-        bytes_per_token: of one request of the whole context: pages, half-empty ones too, and tables.
-        num_requests: that fit at once; 0 where not even one does.
-        page_bytes: of a page; 0 for vLLM's own caches.
-        table_bytes: of the budget that is tables, with a slot for each of those requests.
+        bytes_per_token: pages, half-empty ones too, and tables of one request of the whole context.
+        num_requests: requests that fit at once; 0 where not even one does.
+        page_bytes: size of a page; 0 for vLLM's own caches.
+        table_bytes: share of the tables in the budget, with a slot for each of those requests.
         starts: whether an engine would start: it wants room for one request that is all high.
     """
 
@@ -184,7 +179,8 @@ class FormatPlan:
 
 def plan_dense(name: str, rank: Rank, context: int) -> FormatPlan:
     """Plan one of vLLM's own caches, in its blocks of 16 tokens."""
-    token_bytes = rank.kv_elements_per_token * DENSE_BITS[name] // 8
+    heads = rank.model.num_layers * rank.num_kv_heads
+    token_bytes = bf16_bytes_per_token(heads, rank.model.head_dim) * DENSE_BITS[name] // 16
     request = -(-context // DENSE_BLOCK_TOKENS) * DENSE_BLOCK_TOKENS * token_bytes
     num_requests = rank.kv_bytes // request
     return FormatPlan(name, request / context, num_requests, starts=num_requests > 0)
@@ -224,7 +220,7 @@ class Verdict:
     """Whether a format pays against bf16, judged by what a decode step must read.
 
     Attributes:
-        name: of the format.
+        name: text form of the format.
         batch_bf16: requests at once in bf16: what fits, or what was asked for.
         batch: likewise in the format.
         kv_share_bf16: share of the bytes of a bf16 decode step that are KV.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from diffkv.quant import ConfigError, Format, QuantConfig
 from diffkv.tier import TierLayout, align
 
-__all__ = ["MIN_TOKENS_PER_PAGE", "PageLayout"]
+__all__ = ["MIN_TOKENS_PER_PAGE", "PageLayout", "bf16_bytes_per_token"]
 
 PAGE_ALIGNMENT_BYTES = 32
 
@@ -21,6 +21,8 @@ HALF_EMPTY_CONTEXT = 1024
 """Tokens per head at which the choice of the page size weighs its half-empty pages."""
 
 MAX_PAGE_BYTES = 1 << 20
+
+BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,16 @@ class PageLayout:
     def page_token_bytes(self, tier: int) -> float:
         """Bytes per token of one KV head in full pages of a tier, padding included."""
         return self.page_bytes / self.tiers[tier].tokens_per_page
+
+
+def bf16_bytes_per_token(num_heads: int, head_dim: int) -> int:
+    """Bytes of a token's keys and values in bf16: what compression is measured against.
+
+    Args:
+        num_heads: KV heads, of all layers that count.
+        head_dim: elements of a key or value vector.
+    """
+    return num_heads * 2 * head_dim * BF16_BYTES
 
 
 def _check_head_dim(quant: QuantConfig, head_dim: int) -> None:

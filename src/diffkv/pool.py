@@ -11,7 +11,8 @@ from diffkv import huge_pages
 from diffkv.layout import PageLayout
 from diffkv.reference.pages import page_ids
 from diffkv.shape import TABLE_ALIGNMENT_BYTES, PoolShape
-from diffkv.state import PoolState
+from diffkv.state import IDS, TENSORS, PoolState, TensorSpec, sizes_of
+from diffkv.tier import align
 
 __all__ = [
     "check_invariants",
@@ -22,69 +23,42 @@ __all__ = [
 ]
 
 
-class _Buffer:
-    """Hands out aligned regions of a buffer, one after the other."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        self._raw = buffer.view(torch.uint8)
-        self._offset = 0
-
-    def region(self, dims: tuple[int, ...], kind: torch.dtype, fill: float | None = 0) -> Tensor:
-        """The next region, filled unless `fill` is None.
-
-        Raises:
-            ValueError: the buffer has no room for it.
-        """
-        num_bytes = torch.Size(dims).numel() * kind.itemsize
-        end = self._offset + num_bytes
-        if end > self._raw.numel():
-            raise ValueError(
-                f"buffer of {self._raw.numel()} bytes is too small for a region {list(dims)} {kind} "
-                f"at {self._offset}"
-            )
-        tensor = self._raw[self._offset : end].view(kind).view(dims)
-        if fill is not None:
-            tensor.fill_(fill)
-        self._offset = -(-end // TABLE_ALIGNMENT_BYTES) * TABLE_ALIGNMENT_BYTES
-        return tensor
-
-
 def create(shape: PoolShape, buffer: Tensor, dtype: torch.dtype, window: int) -> PoolState:
     """Make an empty pool inside a buffer: tables first, then pages.
 
     Args:
-        shape: as `PoolShape.fit` found it for a budget of at most the buffer's bytes.
+        shape: a split of at most the buffer's bytes, see `PoolShape.fit`.
         buffer: [num_bytes] uint8 or int8, contiguous, aligned to 64 bytes; what it holds is lost.
         dtype: the model's.
         window: recent tokens that always stay high.
+
+    Raises:
+        ValueError: the buffer is too small.
     """
     huge_pages.use(buffer)
-    memory = _Buffer(buffer)
-    heads = (shape.num_slots, shape.num_layers, shape.num_kv_heads)
-    overruns = memory.region((1,), torch.int32)
-    thresholds = memory.region((shape.num_slots, 2), torch.float32)
-    prompt_lens = memory.region((shape.num_slots,), torch.int32)
-    directory = memory.region((*heads, shape.directory_width), torch.int32, -1)
-    num_tokens = memory.region((*heads, 2), torch.int32)
-    num_pages_held = memory.region((*heads, 2), torch.int32)
-    leaves = memory.region((shape.num_leaves, shape.leaf_entries), torch.int32, -1)
-    free_leaves, leaf_ends = _full_ring(memory, shape.num_leaves)
-    free_ring, ring_ends = _full_ring(memory, shape.num_pages)
-    # What a page holds before it is written does not matter; a host need not commit its memory yet.
-    pages = memory.region((shape.num_pages, shape.layout.page_bytes), torch.uint8, None)
-    return PoolState(
-        shape.layout, dtype, window, pages, free_ring, ring_ends, leaves, free_leaves, leaf_ends,
-        directory, num_tokens, num_pages_held, thresholds, prompt_lens, overruns,
-    )  # fmt: skip
+    raw, tensors, end = buffer.view(torch.uint8), {}, 0
+    for name, spec in TENSORS.items():
+        start = align(end, TABLE_ALIGNMENT_BYTES)
+        dims = sizes_of(spec.shape, shape)
+        end = start + torch.Size(dims).numel() * spec.dtype.itemsize
+        if end > raw.numel():
+            raise ValueError(
+                f"buffer of {raw.numel()} bytes is too small for {name} {list(dims)} {spec.dtype} at "
+                f"{start}"
+            )
+        tensors[name] = raw[start:end].view(spec.dtype).view(dims)
+        _begin(tensors[name], spec, shape)
+    return PoolState(shape.layout, dtype, window, **tensors)
 
 
-def _full_ring(memory: _Buffer, num: int) -> tuple[Tensor, Tensor]:
-    """A ring of all ids below `num`, and its ends."""
-    ring = memory.region((num,), torch.int32, None)
-    ring.copy_(torch.arange(num, dtype=torch.int32))
-    ends = memory.region((2,), torch.int64)
-    ends[1] = num
-    return ring, ends
+def _begin(tensor: Tensor, spec: TensorSpec, shape: PoolShape) -> None:
+    """Write a tensor's initial value; where none matters, a host need not commit its memory yet."""
+    if spec.initial == IDS:
+        tensor.copy_(torch.arange(len(tensor), dtype=spec.dtype))
+    elif isinstance(spec.initial, str):
+        tensor.copy_(torch.tensor(sizes_of(spec.initial, shape)))
+    elif spec.initial is not None:
+        tensor.fill_(spec.initial)
 
 
 def held_pages(state: PoolState, slots: Tensor) -> Tensor:

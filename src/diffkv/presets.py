@@ -15,12 +15,12 @@ __all__ = ["AUTO", "DEFAULT", "PRESETS", "Preset", "Sizes", "choose", "find"]
 
 AUTO = "auto"
 DEFAULT = "balanced"
-"""What an engine does without any preset."""
+"""The preset whose values an engine has by default."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a published model is recognised by, whatever its folder is called."""
+    """Sizes that a published model is recognised by, whatever its folder is called."""
 
     architecture: str
     num_layers: int
@@ -39,16 +39,16 @@ class Preset:
     """A quantisation configuration and thresholds.
 
     Attributes:
-        name: what `--preset` takes.
+        name: value of `--preset`.
         quant: text form of the formats.
         alpha_high: threshold of the high tier.
         alpha_low: threshold below which tokens are dropped.
-        description: what it is for, in a line.
-        source: where the values come from.
-        sizes: of the models it was published for; None for a generic one.
+        description: purpose, in a line.
+        source: origin of the values.
+        sizes: sizes of the models it was published for; None for a generic one.
         words: in the model's name, all of them; they part models of the same sizes.
         window: most recent tokens that always stay high.
-        policy: what decides prompts by these thresholds.
+        policy: policy that decides prompts by these thresholds.
     """
 
     name: str
@@ -65,7 +65,8 @@ class Preset:
     def __post_init__(self) -> None:
         """Refuse what no engine would start with."""
         quant = QuantConfig.parse(self.quant)
-        assert Thresholds.choose(quant, self.alpha_high, self.alpha_low) == self.thresholds
+        chosen = Thresholds.choose(quant, self.alpha_high, self.alpha_low)
+        assert chosen == self.thresholds, f"{self.name}: an engine would run {chosen}"
         policies.parse(self.policy).check(quant)
 
     @property

@@ -100,8 +100,8 @@ class PromptPath:
         """Attend exactly, then store. Only what has been stored before is attended to as rotated.
 
         Args:
-            layer: which layer.
-            plan: of this step's chunks.
+            layer: number of the layer.
+            plan: the plan of this step's chunks.
             query: [num_rows, num_q_heads, head_dim], packed batch.
             key: [num_rows, num_kv_heads, head_dim].
             value: [num_rows, num_kv_heads, head_dim].
@@ -245,7 +245,7 @@ class PromptPath:
         self._ops.store_prompt(self._state, layer, tokens, tiers, sums)
 
     def _tiers(self, packing: Packing, means: Tensor, key: Tensor) -> Tensor:
-        """By a policy that looks at one prompt at a time."""
+        """Tiers by a policy that looks at one prompt at a time."""
         tiers = torch.empty(means.shape, dtype=torch.int8, device=means.device)
         start = 0
         for chunk in packing.chunks:

@@ -70,7 +70,7 @@ def signs(head_dim: int) -> Tensor:
 
 
 def signs_of(name: str, head_dim: int, device: torch.device) -> Tensor | None:
-    """What the operation `rotate` needs for the rotation that `choose` gave; None for "none"."""
+    """Signs for the operation `rotate`, by the name that `choose` gave; None for "none"."""
     return None if name == NONE else signs(head_dim).to(device)
 
 

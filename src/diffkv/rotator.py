@@ -29,6 +29,6 @@ class Rotator:
         return out
 
     def unrotate(self, output: Tensor) -> None:
-        """Rotator what was attended among rotated vectors back, in place."""
+        """Undo the rotation of what was attended among rotated vectors, in place."""
         if self._signs is not None:
             self._ops.rotate(output, self._signs, True, output)

@@ -14,7 +14,7 @@ from diffkv.ops import Ops
 from diffkv.policy import DROPPED, HIGH, LOW
 from diffkv.quant import QuantConfig
 from diffkv.shape import PoolShape
-from diffkv.state import PoolState, PromptTokens
+from diffkv.state import TENSORS, PoolState, PromptTokens
 
 __all__ = ["SelfTest", "run"]
 
@@ -29,10 +29,10 @@ MAX_ERROR = 1e-4
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What came out.
+    """Result of a self-test.
 
     Attributes:
-        device: that the kernels ran on.
+        device: device of the kernels.
         high: tokens that head 0 of layer 0 kept in high precision, before the release.
         low: likewise in low precision.
         different_pages: bytes of tables and pages that differ from the reference's after storing.
@@ -103,11 +103,7 @@ def _decode(kernels: Ops, state: PoolState, new: Tensor, query: Tensor) -> Tenso
 
 
 def _different(ours: PoolState, theirs: PoolState) -> int:
-    names = (
-        "pages", "free_ring", "ring_ends", "leaves", "free_leaves", "leaf_ends", "directory",
-        "num_tokens", "num_pages_held",
-    )  # fmt: skip
-    return sum(int((getattr(ours, name).cpu() != getattr(theirs, name)).sum()) for name in names)
+    return sum(int((getattr(ours, name).cpu() != getattr(theirs, name)).sum()) for name in TENSORS)
 
 
 def run(device: str = "cpu", kernels: Ops | None = None) -> SelfTest:

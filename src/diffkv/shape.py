@@ -1,11 +1,11 @@
-"""How a budget of bytes is split into pages and tables.
+"""Split of a budget of bytes into pages and tables.
 
 A pool's tables are paid for out of the same bytes as its pages.
 """
 
 from dataclasses import dataclass, replace
 
-from diffkv.layout import PageLayout
+from diffkv.layout import PageLayout, bf16_bytes_per_token
 from diffkv.quant import ConfigError
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
 
 TABLE_ALIGNMENT_BYTES = 64
 ENTRY_BYTES = 4
-"""Of a ring, a leaf and the directory: an id."""
+"""Bytes of an id, the entry of a ring, a leaf and the directory."""
 
 SLOT_FIXED_BYTES = 3 * 4
 """Thresholds and prompt length of a slot."""
@@ -37,16 +37,16 @@ def suitable_leaf_entries(max_pages: int) -> int:
 
 
 def _leaf_bytes(leaf_entries: int) -> int:
-    """Of a leaf and its entry of the ring."""
+    """Bytes of a leaf and its entry of the ring."""
     return (leaf_entries + 1) * ENTRY_BYTES
 
 
 @dataclass(frozen=True)
 class PoolShape:
-    """How a budget of bytes is split into pages and tables, for all layers of a model.
+    """Split of a budget of bytes into pages and tables, for all layers of a model.
 
     Attributes:
-        layout: of a page.
+        layout: layout of a page.
         num_layers: attention layers of the model.
         num_kv_heads: KV heads of a layer, on this rank.
         num_slots: requests that can run at once.
@@ -107,6 +107,11 @@ class PoolShape:
         return one.pages_bytes(one.num_heads * one.max_pages) + one.table_bytes
 
     @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return self.layout.page_bytes
+
+    @property
     def num_heads(self) -> int:
         """Heads of one slot, of all layers."""
         return self.num_layers * self.num_kv_heads
@@ -141,8 +146,13 @@ class PoolShape:
         rows = self.num_heads * ENTRY_BYTES * (self.directory_width + 4)
         return rows + self.half_empty_leaves * _leaf_bytes(self.leaf_entries) + SLOT_FIXED_BYTES
 
+    @property
+    def bf16_bytes_per_token(self) -> int:
+        """Bytes of a token in bf16, all layers and KV heads of a rank."""
+        return bf16_bytes_per_token(self.num_heads, self.layout.head_dim)
+
     def pages_bytes(self, num_pages: int) -> int:
-        """What pages take of a budget: themselves, their ring entries, and the leaves that name them."""
+        """Bytes of pages, their ring entries, and the leaves that name them."""
         return num_pages * self.layout.page_bytes + self._naming_bytes(num_pages)
 
     def _naming_bytes(self, num_pages: int) -> int:
@@ -157,7 +167,7 @@ class PoolShape:
         return leaves * self.leaf_entries + rest // (self.layout.page_bytes + ENTRY_BYTES)
 
     def spent_bytes(self, num_pages: int, num_requests: int) -> int:
-        """What requests take of the budget: pages, their share of rings and leaves, their tables.
+        """Bytes that requests take: pages, their share of rings and leaves, their tables.
 
         Shares are rounded up, so that what requests take adds up, at most to the budget.
         """
@@ -167,6 +177,6 @@ class PoolShape:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of all tables: what of the budget is not pages."""
+        """Bytes of all tables: the budget without its pages."""
         naming = self._naming_bytes(self.num_pages)
         return self.num_slots * self.slot_bytes + naming + FIXED_BYTES

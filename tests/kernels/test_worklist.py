@@ -8,7 +8,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffkv.kernels.triton import facts, worklist
+from diffkv.kernels.triton import constants, worklist
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 from diffkv.shape import PoolShape
@@ -28,7 +28,7 @@ def listed(layout, counts, table, directory):
     slots = torch.arange(num, dtype=torch.int32)
     worklist.list_kernel[(-(-num // 4),)](
         slots, directory, num_tokens, items, row_items, num_items, 0, num, 3,
-        L=LAYERS, H=1, TABLE=facts.Table(*table), TIERS=facts.tiers_of(layout), TILE=32,
+        L=LAYERS, H=1, TABLE=constants.Table(*table), TIERS=constants.tiers_of(layout), TILE=32,
         TOKENS=worklist.CHUNK_TOKENS, MAX=most, ROWS=4, COUNT=8,
     )  # fmt: skip
     return row_items, items[: num_items[0]]

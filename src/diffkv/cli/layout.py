@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from diffkv.layout import PageLayout
+from diffkv.layout import PageLayout, bf16_bytes_per_token
 from diffkv.quant import QuantConfig
 
 __all__ = ["add_arguments", "describe", "run"]
@@ -13,7 +13,6 @@ __all__ = ["add_arguments", "describe", "run"]
 DEFAULT_QUANT = "k8v4-k4v2"
 DEFAULT_HEAD_DIM = 128
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-BF16_BYTES = 2
 TIER_NAMES = ("high", "low")
 
 
@@ -70,7 +69,7 @@ def describe(layout: PageLayout) -> dict[str, Any]:
 
 def _describe_tier(layout: PageLayout, tier: int) -> dict[str, Any]:
     placed = layout.tiers[tier]
-    bf16_bytes = 2 * layout.head_dim * BF16_BYTES
+    bf16_bytes = bf16_bytes_per_token(1, layout.head_dim)
     return {
         "tier": TIER_NAMES[tier],
         "format": str(placed.format),

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,19 +10,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from diffkv import ops, pool
+from diffkv import ops
 from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.hf.attention import IMPLEMENTATION
 from diffkv.hf.use import CacheUse
 from diffkv.layout import PageLayout
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
+from diffkv.pool import create
 from diffkv.quant import ConfigError, QuantConfig
 from diffkv.rotation import choose, signs_of
 from diffkv.shape import PoolShape
 from diffkv.state import PoolState
 
-__all__ = ["DiffKVHFCache", "feed"]
+__all__ = ["DiffKVHFCache", "PoolOptions", "feed"]
 
 DEFAULT_MAX_TOKENS = 4096
 
@@ -54,11 +56,27 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         cache = self._cache()
-        assert cache is not None
+        assert cache is not None, "a layer outlived its cache"
         return cache.max_tokens
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise NotImplementedError("pages belong to one sequence: beam search is not supported")
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """Size of a page, and kernels.
+
+    Attributes:
+        page_bytes: bytes of a page; None: the size that wastes least.
+        kernels: "reference" for the plain torch operations; None for the device's kernels.
+    """
+
+    page_bytes: int | None = None
+    kernels: str | None = None
+
+
+DEFAULT_POOL = PoolOptions()
 
 
 class DiffKVHFCache(Cache):
@@ -67,14 +85,13 @@ class DiffKVHFCache(Cache):
     Args:
         model: a causal language model of transformers, already passed to `attach`.
         quant: formats of the tiers, as text or parsed.
-        policy: as text (`diffkv.policies`) or parsed.
+        policy: policy of prompts, as text (`diffkv.policies`) or parsed.
         thresholds: alpha_high and alpha_low; None: the defaults for the formats.
         window: recent tokens that always stay high.
         max_tokens: most tokens of a sequence, answer included; None: the model's limit, at most 4096.
-        page_bytes: of a page; None: the size that wastes least.
-        kernels: "reference" for the plain torch operations; None for the device's kernels.
         rotate: "hadamard" rotates keys and values before they are quantised, "none" does not; None
             takes what goes with the formats.
+        pool: size of a page, and kernels.
 
     Raises:
         ConfigError: formats, a policy or a model that cannot be combined.
@@ -88,9 +105,8 @@ class DiffKVHFCache(Cache):
         thresholds: Thresholds | None = None,
         window: int = WINDOW,
         max_tokens: int | None = None,
-        page_bytes: int | None = None,
-        kernels: str | None = None,
         rotate: str | None = None,
+        pool: PoolOptions = DEFAULT_POOL,
     ) -> None:
         config = model.config.get_text_config(decoder=True)
         _check(model, config, window)
@@ -109,10 +125,14 @@ class DiffKVHFCache(Cache):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._num_q_heads
         self._dtype, self._device, self._window = model.dtype, model.device, window
         self._layout = PageLayout.derive(
-            self.quant, head_dim, page_bytes, model.dtype.itemsize, self.thresholds.alpha_low > 0
+            self.quant,
+            head_dim,
+            pool.page_bytes,
+            model.dtype.itemsize,
+            self.thresholds.alpha_low > 0,
         )
         self._signs = signs_of(choose(rotate, self.quant), head_dim, self._device)
-        self._ops = ops.load(self._device.type, kernels)
+        self._ops = ops.load(self._device.type, pool.kernels)
         self._shape: PoolShape | None = None
         self._pages: DiffKVCache | None = None
         self._step: Step | None = None
@@ -120,7 +140,7 @@ class DiffKVHFCache(Cache):
         super().__init__(layers=[_Layer(self, i) for i in range(self._num_layers)])
 
     def use(self, row: int | None = None) -> CacheUse:
-        """What all sequences hold, or one of them.
+        """Use of all sequences, or of one of them.
 
         Raises:
             ValueError: nothing is stored yet.
@@ -130,7 +150,7 @@ class DiffKVHFCache(Cache):
         state = self._pages.state
         rows = slice(None) if row is None else slice(row, row + 1)
         lengths = [self.get_seq_length() - first for first in self._first[rows]]
-        num_heads = self._num_layers * self._num_kv_heads
+        num_heads = self._shape.num_heads
         high, low = state.num_tokens[rows].sum((0, 1, 2)).tolist()
         num_pages = int(state.num_pages_held[rows].sum())
         elements = 2 * self._layout.head_dim
@@ -144,7 +164,7 @@ class DiffKVHFCache(Cache):
             low=low / num_heads,
             pages=num_pages,
             num_bytes=self._shape.spent_bytes(num_pages, len(lengths)),
-            bf16_bytes=sum(lengths) * num_heads * elements * 2,
+            bf16_bytes=sum(lengths) * self._shape.bf16_bytes_per_token,
             nominal_bytes=bits * elements / 8,
         )
 
@@ -237,7 +257,7 @@ class DiffKVHFCache(Cache):
             dtype=torch.uint8, device=self._device,
         )  # fmt: skip
         self._shape = shape
-        state = pool.create(shape, buffer, self._dtype, self._window)
+        state = create(shape, buffer, self._dtype, self._window)
         return DiffKVCache(state, self._ops, scale, self.policy, signs=self._signs)
 
 
@@ -262,7 +282,7 @@ def _paddings(mask: Tensor | None, batch: int, num_tokens: int) -> list[int]:
     Args:
         mask: [batch, num_tokens] bool, False for padding; None: there is none.
         batch: sequences.
-        num_tokens: of a row, padding included.
+        num_tokens: tokens of a row, padding included.
 
     Raises:
         ValueError: padding that is not on the left, or a row of nothing else.
@@ -284,7 +304,7 @@ def feed(model: PreTrainedModel, cache: DiffKVHFCache, token_ids: Tensor) -> Ten
 
     Args:
         model: attached.
-        cache: that holds the prompts.
+        cache: the cache that holds the prompts.
         token_ids: [batch, num_tokens].
 
     Returns:

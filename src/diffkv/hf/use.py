@@ -1,4 +1,4 @@
-"""What a cache holds, in numbers."""
+"""Use of a cache, in numbers."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,15 @@ __all__ = ["CacheUse"]
 
 @dataclass(frozen=True)
 class CacheUse:
-    """What sequences hold, measured on the pool.
+    """Use of the pool by sequences, measured on it.
 
     Attributes:
-        tokens: of all sequences, padding not among them.
+        tokens: tokens of all sequences, padding not among them.
         high: tokens in the high tier, mean over layers and heads.
         low: likewise in the low tier.
         pages: held.
         num_bytes: pages, half-empty ones included, their ring entries, and the sequences' tables.
-        bf16_bytes: of the same tokens in bf16.
+        bf16_bytes: bytes of the same tokens in bf16.
         nominal_bytes: bits of the codes of kept tokens alone.
     """
 
@@ -39,10 +39,10 @@ class CacheUse:
 
     @property
     def ratio_bf16(self) -> float:
-        """How many times fewer bytes than bf16."""
+        """Bytes of bf16 over those that are spent."""
         return self.bf16_bytes / self.num_bytes
 
     @property
     def nominal_ratio_bf16(self) -> float:
-        """By bits alone: never to be shown without `ratio_bf16`."""
+        """The same ratio by bits alone: never to be shown without `ratio_bf16`."""
         return self.bf16_bytes / self.nominal_bytes

@@ -14,7 +14,7 @@ from diffkv.lab.bench.throughput import (
     BLOCK_TOKENS,
     Setting,
     Workload,
-    bf16_bytes_per_token,
+    bf16_bytes,
     joined,
     random_workload,
     ratios,
@@ -78,7 +78,7 @@ class Map:
 
     def cells(self, kv_bytes: int, config: dict[str, Any]) -> list[Cell]:
         """Those whose longest request fits into a budget in bf16; vLLM starts with no other."""
-        most = int(kv_bytes * SPARE) // bf16_bytes_per_token(config)
+        most = int(kv_bytes * SPARE) // bf16_bytes(config)
         return [
             Cell(ctx, requests)
             for ctx in self.contexts

@@ -10,13 +10,13 @@ from typing import Any
 from diffkv.lab.bench.child import Child, medians
 from diffkv.lab.bench.engine import Job
 from diffkv.lab.bench.facts import Rows
-from diffkv.lab.bench.models import kv_bytes_per_token
+from diffkv.layout import bf16_bytes_per_token
 from diffkv.quant import ConfigError
 
 __all__ = [
     "Setting",
     "Workload",
-    "bf16_bytes_per_token",
+    "bf16_bytes",
     "four_requests",
     "joined",
     "random_workload",
@@ -39,15 +39,15 @@ BLOCK_TOKENS = 128
 def four_requests(config: dict[str, Any], longest: int) -> int:
     """A KV budget in which vLLM's own bf16 cache holds four requests of a length, and no fifth."""
     blocks = 4 * -(-longest // BLOCK_TOKENS) + 2
-    return blocks * BLOCK_TOKENS * bf16_bytes_per_token(config)
+    return blocks * BLOCK_TOKENS * bf16_bytes(config)
 
 
-def bf16_bytes_per_token(config: dict[str, Any]) -> int:
-    """Of vLLM's own cache, for a `config.json` that may leave head_dim and KV heads out."""
+def bf16_bytes(config: dict[str, Any]) -> int:
+    """Of a token in vLLM's own cache, for a `config.json` that may leave head_dim and KV heads out."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     kv_heads = config.get("num_key_value_heads", heads)
-    return kv_bytes_per_token({**config, "num_key_value_heads": kv_heads, "head_dim": head_dim})
+    return bf16_bytes_per_token(config["num_hidden_layers"] * kv_heads, head_dim)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from diffkv import __version__
-from diffkv.hf import DiffKVHFCache
+from diffkv.hf import DiffKVHFCache, PoolOptions
 from diffkv.lab.evaluation import kld, synth
 from diffkv.lab.evaluation.hf_runs import HFModel
 from diffkv.lab.evaluation.languages import LANGUAGES, English, ReferenceWords
@@ -56,7 +56,7 @@ class CacheSpec:
         """An empty cache for a model of transformers."""
         return DiffKVHFCache(
             model, self.quant, self.policy.fresh(), self.thresholds, self.window,
-            max_tokens, self.page_bytes, self.kernels, self.rotate,
+            max_tokens, self.rotate, PoolOptions(self.page_bytes, self.kernels),
         )  # fmt: skip
 
 

@@ -6,22 +6,17 @@ from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.scheduler.estimate import why_worst_case
 
-__all__ = ["banner", "bf16_bytes_per_token"]
+__all__ = ["banner"]
 
 
 TIERS = ("high", "low")
-
-
-def bf16_bytes_per_token(shape: PoolShape) -> int:
-    """Bytes of a token's keys and values in bf16, all layers and KV heads of a rank."""
-    return shape.num_heads * shape.layout.head_dim * 2 * 2
 
 
 def banner(options: Options, shape: PoolShape, vllm_config: Any) -> list[str]:
     """Lines: configuration, bytes, capacity against bf16, and what is off and why."""
     layout, thresholds = shape.layout, options.thresholds()
     budget = shape.num_pages * layout.page_bytes + shape.table_bytes
-    bf16 = bf16_bytes_per_token(shape)
+    bf16 = shape.bf16_bytes_per_token
     tiers = list(zip(TIERS, layout.tiers, strict=False))
     costs = ", ".join(
         f"{name} {tier.format}: {tier.tokens_per_page} tokens a page, "

@@ -8,7 +8,6 @@ from typing import Any
 
 from diffkv.shape import PoolShape
 from diffkv.state import PoolState
-from diffkv.vllm_plugin.scheduler.banner import bf16_bytes_per_token
 from diffkv.vllm_plugin.worker.snapshot import Snapshot
 
 __all__ = ["Accounts", "Request", "Totals"]
@@ -123,7 +122,7 @@ class Accounts:
         self._add(self._totals, request)
         spent = self._totals.num_bytes - before
         if spent:
-            bf16 = bf16_bytes_per_token(self._shape) * request.num_tokens
+            bf16 = self._shape.bf16_bytes_per_token * request.num_tokens
             self._since.ratios.append(bf16 / spent)
 
     def _add(self, totals: Totals, request: Request) -> None:
@@ -161,9 +160,7 @@ class Accounts:
             "tokens_low": low,
             "tokens_dropped": max(0.0, num_tokens - high - low),
             "bytes_per_token": per_token,
-            "compression_ratio": bf16_bytes_per_token(self._shape) / per_token
-            if per_token
-            else 0.0,
+            "compression_ratio": self._shape.bf16_bytes_per_token / per_token if per_token else 0.0,
         }
 
     def take(self) -> tuple[dict[str, float], list[float]]:
@@ -192,6 +189,6 @@ class Accounts:
                 "pages_held": self.num_held,
                 "num_slots": self._shape.num_slots,
                 "table_bytes": self._shape.table_bytes,
-                "bf16_bytes_per_token": bf16_bytes_per_token(self._shape),
+                "bf16_bytes_per_token": self._shape.bf16_bytes_per_token,
             },
         }

@@ -1,6 +1,6 @@
-"""What kernels know at compile time about a page: `PageLayout` in the form that they are given it.
+"""Compile-time constants of kernels: `PageLayout` in the form that they are given it.
 
-A fact that follows from others is computed here and not in a kernel.
+A constant that follows from others is computed here and not in a kernel.
 """
 
 from dataclasses import dataclass, fields
@@ -44,7 +44,7 @@ INTERPRETED = not isinstance(_jitted, triton.JITFunction)
 """Whether kernels run in Triton's interpreter, as they do where TRITON_INTERPRET=1."""
 
 
-class _Facts:
+class _Constants:
     """Wraps every field as a kernel's constants are, so that what is computed from them is one, too."""
 
     def __post_init__(self) -> None:
@@ -54,16 +54,16 @@ class _Facts:
 
 
 @dataclass(frozen=True)
-class Side(_Facts):
+class Side(_Constants):
     """K or V of one tier. For kernels: outside of them, fields are no plain numbers.
 
     Attributes:
-        bits: of an element.
+        bits: bits of an element.
         groups: (scale, zero) pairs of a vector; 1 where bits is 16, and then unused.
         head_dim: elements of a vector.
         codes: offset in a page, bytes.
         meta: likewise.
-        code_bytes: of a vector.
+        code_bytes: bytes of a vector's codes.
         planes: elements that share a byte; 1 for 16 bits.
         width: elements of a plane.
         padded: width as a matrix product takes it.
@@ -71,7 +71,7 @@ class Side(_Facts):
         split: groups of one plane where a plane has several, else 1.
         word: bytes that are transposed together where tokens are to be paired: 2 if a vector has enough.
         padded_words: words of a vector as a matrix product takes them.
-        unit: what a code counts for in a product: codes of fewer bits are moved to the top of a byte.
+        unit: value of a code in a product: codes of fewer bits are moved to the top of a byte.
         boost: power of two that keeps probability times scale away from float16's subnormal range,
             and below its maximum whatever the scale is.
         cut: share of a group's range that is cut off at each end.
@@ -96,13 +96,13 @@ class Side(_Facts):
 
 
 @dataclass(frozen=True)
-class Tier(_Facts):
+class Tier(_Constants):
     """One tier of a page. For kernels: outside of them, fields are no plain numbers.
 
     Attributes:
         k: keys.
         v: values.
-        tokens: of a page.
+        tokens: tokens of a page.
         tracked: whether tokens have sums and positions.
         sums: offset of the significance sums in a page, bytes.
         positions: likewise.
@@ -117,7 +117,7 @@ class Tier(_Facts):
 
 
 @dataclass(frozen=True)
-class Table(_Facts):
+class Table(_Constants):
     """Sizes of page tables. For kernels: outside of them, fields are no plain numbers.
 
     Attributes:
@@ -154,7 +154,7 @@ def _side(bits: int, groups: int, head_dim: int, codes: int, meta: int, code_byt
 
 
 def vector_side(bits: int, groups: int, head_dim: int) -> Side:
-    """Facts of vectors that are in no page."""
+    """Constants of vectors that are in no page."""
     return _side(bits, groups, head_dim, 0, 0, head_dim * bits // 8)
 
 
@@ -168,7 +168,7 @@ def _tier(tier: TierLayout, head_dim: int) -> Tier:
 
 
 def tiers_of(layout: PageLayout) -> tuple[Tier, ...]:
-    """Facts of a layout's tiers, high first."""
+    """Constants of a layout's tiers, high first."""
     assert META_BYTES == 4, "kernels read scale and zero as one 4-byte word"
     return tuple(_tier(tier, layout.head_dim) for tier in layout.tiers)
 
