@@ -23,9 +23,9 @@ def import_triton() -> Any:
     if INTERPRETED:
         os.environ["TRITON_INTERPRET"] = "1"
     from diffkv.kernels import triton
-    from diffkv.kernels.triton import facts
+    from diffkv.kernels.triton import constants
 
-    assert facts.INTERPRETED == INTERPRETED, "Triton was imported before TRITON_INTERPRET was set"
+    assert constants.INTERPRETED == INTERPRETED, "Triton was imported before TRITON_INTERPRET was set"
     return triton
 
 
