@@ -1,8 +1,7 @@
 """Settings of all tests."""
 
+import importlib.util
 import os
-
-from hypothesis import settings
 
 # Threads that wait must not spin: where they outnumber the cores, that costs seconds a test.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -12,6 +11,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # starts. vLLM would bind all of them to the same core.
     os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
-# A slow machine is no fault of the code: examples have no time limit.
-settings.register_profile("diffkv", deadline=None)
-settings.load_profile("diffkv")
+if importlib.util.find_spec(
+    "hypothesis"
+):  # the tests of operations run where there is only torch, too
+    from hypothesis import settings
+
+    # A slow machine is no fault of the code: examples have no time limit.
+    settings.register_profile("diffkv", deadline=None)
+    settings.load_profile("diffkv")

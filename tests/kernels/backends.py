@@ -78,18 +78,28 @@ class Backend:
         call = getattr(self.module, operation)
 
         def called(*args: Any) -> Any:
-            placed = [self.place(arg) for arg in args]
-            result = call(*placed)
-            for arg, moved in zip(args, placed, strict=True):
-                if isinstance(arg, Tensor) and moved is not arg:
-                    arg.copy_(moved)
+            placed = {id(arg): self.place(arg) for arg in args}  # an output may be an input, too
+            result = call(*(placed[id(arg)] for arg in args))
+            for arg in args:
+                if isinstance(arg, Tensor) and placed[id(arg)] is not arg:
+                    arg.copy_(placed[id(arg)])
             return on_cpu(result)
 
         return called
 
     def fill(self, state: PoolState, lens: list[int], **shares: float) -> None:
-        """Store random tokens, by kernels that are fast: `store_prompt` has tests of its own."""
-        fill(cpu if self.device == "cpu" else self, state, lens, **shares)
+        """Store random tokens in a state on the CPU, by kernels that are fast.
+
+        `store_prompt` has tests of its own.
+        """
+        if self.device == "cpu":
+            fill(cpu, state, lens, **shares)
+            return
+        placed = self.place(state)
+        fill(self, placed, lens, **shares)
+        for each in dataclasses.fields(state):
+            if isinstance(getattr(state, each.name), Tensor):
+                getattr(state, each.name).copy_(getattr(placed, each.name))
 
 
 def on_cpu(value: Any) -> Any:

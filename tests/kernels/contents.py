@@ -18,12 +18,14 @@ class Head:
         key: [n, head_dim] float64.
         value: likewise.
         sums: [n] float32, significance sums; 0 in a tier that is not tracked.
+        positions: [n] int32; -1 likewise.
         tiers: [n] int64.
     """
 
     key: Tensor
     value: Tensor
     sums: Tensor
+    positions: Tensor
     tiers: Tensor
 
 
@@ -53,8 +55,11 @@ def read_head(state: PoolState, slot: int, layer: int, head: int) -> Head:
                 continue
             pairs = read(meta, groups * 4, torch.float16).view(num, groups, 2)
             vectors.append(reference.dequantize(code, pairs, bits, torch.float64))
-        sums = read(tier.sums, 4, torch.float32)[:, 0] if tier.tracked else torch.zeros(num)
-        parts.append((*vectors, sums, torch.full((num,), number)))
+        sums, positions = torch.zeros(num), torch.full((num,), -1, dtype=torch.int32)
+        if tier.tracked:
+            sums = read(tier.sums, 4, torch.float32)[:, 0]
+            positions = read(tier.positions, 4, torch.int32)[:, 0]
+        parts.append((*vectors, sums, positions, torch.full((num,), number)))
     return Head(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 

@@ -21,6 +21,9 @@ LAYOUTS = [
 ]  # fmt: skip
 """(quant, head_dim, dtype, query heads of a KV head)."""
 
+GPU_ROUNDINGS, GPU_SUM_ERROR = 256, 1e-3
+"""Of products of float32, which a GPU computes in three parts of fewer bits."""
+
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float):
     """Plain torch in the dtype of its arguments, of one head: output [G, D], probabilities [G, n]."""
@@ -61,7 +64,8 @@ def check_head(backend: Backend, before: PoolState, after: PoolState, row, query
     # Of the output in its dtype, and of summands in float32: a quantised value is added as a zero
     # and a multiple of a scale, which may be twice as large; in Triton, of 1024 plus a code of at most
     # 255, in values and in keys
-    summands = (24 if backend.name == "triton" else 2) * old.value.abs().max()
+    times = 2 if backend.name != "triton" else 24 if backend.device == "cpu" else GPU_ROUNDINGS
+    summands = times * old.value.abs().max()
     rounding = max(
         wide.abs().max() * torch.finfo(dtype).eps, summands * torch.finfo(torch.float32).eps
     )
@@ -69,7 +73,7 @@ def check_head(backend: Backend, before: PoolState, after: PoolState, row, query
 
     tracked = torch.tensor([tier.tracked for tier in before.layout.tiers])[old.tiers]
     grown = torch.where(tracked, probs.amax(0), 0.0)
-    allowed = 1e-5
+    allowed = 1e-5 if backend.device == "cpu" else GPU_SUM_ERROR
     if (
         backend.name == "triton" and dtype is not torch.float32
     ):  # queries and probabilities in float16
@@ -100,12 +104,14 @@ def check(backend: Backend, state: PoolState, slots: list[int], group: int, spre
     assert_same(after, state)
 
 
-@pytest.mark.parametrize("drops", [True, False])
 @pytest.mark.parametrize(("quant", "head_dim", "dtype", "group"), LAYOUTS)
-def test_layouts(kernels, quant, head_dim, dtype, group, drops):
-    if not drops and quant in FORMATS[1:]:
-        pytest.skip("one format without sums is like another")
-    state = filled(kernels, quant, [37, 17, 70], head_dim, dtype, drops=drops)
+def test_layouts(kernels, quant, head_dim, dtype, group):
+    check(kernels, filled(kernels, quant, [37, 17, 70], head_dim, dtype), [2, -1, 0, 1], group)
+
+
+@pytest.mark.parametrize(("quant", "head_dim", "dtype", "group"), LAYOUTS[::4])
+def test_layouts_without_sums(kernels, quant, head_dim, dtype, group):
+    state = filled(kernels, quant, [37, 17, 70], head_dim, dtype, drops=False)
     check(kernels, state, [2, -1, 0, 1], group)
 
 

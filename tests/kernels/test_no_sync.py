@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from backends import INTERPRETED
 from make import fill, make_state
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 from diffkv import reference
 from diffkv.kernels import triton as kernels
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter would launch")
 
 VIEWS = {"aten.view", "aten.slice", "aten.select", "aten._unsafe_view", "aten.alias", "aten.detach"}
 

@@ -8,7 +8,7 @@ import pytest
 from make import make_state
 
 from diffkv import ops, reference
-from diffkv.kernels import cpu, triton
+from diffkv.kernels import cpu
 from diffkv.kernels.cpu.library import handle, vectors_library
 from diffkv.quant import ConfigError
 
@@ -25,14 +25,12 @@ def same_but_self(function, protocol):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kernels", [reference, cpu, triton], ids=lambda m: m.__name__)
-def test_same_signature(kernels, name):
-    assert same_but_self(getattr(kernels, name), getattr(ops.Ops, name))
+def test_same_signature(backend, name):
+    assert same_but_self(getattr(backend.module, name), getattr(ops.Ops, name))
 
 
-@pytest.mark.parametrize("kernels", [reference, cpu, triton], ids=lambda m: m.__name__)
-def test_nothing_else_is_offered(kernels):
-    functions = [name for name, value in vars(kernels).items() if inspect.isfunction(value)]
+def test_nothing_else_is_offered(backend):
+    functions = [name for name, value in vars(backend.module).items() if inspect.isfunction(value)]
     assert sorted(functions) == sorted(NAMES)
 
 
@@ -52,8 +50,8 @@ def _imports(package):
     return {name for name in found if name.startswith("diffkv.")}
 
 
-def test_kernels_are_chosen_by_device_or_name():
-    assert ops.load("cuda") is triton
+def test_kernels_are_chosen_by_device_or_name(triton):
+    assert ops.load("cuda") is triton.module
     assert ops.load("cpu", "reference") is reference
     assert ops.load("cuda", "reference") is reference
 

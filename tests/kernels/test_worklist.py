@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from backends import INTERPRETED
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +12,8 @@ from diffkv.kernels.triton import constants, worklist
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 from diffkv.shape import PoolShape
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="lists are made in Triton's interpreter")
 
 LAYERS = 1
 LENGTHS = st.one_of(st.integers(0, 300), st.integers(0, 40_000), st.just(4096), st.just(200_000))

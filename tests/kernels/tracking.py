@@ -1,7 +1,10 @@
 """The same requests on pools with and without sums that no decision reads: nothing else may differ."""
 
+import itertools
+
 import torch
-from backends import Backend, ints
+from backends import Backend, ints, on_cpu
+from contents import read_head
 from make import make_state, make_sums, make_tiers, make_tokens
 from torch import Tensor
 
@@ -46,20 +49,30 @@ def _decode(
     return outputs
 
 
-def _assert_alike(ops: Backend, state: PoolState, tracked: PoolState, slots: list[int]) -> None:
+def _assert_alike(state: PoolState, tracked: PoolState) -> None:
+    """Both keep the same codes of the same tokens, and the positions that either knows agree."""
     assert torch.equal(state.num_tokens, tracked.num_tokens)
-    most = max(1, int(state.num_tokens.sum(-1).max()))
-    for slot in slots:
-        for layer in range(state.num_layers):
-            key, value, positions, tiers = ops.gather(state, layer, slot, most)
-            wanted = ops.gather(tracked, layer, slot, most)
-            assert torch.equal(tiers, wanted[3]), "other tiers"
-            assert torch.equal(key, wanted[0]) and torch.equal(value, wanted[1]), "other codes"
-            known = torch.zeros_like(tiers, dtype=torch.bool)
-            for number, tier in enumerate(state.layout.tiers):
-                known |= (tiers == number) & tier.tracked
-            assert torch.equal(positions[known], wanted[2][known])
-            assert (positions[~known] == -1).all()
+    is_tracked = torch.tensor([tier.tracked for tier in state.layout.tiers])
+    for row in itertools.product(SLOTS, range(state.num_layers), range(state.num_kv_heads)):
+        got, wanted = read_head(state, *row), read_head(tracked, *row)
+        assert torch.equal(got.tiers, wanted.tiers), "other tiers"
+        assert torch.equal(got.key, wanted.key) and torch.equal(got.value, wanted.value)
+        known = is_tracked[got.tiers]
+        assert torch.equal(got.positions[known], wanted.positions[known])
+
+
+def _assert_gathered_alike(ops: Backend, state: PoolState, tracked: PoolState) -> None:
+    """Likewise of what `gather` returns, which says -1 for what it does not know."""
+    most = int(state.num_tokens.sum(-1).max())
+    key, value, positions, tiers = ops.gather(state, 1, SLOTS[0], most)
+    wanted = ops.gather(tracked, 1, SLOTS[0], most)
+    assert torch.equal(key, wanted[0]) and torch.equal(value, wanted[1])
+    assert torch.equal(tiers, wanted[3])
+    known = torch.zeros_like(tiers, dtype=torch.bool)
+    for number, tier in enumerate(state.layout.tiers):
+        known |= (tiers == number) & tier.tracked
+    assert torch.equal(positions[known], wanted[2][known])
+    assert (positions[~known] == -1).all()
 
 
 def run(ops: Backend, quant: str, head_dim: int, dtype: torch.dtype, steps: int) -> PoolState:
@@ -83,9 +96,10 @@ def run(ops: Backend, quant: str, head_dim: int, dtype: torch.dtype, steps: int)
         seq_lens = [lens[1] + step + 1, 1, lens[0] + step + 1]
         outputs = _decode(ops, pools, rows, seq_lens)
         assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True)), "other attention"
-        _assert_alike(ops, *pools, list(SLOTS))
+        _assert_alike(*map(on_cpu, pools))
         for each in pools:
             check_invariants(each)
+    _assert_gathered_alike(ops, *pools)
     grown = (state.num_tokens - before)[SLOTS[0]]
     assert (grown.sum(-1) == steps).all(), "a token was dropped"
     if state.layout.low is not None:

@@ -3,11 +3,11 @@
 import math
 
 import pytest
+from checkpoints import make
 from conftest import NEW_TOKENS, engine, random_prompts
 from stepping import Request, check_empty, check_quotas, drive, manager, worker
 from test_models import arguments, decode, token_ids
 
-from checkpoints import make  # isort: skip
 from diffkv.policy import Thresholds
 from diffkv.vllm_plugin.scheduler.estimate import (
     FEWEST_SEEN,

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import HIDDEN, VOCABULARY, make
 from conftest import engine, random_prompts
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-sys.path.append(str(Path(__file__).parents[1]))  # pytest adds this folder, but not the one above
-from checkpoints import HIDDEN, VOCABULARY, make
 
 FAMILY, HEAD_DIM, QUERY_HEADS = "llama3", 128, 4
 RANK = 8

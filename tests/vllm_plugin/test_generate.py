@@ -40,18 +40,20 @@ def check_arithmetic(cache: dict[str, Any]) -> None:
     assert 0 < cache["pages_peak"]
 
 
+@pytest.fixture(scope="class")
+def process() -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "diffkv", "generate", "--compare", "--json"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="class")
+def result(process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
 class TestDefaults:
     """The command that `make run` shows, in a process of its own."""
-
-    @pytest.fixture(scope="class")
-    def process(self) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "diffkv", "generate", "--compare", "--json"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-
-    @pytest.fixture(scope="class")
-    def result(self, process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-        assert process.returncode == 0, process.stderr
-        return json.loads(process.stdout)
 
     def test_console_is_quiet(self, process: subprocess.CompletedProcess[str]) -> None:
         assert process.stderr.strip() == ""

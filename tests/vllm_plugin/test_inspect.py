@@ -1,10 +1,10 @@
 """`diffkv inspect`: what it reads is what the pool holds, and what it shows is what it read."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import small_pool
 import torch
 
 from diffkv import ops
@@ -14,9 +14,6 @@ from diffkv.lab.rows import Row
 from diffkv.policy import DROPPED, HIGH
 from diffkv.vllm_plugin.front.insight import _join_heads
 from diffkv.vllm_plugin.worker.pages import read_pool, token_tiers
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest adds this folder, but not the one above
-import small_pool  # isort: skip
 
 NUM_TOKENS = 12
 ALPHAS = ("--alpha-high", "5", "--alpha-low", "0.04")

@@ -2,13 +2,11 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
-from diffkv.vllm_plugin.metrics import COUNTERS, GAUGES, HISTOGRAM, PREFIX
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import grafana_dashboard
+
+from diffkv.vllm_plugin.metrics import COUNTERS, GAUGES, HISTOGRAM, PREFIX
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,6 @@ the mean of |log p - log p'| over the five likeliest tokens of vLLM's own run, o
 first where the two runs choose differently, that one included: so far both have read the same text.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import FAMILIES, make
 from conftest import engine, random_prompts
 
 from diffkv.quant import ConfigError
-
-sys.path.append(str(Path(__file__).parents[1]))  # pytest adds this folder, but not the one above
-from checkpoints import FAMILIES, make
 
 NEW_TOKENS = 24
 LIKELIEST = 5

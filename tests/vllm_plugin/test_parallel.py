@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import test_models
+from checkpoints import make
 from conftest import MODEL, engine
 from test_models import Answer, arguments, decode, drift, token_ids
 
-from checkpoints import make  # isort: skip
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.messages import PagesHeld, ReportMessage
 

@@ -140,16 +140,18 @@ def mixed() -> dict[str, Request]:
     return requests
 
 
+@pytest.fixture(scope="class")
+def llm() -> Iterator[Any]:
+    with engine("k8v4-k4v2", {"alpha_high": 3, "alpha_low": 0.3}) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="class")
+def together(llm: Any) -> stepping.Driven:
+    return drive(llm, mixed())
+
+
 class TestOneEngine:
-    @pytest.fixture(scope="class")
-    def llm(self) -> Iterator[Any]:
-        with engine("k8v4-k4v2", {"alpha_high": 3, "alpha_low": 0.3}) as llm:
-            yield llm
-
-    @pytest.fixture(scope="class")
-    def together(self, llm: Any) -> stepping.Driven:
-        return drive(llm, mixed())
-
     def test_each_alone_gives_the_same(self, llm: Any, together: stepping.Driven) -> None:
         for name, request in mixed().items():
             alone = drive(llm, {name: request})

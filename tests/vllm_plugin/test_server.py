@@ -116,14 +116,15 @@ PROMPT = "<bos> k1 v2 ; k3 v4 ; k5 v6 ; k7 v8 ; ? k5"
 LONG = stepping.shipped_prompts()
 
 
-class TestServer:
-    @pytest.fixture(scope="class")
-    def server(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-        log = tmp_path_factory.mktemp("server") / "log"
-        command = [sys.executable, "-m", "diffkv", "serve", "reference", *FLAGS, "--drops"]
-        with running(command, "reference", log) as server:
-            yield server
+@pytest.fixture(scope="class")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "diffkv", "serve", "reference", *FLAGS, "--drops"]
+    with running(command, "reference", log) as server:
+        yield server
 
+
+class TestServer:
     @pytest.fixture
     def client(self, server: Server) -> openai.OpenAI:
         return server.client()

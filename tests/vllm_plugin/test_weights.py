@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import FORMATS, make, make_quantised
 from conftest import engine
 from test_models import PROMPTS, Answer, arguments, decode, drift, totals
 
-from checkpoints import FORMATS, make, make_quantised  # isort: skip
 from diffkv.quant import ConfigError
 
 DTYPES = {"gptq": "float16", "awq": "float16", "fp8": "bfloat16", "int8": "bfloat16"}

@@ -47,7 +47,7 @@ def _item(
     """Work of one program, for one head: tokens of one request, scored by its last queries.
 
     Returns (request, its first scored query, how many, its first token, how many, this program's tokens,
-    their keys); the request is R, and no token exists, where there is no work.
+    their keys); the request is R, and has no token, where there is no work.
     """
     pid = tl.program_id(0)
     items, through = _request_items(starts_k_ptr, R, R_PADDED, B)
@@ -57,11 +57,11 @@ def _item(
     end_q = tl.load(starts_q_ptr + request + 1)
     first_q = tl.maximum(tl.load(starts_q_ptr + request), end_q - max_queries)
     first_k = tl.load(starts_k_ptr + request)
-    n = tl.load(starts_k_ptr + request + 1) - first_k
+    n = tl.where(r < R, tl.load(starts_k_ptr + request + 1) - first_k, 0)
     token = (pid - before) * B + tl.arange(0, B)
     d = tl.arange(0, DP)
     at = (first_k + token).to(tl.int64) * stride + tl.program_id(1) * D
-    mask = ((token < n) & (r < R))[:, None] & (d < D)[None, :]
+    mask = (token < n)[:, None] & (d < D)[None, :]
     keys = tl.load(key_ptr + at[:, None] + d[None, :], mask=mask, other=0.0).to(DOT)
     return r, first_q, end_q - first_q, first_k, n, token, keys
 
