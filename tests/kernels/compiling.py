@@ -20,6 +20,10 @@ from diffkv.quant import QuantConfig
 LAYERS, HEADS = 32, 8
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
+rotate, significance = (
+    importlib.import_module(f"diffkv.kernels.triton.{name}") for name in ("rotate", "significance")
+)  # the package has functions of these names
+
 BYTES, INTS, FLOATS = "*u8", "*i32", "*fp32"
 TYPES = {
     "pages_ptr": BYTES, "codes_ptr": BYTES, "meta_ptr": "*fp16", "probs_ptr": "*fp16",
@@ -68,7 +72,7 @@ def code_of(
     name: str, quant: str, head_dim: int, group: int, drops=False, dtype="bf16", arch=90
 ) -> Code:
     """Compile one of `cases`."""
-    fn, constants, options = cases(quant, head_dim, group, drops)[name]
+    fn, constants, options = cases(quant, head_dim, group, drops, dtype)[name]
     if dtype == "fp32" and "RAW_DOT" in constants:
         constants |= {"RAW_DOT": tl.float32, "CODE_DOT": tl.float32}
     binary = compiled(fn, constants, dtype, arch, **options)
@@ -85,7 +89,9 @@ def code_of(
         return Code(int(usage[1]), int(usage[2]), shared, tool("--dump-sass"))
 
 
-def cases(quant: str, head_dim: int, group: int, drops: bool = False) -> dict[str, tuple]:
+def cases(
+    quant: str, head_dim: int, group: int, drops: bool = False, dtype: str = "bf16"
+) -> dict[str, tuple]:
     """(kernel, constants, options) of every kernel for one layout, as the wrappers launch them."""
     layout = PageLayout.derive(QuantConfig.parse(quant), head_dim, drops=drops)
     tiers, side = constants.tiers_of(layout), constants.vector_side(4, 2, head_dim)
@@ -102,9 +108,11 @@ def cases(quant: str, head_dim: int, group: int, drops: bool = False) -> dict[st
         "MAX": worklist.MAX_CHUNKS,
         "ROWS": 8, "COUNT": 1024,
     }  # fmt: skip
+    dot = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[dtype]
+    tokens, queries = significance.tile(padded, dot.primitive_bitwidth // 8)
     scored = {
-        "R_PADDED": 64, "H": HEADS, "G": group, "D": head_dim, "DP": padded, "DOT": tl.bfloat16,
-        "QUERIES": 64, "ROWS": 64, "B": 128,
+        "R_PADDED": 64, "H": HEADS, "G": group, "D": head_dim, "DP": padded, "DOT": dot,
+        "QUERIES": 64, "ROWS": queries, "B": tokens,
     }  # fmt: skip
     merged = {
         "HEADS": HEADS * group,
@@ -116,7 +124,8 @@ def cases(quant: str, head_dim: int, group: int, drops: bool = False) -> dict[st
     }
     turned = {
         "H": HEADS, "D": head_dim, "DP": padded, "BLOCK": head_dim & -head_dim, "INVERSE": True,
-        "DOT": tl.bfloat16, "PRECISION": "ieee", "B": 32,
+        "DOT": dot, "PRECISION": "ieee", "B": 32,
+        "K": rotate.matrix_rows(padded, dot.primitive_bitwidth // 8),
     }  # fmt: skip
     ring = {**tables, "TABLE": table, "B": 128}
     exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}

@@ -58,3 +58,11 @@ def test_attention_loads_codes_16_bytes_at_a_time(code_of, quant):
 def test_every_kind_of_layout_compiles(code_of, quant, head_dim, dtype, name):
     code = code_of(name, quant, head_dim, 16, dtype=dtype)
     assert code.shared_bytes <= 99 << 10, "more shared memory than Ada has"
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(256, "fp32"), (256, "bf16"), (128, "fp32")])
+@pytest.mark.parametrize("name", ["rotate", "lse", "sum"])
+def test_long_vectors_fit_the_shared_memory(code_of, head_dim, dtype, name):
+    code = code_of(name, "k8v4-k4v2", head_dim, 4, dtype=dtype)
+    print(f"\n| {name} {head_dim} {dtype} | {code.registers} | {code.shared_bytes} |")
+    assert code.shared_bytes <= 99 << 10, "more shared memory than Ada has"

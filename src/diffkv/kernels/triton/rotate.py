@@ -13,11 +13,17 @@ __all__ = ["rotate"]
 
 TILE_VECTORS = 32
 
+MATRIX_BYTES = 64 << 10
+"""Shared memory for rows of the matrix, which every GPU has beside the vectors'."""
+
 
 @triton.jit
-def _signs_of_blocks(D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr):
-    """[DP, DP] of 1, -1 and 0, which every dtype holds: Hadamard transforms on the diagonal."""
-    i = tl.arange(0, DP)[:, None]
+def _signs_of_blocks(
+    first, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """K rows of [DP, DP] of 1, -1, 0, which every dtype holds: Hadamard transforms on the diagonal."""
+    i = first + tl.arange(0, K)[:, None]
     j = tl.arange(0, DP)[None, :]
     parity = i & j & (BLOCK - 1)
     for shift in tl.static_range(3, -1, -1):
@@ -43,24 +49,34 @@ def _rotate_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     B: tl.constexpr,
+    K: tl.constexpr,
 ):
-    """B vectors a program. A sum is rounded once, after it is scaled."""
+    """B vectors a program, K of their elements at a time. A sum is rounded once, after it is scaled."""
     vector = (tl.program_id(0) * B + tl.arange(0, B)).to(tl.int64)
-    d = tl.arange(0, DP)
-    mask = (vector < N)[:, None] & (d < D)[None, :]
     row = vector // H
     head = vector % H
-    at = (row * x_stride + head * D)[:, None] + d[None, :]
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    flips = tl.load(signs_ptr + d, mask=d < D, other=0.0)[None, :]
-    if not INVERSE:
-        x *= flips
-    blocks = _signs_of_blocks(D, DP, BLOCK, DOT)
-    rotated = tl.dot(x.to(DOT), blocks, input_precision=PRECISION) * norm
+    x_at = (row * x_stride + head * D)[:, None]
+    rotated = tl.zeros([B, DP], tl.float32)
+    for first in tl.static_range(0, DP, K):
+        e = first + tl.arange(0, K)
+        mask = (vector < N)[:, None] & (e < D)[None, :]
+        x = tl.load(x_ptr + x_at + e[None, :], mask=mask, other=0.0).to(tl.float32)
+        if not INVERSE:
+            x *= tl.load(signs_ptr + e, mask=e < D, other=0.0)[None, :]
+        blocks = _signs_of_blocks(first, K, D, DP, BLOCK, DOT)
+        rotated = tl.dot(x.to(DOT), blocks, rotated, input_precision=PRECISION)
+    rotated *= norm
+    d = tl.arange(0, DP)
+    mask = (vector < N)[:, None] & (d < D)[None, :]
     if INVERSE:
-        rotated *= flips
+        rotated *= tl.load(signs_ptr + d, mask=d < D, other=0.0)[None, :]
     out_at = (row * output_stride + head * D)[:, None] + d[None, :]
     tl.store(output_ptr + out_at, rounded(rotated, output_ptr.dtype.element_ty), mask=mask)
+
+
+def matrix_rows(padded_dim: int, element_bytes: int) -> int:
+    """K: rows of the matrix that are multiplied at a time, a power of two."""
+    return min(padded_dim, MATRIX_BYTES // (padded_dim * element_bytes))
 
 
 def rotate(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:
@@ -75,9 +91,10 @@ def rotate(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:
     if not rows:
         return
     size, dtype = block_size(head_dim), DTYPES[x.dtype]
+    padded = max(MIN_DOT, triton.next_power_of_2(head_dim))
     _rotate_kernel[(triton.cdiv(rows * heads, TILE_VECTORS),)](
         x, signs, out, *strides, size**-0.5, rows * heads,
-        H=heads, D=head_dim, DP=max(MIN_DOT, triton.next_power_of_2(head_dim)), BLOCK=size,
+        H=heads, D=head_dim, DP=padded, BLOCK=size,
         INVERSE=inverse, DOT=dtype if x.is_cuda else tl.float32,
-        PRECISION="ieee", B=TILE_VECTORS, num_warps=4,
+        PRECISION="ieee", B=TILE_VECTORS, K=matrix_rows(padded, x.element_size()), num_warps=4,
     )  # fmt: skip

@@ -18,10 +18,10 @@ __all__ = ["significance"]
 LOG2_E = math.log2(math.e)
 
 ITEM_TOKENS = 128
-"""Tokens that one program scores."""
+"""Tokens that one program scores; fewer where float32 vectors are long."""
 
 QUERY_ROWS = 64
-"""Queries of one head that a program scores at a time."""
+"""Queries of one head that a program scores at a time, likewise."""
 
 MERGE_ITEMS = 32
 
@@ -211,6 +211,12 @@ def _sum_kernel(
         tl.store(sums_ptr + at, largest, mask=token < n)
 
 
+def tile(padded_dim: int, element_bytes: int) -> tuple[int, int]:
+    """Tokens and queries of one product: products of float32 keep parts of both in shared memory."""
+    smaller = max(1, padded_dim * element_bytes // 256) if element_bytes == 4 else 1
+    return max(MIN_DOT, ITEM_TOKENS // smaller), max(MIN_DOT, QUERY_ROWS // smaller)
+
+
 def significance(
     query: Tensor,
     key: Tensor,
@@ -231,19 +237,21 @@ def significance(
         return sums.zero_()
 
     max_queries = min(max_queries, num_queries)
-    rows, padded_queries = QUERY_ROWS, triton.cdiv(max_queries, QUERY_ROWS) * QUERY_ROWS
+    padded_dim = max(MIN_DOT, triton.next_power_of_2(head_dim))
+    tokens, rows = tile(padded_dim, key.element_size())
+    padded_queries = triton.cdiv(max_queries, rows) * rows
     # Lengths stay on the device: at most one item per request is not full
-    num_items = triton.cdiv(num_tokens, ITEM_TOKENS) + num_requests
+    num_items = triton.cdiv(num_tokens, tokens) + num_requests
     most = torch.empty(num_items, num_q_heads, padded_queries, dtype=torch.float32, device=device)
     total = torch.empty_like(most)
     lse = torch.empty(num_requests, num_q_heads, padded_queries, dtype=torch.float32, device=device)
     dtype = DTYPES[key.dtype]
     padded_requests = max(MIN_PADDED_REQUESTS, triton.next_power_of_2(num_requests))
-    packed = {"R_PADDED": padded_requests, "B": ITEM_TOKENS}
+    packed = {"R_PADDED": padded_requests, "B": tokens}
     queries = {"QUERIES": padded_queries, "ROWS": rows}
     heads = {
         "H": num_kv_heads, "G": num_q_heads // num_kv_heads, "D": head_dim,
-        "DP": max(MIN_DOT, triton.next_power_of_2(head_dim)),
+        "DP": padded_dim,
         # The interpreter has no products of bfloat16
         "DOT": tl.float32 if dtype is tl.bfloat16 and device.type != "cuda" else dtype,
     }  # fmt: skip
