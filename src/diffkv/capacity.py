@@ -205,9 +205,13 @@ def plan_format(
     num_requests = max(0, rank.kv_bytes - FIXED_BYTES) // request
     try:
         shape = PoolShape.fit(
-            rank.kv_bytes, layout, model.num_layers, rank.num_kv_heads, context,
+            rank.kv_bytes,
+            layout,
+            model.num_layers,
+            rank.num_kv_heads,
+            context,
             max(1, num_requests),
-        )  # fmt: skip
+        )
     except ConfigError:
         return FormatPlan(str(quant), request / context, 0, layout.page_bytes, starts=False)
     return FormatPlan(

@@ -20,8 +20,9 @@ def same_but_self(function, protocol):
     ours, theirs = inspect.signature(function), inspect.signature(protocol)
     expected = [each for name, each in theirs.parameters.items() if name != "self"]
     return (list(ours.parameters.values()), ours.return_annotation) == (
-        expected, theirs.return_annotation,
-    )  # fmt: skip
+        expected,
+        theirs.return_annotation,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

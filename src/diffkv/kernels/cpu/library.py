@@ -77,13 +77,22 @@ STATUS_ERRORS = {
 
 
 SIZES = (
-    "num_pages", "num_leaves", "num_layers", "num_kv_heads", "directory_width", "leaf_shift", "window",
-)  # fmt: skip
+    "num_pages",
+    "num_leaves",
+    "num_layers",
+    "num_kv_heads",
+    "directory_width",
+    "leaf_shift",
+    "window",
+)
 """Attributes of a state that its C++ struct has, too."""
 
 C_TYPES = {
-    torch.uint8: "uint8_t", torch.int32: "int32_t", torch.int64: "int64_t", torch.float32: "float",
-}  # fmt: skip
+    torch.uint8: "uint8_t",
+    torch.int32: "int32_t",
+    torch.int64: "int64_t",
+    torch.float32: "float",
+}
 
 
 class Pool(ctypes.Structure):

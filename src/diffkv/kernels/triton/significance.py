@@ -41,9 +41,18 @@ def _request_items(starts_ptr, R, R_PADDED: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def _item(
-    key_ptr, stride, starts_q_ptr, starts_k_ptr, max_queries, R,
-    R_PADDED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
+    key_ptr,
+    stride,
+    starts_q_ptr,
+    starts_k_ptr,
+    max_queries,
+    R,
+    R_PADDED: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DOT: tl.constexpr,
+    B: tl.constexpr,
+):
     """Work of one program, for one head: tokens of one request, scored by its last queries.
 
     Returns (request, its first scored query, how many, its first token, how many, this program's tokens,
