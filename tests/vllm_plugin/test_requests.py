@@ -211,7 +211,7 @@ class TestOneEngine:
 def test_without_the_admission_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scheduler's side logs a bad setting, once, and takes the engine's thresholds."""
     logged: list[str] = []
-    monkeypatch.setattr(side.logger, "error", lambda text, *args: logged.append(text % args))
+    monkeypatch.setattr(side.logger, "error", logged.append)
     prompt = stepping.shipped_prompts()[0]
     requests = {"bad": Request(prompt, 4, {"diffkv_alpha_low": -1}), "plain": Request(prompt, 4)}
     with engine("k8v4-k4v2", {"alpha_high": 3, "alpha_low": 0.3}, logits_processors=None) as llm:

@@ -47,13 +47,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made and spent.
+    """The answers of a run, and what it spent.
 
     Attributes:
-        answers: in the order of the prompts.
-        cache: what requests held when they ended; None with vLLM's own cache.
-        preemptions: of requests.
-        page_bytes: of a page, as the next two 0 with vLLM's own cache.
+        answers: one for each prompt, in their order.
+        cache: sums over requests when they ended; None with vLLM's own cache.
+        preemptions: number of preemptions.
+        page_bytes: size of a page; 0, like the next two, with vLLM's own cache.
         pages_peak: most pages held at once.
         running_peak: most requests at once.
     """

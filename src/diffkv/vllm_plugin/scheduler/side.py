@@ -53,10 +53,9 @@ class SchedulerSide:
         except ConfigError as error:
             thresholds = self._options.thresholds()
             logger.error(
-                "Request %s runs with the engine's thresholds: %s. Start vLLM with "
-                "--logits-processors %s to refuse such requests",
-                request.request_id, error, admission_path(self._options),
-            )  # fmt: skip
+                f"Request {request.request_id} runs with the engine's thresholds: {error}. Start vLLM "
+                f"with --logits-processors {admission_path(self._options)} to refuse such requests"
+            )
         self._thresholds[request.request_id] = thresholds
 
     def expect(self, request: Any) -> None:
