@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffkv.lab.evaluation.results import TASKS, Method, scores
+from diffkv.lab.rows import read
+
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 DATA = Path(__file__).parents[1] / "src" / "diffkv" / "data"
 FOLDER = DATA / "reference"
 PROMPTS = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
 NAMES = [prompt["name"] for prompt in PROMPTS]
-SCORE_ROW = re.compile(r"^\| (\w+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
+SCORE_ROW = re.compile(r"^\| ([\w-]+) \| (\w+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +74,23 @@ def test_the_model_with_head_dim_128_answers_them_too(tokenizer):
         assert logits.argmax(-1).tolist() == answer.tolist(), prompt["name"]
 
 
-def test_card_of_head_dim_128_has_scores_that_are_good_enough():
-    rows = SCORE_ROW.findall((DATA / "reference-128" / "README.md").read_text())
-    assert len(rows) == 2 * 11
-    assert all(float(accuracy) >= 0.98 for _, _, _, accuracy, _ in rows)
+@pytest.mark.parametrize("name", ["reference", "reference-128"])
+def test_card_has_the_scores_of_the_results(name):
+    """In full precision, over all seeds of one method: every method has the same samples."""
+    path = DATA.parents[2] / "docs" / "results" / "fidelity" / name / "results.jsonl"
+    rows = [row for row in read(path) if row.kind == TASKS]
+    same = [row for row in rows if Method.of(row) == Method.of(rows[0])]
+    expected = []
+    for cells in zip(*map(scores, same), strict=True):
+        n = sum(cell.n for cell in cells)
+        accuracy, exact = (
+            sum(getattr(cell, figure) * cell.n for cell in cells) / n
+            for figure in ("accuracy_full", "exact_full")
+        )
+        assert accuracy > 0.95
+        task = cells[0].task, cells[0].setting
+        expected.append((*task, str(n), f"{accuracy:.4f}", f"{exact:.3f}"))
+    assert SCORE_ROW.findall((DATA / name / "README.md").read_text()) == expected
 
 
 def test_answer_follows_the_facts(model, tokenizer):
@@ -108,19 +124,6 @@ def test_folder_is_small_and_has_one_precision(model):
     assert 2 * num_weights < num_bytes <= 10 * 2**20
     assert model.config.dtype == torch.float32
     assert json.loads((FOLDER / "config.json").read_text())["dtype"] == "bfloat16"
-
-
-def test_card_has_the_scores():
-    rows = SCORE_ROW.findall((FOLDER / "README.md").read_text())
-    tasks = {task for task, *_ in rows}
-    lengths = {int(length) for _, length, *_ in rows}
-
-    assert tasks == {"recall", "needle", "chain", "copy", "sum", "list"}
-    assert lengths == {512, 1024, 2048}
-    assert len(rows) == len(tasks) * len(lengths)
-    for _, _, num_samples, accuracy, exact in rows:
-        assert int(num_samples) > 0
-        assert 0 <= float(exact) <= float(accuracy) <= 1
 
 
 def test_training_draws_the_streams_of_the_shipped_models():
