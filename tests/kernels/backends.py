@@ -25,7 +25,9 @@ def import_triton() -> Any:
     from diffkv.kernels import triton
     from diffkv.kernels.triton import constants
 
-    assert constants.INTERPRETED == INTERPRETED, "Triton was imported before TRITON_INTERPRET was set"
+    assert constants.INTERPRETED == INTERPRETED, (
+        "Triton was imported before TRITON_INTERPRET was set"
+    )
     return triton
 
 
