@@ -55,7 +55,7 @@ def test_every_action_occurs(kernels):
 
 
 def pairs() -> list[str]:
-    """Pairs in which each of the original's formats that can be is once the high and once the low one."""
+    """Pairs in which each of the original's formats is once the high and once the low one."""
     found, seen = [], set()
     for high, low in itertools.product(FORMATS, FORMATS):
         try:
