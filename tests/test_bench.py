@@ -558,3 +558,11 @@ def test_refuses_in_one_line(capsys, command, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_diffkv_report_has_the_rows_of_diffkv_bench(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{row.to_json()}\n" for row in rows_of_all_kinds()))
+    assert main(["report", str(file), "--out", str(tmp_path), "--no-plots"]) == 0
+    assert capsys.readouterr().out.endswith("report.md\n")
+    assert "## Where the gain is" in (tmp_path / "report.md").read_text()

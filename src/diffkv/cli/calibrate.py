@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffkv import policies
 from diffkv.cli import prompts
+from diffkv.cli.arguments import positive
 from diffkv.cli.engine_options import DEFAULT_QUANT, REFERENCE, model_folder
 from diffkv.cli.models import config_file
 from diffkv.policy import WINDOW, Thresholds
@@ -88,14 +89,14 @@ def _add_question_options(parser: argparse.ArgumentParser) -> None:
     """Declare what is taken of the data, and how answers are scored."""
     parser.add_argument(
         "--samples",
-        type=int,
+        type=positive,
         metavar="N",
         help=f"so many of the prompts, at random (default: all; {SYNTH_SAMPLES} of {SYNTH})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument(
         "--prompt-tokens",
-        type=int,
+        type=positive,
         default=1024,
         metavar="N",
         help=f"length of the prompts of {SYNTH} (default: %(default)s)",
@@ -109,7 +110,7 @@ def _add_question_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=positive,
         metavar="N",
         help="new tokens for each prompt of a FILE (default: 64)",
     )
@@ -170,7 +171,6 @@ def run(args: argparse.Namespace) -> int:
     """Search, write the file, and print what was chosen."""
     if not args.verbose:
         prompts.silence_engine()
-    prompts.check_least(args, max_tokens=1, kv_memory=1, samples=1, prompt_tokens=1)
     options = _options(args)
     steps = _steps(args, options)
     if not args.out.parent.is_dir():

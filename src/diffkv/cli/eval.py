@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from diffkv.cli import eval_lm, prompts
+from diffkv.cli.arguments import at_least, positive
 from diffkv.cli.engine_options import (
     REFERENCE,
     SHIPPED,
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=at_least(0),
         nargs="+",
         default=[0],
         metavar="N",
@@ -80,11 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="of the model (default: the GPU)")
     parser.add_argument(
         "--threads",
-        type=int,
+        type=positive,
         help="CPU threads of --engine hf (default: 1 for the shipped model, which is too small to share "
         "out; torch's own choice for others)",
     )
-    parser.add_argument("--batch-size", type=int, default=DEFAULT_BATCH, help="samples at once")
+    parser.add_argument(
+        "--batch-size", type=positive, default=DEFAULT_BATCH, help="samples at once"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON lines there too")
     parser.add_argument(
         "--resume", action="store_true", help="keep the lines of --out, and run what is missing"
@@ -109,12 +112,15 @@ def _add_suite_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--n",
-        type=int,
+        type=at_least(2),
         default=DEFAULT_NUM_SAMPLES,
         help="samples of a task (default: %(default)s)",
     )
     group.add_argument(
-        "--tokens", type=int, default=DEFAULT_TOKENS, help="of a prompt (default: %(default)s)"
+        "--tokens",
+        type=at_least(256),
+        default=DEFAULT_TOKENS,
+        help="of a prompt (default: %(default)s)",
     )
     group = parser.add_argument_group("suite kld")
     group.add_argument(
@@ -125,7 +131,7 @@ def _add_suite_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--steps",
-        type=int,
+        type=positive,
         default=DEFAULT_STEPS,
         help="most compared steps of a text (default: %(default)s)",
     )
@@ -135,9 +141,6 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse before anything is loaded."""
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("diffkv eval needs transformers: pip install 'diffkv[eval]'")
-    prompts.check_least(args, n=2, tokens=256, steps=1, batch_size=1, threads=1)
-    if min(args.seed) < 0:
-        raise ConfigError(f"--seed must be at least 0, got {min(args.seed)}")
     if args.suite != eval_lm.SUITE:
         if args.flags:
             raise ConfigError(

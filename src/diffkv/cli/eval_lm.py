@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from diffkv.cli import prompts
+from diffkv.cli.arguments import positive
 from diffkv.cli.engine_options import cache_options
 from diffkv.quant import ConfigError
 
@@ -32,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "vLLM's engine",
     )
     group.add_argument(
-        "--limit", type=int, metavar="N", help="the first N samples of each task (default: all)"
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="the first N samples of each task (default: all)",
     )
     group.add_argument(
         "--thinking",
@@ -51,7 +55,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--suite {SUITE} needs lm-eval: pip install 'diffkv[eval]'")
     if not args.tasks:
         raise ConfigError(f"--suite {SUITE} runs what --tasks names: gsm8k, minerva_math, …")
-    prompts.check_least(args, limit=1)
     for name in ("device", "settings", "language", "texts", "methods"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name} does not go with --suite {SUITE}: leave it out")

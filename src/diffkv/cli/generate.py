@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from diffkv.cli import prompts
+from diffkv.cli.arguments import positive
 from diffkv.cli.engine_options import add_cache_options, cache_options
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     prompts.add_engine_options(parser)
     prompts.add_prompt_options(parser)
-    parser.add_argument("--max-tokens", type=int, help="new tokens for each prompt (default: 64)")
+    parser.add_argument(
+        "--max-tokens", type=positive, help="new tokens for each prompt (default: 64)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--ignore-eos", action="store_true", help="always make --max-tokens tokens")
     parser.add_argument(
@@ -39,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
         prompts.silence_engine()
     options = cache_options(args)
     questions = prompts.questions(args)
-    prompts.check_least(args, max_tokens=1, kv_memory=1)
     from diffkv.vllm_plugin.front.offline import generate
 
     engine = prompts.engine_arguments(args)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffkv.cli import prompts
+from diffkv.cli.arguments import positive
 from diffkv.cli.engine_options import add_cache_options, cache_options, model_folder
 from diffkv.cli.models import load_config
 from diffkv.quant import ConfigError
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_prompt_options(parser)
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=positive,
         default=1,
         metavar="N",
         help="new tokens of each prompt; 1 shows what the prompt left (default: %(default)s)",
@@ -48,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse before an engine starts what would fail after it."""
-    prompts.check_least(args, max_tokens=1, kv_memory=1)
     model = load_config(model_folder(args.model))
     for name, num in (("layer", model.num_layers), ("head", model.num_kv_heads)):
         if not 0 <= getattr(args, name) < num:

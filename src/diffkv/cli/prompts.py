@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from diffkv.cli.arguments import positive
 from diffkv.cli.engine_options import REFERENCE, SHIPPED, model_folder
 from diffkv.quant import ConfigError
 
@@ -18,7 +19,6 @@ __all__ = [
     "Question",
     "add_engine_options",
     "add_prompt_options",
-    "check_least",
     "device",
     "engine_arguments",
     "questions",
@@ -53,7 +53,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kv-memory",
-        type=int,
+        type=positive,
         metavar="BYTES",
         help="KV budget, tables included (vLLM: --kv-cache-memory-bytes; default: 256 MiB for the "
         "shipped model, vLLM's own choice for others)",
@@ -71,18 +71,6 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='a file of prompts: one a line, or JSON lines with "prompt" (default: shipped ones)',
     )
-
-
-def check_least(args: argparse.Namespace, **least: int) -> None:
-    """Refuse numbers that are too small, by the names of their options.
-
-    Raises:
-        ConfigError: names the option and its least value.
-    """
-    for name, bound in least.items():
-        value = getattr(args, name)
-        if value is not None and value < bound:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
 
 
 def questions(args: argparse.Namespace) -> list[Question]:

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="JSON lines that diffkv eval or diffkv inspect --json printed; runs that differ in their "
+        help="JSON lines of diffkv eval, bench or inspect; runs that differ in their "
         "seed alone are averaged",
     )
     parser.add_argument(

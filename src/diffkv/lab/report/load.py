@@ -1,10 +1,11 @@
-"""Reads result files: rows of `diffkv eval` and of `diffkv inspect --json`."""
+"""Reads result files: rows of `diffkv eval`, of `diffkv inspect --json` and of `diffkv bench`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffkv.lab import rows
+from diffkv.lab.bench.pages import KINDS as BENCH_KINDS
 from diffkv.lab.evaluation.results import HEADS, KLD, TASKS, KldScore, Method, TaskScore, scores
 from diffkv.lab.rows import Row
 from diffkv.quant import ConfigError
@@ -20,16 +21,18 @@ class Loaded:
         tasks: rows with a score for each task.
         kld: rows with a score for each mode.
         heads: rows of what each layer and head kept.
+        bench: rows of `diffkv bench`.
     """
 
     tasks: list[tuple[Row, list[TaskScore]]]
     kld: list[tuple[Row, list[KldScore]]]
     heads: list[Row]
+    bench: list[Row]
 
     @property
     def rows(self) -> list[Row]:
         """All rows."""
-        return [row for row, _ in (*self.tasks, *self.kld)] + self.heads
+        return [row for row, _ in (*self.tasks, *self.kld)] + self.heads + self.bench
 
 
 def read(paths: Sequence[Path]) -> Loaded:
@@ -38,10 +41,13 @@ def read(paths: Sequence[Path]) -> Loaded:
     Raises:
         ConfigError: a file that cannot be read or holds something else; two results of one case.
     """
-    loaded = Loaded([], [], [])
+    loaded = Loaded([], [], [], [])
     cases: list[tuple[str, dict[str, object]]] = []
     for path in paths:
         for row in rows.read(path):
+            if row.kind in BENCH_KINDS:
+                loaded.bench.append(row)
+                continue
             if row.error is not None:
                 raise ConfigError(f"{path} holds a run that failed: {row.error}")
             try:
@@ -53,7 +59,7 @@ def read(paths: Sequence[Path]) -> Loaded:
             if (row.kind, row.case) in cases:
                 raise ConfigError(f"{path} holds {name} once more: name each result once")
             cases.append((row.kind, row.case))
-    if not cases:
+    if not loaded.rows:
         raise ConfigError(f"{', '.join(map(str, paths))}: no results")
     return loaded
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffkv.lab import plots
+from diffkv.lab.bench.pages import add_sections
 from diffkv.lab.evaluation.results import KldScore, Method, TaskScore
 from diffkv.lab.page import Column, Page, number, percent, times, write_csv
 from diffkv.lab.report.heads import draw_heads
@@ -192,9 +193,11 @@ def write(
             name = _file_name("heads", row["model"], str(index))
             draw_heads(folder / name, row)
             plot(name, f"Tiers of each head: {row['model']}")
-    page.heading("Where it comes from")
-    page.text(NOTES)
-    page.sources(loaded.rows)
+    written += add_sections(page, loaded.bench, folder, with_plots)
+    if own := [row for row in loaded.rows if row not in loaded.bench]:
+        page.heading("Where it comes from")
+        page.text(NOTES)
+        page.sources(own)
     page.write(folder / REPORT)
     for name, flat in (("tasks.csv", map(_flat, tasks)), ("kld.csv", map(_flat, distances))):
         lines = list(flat)
