@@ -4,7 +4,8 @@ What changes a pool is in the operations; here is only how it begins, what it ho
 be true of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from diffkv.state import CacheState, PoolState
 
 __all__ = [
     "check_invariants",
+    "contents",
     "create",
     "create_cache",
     "held_pages",
     "page_growth",
     "prompt_pages",
+    "restore",
 ]
 
 
@@ -113,6 +116,34 @@ def _full_ring(memory: _Buffer, num: int) -> tuple[Tensor, Tensor]:
 def held_pages(state: PoolState, slots: Tensor) -> Tensor:
     """Pages that each of some slots holds: [R] int64."""
     return state.num_pages_held[slots].sum((1, 2, 3))
+
+
+def contents(state: PoolState) -> dict[str, Tensor]:
+    """A copy of all that a pool holds: every table, and of its pages those that are not free.
+
+    Returns:
+        Tensors by their name in `PoolState`; `pages` only of the ids in `page_ids`.
+    """
+    copied = {name: tensor.clone() for name, tensor in _tables(state).items()}
+    head, tail = state.ring_ends.tolist()
+    ring = torch.arange(head, tail, device=state.pages.device) % state.num_pages
+    is_held = torch.ones(state.num_pages, dtype=torch.bool, device=state.pages.device)
+    is_held[state.free_ring[ring].long()] = False
+    held = is_held.nonzero().flatten()
+    return {**copied, "page_ids": held, "pages": state.pages[held]}
+
+
+def restore(state: PoolState, copied: Mapping[str, Tensor]) -> None:
+    """Make a pool hold what `contents` copied from another one of its shape."""
+    for name, tensor in _tables(state).items():
+        tensor.copy_(copied[name])
+    state.pages[copied["page_ids"].to(state.pages.device)] = copied["pages"].to(state.pages.device)
+
+
+def _tables(state: PoolState) -> dict[str, Tensor]:
+    """The tensors of a pool, without its pages."""
+    values = {field.name: getattr(state, field.name) for field in fields(state)}
+    return {name: x for name, x in values.items() if isinstance(x, Tensor) and name != "pages"}
 
 
 def prompt_pages(layout: PageLayout, tiers: Tensor) -> int:
