@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from diffkv.cli.engine_options import model_folder
+from diffkv.cli.models import check_hub
+from diffkv.cli.option_types import Listed, num_bytes, num_tokens
 from diffkv.quant import ConfigError, QuantConfig
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
@@ -19,20 +21,11 @@ PASSES_FLAGS_ON = True
 """`throughput`, `map` and `serving` pass to vLLM what is not listed here; the others refuse it."""
 
 KIB = 1024
-SUFFIXES = {"K": KIB, "KiB": KIB, "MiB": KIB**2, "M": KIB**2, "GiB": KIB**3, "G": KIB**3}
 DEFAULT_QUANTS = ["k8v4", "k8v4-k4v2", "k16v16"]
 FULL_GRID = {"ctx": [KIB, 4 * KIB, 16 * KIB, 64 * KIB], "batch": [1, 8, 32, 128], "group": [4, 8]}
 SMOKE_REPEATS = 3
 SHIPPED = "shipped"
 RANDOM = "random"
-
-
-def size(text: str) -> int:
-    """A whole number, with K, M, G, KiB, MiB or GiB behind it if wanted."""
-    for suffix, factor in SUFFIXES.items():
-        if text.endswith(suffix):
-            return int(float(text.removesuffix(suffix)) * factor)
-    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,12 +49,16 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     from diffkv.lab.bench.fill import TIER_MIXES
 
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quant", nargs="+", default=DEFAULT_QUANTS, help="formats")
-    parser.add_argument("--tiers", nargs="+", choices=TIER_MIXES, default=["low", "mix"],
+    parser.add_argument("--quant", nargs="+", action=Listed, default=DEFAULT_QUANTS, help="formats")
+    parser.add_argument("--tiers", nargs="+", action=Listed, choices=TIER_MIXES, default=["low", "mix"],
                         help="all tokens high, all low, or 20 %% high (default: low mix)")  # fmt: skip
-    parser.add_argument("--ctx", nargs="+", type=size, default=[KIB, 4 * KIB, 16 * KIB])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--group", nargs="+", type=int, default=[4], help="query heads a KV head")
+    parser.add_argument(
+        "--ctx", nargs="+", action=Listed, type=num_tokens, default=[KIB, 4 * KIB, 16 * KIB]
+    )
+    parser.add_argument("--batch", nargs="+", action=Listed, type=int, default=[1, 8])
+    parser.add_argument(
+        "--group", nargs="+", action=Listed, type=int, default=[4], help="query heads a KV head"
+    )
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--ragged", choices=["no", "yes", "both"], nargs="?", const="yes",
@@ -93,7 +90,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="a folder, a model id, or 'reference'")
     source.add_argument("--random-weights", metavar="NAME", help="sizes of a known model")
-    parser.add_argument("--quant", nargs="+", default=["k8v4-k4v2"])
+    parser.add_argument("--quant", nargs="+", action=Listed, default=["k8v4-k4v2"])
     parser.add_argument("--alpha-high", type=float)
     parser.add_argument("--alpha-low", type=float)
     parser.add_argument("--window", type=int, help="most recent tokens that stay high")
@@ -102,9 +99,11 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
-    parser.add_argument("--kv-bytes", type=size, help="KV budget (default: four requests in bf16)")
-    parser.add_argument("--input-len", type=int, default=1024)
-    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument(
+        "--kv-bytes", type=num_bytes, help="KV budget (default: four requests in bf16)"
+    )
+    parser.add_argument("--input-len", type=num_tokens, default=1024)
+    parser.add_argument("--output-len", type=num_tokens, default=128)
     parser.add_argument("--num-prompts", type=int, default=16)
 
 
@@ -120,13 +119,13 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
 
 def _add_map(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
-    parser.add_argument("--ctx", nargs="+", type=size, default=[256, KIB, 4 * KIB],
+    parser.add_argument("--ctx", nargs="+", action=Listed, type=num_tokens, default=[256, KIB, 4 * KIB],
                         help="tokens of a prompt (default: 256 1K 4K)")  # fmt: skip
-    parser.add_argument("--requests", nargs="+", type=int, default=[1, 4, 12],
+    parser.add_argument("--requests", nargs="+", action=Listed, type=int, default=[1, 4, 12],
                         help="all there at the start (default: 1 4 12)")  # fmt: skip
-    parser.add_argument("--kv-bytes", nargs="+", type=size,
+    parser.add_argument("--kv-bytes", nargs="+", action=Listed, type=num_bytes,
                         help="KV budgets (default: 2 and 16 of the longest in bf16)")  # fmt: skip
-    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--output-len", type=num_tokens, default=64)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--apart", action="store_true",
                         help="one engine at a time, where memory does not hold all")  # fmt: skip
@@ -136,9 +135,9 @@ def _add_map(parser: argparse.ArgumentParser) -> None:
 def _add_serving(parser: argparse.ArgumentParser) -> None:
     _add_engine_options(parser)
     parser.add_argument("--url", help="of a running server, instead of starting some")
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 1.0, 2.0],
+    parser.add_argument("--rates", nargs="+", action=Listed, type=float, default=[0.5, 1.0, 2.0],
                         help="requests a second")  # fmt: skip
-    parser.add_argument("--goodput", nargs="+", default=[], metavar="METRIC:MS",
+    parser.add_argument("--goodput", nargs="+", action=Listed, default=[], metavar="METRIC:MS",
                         help="what a good answer keeps to, such as ttft:5000 tpot:200")  # fmt: skip
     parser.add_argument("--request-alpha-high", type=float, help="sent with every request")
     parser.add_argument("--request-alpha-low", type=float, help="likewise")
@@ -241,6 +240,7 @@ def _model(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any],
 
     model = model_folder(args.model)
     check_model(model)
+    check_hub(model)
     config = Path(model) / "config.json"
     return model, {}, json.loads(config.read_text()) if config.is_file() else {}
 

@@ -13,6 +13,7 @@ from diffkv import __version__, policies
 from diffkv.cli import generate
 from diffkv.cli.engine_options import DEFAULT_QUANT, REFERENCE, model_folder
 from diffkv.cli.models import config_file
+from diffkv.cli.option_types import Joined, num_bytes, num_tokens
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.quant import ConfigError
 
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"so many of the prompts, at random (default: all; {SYNTH_SAMPLES} of {SYNTH})",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N",
+    parser.add_argument("--prompt-tokens", type=num_tokens, default=1024, metavar="N",
                         help=f"length of the prompts of {SYNTH} (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--match", choices=("place", "anywhere"), default="place",
@@ -75,12 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, default=WINDOW,
                         help="recent tokens that stay high (default: %(default)s)")  # fmt: skip
     parser.add_argument(
-        "--search", default="alpha_high,alpha_low", metavar="WHAT",
+        "--search", action=Joined, default="alpha_high,alpha_low", metavar="WHAT",
         help="what is searched, separated by commas: alpha_high, alpha_low, and distinct, the share of "
         "a prompt that stays because its keys are unlike others (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--kv-memory", type=int, metavar="BYTES",
+        "--kv-memory", type=num_bytes, metavar="SIZE",
         help="KV budget, tables included (default: as for diffkv generate)",
     )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="show the engine's log")

@@ -17,6 +17,8 @@ from diffkv.cli.engine_options import (
     cache_options,
     model_folder,
 )
+from diffkv.cli.models import check_hub
+from diffkv.cli.option_types import Joined, num_tokens
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
 
@@ -68,8 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object there too")
     parser.add_argument("--json", action="store_true", help="only the JSON object, no table")
     group = parser.add_argument_group("suite synth")
-    group.add_argument("--tasks", help="names, separated by commas (default: all of the language)")
-    group.add_argument("--settings", help="easy, hard or easy,hard (default: what the engine can)")
+    group.add_argument(
+        "--tasks", action=Joined, help="names, separated by commas (default: all of the language)"
+    )
+    group.add_argument(
+        "--settings", action=Joined, help="easy, hard or easy,hard (default: what the engine can)"
+    )
     group.add_argument(
         "--language", help="of the tasks: reference, reference-128, english (default: by the model)"
     )
@@ -80,7 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="samples of a task (default: %(default)s)",
     )
     group.add_argument(
-        "--tokens", type=int, default=DEFAULT_TOKENS, help="of a prompt (default: %(default)s)"
+        "--tokens",
+        type=num_tokens,
+        default=DEFAULT_TOKENS,
+        help="of a prompt (default: %(default)s)",
     )
     group = parser.add_argument_group("suite kld")
     group.add_argument(
@@ -131,6 +140,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} is for --engine hf: vLLM chooses for itself")
     if args.engine == "vllm" and args.suite != "synth":
         raise ConfigError("--engine vllm runs --suite synth only: leave it out for kld")
+    check_hub(model_folder(args.model))
     if args.out is not None and not args.out.parent.is_dir():
         raise ConfigError(f"cannot write --out {args.out}: there is no folder {args.out.parent}")
 
@@ -213,7 +223,7 @@ def _report(args: argparse.Namespace, row: "TaskRow") -> None:
 
 
 def _vllm(args: argparse.Namespace, spec: "CacheSpec") -> "Run":
-    from diffkv.cli.generate import REFERENCE_KV_MEMORY_BYTES, silence_engine
+    from diffkv.cli.generate import silence_engine
     from diffkv.vllm_plugin.front.offline import check_model
 
     silence_engine()
@@ -227,7 +237,6 @@ def _vllm(args: argparse.Namespace, spec: "CacheSpec") -> "Run":
         "enforce_eager": True,
         "use_tqdm_on_load": False,
         "max_num_seqs": args.batch_size,
-        **({"kv_cache_memory_bytes": REFERENCE_KV_MEMORY_BYTES} if args.model == REFERENCE else {}),
         **({"dtype": args.dtype} if args.dtype else {}),
     }
     return run_tasks(args.model, engine, spec, _plan(args, vocabulary_of(folder)))

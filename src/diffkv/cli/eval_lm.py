@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from diffkv.cli.engine_options import REFERENCE, cache_options, model_folder
+from diffkv.cli.engine_options import cache_options, model_folder
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> "Run":
     """Run the tasks with vLLM's own cache, then with DiffKV."""
-    from diffkv.cli.generate import REFERENCE_KV_MEMORY_BYTES, silence_engine
+    from diffkv.cli.generate import silence_engine
 
     _check(args)
     silence_engine()
@@ -76,10 +76,9 @@ def evaluate(args: argparse.Namespace) -> "Run":
 
     model = model_folder(args.model)
     check_model(model)
-    memory = REFERENCE_KV_MEMORY_BYTES if args.model == REFERENCE else None
     arguments = {
         "model": model, "enforce_eager": True, "seed": args.seed, "dtype": args.dtype or "auto",
-        "kv_cache_memory_bytes": memory, **engine_flags(args.flags),
+        **engine_flags(args.flags),
     }  # fmt: skip
     start = time.perf_counter()
     scores = []

@@ -17,6 +17,8 @@ from diffkv.cli.engine_options import (
     cache_options,
     model_folder,
 )
+from diffkv.cli.models import check_hub
+from diffkv.cli.option_types import Listed, num_bytes
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run", "silence_engine"]
 PASSES_FLAGS_ON = True
 """Options that are not listed here are those of vLLM's engine."""
 
-REFERENCE_KV_MEMORY_BYTES = 256 << 20
 DEFAULT_MAX_TOKENS = 64
 
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=REFERENCE, help="a folder or a model id (default: the shipped model)"
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
+    source.add_argument("--prompt", nargs="+", action=Listed, metavar="TEXT", help="prompts")
     source.add_argument(
         "--prompts", type=Path, metavar="FILE",
         help='a file of prompts: one a line, or JSON lines with "prompt" (default: shipped ones)',
@@ -46,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--ignore-eos", action="store_true", help="always make --max-tokens tokens")
     parser.add_argument(
-        "--kv-memory", type=int, metavar="BYTES",
-        help="KV budget, tables included (vLLM: --kv-cache-memory-bytes; default: 256 MiB for the "
-        "shipped model, vLLM's own choice for others)",
+        "--kv-memory", type=num_bytes, metavar="SIZE",
+        help="KV budget, tables included: 512MiB, 2G, bytes … (vLLM: --kv-cache-memory-bytes; "
+        "default: what the prompts need at once, at most 4 GiB or one request of --max-model-len)",
     )  # fmt: skip
     parser.add_argument(
         "--compare", action="store_true", help="answer with vLLM's own cache too, and compare"
@@ -114,13 +115,19 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
 
     model = model_folder(args.model)
     check_model(model)
-    default_memory = REFERENCE_KV_MEMORY_BYTES if args.model in SHIPPED else None
+    check_hub(model)
+    flags = engine_flags(args.flags)
+    memory = {} if args.kv_memory is None else {"kv_cache_memory_bytes": args.kv_memory}
+    if memory.keys() & flags.keys():
+        raise ConfigError(
+            "--kv-memory and --kv-cache-memory-bytes are one option: give one of them"
+        )
     return {
         "model": model,
         "enforce_eager": True,
-        "kv_cache_memory_bytes": args.kv_memory or default_memory,
         "use_tqdm_on_load": args.verbose,
-        **engine_flags(args.flags),
+        **memory,
+        **flags,
     }
 
 

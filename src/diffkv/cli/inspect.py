@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from diffkv.cli import generate
 from diffkv.cli.engine_options import REFERENCE, add_cache_options, cache_options, model_folder
 from diffkv.cli.models import load_config
+from diffkv.cli.option_types import Listed, num_bytes
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=REFERENCE, help="a folder or a model id (default: the shipped model)"
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
+    source.add_argument("--prompt", nargs="+", action=Listed, metavar="TEXT", help="prompts")
     source.add_argument(
         "--prompts", type=Path, metavar="FILE",
         help='a file of prompts: one a line, or JSON lines with "prompt" (default: shipped ones)',
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=int, default=0, help=f"of {HTML} (default: 0)")
     parser.add_argument("--head", type=int, default=0, help=f"KV head of {HTML} (default: 0)")
     parser.add_argument(
-        "--kv-memory", type=int, metavar="BYTES",
+        "--kv-memory", type=num_bytes, metavar="SIZE",
         help="KV budget, tables included (default: as for diffkv generate)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

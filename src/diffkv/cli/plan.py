@@ -8,15 +8,15 @@ from typing import Any
 from diffkv.capacity import (
     HIGH_SHARE,
     Mix,
-    parse_bytes,
-    parse_tokens,
     plan_dense,
     plan_format,
     rank_of,
     verdict,
 )
 from diffkv.cli.models import load_config, weights_of
+from diffkv.cli.option_types import Listed
 from diffkv.quant import ConfigError, LayerQuant
+from diffkv.sizes import parse_bytes, parse_tokens
 
 __all__ = ["add_arguments", "run"]
 
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs (default: 1)"
     )
     parser.add_argument(
-        "--quant", nargs="+", metavar="FORMAT", default=list(DEFAULT_FORMATS),
+        "--quant", nargs="+", action=Listed, metavar="FORMAT", default=list(DEFAULT_FORMATS),
         help=f"formats to plan, by layer too, as in 0-3:k8v8,4-:k8v4-k4v2 (default: "
         f"{' '.join(DEFAULT_FORMATS)}); the verdict is on the first pair, {JUDGED} by default",
     )  # fmt: skip

@@ -58,7 +58,9 @@ def inspect(
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     insights = []
-    with offline.engine(offline.turned_on(replace(options, drops=True), arguments)) as llm:
+    args = offline.turned_on(replace(options, drops=True), arguments)
+    lengths = offline.expected_lengths(prompts, [{"max_tokens": max_tokens}] * len(prompts))
+    with offline.engine(args, [max(lengths)]) as llm:
         tokenizer = llm.get_tokenizer()
         for prompt in prompts:
             try:

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.arguments import arguments_of
+from diffkv.vllm_plugin.front.config_file import with_config_file
+from diffkv.vllm_plugin.front.memory import needed_bytes
 from diffkv.vllm_plugin.options import Options
 
 __all__ = [
@@ -26,11 +28,15 @@ __all__ = [
     "check_model",
     "engine",
     "engine_flags",
+    "expected_lengths",
     "first_line",
     "generate",
     "refusals_in_one_line",
     "turned_on",
 ]
+
+LETTERS_A_TOKEN = 2
+"""Fewer than texts have, so that an estimate of their tokens is on the safe side."""
 
 PYDANTIC_PREFIX = "Value error, "
 """How pydantic begins the message of a check that failed."""
@@ -137,7 +143,8 @@ def engine_flags(flags: Sequence[str]) -> dict[str, Any]:
     """Read command-line flags that are vLLM's own, under its own names.
 
     Raises:
-        ConfigError: a flag that vLLM does not know, or a bad value.
+        ConfigError: a flag that vLLM does not know, a bad value, or a file of flags (`--config`) that
+            conflicts with the command.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -146,12 +153,16 @@ def engine_flags(flags: Sequence[str]) -> dict[str, Any]:
 
     refuse_in_one_line(parser, "vLLM's engine")
     defaults = vars(parser.parse_args([]))
-    given = vars(parser.parse_args(list(flags)))
+    flags = with_config_file(parser, flags)
+    given = vars(parser.parse_args(flags))
     return {name: value for name, value in given.items() if value != defaults[name]}
 
 
-def _check_before_workers(args: dict[str, Any]) -> None:
+def _checked(args: dict[str, Any], lengths: Sequence[int] | None) -> dict[str, Any]:
     """Refuse what DiffKV cannot do while a refusal is still one line, not a worker's traceback.
+
+    Returns:
+        The arguments, with the KV memory that is needed where nothing is said of memory.
 
     Raises:
         ConfigError: names what to change.
@@ -164,29 +175,43 @@ def _check_before_workers(args: dict[str, Any]) -> None:
     from diffkv.vllm_plugin.options import options_of
     from diffkv.vllm_plugin.support import check_config
 
+    if args.get("data_parallel_size", 1) > 1:  # LLM refuses it itself
+        return args
     transfer = args.get("kv_transfer_config")
-    if transfer is None or args.get("data_parallel_size", 1) > 1:  # the latter LLM refuses itself
-        return
+    full = args
     if isinstance(transfer, dict):
-        args = {**args, "kv_transfer_config": KVTransferConfig(**transfer)}
-    config = EngineArgs(**args).create_engine_config(UsageContext.LLM_CLASS)
+        full = {**args, "kv_transfer_config": KVTransferConfig(**transfer)}
+    config = EngineArgs(**full).create_engine_config(UsageContext.LLM_CLASS)
     options = options_of(config)
-    if options is None:
-        refuse(config)
-    else:
+    if options is not None:
         check_config(config, options)
+    elif transfer is not None:
+        refuse(config)
+    if any(
+        args.get(name) is not None for name in ("kv_cache_memory_bytes", "gpu_memory_utilization")
+    ):
+        return args
+    return {**args, "kv_cache_memory_bytes": needed_bytes(config, options, lengths)}
 
 
 @contextlib.contextmanager
-def refusals_in_one_line(args: dict[str, Any]) -> Iterator[None]:
+def refusals_in_one_line(
+    args: dict[str, Any], lengths: Sequence[int] | None = None
+) -> Iterator[dict[str, Any]]:
     """Start an engine inside: its failures to start are the user's to read, in one line.
+
+    Args:
+        args: of vLLM's engine.
+        lengths: tokens of each request to come, prompt and answer, if they are known.
+
+    Yields:
+        The arguments to start it with: where they say nothing of memory, as much as it needs.
 
     Raises:
         ConfigError: what DiffKV or vLLM refuses of the engine's arguments.
     """
     try:
-        _check_before_workers(args)
-        yield
+        yield _checked(args, lengths)
     except ConfigError:
         raise
     except (ValueError, OSError, RuntimeError) as error:
@@ -194,12 +219,12 @@ def refusals_in_one_line(args: dict[str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def engine(args: dict[str, Any]) -> Iterator[Any]:
-    """An engine for a while."""
+def engine(args: dict[str, Any], lengths: Sequence[int] | None = None) -> Iterator[Any]:
+    """An engine for a while; arguments as of `refusals_in_one_line`."""
     from vllm import LLM
 
-    with refusals_in_one_line(args):
-        llm = LLM(**args)
+    with refusals_in_one_line(args, lengths) as settled:
+        llm = LLM(**settled)
     try:
         yield llm
     finally:
@@ -241,7 +266,7 @@ def generate(
         params = [SamplingParams(**each) for each in sampling]
     except (ValueError, VLLMClientError) as error:
         raise ConfigError(first_line(error)) from error
-    with engine(args) as llm:
+    with engine(args, expected_lengths(prompts, sampling)) as llm:
         check_lengths(llm, prompts)
         try:
             outputs = llm.generate(list(prompts), params, use_tqdm=progress)
@@ -250,6 +275,14 @@ def generate(
         answers = [as_answer(output) for output in outputs]
         use = None if options is None else cache_use(options, llm.collective_rpc("diffkv_summary"))
         return Result(answers, use, _preemptions(llm))
+
+
+def expected_lengths(prompts: Sequence[str], sampling: Sequence[dict[str, Any]]) -> list[int]:
+    """Tokens of each request, answer included, as an estimate by its letters."""
+    return [
+        len(prompt) // LETTERS_A_TOKEN + each.get("max_tokens", 0)
+        for prompt, each in zip(prompts, sampling, strict=True)
+    ]
 
 
 def as_answer(output: Any) -> Answer:
