@@ -18,8 +18,15 @@ from diffkv.prefill import Prefill
 from diffkv.state import CacheState, PoolState, PromptTokens
 from diffkv.steps import Decision, Packing, PromptChunk, Prompts, joined, on_device
 from diffkv.turn import Turn
+from diffkv.value_range import ValueRange
 
 __all__ = ["PromptPath"]
+
+
+def _fewest_bits(state: CacheState) -> tuple[int, int]:
+    """Bits of keys and of values, in the tiers that have fewest."""
+    formats = [tier.format for group in state.groups for tier in group.layout.tiers]
+    return min(f.k_bits for f in formats), min(f.v_bits for f in formats)
 
 
 class PromptPath:
@@ -49,6 +56,7 @@ class PromptPath:
         self._limits: dict[int, int] = {}
         self._given_up: set[int] = set()
         self._carried_queries: dict[tuple[int, int], Tensor] = {}
+        self.value_range = ValueRange(state.num_layers, self._device, *_fewest_bits(state))
 
     def __contains__(self, slot: int) -> bool:
         """Whether a slot has a request."""
@@ -119,6 +127,7 @@ class PromptPath:
         fate = prompts.fates[self._places[layer][0]]
         query, key, value = query[prompts.rows], key[prompts.rows], value[prompts.rows]
         turned_key, turned_value = self._turn.there(key), self._turn.there(value)
+        self.value_range.look(layer, turned_key, turned_value)
         whole = self._with_stored(layer, prompts, turned_key, turned_value)
         out = output[prompts.rows]
         if whole:

@@ -1,6 +1,7 @@
 """The cache itself: a pool for a batch, and its steps."""
 
 import copy
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -134,7 +135,7 @@ class DiffKVHFCache(Cache):
     def __setstate__(self, values: dict[str, Any]) -> None:
         """Become a copy, with a pool of its own."""
         num_seen, copied = values.pop("num_seen"), values.pop("contents")
-        vars(self).update(values)
+        self.__dict__.update(values)
         self._ops = ops.load(self._device.type, self._kernels)
         self._pages, self._step = None, None
         self.layers = [_Layer(self, i) for i in range(self._num_layers)]
@@ -265,6 +266,9 @@ class DiffKVHFCache(Cache):
             )
         if mask is not None and _paddings(mask, batch, seen) != self._first:
             raise ValueError("attention_mask differs from the prompt's in tokens that are stored")
+        problem = self._pages.range_problem()
+        if problem is not None:
+            warnings.warn(problem, stacklevel=2)
         slots = torch.arange(batch, dtype=torch.int32, device=self._device)
         lengths = torch.tensor([seen - first for first in self._first], dtype=torch.int32)
         return self._pages.plan((), slice(0, batch), slots, lengths.to(self._device))
