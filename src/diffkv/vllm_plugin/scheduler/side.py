@@ -43,24 +43,30 @@ class SchedulerSide:
             logger.info(line)
 
     def arrive(self, request: Any) -> None:
-        """Read a request's settings, once.
+        """Take note of a request, and read its settings."""
+        self._manager.know(request)
+        self._thresholds[request.request_id] = self._read(request)
+
+    def _read(self, request: Any) -> Thresholds:
+        """A request's thresholds.
 
         A bad one gets here only if vLLM was started without our admission check.
         """
         extra_args = getattr(request.sampling_params, "extra_args", None)
         try:
-            thresholds = thresholds_of(extra_args, self._options)
+            return thresholds_of(extra_args, self._options)
         except ConfigError as error:
-            thresholds = self._options.thresholds()
             logger.error(
                 "Request %s runs with the engine's thresholds: %s. Start vLLM with "
                 "--logits-processors %s to refuse such requests",
                 request.request_id, error, admission_path(self._options),
             )  # fmt: skip
-        self._thresholds[request.request_id] = thresholds
+            return self._options.thresholds()
 
     def expect(self, request: Any) -> None:
         """Describe a waiting request's prompt, before its quota is asked for."""
+        if request.resumable:  # each part of a session has settings of its own
+            self._thresholds[request.request_id] = self._read(request)
         prompt = None
         if request.num_tokens <= self._longest_expected:
             prompt = Prompt(request.num_tokens, self._thresholds[request.request_id])
@@ -78,6 +84,7 @@ class SchedulerSide:
         """Tell the workers what ended, and what starts with this step."""
         ended = set(scheduler_output.finished_req_ids)
         ended.update(scheduler_output.preempted_req_ids or ())
+        ended.update(self._manager.take_restarted())
         limits = self._manager.limits([start.request_id for start in self._started])
         started = [
             replace(start, max_pages=limits.get(start.request_id)) for start in self._started
