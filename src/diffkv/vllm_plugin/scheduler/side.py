@@ -41,6 +41,7 @@ class SchedulerSide:
         self._started: list[Started] = []
         for line in banner(options, self._manager.shape, vllm_config):
             logger.info(line)
+        _report_capacity(vllm_config.cache_config)
 
     def arrive(self, request: Any) -> None:
         """Take note of a request, and read its settings."""
@@ -101,6 +102,17 @@ class SchedulerSide:
         """Forget a request. The workers release its pages with the next step's message."""
         self._manager.forget(request_id)
         self._thresholds.pop(request_id, None)
+
+
+def _report_capacity(cache_config: Any) -> None:
+    """Make blocks times tokens of a block the capacity in tokens, as who reads them takes it to be.
+
+    Autoscalers and routers multiply these figures (`vllm:cache_config_info`). A real block is a page of
+    every layer, and its size in tokens is that of the longest request, so that a row of a block table
+    has one entry. The scheduler and the workers have read both by now.
+    """
+    cache_config.block_size = cache_config.DEFAULT_BLOCK_SIZE
+    cache_config.num_gpu_blocks = cache_config.kv_cache_size_tokens // cache_config.block_size
 
 
 def _only_manager(kv_cache_manager: Any) -> DiffKVManager:
