@@ -24,11 +24,11 @@ TORCH := $(if $(WHEELS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-bac
 
 CPP := $(shell find src -name '*.cpp' -o -name '*.h')
 
-# What `make bench` writes; tools/bench_report.py makes its tables and plots.
+# What `make bench` and `make eval` write.
 RESULTS := docs/results/cpu
 FIDELITY := docs/results/fidelity
 
-.PHONY: help env run test bench eval lint format clean
+.PHONY: help env run test bench eval eval-reference eval-reference-128 eval-hostile lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -67,16 +67,40 @@ bench: env ## measure on this machine, beside vLLM's own cache: tables and plots
 	$(BIN)/diffkv bench throughput --random-weights bench-small --input-len 4096 --output-len 512 --num-prompts 12 --out $(RESULTS)/throughput.jsonl
 	$(BIN)/diffkv bench map --random-weights bench-small --ctx 256 1K 4K --requests 1 4 12 --output-len 64 --out $(RESULTS)/map.jsonl
 	$(BIN)/diffkv bench serving --random-weights bench-small --input-len 1024 --output-len 64 --num-prompts 12 --rates 0.5 1 2 --goodput ttft:10000 tpot:200 --out $(RESULTS)/serving.jsonl
-	$(BIN)/python tools/bench_report.py
+	$(BIN)/diffkv report $(RESULTS)/*.jsonl --out $(RESULTS)
+
+# A process a core: the models are too small to be shared out. What was stopped goes on from build/eval.
+EVAL := $(BIN)/diffkv eval --threads 1 --rotate none --resume
+HOSTILE := plain massive-tokens-16 k-outliers-16 k-bias-16 v-outliers-4 v-outliers-16
+ANEW := build/eval
 
 eval: env ## compare methods on the shipped models' tasks: docs/results/fidelity
-	$(BIN)/python benchmarks/fidelity.py $(FIDELITY)/reference
-	$(BIN)/python benchmarks/fidelity.py $(FIDELITY)/reference-128 --model reference-128 --n 8
-	for model in reference reference-128; do \
-		$(BIN)/diffkv report $(FIDELITY)/$$model/*.json --out $(FIDELITY)/$$model || exit; done
-	$(BIN)/python benchmarks/hostile.py $(FIDELITY)/hostile
-	$(BIN)/python tools/hostile_report.py
-	$(BIN)/python tools/fidelity_table.py
+	@mkdir -p $(ANEW)
+	$(MAKE) --no-print-directory --jobs 2 eval-reference eval-reference-128 eval-hostile
+	for name in reference reference-128 hostile; do mv $(ANEW)/$$name.jsonl $(FIDELITY)/$$name/results.jsonl; done
+	$(BIN)/diffkv report $(FIDELITY)/reference/results.jsonl --out $(FIDELITY)/reference --no-plots
+	$(BIN)/diffkv report $(FIDELITY)/reference-128/results.jsonl --out $(FIDELITY)/reference-128
+	$(BIN)/diffkv report $(FIDELITY)/hostile/results.jsonl --out $(FIDELITY)/hostile --no-plots
+
+eval-reference:
+	$(EVAL) --methods $(FIDELITY)/reference/methods.txt --seed 0 1 2 --n 12 --out $(ANEW)/reference.jsonl
+	$(EVAL) --methods $(FIDELITY)/reference/methods.txt --suite kld --steps 64 --out $(ANEW)/reference.jsonl
+
+eval-reference-128:
+	$(EVAL) --model reference-128 --methods $(FIDELITY)/reference-128/methods.txt --seed 0 1 2 --n 8 \
+		--out $(ANEW)/reference-128.jsonl
+
+eval-hostile: $(HOSTILE:%=build/hostile/%)
+	for model in $^; do $(EVAL) --model $$model --methods $(FIDELITY)/hostile/methods.txt --n 4 \
+		--language reference-128 --tasks retrieval,long-chain,pair-chain --settings hard \
+		--out $(ANEW)/hostile.jsonl || exit; done
+
+# reference-128 has outliers of its own; the plain model is without them, and the others are made of it.
+build/hostile/plain:
+	$(BIN)/python training/hostile.py src/diffkv/data/reference-128 $@ k-outliers --scale 0.25
+
+build/hostile/%: build/hostile/plain
+	name=$*; $(BIN)/python training/hostile.py $< $@ $${name%-*} --scale $${name##*-}
 
 lint: env ## style, types, layers
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""Generate with transformers over a compressed cache, padded batch and all, and say what it cost.
+"""Generate a padded batch with transformers over a compressed cache, and print its cost.
 
 Run: .venv/bin/python examples/hf_generate.py
 """

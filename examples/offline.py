@@ -1,4 +1,4 @@
-"""Answer the shipped prompts with a compressed cache, from Python, and say what it cost.
+"""Answer the bundled prompts with a compressed cache, from Python, and print its cost.
 
 Run: .venv/bin/python examples/offline.py
 """
@@ -32,7 +32,7 @@ def main() -> None:
         verdict = "right" if answer == row["answer"] else f"wrong, should be {row['answer']}"
         print(f"{row['name']}: {answer} ({verdict})")
 
-    (summary,) = llm.collective_rpc("diffkv_summary")  # of each worker, here one
+    (summary,) = llm.collective_rpc("diffkv_summary")  # one per worker
     totals, bf16 = summary["totals"], summary["pool"]["bf16_bytes_per_token"]
     per_token = totals["num_bytes"] / totals["num_tokens"]
     print(

@@ -26,7 +26,7 @@ SETTINGS = (
     {},  # the engine's thresholds
     {"diffkv": "off"},  # every token stays high
     {"diffkv_alpha_high": 10},  # fewer tokens stay high
-    {"diffkv_alpha_low": 0.2},  # tokens that hardly anybody looks at are dropped
+    {"diffkv_alpha_low": 0.2},  # tokens that get little attention are dropped
 )
 
 
@@ -36,9 +36,8 @@ def main() -> None:
         str(DATA / "reference"),
         enforce_eager=True,
         kv_cache_memory_bytes=64 << 20,
-        **engine_args(
-            "k8v4-k4v2", alpha_high=3, drops=True
-        ),  # with drops, requests may set alpha_low
+        # With drops, requests may set alpha_low.
+        **engine_args("k8v4-k4v2", alpha_high=3, drops=True),
     )
     before = {"num_tokens": 0, "high": 0.0, "low": 0.0, "num_bytes": 0}
     for settings in SETTINGS:  # one after the other, only to count each one's bytes

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Serve the shipped model with a compressed cache: OpenAI API at http://127.0.0.1:8000/v1, gauges at
-# /metrics. --drops is there so that requests may set diffkv_alpha_low. Further arguments are those of `vllm serve`: examples/serve.sh --port 8001
+# Serve the bundled model with a compressed cache: OpenAI API at http://127.0.0.1:8000/v1, gauges at
+# /metrics. With --drops, requests may set diffkv_alpha_low. Further arguments go to `vllm serve`:
+# examples/serve.sh --port 8001
 set -eu
 cd "$(dirname "$0")/.."
 exec .venv/bin/diffkv serve reference --quant k8v4-k4v2 --alpha-high 3 --drops \

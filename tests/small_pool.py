@@ -8,7 +8,7 @@ from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 from diffkv.reference.pages import page_ids
 from diffkv.shape import PoolShape
-from diffkv.state import PromptTokens
+from diffkv.state import TENSORS, PromptTokens
 
 NUM_SLOTS, NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 3, 2, 2, 8
 MAX_MODEL_LEN = 16
@@ -17,9 +17,8 @@ WINDOW = 3
 
 def make_state(quant, page_bytes, num_pages, num_slots=NUM_SLOTS):
     layout = PageLayout.derive(QuantConfig.parse(quant), HEAD_DIM, page_bytes, 4, drops=True)
-    width = layout.max_pages(MAX_MODEL_LEN)
     # A leaf names two pages, so that heads of few tokens have several
-    shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, num_slots, width, num_pages, 2)
+    shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, num_slots, MAX_MODEL_LEN, num_pages, 2)
     buffer = torch.empty(shape.table_bytes + num_pages * page_bytes, dtype=torch.uint8)
     return pool.create(shape, buffer, torch.float32, WINDOW)
 
@@ -31,11 +30,7 @@ def num_free(state):
 
 def tensors(state):
     """Everything that an operation may change, but the counter of overruns."""
-    names = (
-        "pages", "free_ring", "ring_ends", "leaves", "free_leaves", "leaf_ends", "directory",
-        "num_tokens", "num_pages_held",
-    )  # fmt: skip
-    return {name: getattr(state, name).clone() for name in names}
+    return {name: getattr(state, name).clone() for name in TENSORS if name != "overruns"}
 
 
 def assert_only_counted(state, before):

@@ -1,36 +1,31 @@
-"""What `diffkv bench` computes from its timings, and that it refuses what makes no sense."""
+"""Parts of `diffkv bench` that need no engine; tests/vllm_plugin has runs of the commands."""
 
 import itertools
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from diffkv import ops
 from diffkv.cli import main
-from diffkv.lab.bench import fill, gain_map, manager, models, plots, prompt, throughput
+from diffkv.lab import timing
+from diffkv.lab.bench import attention, fill, models, pages, pool, prompt, sweep, throughput
 from diffkv.lab.bench.attention import Grid, Point
-from diffkv.lab.bench.facts import Rows, percentile
-from diffkv.lab.bench.host_table import HostTable
-from diffkv.lab.bench.timing import Case, measure
+from diffkv.lab.bench.stock import Checked, dense_attention, stock_cases
+from diffkv.lab.page import Page
+from diffkv.lab.provenance import Provenance
+from diffkv.lab.rows import Row, Writer
+from diffkv.lab.timing import Case
+from diffkv.quant import ConfigError
 
-
-def test_percentile_is_a_value_that_was_measured():
-    values = [float(x) for x in range(10)]
-    assert [percentile(values, share) for share in (0.0, 0.2, 0.8, 1.0)] == [0, 2, 8, 9]
+HERE = Provenance("diffkv bench", "Some CPU", "0.1.0", "2.13.0")
 
 
 def test_exponent_of_a_power_law():
     sizes = [1, 4, 16, 64]
-    assert manager.exponent(sizes, [3 * size**0.5 for size in sizes]) == pytest.approx(0.5)
-
-
-def test_cases_run_in_turn():
-    order = []
-    cases = [Case(name, lambda n=name: order.append(n), 1, {}) for name in "ab"]
-    timings = measure(cases, repeats=3)
-    assert "".join(order) == "ab" * (len(order) // 2)
-    assert all(0 <= t.p20 <= t.ms <= t.p80 for t in timings)
+    assert pool.exponent(sizes, [3 * size**0.5 for size in sizes]) == pytest.approx(0.5)
 
 
 def test_grid_has_no_ragged_batch_of_one():
@@ -41,25 +36,205 @@ def test_grid_has_no_ragged_batch_of_one():
     assert sum(Point(1024, 8, 4, True).lengths()) == pytest.approx(8 * 1024, abs=8)
 
 
-def test_useful_bytes_are_those_of_the_kept_tokens():
+def test_kept_tokens_are_counted_by_tier():
     state = fill.make_pool("k8v4-k4v2", 64, torch.bfloat16, (1, 2), 2, 300)
     tokens = fill.random_tokens([300, 100], 2, 64, torch.bfloat16, "cpu")
     fill.fill(state, ops.load("cpu"), tokens, high_share=0.0)
-    high, low = state.layout.tiers
-    in_window = state.window
-    assert fill.useful_bytes(state, 0) == 2 * (
-        2 * in_window * high.token_bytes + (400 - 2 * in_window) * low.token_bytes
+    assert fill.kept_tokens(state, 0) == [2 * 2 * state.window, 2 * (400 - 2 * state.window)]
+    single = fill.make_pool("k8v4", 64, torch.bfloat16, (1, 2), 2, 300)
+    fill.fill(single, ops.load("cpu"), tokens, high_share=0.0)
+    assert fill.kept_tokens(single, 0) == [2 * 400]
+
+
+def test_parts_of_the_overhead():
+    """Of one request of one token: a page that holds one, its ring entry, and all tables."""
+    state = fill.make_pool("k8v4", 64, torch.bfloat16, (1, 1), 1, 64)
+    fill.fill(state, ops.load("cpu"), fill.random_tokens([1], 1, 64, torch.bfloat16, "cpu"), 1.0)
+    parts = pool._overhead(state, 1, 64)
+    page, token = state.layout.page_bytes, state.layout.high.token_bytes
+    budget = (page - token) / parts["half_empty_pages"]
+    assert parts["ring"] * budget == pytest.approx(4)
+    assert sum(parts.values()) == pytest.approx(1 - token / budget)
+
+
+def run_of_a_grid(capsys, monkeypatch, grid, **faults):
+    """Rows of a small grid, on a machine with small caches and without vLLM."""
+    writer = Writer(HERE)
+    monkeypatch.setattr(timing, "_cache_bytes", lambda _: 1 << 10)
+    monkeypatch.setitem(timing.MIN_FLUSH_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(attention, "stock_cases", faults.get("stock", lambda *_: ([], ["no vLLM"])))
+    attention.run(grid, "cpu", writer)
+    return writer.rows, capsys.readouterr().out
+
+
+def test_attention_rows(capsys, monkeypatch):
+    grid = Grid(["k8v4-k4v2", "k16v16"], ["high", "low"], [100], [2], [2], [True], 2, 64, repeats=2)
+    rows, printed = run_of_a_grid(capsys, monkeypatch, grid)
+    assert [(row["quant"], row["tiers"]) for row in rows] == [
+        ("k8v4-k4v2", "high"), ("k8v4-k4v2", "low"), ("k16v16", "high"),
+    ]  # fmt: skip
+    assert "no vLLM" in printed and printed.count("of read") == len(rows)
+    high, low, exact = rows
+    assert exact["bytes"] == 2 * (25 + 175) * 2 * 64 * 2
+    assert exact["relative_error"] < 0.01 < high["relative_error"] < low["relative_error"]
+    for row in rows:
+        assert row["gb_per_s"] * row["ms"] * 1e6 == pytest.approx(row["bytes"])
+        assert {"vs_stock_bf16", "peak_share"}.isdisjoint(row.measured)
+
+
+def test_ratios_are_to_the_stock_kernels_that_ran(capsys, monkeypatch):
+    def stock(query, tokens, scale, device):
+        output = torch.empty_like(query)
+        exact = dense_attention(query, tokens, scale)
+        case = Case("stock bf16", lambda: output.copy_(exact), 1, {"engine": "stock bf16"})
+        return [Checked(case, output, 0.01)], []
+
+    grid = Grid(["k8v4"], ["high"], [100], [1], [2], [False], 2, 64, repeats=2)
+    (theirs, ours), _ = run_of_a_grid(capsys, monkeypatch, grid, stock=stock)
+    assert theirs["vs_stock_bf16"] == 1
+    assert ours["vs_stock_bf16"] == pytest.approx(theirs["ms"] / ours["ms"])
+    assert ours.get("vs_stock_fp8") is None
+
+
+def test_a_wrong_output_is_never_timed(capsys, monkeypatch):
+    """Whatever the format: its output is compared with attention over what its own pages hold."""
+    kernels = ops.load("cpu")
+    grid = Grid(["k8v4-k4v2"], ["low"], [100], [1], [2], [False], 2, 64, repeats=2)
+
+    class Broken:
+        def __getattr__(self, name):
+            return getattr(kernels, name)
+
+        def attend(self, state, layer, slots, query, scale, output):
+            kernels.attend(state, layer, slots, query, scale * 1.1, output)
+
+    monkeypatch.setattr(attention.ops, "load", lambda _: Broken())
+    with pytest.raises(RuntimeError, match="k8v4-k4v2 low: wrong output, relative error"):
+        run_of_a_grid(capsys, monkeypatch, grid)
+
+
+def test_an_output_that_is_not_written_is_wrong():
+    output = torch.zeros(1, 2, 4)
+    with pytest.raises(RuntimeError, match="idle: wrong output, relative error nan"):
+        attention._check(Checked(Case("idle", lambda: None, 1), output, 1.0), torch.ones(1, 2, 4))
+
+
+def forbid_vllm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+
+
+def some_tokens(*lengths):
+    tokens = fill.random_tokens(lengths, 2, 64, torch.bfloat16, "cpu")
+    return tokens, torch.randn(len(lengths), 4, 64).bfloat16()
+
+
+def test_kernels_of_a_gpu_are_named_where_they_are_missing(monkeypatch):
+    forbid_vllm(monkeypatch)
+    tokens, query = some_tokens(40, 20)
+    found, missing = stock_cases(query, tokens, 0.125, "cuda")
+    assert found == []
+    assert [line.split(":")[0] for line in missing] == [
+        "stock bf16", "stock fp8", "stock turboquant_k8v4", "stock turboquant_4bit_nc",
+    ]  # fmt: skip
+    assert missing[0].endswith("not here (torch's dense attention needs requests of one length)")
+    assert all("vllm" in line for line in missing[1:])
+
+
+def test_torch_is_the_baseline_without_vllm(monkeypatch):
+    forbid_vllm(monkeypatch)
+    tokens, query = some_tokens(40, 40, 40)
+    (checked,), _ = stock_cases(query, tokens, 0.125, "cuda")
+    assert (checked.case.name, checked.case.facts["kernel"]) == (
+        "stock bf16",
+        "torch flash-attention",
     )
+    assert checked.case.num_bytes == 2 * 3 * 40 * 2 * 64 * 2
+    assert attention._check(checked, dense_attention(query, tokens, 0.125)) < checked.limit
 
 
-def test_host_tables_do_the_same():
-    shape = (2, 3, 2, 64)
-    vectorised, by_hand = (HostTable(shape, (8, 12), 0.3, 3.0) for _ in range(2))
-    for _ in range(20):
-        vectorised.step_numpy()
-        by_hand.step_python()
-    for one, other in ((vectorised._counts, by_hand._counts), (vectorised._pages, by_hand._pages)):
-        np.testing.assert_array_equal(one, other)
+class FakeVllm:
+    """vLLM's kernels for GPUs as its backends call them, in plain torch."""
+
+    def __init__(self, version):
+        self.version = version
+        self.stored = {}
+
+    def modules(self):
+        base = "vllm.model_executor.layers.quantization.turboquant"
+        config = SimpleNamespace(
+            slot_size_aligned=208, slot_size=196, centroid_bits=1, key_packed_size=128,
+            effective_value_quant_bits=4, key_mse_bits=0, key_fp8=True, norm_correction=False,
+        )  # fmt: skip
+        return {
+            "vllm.v1.attention.backends.fa_utils": {
+                "flash_attn_varlen_func": self.flash,
+                "get_flash_attn_version": lambda head_size: self.version,
+                "get_scheduler_metadata": lambda *_, **options: options["page_size"],
+            },
+            f"{base}.centroids": {"get_centroids": lambda *_: torch.tensor([1.0, -1.0])},
+            f"{base}.config": {
+                "TurboQuantConfig": SimpleNamespace(from_cache_dtype=lambda name, dim: config)
+            },
+            "vllm.v1.attention.backends.turboquant_attn": {
+                "_build_hadamard": lambda dim, device: torch.eye(dim)
+            },
+            "vllm.v1.attention.ops.triton_turboquant_store": {
+                "triton_turboquant_store": self.store
+            },
+            "vllm.v1.attention.ops.triton_turboquant_decode": {
+                "triton_turboquant_decode_attention": self.decode
+            },
+        }
+
+    def attend(self, query, key, value, table, lengths, scale, output):
+        """Over key and value [slots, heads, head_dim], which a table of blocks of 16 names."""
+        for row, length in enumerate(lengths.tolist()):
+            at = torch.arange(length)
+            slots = table[row, at // 16].long() * 16 + at % 16
+            tokens = fill.Tokens(key[slots], value[slots], [length])
+            output[row] = dense_attention(query[row : row + 1], tokens, scale)[0].to(output.dtype)
+
+    def flash(self, query, key, value, longest_q, starts, longest, **options):
+        assert (longest_q, longest) == (1, int(options["seqused_k"].max()))
+        assert options["fa_version"] == self.version and options["causal"]
+        assert options.get("scheduler_metadata") == (16 if self.version == 3 else None)
+        assert ("k_descale" in options) == (key.element_size() == 1)
+        flat = (x.reshape(-1, *x.shape[2:]) for x in (key, value))
+        self.attend(
+            query, *flat, options["block_table"], options["seqused_k"], options["softmax_scale"],
+            options["out"],
+        )  # fmt: skip
+
+    def store(self, key, value, cache, slots, *_, **options):
+        assert cache.shape[-1] == 208 and options == {"key_fp8": True}
+        for name, x in (("key", key), ("value", value)):
+            empty = torch.zeros(cache.shape[0] * 16, *x.shape[1:])
+            mine = self.stored.setdefault((id(cache), name), empty)
+            mine[slots.long()] = x.float()
+
+    def decode(self, query, cache, table, lengths, rotation, centroids, scale, *_, **options):
+        key, value = (self.stored[id(cache), name] for name in ("key", "value"))
+        self.attend(query, key, value, table, lengths, scale, options["output_buf"])
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_vllms_kernels_for_gpus_get_every_token_of_every_request(monkeypatch, version):
+    """Blocks in random order, requests of several lengths, and both kinds of flash-attention."""
+    for name, attributes in FakeVllm(version).modules().items():
+        for part in itertools.accumulate(name.split("."), "{}.{}".format):
+            monkeypatch.setitem(sys.modules, part, ModuleType(part))
+        vars(sys.modules[name]).update(attributes)
+    tokens, query = some_tokens(40, 7, 64)
+    found, missing = stock_cases(query, tokens, 0.125, "cuda")
+    names = ["bf16", *(["fp8"] if version == 3 else []), "turboquant_k8v4", "turboquant_4bit_nc"]
+    assert [checked.case.facts["quant"] for checked in found] == names
+    assert missing == (
+        [] if version == 3 else ["stock fp8: not here (flash-attention 2 has no fp8)"]
+    )
+    for checked in found:
+        assert attention._check(checked, dense_attention(query, tokens, 0.125)) < checked.limit
+    assert found[0].case.num_bytes == 2 * (40 + 7 + 64) * 2 * 64 * 2
+    assert found[-1].case.num_bytes == 196 * (40 + 7 + 64) * 2
 
 
 def test_random_workload_is_the_same_again_and_keeps_its_spread():
@@ -70,23 +245,39 @@ def test_random_workload_is_the_same_again_and_keeps_its_spread():
     assert {*itertools.chain(*workload.prompts)} <= set(range(3, 512))
 
 
-def test_ratios_do_not_depend_on_the_order_of_settings():
-    names = throughput.COMPARED
-    stock = {"engine": "stock bf16", **dict(zip(names, (2.0, 4.0, 8.0), strict=True))}
-    ours = {"engine": "diffkv", **dict(zip(names, (3.0, 10.0, 6.0), strict=True))}
-    failed = {"engine": "stock fp8", "error": "not here"}
-    expected = {
-        "vs_stock_bf16": 1.5, "decode_vs_stock_bf16": 2.5, "prefill_vs_stock_bf16": 0.75,
-        "vs_stock_fp8": None, "decode_vs_stock_fp8": None, "prefill_vs_stock_fp8": None,
-    }  # fmt: skip
-    assert throughput.ratios(ours, [stock, ours]) == expected
-    assert throughput.ratios(ours, [ours, stock]) == expected
-    assert set(throughput.ratios(failed, [stock, ours]).values()) == {None}
+def figures(tokens, decode, prefill):
+    return dict(zip(throughput.COMPARED, (tokens, decode, prefill), strict=True))
 
 
-def map_row(requests, ratio, ctx=1024, **more):
-    row = {"engine": "diffkv", "quant": "k8v4", "kv_bytes": 10**7, "ctx": ctx, "requests": requests}
-    return {**row, **dict.fromkeys(gain_map.RATIOS), "decode_vs_stock_bf16": ratio, **more}
+def test_rows_of_settings_and_their_ratios():
+    compared = throughput.settings([{"quant": "k8v4", "alpha_high": 3.0}])
+    writer = Writer(HERE)
+    results = [
+        [figures(2.0, 4.0, 8.0)],
+        [{"error": "not here"}],
+        [figures(3.0, 10.0, 6.0), figures(5.0, 12.0, 10.0), figures(4.0, 12.0, 8.0)],
+    ]
+    throughput.add_rows(writer, "throughput", {"model": "m"}, compared, results, throughput.label)
+    stock, failed, ours = writer.rows
+    assert stock.case == {"model": "m", "engine": "stock bf16", "quant": "bf16"}
+    assert (failed["engine"], failed.error, failed.measured) == ("stock fp8", "not here", {})
+    assert ours.case == {"model": "m", "engine": "diffkv", "quant": "k8v4", "alpha_high": 3.0}
+    assert (ours["tokens_per_s"], ours["tokens_per_s_min"], ours["tokens_per_s_max"]) == (4, 3, 5)
+    assert ours["vs_stock_bf16"] == 2.0
+    assert ours["decode_vs_stock_bf16"] == 3.0
+    assert ours["prefill_vs_stock_bf16"] == 1.0
+    assert "vs_stock_fp8" not in ours.measured
+    assert [throughput.label(row) for row in writer.rows] == [
+        "stock bf16", "stock fp8", "diffkv k8v4",
+    ]  # fmt: skip
+
+
+def map_row(requests, ratio, ctx=1024, engine="diffkv", **more):
+    case = {"engine": engine, "quant": "k8v4", "kv_bytes": 10**7, "ctx": ctx, "requests": requests}
+    return Row("map", case, {"decode_vs_stock_bf16": ratio, **more}, HERE)
+
+
+FAILED = replace(map_row(1, 1.0, engine="stock fp8"), measured={}, error="not here")
 
 
 @pytest.mark.parametrize(
@@ -100,48 +291,101 @@ def map_row(requests, ratio, ctx=1024, **more):
 )
 def test_where_a_gain_begins(ratios, where):
     rows = [map_row(num, ratio) for num, ratio in zip((1, 4, 16), ratios, strict=True)]
-    failed = {"engine": "stock fp8", "error": "not here"}
-    (line,) = gain_map.begins([*rows, failed])
+    (line,) = sweep.begins([*rows, FAILED])
     assert line == f"k8v4, decoding, of bf16, 10 MB: 1024 tokens {where}"
 
 
 def test_a_map_leaves_out_what_does_not_fit():
     config = models.find("bench-small")
-    wanted = gain_map.Map([256, 4096], [1, 8], [], 64)
-    room = 16384 * (256 + 64 + throughput.BLOCK_TOKENS) / gain_map.SPARE
+    wanted = sweep.Sweep([256, 4096], [1, 8], [], 64)
+    room = 16384 * (256 + 64 + throughput.BLOCK_TOKENS) / sweep.SPARE
     assert wanted.cells(int(room) - 16384, config) == []
-    small = [gain_map.Cell(256, 1), gain_map.Cell(256, 8)]
+    small = [sweep.Cell(256, 1), sweep.Cell(256, 8)]
     assert wanted.cells(int(room) + 16384, config) == small
-    assert wanted.cells(10**9, config) == [*small, gain_map.Cell(4096, 1), gain_map.Cell(4096, 8)]
+    assert wanted.cells(10**9, config) == [*small, sweep.Cell(4096, 1), sweep.Cell(4096, 8)]
     prompts = [cell.workload(64, 512).prompts for cell in small]
     assert [len(each) for each in prompts] == [1, 8]
     assert prompts[0][0] not in prompts[1]
 
 
 def test_share_of_a_prompt():
-    rows = Rows(as_json=True)
-    for requests, speed in ((4, 500.0), (1, 1000.0)):
-        row = map_row(requests, None, ctx=64, engine="stock bf16", prefill_tokens_per_s=speed)
-        rows.add(row, "")
-    prompt.add_shares(rows, models.find("bench-tiny"), ["k8v4-k4v2", "k8v4"])
-    shares = rows.rows[2:]
-    assert [(row["op"], row["quant"]) for row in shares] == [
-        ("prompt", "k8v4-k4v2"), ("prompt", "k8v4"),
+    mapped = [
+        map_row(requests, 1.0, ctx=64, engine="stock bf16", prefill_tokens_per_s=speed)
+        for requests, speed in ((4, 500.0), (1, 1000.0))
+    ]
+    writer = Writer(HERE)
+    prompt.add_shares(writer, mapped, models.find("bench-tiny"), ["k8v4-k4v2", "k8v4"])
+    assert [row.case for row in writer.rows] == [
+        {"quant": "k8v4-k4v2", "ctx": 64}, {"quant": "k8v4", "ctx": 64},
     ]  # fmt: skip
-    for row in shares:
+    for row in writer.rows:
         assert row["stock_prefill_ms"] == pytest.approx(64.0)
         assert row["share"] == pytest.approx((row["significance_ms"] + row["store_prompt_ms"]) / 64)
 
 
 def test_plot_of_a_map_with_holes(tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
-    rows = [map_row(1, 0.9), map_row(4, 1.5, ctx=256), {"engine": "diffkv", "error": "no"}]
-    plots.plot_map(rows, gain_map.RATIOS, tmp_path / "map.png")
-    assert (tmp_path / "map.png").stat().st_size > 5000
+    path = tmp_path / "map.png"
+    pages.draw_map([map_row(1, 0.9), map_row(4, 1.5, ctx=256), FAILED], path)
+    assert path.stat().st_size > 2000
+    with pytest.raises(ConfigError, match="nothing to plot"):
+        pages.draw_map([FAILED], path)
+
+
+def rows_of_all_kinds():
+    """A row for each kind, some that did not run."""
+    figures = {"tokens_per_s": 2.0, "decode_tokens_per_s": 3.0, "prefill_tokens_per_s": 4.0}
+    spans = {f"{name}_{end}": 1.0 for name in figures for end in ("min", "max")}
+    shape = {"ctx": 1024, "batch": 8, "group": 4, "ragged": False}
+    ours = {"engine": "diffkv", "quant": "k8v4-k4v2"}
+    times = {"ms": 0.5, "ms_p20": 0.4, "ms_p80": 0.6}
+    work = {"model": "m", "workload": "w", "requests": 4, "kv_bytes": 10**9}
+    pools = {"op": "append", "num_requests": 1, "ctx": 1, "num_layers": 2, "num_kv_heads": 3}
+    parts = {"tables": 0.01, "ring": 0.02, "half_empty_pages": 0.03, "overhead": 0.06}
+    prompts = {"significance_ms": 1, "store_prompt_ms": 2, "stock_prefill_ms": 30, "share": 0.1}
+    made = [
+        ("attention", {**ours, "tiers": "mix", **shape}, {**times, "vs_stock_bf16": 2.5}),
+        ("pool", pools, {**times, "share": 0.2}),
+        ("growth", {"op": "append", "sweep": "ctx", "sizes": [1, 4]}, {"exponent": 0.5}),
+        ("overhead", {"ctx": 1024, "max_model_len": 2048}, parts),
+        ("throughput", {**ours, **work}, {**figures, **spans}),
+        ("prompt", {"quant": "k8v4", "ctx": 64}, prompts),
+        ("serving", {**ours, "rate": 0.5}, {"p95_ttft_ms": 7.0, "p95_tpot_ms": 8.0}),
+    ]
+    rows = [Row(kind, case, measured, HERE) for kind, case, measured in made]
+    return [*rows, map_row(4, 1.5), replace(FAILED, kind="throughput")]
+
+
+def test_sections_of_all_kinds(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    page = Page("On a CPU")
+    assert {row.kind for row in rows_of_all_kinds()} == set(pages.KINDS)
+    drawn = pages.add_sections(page, [*rows_of_all_kinds(), Row("other", {}, {}, HERE)], tmp_path)
+    page.write(tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    assert "| diffkv k8v4-k4v2, mix | 1,024 | 8 | 4 | 0.500 (0.400 to 0.600) |" in text
+    assert "| 2,048 | 1.00% | 2.00% | 3.00% | 6.00% |" in text
+    assert "* k8v4, decoding, of bf16, 10 MB: 1024 tokens from 4 requests on (1.50)" in text
+    assert "Did not run:\n\n* stock fp8: not here" in text
+    assert drawn == ["attention.png", "map.png", "serving.png"]
+    assert all(f"]({name})" in text and (tmp_path / name).exists() for name in drawn)
+
+
+def test_sections_of_two_machines_without_plots(tmp_path):
+    page = Page("On CPUs")
+    other = replace(HERE, device="Other CPU (AMX)")
+    both = [row for row in rows_of_all_kinds() if row.kind == "attention"]
+    both += [replace(row, provenance=other) for row in both]
+    assert pages.add_sections(page, both, tmp_path, with_plots=False) == []
+    page.write(tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("## Decode attention") == 1
+    assert text.index("Some CPU;") < text.index("Other CPU (AMX);")
+    assert text.count("| diffkv k8v4-k4v2, mix |") == 2
 
 
 def test_sizes_of_known_models():
-    per_token = {name: models.kv_bytes_per_token(config) for name, config in models.MODELS.items()}
+    per_token = {name: throughput.bf16_bytes(config) for name, config in models.MODELS.items()}
     assert per_token["llama-3-8b"] == 131072
     assert per_token["qwen2.5-7b"] == 57344
     assert per_token["bench-small"] == 16384
@@ -152,10 +396,8 @@ def test_sizes_of_known_models():
     [
         ("attention --quant k3v3", "k_bits must be one of"),
         ("attention --no-such-option", "has no option --no-such-option"),
-        ("attention --ctx 0", "--ctx must be above 0, got 0"),
         ("manager --quant k8v4-k8v8", "diffkv: "),
         ("throughput --random-weights gpt-9", "--random-weights must be one of bench-tiny"),
-        ("map --ctx 0", "--ctx must be above 0, got 0"),
         ("map --random-weights bench-tiny --kv-bytes 1K", "no budget holds a request"),
         ("throughput --paper", "--paper needs --kv-bytes"),
         ("throughput --alpha-high -1", "alpha_high"),
@@ -167,3 +409,20 @@ def test_refuses_in_one_line(capsys, command, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("attention --ctx 0", "--ctx must be at least 1, got 0"),
+        ("attention --ctx 1T", "--ctx must be a whole number, got 1T"),
+        ("map --kv-bytes 0K", "--kv-bytes must be above 0, got 0"),
+        ("serving --rates 0", "--rates must be above 0, got 0"),
+        ("serving --rates fast", "--rates must be a number, got fast"),
+    ],
+)
+def test_refuses_numbers_that_make_no_sense(capsys, command, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *command.split()])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"diffkv: {message}\n")

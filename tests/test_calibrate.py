@@ -14,7 +14,6 @@ from diffkv.lab.calibrate.search import (
     LOW_GRID,
     PUBLISHED,
     STEPS,
-    Cost,
     Part,
     Setting,
     search,
@@ -22,6 +21,7 @@ from diffkv.lab.calibrate.search import (
 )
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
+from diffkv.use import CacheUse
 from diffkv.vllm_plugin.options import Options
 
 NUM_SAMPLES = 40
@@ -43,8 +43,8 @@ class Fake:
         loss = self.base + high * alphas.alpha_high + low * alphas.alpha_low + distinct * dropped
         num = len(samples)
         num_bytes = num * 100 * (400 - alphas.alpha_high - alphas.alpha_low - 100 * dropped)
-        cost = Cost(100 * num, 50.0 * num, 25.0 * num, num_bytes, 100.0 * num * 1536)
-        return Part((loss,) * num, cost)
+        use = CacheUse(100 * num, 50.0 * num, 25.0 * num, 9 * num, num_bytes, 100 * num * 1536, 1e3)
+        return Part((loss,) * num, use)
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.009, 0.011, 0.031, 0.5])
@@ -56,7 +56,7 @@ def test_choice_is_that_of_a_full_sweep(limit):
     assert choice.setting == Setting(Thresholds(high, low))
     assert choice.accepted and choice.n == NUM_SAMPLES
     assert choice.loss == pytest.approx(0.01 * high + 0.1 * low)
-    assert choice.cost.num_bytes / choice.cost.tokens == pytest.approx(400 - high - low)
+    assert choice.use.bytes_per_token == pytest.approx(400 - high - low)
     assert len(curve) <= 1 + 4 + 4  # bisections of 16 and 11
     assert len(curve) == len({point.setting for point in curve})
 

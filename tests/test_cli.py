@@ -184,36 +184,24 @@ def test_no_engine_is_imported_for_a_table(arguments):
     assert result.stdout.splitlines()[-1] == "[]"
 
 
-def test_layout_by_layer_has_one_page_size(capsys):
-    quant = "0-3:k8v8,4-35:k8v4-k4v2"
-    assert main(["layout", "--json", "--quant", quant]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert (facts["quant"], facts["num_layers"]) == (quant, 36)
-    first, rest = facts["groups"]
-    assert (first["layers"], rest["layers"]) == ("0-3", "4-35")
-    assert first["page_bytes"] == rest["page_bytes"] == facts["page_bytes"]
-    for i, tier in enumerate(("high", "low")):
-        first_tier = first["tiers"][0]
-        cost = 4 * first_tier["bytes_per_token"] + 32 * rest["tiers"][i]["bytes_per_token"]
-        assert facts["bytes_per_token"][tier] == pytest.approx(cost)
-    assert main(["layout", "--quant", "0-3:k8v8,4-:k8v4-k4v2", "--num-layers", "36"]) == 0
-    out = capsys.readouterr().out
-    assert (
-        f"layers 4-35: k8v4-k4v2 at head_dim 128, bfloat16: pages of {facts['page_bytes']}" in out
-    )
-    assert f"{facts['bytes_per_token']['low']:.1f} all low" in out
+BY_LAYER = "0-3:k8v8,4-:k8v4-k4v2"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments",
     [
-        (["--quant", "0-3:k8v8,4-:k8v4"], "goes up to the model's last layer: give --num-layers"),
-        (["--quant", "0-3:k8v8", "--num-layers", "3"], "names layer 3, but the model has 3 layers"),
-        (["--quant", "0-3:k8v8,6:k8v4"], "no formats for layers 4-5"),
-        (["--num-layers", "0"], "--num-layers must be at least 1, got 0"),
+        ["layout"],
+        ["plan", "--model", "reference", "--gpu-memory", "80GiB"],
+        *(["generate"], ["inspect"], ["serve", "reference"], ["eval"]),
+        ["calibrate", "--data", "synth", "--max-loss", "0.01", "--out", "c.toml"],
     ],
+    ids=lambda arguments: arguments[0],
 )
-def test_layout_refuses_layers_that_do_not_fit(capsys, arguments, message):
-    assert main(["layout", *arguments]) == 2
+def test_formats_by_layer_are_refused(capsys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "--quant", BY_LAYER]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    assert line == (
+        f"diffkv: formats by layer, as in '{BY_LAYER}', are not supported: they gain nothing over one "
+        f"configuration of the same bytes; name one for all layers, as in k8v4-k4v2"
+    )

@@ -35,8 +35,8 @@ def test_block_is_what_the_command_prints(capsys, command, output):
     assert capsys.readouterr().out == output
 
 
-def test_there_are_five_blocks():
-    assert len(BLOCKS) == PAGE_FORMAT.count("```console") == 5
+def test_there_are_four_blocks():
+    assert len(BLOCKS) == PAGE_FORMAT.count("```console") == 4
 
 
 def test_page_sizes_and_their_waste():

@@ -1,7 +1,8 @@
-"""What README.md and docs/ name exists: files, links, make targets, commands, options, metrics."""
+"""What README.md and docs/ name exists: files, links, targets, commands, options, metrics, figures."""
 
 import argparse
 import importlib
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,9 +13,16 @@ from diffkv.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "diffkv"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
-TOP = {path.name for path in ROOT.iterdir()}
+TOP = {path.name for path in (*ROOT.iterdir(), *PACKAGE.iterdir())}
+OURS = {path.name for folder in ("src", "tests") for path in (ROOT / folder).rglob("*.py")}
+
+HISTORY = "docs/decisions.md"
+"""Its commands are those of the commits that it names."""
 
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 CODE = re.compile(r"`([^`\n]+)`")
@@ -30,6 +38,11 @@ PIP_OPTIONS = {"--extra-index-url"}
 
 @pytest.fixture(params=TEXTS, name="page")
 def _page(request):
+    return ROOT / request.param, TEXTS[request.param]
+
+
+@pytest.fixture(params=[name for name in TEXTS if name != HISTORY], name="present_page")
+def _present_page(request):
     return ROOT / request.param, TEXTS[request.param]
 
 
@@ -74,17 +87,15 @@ def test_links_lead_somewhere(page):
 
 
 def test_files_exist(page):
-    _, text = page
+    path, text = page
     for name in CODE.findall(BLOCK.sub("", text)):
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", name):
             continue
-        first = name.split("/")[0]
-        if "/" in name and first in TOP:
-            assert (ROOT / name).exists(), name
+        if "/" in name and name.split("/")[0] in TOP:
+            assert any((place / name).exists() for place in (ROOT, PACKAGE, path.parent)), name
         elif name.endswith(".py") and "/" not in name:
-            places = (PACKAGE, PACKAGE / "vllm_plugin")
             is_vllms = VLLM is None or vllm_path(name).exists()
-            assert is_vllms or any((place / name).exists() for place in places), name
+            assert is_vllms or name in OURS or (path.parent / name).exists(), name
 
 
 @needs_vllm
@@ -92,7 +103,9 @@ def test_files_of_vllm_exist():
     names = set(re.findall(r"`([\w.]+(?:/[\w.]+)*\.py)`", TEXTS["docs/vllm.md"]))
     outside = [
         name for name in names
-        if name.split("/")[0] not in TOP and not (PACKAGE / "vllm_plugin" / name).exists()
+        if name.split("/")[0] not in TOP
+        and name not in OURS
+        and not (PACKAGE / "vllm_plugin" / name).exists()
     ]  # fmt: skip
     assert len(outside) > 10
     for name in outside:
@@ -107,8 +120,8 @@ def test_make_targets_exist(page):
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
-def test_commands_and_their_options_exist(page, known_options):
-    _, text = page
+def test_commands_and_their_options_exist(present_page, known_options):
+    _, text = present_page
     for command, rest in re.findall(r"\bdiffkv ([a-z]+)((?: +[^\s`|]+)*)", text):
         if f"diffkv {command}" not in "".join(CODE.findall(text)) + "".join(BLOCK.findall(text)):
             continue
@@ -120,8 +133,8 @@ def test_commands_and_their_options_exist(page, known_options):
 
 
 @needs_vllm
-def test_every_option_is_known_to_somebody(page, known_options):
-    _, text = page
+def test_every_option_is_known_to_somebody(present_page, known_options):
+    _, text = present_page
     ours = set().union(*known_options.values()) | {"--help"} | PIP_OPTIONS
     rest = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - ours
     sources = "".join(
@@ -139,15 +152,44 @@ def test_every_option_is_known_to_somebody(page, known_options):
         assert any(n in sources or n.replace("-", "_") in sources for n in names), option
 
 
-def test_readme_names_every_command():
-    for command in COMMANDS:
-        assert f"diffkv {command}" in TEXTS["README.md"]
+def test_usage_lists_every_command():
+    rows = re.findall(r"^\| `diffkv ([a-z]+)\b", TEXTS["docs/usage.md"], re.M)
+    assert set(rows) == set(COMMANDS)
 
 
-def test_readme_lists_the_options_of_the_cache(known_options):
-    rows = re.findall(r"^\| `(--[a-z-]+)` \|", TEXTS["README.md"], re.M)
+def test_usage_lists_the_options_of_the_cache(known_options):
+    rows = re.findall(r"^\| `(--[a-z-]+)` \|", TEXTS["docs/usage.md"], re.M)
     cache = {o for o in known_options["serve"] if not o.startswith("--no-")} - {"--help", "-h"}
     assert set(rows) == cache & known_options["generate"]
+
+
+@pytest.mark.parametrize(("name", "most"), [("README.md", 140), ("docs/decisions.md", 200)])
+def test_page_is_short(name, most):
+    assert len(TEXTS[name].splitlines()) <= most
+
+
+def test_readmes_figures_were_measured():
+    """Requests at once, tokens/s and bytes a token of each row are those of one run on a GPU."""
+    measured = {
+        tuple(f"{run[key]:,.0f}" for key in ("max_running", "tokens_per_s", "bytes_per_token"))
+        for file in (ROOT / "docs" / "results" / "gpu").glob("*.jsonl")
+        for run in map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        if run.get("op") == "throughput"
+    }
+    table = TEXTS["README.md"].split("| KV cache |")[1].split("\n\n")[0].splitlines()[2:]
+    figures = [tuple(cell.strip(" *") for cell in row.split("|")[2:5]) for row in table]
+    assert len(figures) >= 3
+    for row in figures:
+        assert row in measured, f"{row} of README.md is in no row of docs/results/gpu"
+
+
+def test_pages_that_sources_name_exist():
+    for folder in ("src", "tests", "tools", "benchmarks", "training", "examples"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix not in {".py", ".h", ".cpp", ".md"}:
+                continue
+            for page in re.findall(r"\bdocs/[\w/.-]+\.md\b", path.read_text(encoding="utf-8")):
+                assert (ROOT / page).exists(), f"{path.relative_to(ROOT)}: {page}"
 
 
 def test_metrics_exist():

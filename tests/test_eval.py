@@ -1,6 +1,7 @@
 """Tasks are deterministic and well formed; a run prints what the schema says."""
 
 import json
+from hashlib import sha256
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from diffkv.cli import main
 from diffkv.cli.engine_options import model_folder
 from diffkv.lab.evaluation import hf_runs
 from diffkv.lab.evaluation.languages import LANGUAGES, English, ReferenceWords
-from diffkv.lab.evaluation.results import Run
+from diffkv.lab.evaluation.results import KLD, TASKS, scores
 from diffkv.lab.evaluation.runs import language_of
 from diffkv.lab.evaluation.tasks import FILLER_TOKENS, SETTINGS, draw
+from diffkv.lab.rows import Row, read
 
 NUM_TOKENS = 512
 CASES = [
@@ -78,25 +80,55 @@ def run(capsys, *options):
 def test_two_samples_through_the_command(capsys):
     status, out, _ = run(capsys, "--tasks", "retrieval", "--seed", "3")
     assert status == 0 and out.count("\n") == 1
-    result = Run.model_validate_json(out)
-    assert (result.model, result.seed, result.quant) == ("reference", 3, "k8v4-k4v2")
-    assert [(row.task, row.setting, row.n) for row in result.tasks] == [
-        ("retrieval", "easy", 2), ("retrieval", "hard", 2),
-    ]  # fmt: skip
-    for row in result.tasks:
-        assert row.accuracy == row.accuracy_full == 1
-        assert row.high + row.low + row.dropped == pytest.approx(1)
-        assert 2 < row.ratio_bf16 < row.nominal_ratio_bf16
+    row = Row.parse(out)
+    assert (row.kind, row["model"], row["seed"], row["quant"]) == (
+        TASKS,
+        "reference",
+        3,
+        "k8v4-k4v2",
+    )
+    easy, hard = scores(row)
+    assert (easy.task, easy.setting, easy.n) == ("retrieval", "easy", 2)
+    assert (hard.task, hard.setting, hard.n) == ("retrieval", "hard", 2)
+    for score in (easy, hard):
+        assert score.accuracy == score.accuracy_full == 1
+        assert score.high + score.low + score.dropped == pytest.approx(1, abs=1e-4)
+        assert 2 < score.ratio_bf16 < score.nominal_ratio_bf16
+    assert row.provenance.commit and row.provenance.transformers
+
+
+def test_methods_and_seeds_of_one_command_can_be_resumed(capsys, tmp_path):
+    """Each cache and seed is a row, equal to that of a command of its own; a second run adds none."""
+    methods, out = tmp_path / "methods.txt", tmp_path / "rows.jsonl"
+    methods.write_text("# two\n--quant k8v4 --policy none\n\n--quant k8v4-k4v2 --alpha-high 1\n")
+    options = ("--tasks", "sum", "--settings", "hard", "--rotate", "none")
+    many = (*options, "--seed", "0", "1", "--methods", str(methods), "--out", str(out))
+    assert run(capsys, *many)[0] == 0
+    rows = read(out)
+    asked = [(row["quant"], row["policy"], row["alpha_high"], row["seed"]) for row in rows]
+    assert asked == [
+        ("k8v4", "none", 0.0, 0),
+        ("k8v4", "none", 0.0, 1),
+        ("k8v4-k4v2", "paper", 1.0, 0),
+        ("k8v4-k4v2", "paper", 1.0, 1),
+    ]
+    alone = Row.parse(run(capsys, *options, "--alpha-high", "1", "--seed", "1")[1])
+    assert alone.case == rows[3].case
+    assert scores(alone) == scores(rows[3])
+
+    before = out.read_text()
+    status, printed, _ = run(capsys, *many, "--resume")
+    assert (status, printed, out.read_text()) == (0, before, before)
 
 
 def test_a_window_forgets_what_is_asked_for(capsys):
     _, out, _ = run(
         capsys, "--tasks", "retrieval", "--quant", "k8v4", "--policy", "window:keep=0.3,sinks=4"
     )
-    for row in json.loads(out)["tasks"]:
-        assert row["accuracy"] < 0.7 and row["accuracy_full"] == 1
-        assert row["ci95_difference"][1] < 0
-        assert row["dropped"] > 0.5
+    for score in scores(Row.parse(out)):
+        assert score.accuracy < 0.7 and score.accuracy_full == 1
+        assert score.ci95_high < 0
+        assert score.dropped > 0.5
 
 
 def test_lossless_has_no_divergence(capsys, tmp_path):
@@ -104,12 +136,12 @@ def test_lossless_has_no_divergence(capsys, tmp_path):
     prompt = draw("chain", ReferenceWords(), "easy", 256, 2, 0)
     texts.write_text("\n".join(sample.prompt for sample in prompt))
     options = ("--suite", "kld", "--texts", str(texts), "--steps", "8")
-    exact = Run.model_validate_json(
-        run(capsys, *options, "--quant", "k16v16", "--policy", "none")[1]
+    exact, lossy = (
+        Row.parse(run(capsys, *options, "--quant", quant, "--policy", "none")[1])
+        for quant in ("k16v16", "k2v2")
     )
-    lossy = Run.model_validate_json(run(capsys, *options, "--quant", "k2v2", "--policy", "none")[1])
-    assert [row.mode for row in exact.kld] == ["forced", "free"]
-    for good, bad in zip(exact.kld, lossy.kld, strict=True):
+    assert (exact.kind, exact["modes"]) == (KLD, ["forced", "free"])
+    for good, bad in zip(scores(exact), scores(lossy), strict=True):
         assert good.kld_mean < 1e-6 < 1e-4 < bad.kld_mean
         assert good.same_top1 == 1 and good.diverged == 0 and good.first_divergence == 8
         assert good.steps == 16 >= bad.steps
@@ -129,6 +161,11 @@ def test_lossless_has_no_divergence(capsys, tmp_path):
         (("--engine", "vllm", "--settings", "hard"), "--settings easy"),
         (("--model", "/nowhere"), "cannot load /nowhere"),
         (("--suite", "kld", "--texts", "/nowhere"), "cannot read --texts"),
+        (("--suite", "kld", "--seed", "1"), "leave out --seed"),
+        (("--seed", "0", "-1"), "--seed must be at least 0, got -1"),
+        (("--methods", "/nowhere"), "cannot read --methods"),
+        (("--methods", "/dev/null"), "names no cache"),
+        (("--resume",), "give --out"),
     ],
 )
 def test_refused_in_one_line(capsys, options, words):
@@ -142,4 +179,13 @@ def test_answers_do_not_depend_on_the_batch(capsys):
     model = hf_runs.load(model_folder("reference"), torch.float32, 1, "cpu")
     many = hf_runs.HFModel(model.model, model._tokenizer, 4)
     samples = draw("sum", ReferenceWords(), "hard", 512, 3, 5)
-    assert model.answers(samples, 6, None)[0] == many.answers(samples, 6, None)[0]
+    assert model.answer(samples, 6, None)[0] == many.answer(samples, 6, None)[0]
+
+
+def test_draws_stay_what_they_are():
+    """Results are compared over versions: no task may draw other samples from the same seed."""
+    digest = sha256()
+    for language, task, setting in CASES:
+        for sample in draw(task, language, setting, NUM_TOKENS, 2, 0):
+            digest.update(json.dumps([sample.prompt, sample.question, sample.answer]).encode())
+    assert digest.hexdigest()[:16] == "5f46bc896eaa0e8f"

@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from diffkv import hf  # noqa: E402
 from diffkv.hf import DiffKVHFCache  # noqa: E402
+from diffkv.lab.evaluation import baselines  # noqa: E402
 from diffkv.policy import Thresholds  # noqa: E402
 from diffkv.pool import check_invariants  # noqa: E402
 from diffkv.quant import ConfigError  # noqa: E402
@@ -58,7 +59,7 @@ def test_without_loss_the_logits_are_those_of_the_plain_cache(plain, attached, i
     assert torch.equal(ours.sequences, plain.sequences)
     for step, (got, expected) in enumerate(zip(ours.logits, plain.logits, strict=True)):
         assert torch.allclose(got, expected, atol=2e-4, rtol=1e-4), step
-    check_invariants(*cache.state.groups)
+    check_invariants(cache.state)
     assert cache.use().dropped == 0
 
 
@@ -78,7 +79,7 @@ def positions(inputs):
 def test_bytes_are_those_of_the_pool(attached, inputs):
     cache = DiffKVHFCache(attached, "k8v4-k4v2", thresholds=Thresholds(3.0, 0.5), max_tokens=1200)
     generate(attached, inputs, cache)
-    (state,), use = cache.state.groups, cache.use()
+    state, use = cache.state, cache.use()
     head, tail = state.ring_ends.tolist()
     num_tokens = int(inputs.attention_mask.sum()) + len(ROWS) * (NEW_TOKENS - 1)
 
@@ -93,10 +94,10 @@ def test_bytes_are_those_of_the_pool(attached, inputs):
 
 
 def test_budget_of_a_baseline_shows_in_the_pool(attached, inputs):
-    cache = DiffKVHFCache(attached, "k8v4", policy="topk:keep=0.5")
+    cache = DiffKVHFCache(attached, "k8v4", policy=baselines.parse("topk:keep=0.5"))
     with torch.no_grad():
         attached(**inputs, past_key_values=cache, position_ids=positions(inputs))
-    (state,) = cache.state.groups
+    state = cache.state
     kept = state.num_tokens[: len(ROWS), :, :, 0]
     for row, length in enumerate(inputs.attention_mask.sum(1).tolist()):
         assert (kept[row] == round(length / 2)).all()
@@ -107,7 +108,7 @@ def test_all_queries_score_otherwise_and_keep_the_means_in_proportion(attached, 
     for policy in ("paper", "paper:queries=all"):
         cache = DiffKVHFCache(attached, "k8v4-k4v2", policy, Thresholds(3.0, 0.5))
         generate(attached, inputs, cache)
-        check_invariants(*cache.state.groups)
+        check_invariants(cache.state)
         used.append(cache.use().high)
     assert used[0] != used[1]
 
@@ -130,7 +131,7 @@ def test_refusals(model, attached, inputs):
         with pytest.raises(ValueError, match="DiffKVHFCache"):
             attached(ids[:, -8:])
     with pytest.raises(ConfigError, match="low tier"):
-        DiffKVHFCache(attached, "k8v4", policy="topk:survivors=low")
+        DiffKVHFCache(attached, "k8v4", policy=baselines.parse("topk:survivors=low"))
     hf.detach(model)
     with pytest.raises(ConfigError, match="attach"):
         DiffKVHFCache(model)

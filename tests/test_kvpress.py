@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffkv import policies, reference
+from diffkv.lab.evaluation import baselines
 from diffkv.policy import DROPPED, Thresholds, key_difference
 
 ORACLE = Path(__file__).parent / "data" / "kvpress.safetensors"
@@ -59,6 +60,6 @@ def test_what_stays_is_what_the_press_keeps(
 ) -> None:
     window, keep = int(facts["window"]), 1 - float(facts["ratio"])
     sinks = f",sinks={facts['sinks']}" if policy == "window" else ""
-    decide = policies.parse(f"{policy}:keep={keep}{sinks}").tiers
+    decide = baselines.parse(f"{policy}:keep={keep}{sinks}").tiers
     tiers = decide(mean_significance(oracle, window), Thresholds(), window)
     assert torch.equal(tiers != DROPPED, oracle[f"{press}_kept"])

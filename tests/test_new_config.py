@@ -8,10 +8,10 @@ import torch
 
 from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk
-from diffkv.layout import CacheLayout, PageLayout
+from diffkv.layout import PageLayout
 from diffkv.policy import Thresholds
-from diffkv.quant import LayerQuant, QuantConfig
-from diffkv.shape import CacheShape
+from diffkv.quant import QuantConfig
+from diffkv.shape import PoolShape
 from diffkv.state import PoolState
 
 ROOT = Path(__file__).parents[1]
@@ -38,15 +38,12 @@ def _run(kernels: str | None) -> tuple[torch.Tensor, PoolState]:
     def draw(tokens: int, heads: int) -> torch.Tensor:
         return torch.randn(tokens, heads, HEAD_DIM, generator=generator)
 
-    layout = CacheLayout.derive(
-        LayerQuant.parse(UNKNOWN), LAYERS, HEAD_DIM, element_bytes=4, drops=True
-    )
+    layout = PageLayout.derive(QuantConfig.parse(UNKNOWN), HEAD_DIM, element_bytes=4, drops=True)
     budget = 2 << 20
-    shape = CacheShape.fit(budget, layout, KV_HEADS, PROMPT + NEW, 2)
+    shape = PoolShape.fit(budget, layout, LAYERS, KV_HEADS, PROMPT + NEW, 2)
     buffer = torch.zeros(budget, dtype=torch.uint8)
-    cache_state = pool.create_cache(shape, buffer, torch.float32, window=16)
-    (state,) = cache_state.groups
-    cache = DiffKVCache(cache_state, ops.load("cpu", kernels), HEAD_DIM**-0.5)
+    state = pool.create(shape, buffer, torch.float32, window=16)
+    cache = DiffKVCache(state, ops.load("cpu", kernels), HEAD_DIM**-0.5)
     cache.open(1, PROMPT, Thresholds(1.2, 0.9))
     outputs = []
     slots = torch.tensor([1], dtype=torch.int32)

@@ -7,10 +7,10 @@ from test_presets import config_json
 
 from diffkv.capacity import HIGH_SHARE, Mix, plan_format, rank_of
 from diffkv.cli import main
-from diffkv.layout import CacheLayout, PageLayout
+from diffkv.layout import PageLayout
 from diffkv.model_config import ModelConfig, stored_weight_bytes
-from diffkv.quant import ConfigError, LayerQuant, QuantConfig
-from diffkv.shape import FIXED_BYTES, CacheShape, suitable_leaf_entries
+from diffkv.quant import ConfigError, QuantConfig
+from diffkv.shape import FIXED_BYTES, PoolShape, suitable_leaf_entries
 
 MOE = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
@@ -134,21 +134,14 @@ def test_what_is_planned_fits_the_pool():
     """As many requests as promised do fit the pool's pages, and one more does not fit the bytes."""
     model = ModelConfig.parse(config_json("Qwen2.5-7B-Instruct"), "m")
     rank = rank_of(model, model.estimated_weight_bytes, 1, 40 * GIB)
-    quant, mix = LayerQuant.parse("k8v4-k4v2"), Mix(0.3, 0.1)
+    quant, mix = QuantConfig.parse("k8v4-k4v2"), Mix(0.3, 0.1)
     planned = plan_format(quant, rank, 5000, mix)
-    layout = CacheLayout.derive(quant, 28, model.head_dim)
-    shape = CacheShape.fit(rank.kv_bytes, layout, 4, 5000, planned.num_requests)
-    page = layout.groups[0].page
-    high, low = mix.tokens(page.quant, 5000)
+    layout = PageLayout.derive(quant, model.head_dim)
+    shape = PoolShape.fit(rank.kv_bytes, layout, 28, 4, 5000, planned.num_requests)
+    high, low = mix.tokens(quant, 5000)
     assert high + low == 5000 - round(0.1 * (5000 - 64))
-    pages = (
-        28
-        * 4
-        * sum(
-            -(-num // tier.tokens_per_page)
-            for num, tier in zip((high, low), page.tiers, strict=True)
-        )
-    )
+    each = zip((high, low), layout.tiers, strict=True)
+    pages = 28 * 4 * sum(-(-num // tier.tokens_per_page) for num, tier in each)
     assert planned.num_requests * pages <= shape.num_pages
     assert planned.table_bytes == shape.table_bytes
     assert (planned.num_requests + 1) * planned.bytes_per_token * 5000 > rank.kv_bytes - FIXED_BYTES

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from diffkv import policies
+from diffkv.lab.evaluation import baselines
 from diffkv.policy import DROPPED, HIGH, LOW, WINDOW, Thresholds, paper_tiers
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import ConfigError, QuantConfig
 
 NUM_HEADS, NUM_TOKENS = 4, 400
 MEANS = torch.rand(NUM_HEADS, NUM_TOKENS, generator=torch.Generator().manual_seed(0))
@@ -14,7 +15,7 @@ BUDGET = 100
 
 
 def tiers(text, means=MEANS, thresholds=None):
-    return policies.parse(text).tiers(means, thresholds or Thresholds(), WINDOW)
+    return baselines.parse(text).tiers(means, thresholds or Thresholds(), WINDOW)
 
 
 def counts(result):
@@ -65,9 +66,9 @@ def test_random_follows_its_seed():
     first, second = (tiers("random:keep=0.25,seed=1") for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, tiers("random:keep=0.25,seed=2"))
-    policy = policies.parse("random:keep=0.25,seed=1")
-    policy.tiers(MEANS, Thresholds(), WINDOW)
-    assert torch.equal(policy.fresh().tiers(MEANS, Thresholds(), WINDOW), first)
+    policy = baselines.parse("random:keep=0.25,seed=1")
+    drawn = [policy.tiers(MEANS, Thresholds(), WINDOW) for _ in range(2)]
+    assert torch.equal(drawn[0], first) and not torch.equal(drawn[1], first)
 
 
 def test_one_budget_spends_what_the_rule_spends():
@@ -110,14 +111,13 @@ class TestDistinct:
     def test_a_request_that_is_off_keeps_all(self):
         assert not policies.parse("paper:distinct=0.5").decides(Thresholds())
 
-    @pytest.mark.parametrize("quant", ["k8v4", "0:k8v8,1-:k8v4-k4v2"])
-    def test_needs_a_low_tier(self, quant):
+    def test_needs_a_low_tier(self):
         with pytest.raises(ConfigError, match="has no low tier"):
-            policies.parse("paper:distinct=0.5").check(LayerQuant.parse(quant))
+            policies.parse("paper:distinct=0.5").check(QuantConfig.parse("k8v4"))
 
 
 def test_short_prompts_stay_whole():
-    for name in policies.POLICIES:
+    for name in baselines.ALL_POLICIES:
         assert (tiers(name, MEANS[:, :WINDOW]) == HIGH).all()
 
 
@@ -137,9 +137,17 @@ def test_short_prompts_stay_whole():
 )
 def test_refused(text, words):
     with pytest.raises(ConfigError, match=words):
-        policies.parse(text)
+        baselines.parse(text)
+
+
+def test_the_core_has_what_an_engine_runs():
+    assert all(policies.parse(name).uses_thresholds for name in policies.POLICIES)
+    with pytest.raises(
+        ConfigError, match=r"unknown policy 'topk': there are paper, paper-uniform$"
+    ):
+        policies.parse("topk")
 
 
 def test_low_survivors_need_a_low_tier():
     with pytest.raises(ConfigError, match="k8v4-k4v2"):
-        policies.parse("topk:survivors=low").check(LayerQuant.parse("k8v4"))
+        baselines.parse("topk:survivors=low").check(QuantConfig.parse("k8v4"))

@@ -7,7 +7,6 @@ from small_pool import HEAD_DIM, MAX_MODEL_LEN, NUM_KV_HEADS, NUM_LAYERS, make_s
 from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk
 from diffkv.policy import Thresholds
-from diffkv.state import CacheState
 
 NOBODY = torch.empty(0, dtype=torch.int32)
 
@@ -16,8 +15,7 @@ def run(limit, slots):
     """Two prompts of the same batch, or one of them; the first may be limited."""
     torch.manual_seed(0)
     state = make_state("k8v4-k4v2", 256, 64)
-    one_group = CacheState((state,), (tuple(range(NUM_LAYERS)),))
-    cache = DiffKVCache(one_group, ops.load("cpu", "reference"), 0.3)
+    cache = DiffKVCache(state, ops.load("cpu", "reference"), 0.3)
     rows = len(slots) * MAX_MODEL_LEN
     packed = torch.randn(NUM_LAYERS, 3, 2 * MAX_MODEL_LEN, NUM_KV_HEADS, HEAD_DIM)
     packed = packed[:, :, MAX_MODEL_LEN * slots[0] :][:, :, :rows]
@@ -43,12 +41,12 @@ def test_limit_is_kept_to_the_page():
     pages = held(free, 0)
     for limit in range(pages + 2):
         cache, state, _ = run(limit, [0, 1])
-        assert cache.gave_up(0) == (limit < pages)
+        assert cache.over_limit(0) == (limit < pages)
         assert held(state, 0) == (0 if limit < pages else pages)
-        assert not cache.gave_up(1)
+        assert not cache.over_limit(1)
         cache.close([0, 1])
         assert held(state, 0) == held(state, 1) == 0
-        assert not cache.gave_up(0)
+        assert not cache.over_limit(0)
 
 
 @pytest.mark.parametrize("limit", [1, 5])

@@ -136,6 +136,11 @@ def test_format_is_refused(text, message):
             "k8v8-k8v4-k4v2",
             "'k8v8-k8v4-k4v2' names 3 tiers: a configuration has one (k8v4) or two (k8v4-k4v2)",
         ),
+        (
+            "0:k16v16,1-:k8v4",
+            "formats by layer, as in '0:k16v16,1-:k8v4', are not supported: they gain nothing over one "
+            "configuration of the same bytes; name one for all layers, as in k8v4-k4v2",
+        ),
         ("k8v4-", UNKNOWN.format("")),
         ("k8v4-k3v2", "k_bits must be one of 1, 2, 4, 8, 16, got 3"),
     ],

@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from diffkv.cli import bench, calibrate, eval, generate, inspect, plan
-from diffkv.cli.option_types import Joined, Listed
+from diffkv.cli.arguments import Joined, Listed
 from diffkv.quant import ConfigError
 from diffkv.sizes import parse_bytes, parse_tokens
 

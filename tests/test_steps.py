@@ -7,7 +7,7 @@ import torch
 
 from diffkv.policies import parse
 from diffkv.policy import SCORED_QUERIES, Thresholds, num_queries_seen, paper_tiers
-from diffkv.steps import PromptChunk, Prompts, spans_of
+from diffkv.steps import PromptChunk, PromptPlan, spans_of
 
 CPU = torch.device("cpu")
 WINDOW = 8
@@ -30,11 +30,11 @@ def rows_of(rows, num):
 
 def test_joined_prompts_are_decided_as_each_alone():
     torch.manual_seed(0)
-    prompts = Prompts.of(whole(LENGTHS), [THRESHOLDS], parse("paper"), [WINDOW], CPU)
-    decision = prompts.fates[0].complete
+    plan = PromptPlan.of(whole(LENGTHS), THRESHOLDS, parse("paper"), WINDOW, CPU)
+    scoring = plan.complete
     means = torch.rand(3, sum(LENGTHS)) * 0.05
     means[0, 10] = torch.nan
-    tiers = decision.bounds.tiers(means)
+    tiers = scoring.bounds.tiers(means)
     assert tiers.dtype == torch.int8
     each = zip(tiers.split(LENGTHS, 1), means.split(LENGTHS, 1), THRESHOLDS, strict=True)
     for got, alone, thresholds in each:
@@ -45,8 +45,8 @@ def test_joined_prompts_are_decided_as_each_alone():
 def test_means_are_divided_by_the_queries_that_saw_a_token():
     for scored in (SCORED_QUERIES, 16):
         policy = parse(f"paper:queries={scored}")
-        decision = Prompts.of(whole(LENGTHS), [THRESHOLDS], policy, [WINDOW], CPU).fates[0].complete
-        seen, by = decision.num_seen.split(LENGTHS), decision.num_scored.split(LENGTHS)
+        scoring = PromptPlan.of(whole(LENGTHS), THRESHOLDS, policy, WINDOW, CPU).complete
+        seen, by = scoring.num_seen.split(LENGTHS), scoring.num_scored.split(LENGTHS)
         for n, num_seen, num_scored in zip(LENGTHS, seen, by, strict=True):
             position, length = torch.arange(n), torch.tensor(n)
             assert num_seen.tolist() == num_queries_seen(position, length, length).tolist()
@@ -55,8 +55,8 @@ def test_means_are_divided_by_the_queries_that_saw_a_token():
 
 def test_a_policy_that_looks_at_keys_has_no_bounds():
     for text in ("paper:distinct=0.5", "topk", "paper-uniform"):
-        prompts = Prompts.of(whole([70]), [[Thresholds(1, 0)]], parse(text), [WINDOW], CPU)
-        assert prompts.fates[0].complete.bounds is None
+        plan = PromptPlan.of(whole([70]), [Thresholds(1, 0)], parse(text), WINDOW, CPU)
+        assert plan.complete.bounds is None
 
 
 def test_chunks_are_packed():
@@ -65,14 +65,14 @@ def test_chunks_are_packed():
         PromptChunk(1, slice(9, 14), 0, 5),  # a whole one
         PromptChunk(2, slice(14, 17), 4, 20),  # one that goes on
     ]
-    decided = [[Thresholds(3, 0), Thresholds(3, 0), None], [None, None, None]]
-    prompts = Prompts.of(chunks, decided, parse("paper"), [WINDOW, WINDOW], CPU)
-    assert rows_of(prompts.rows, 20) == [2, 3, 4, 5, *range(9, 17)]
-    assert [(s.start, s.stop) for _, s in prompts.parts] == [(0, 4), (4, 9), (9, 12)]
-    assert prompts.spans.key_starts.tolist() == [0, 14, 19, 26]
-    assert prompts.spans.query_starts.tolist() == [0, 4, 9, 12]
+    decided = [Thresholds(3, 0), Thresholds(3, 0), None]
+    plan = PromptPlan.of(chunks, decided, parse("paper"), WINDOW, CPU)
+    assert rows_of(plan.rows, 20) == [2, 3, 4, 5, *range(9, 17)]
+    assert [(s.start, s.stop) for _, s in plan.parts] == [(0, 4), (4, 9), (9, 12)]
+    assert plan.spans.key_starts.tolist() == [0, 14, 19, 26]
+    assert plan.spans.query_starts.tolist() == [0, 4, 9, 12]
 
-    undecided, complete = prompts.fates[0].undecided, prompts.fates[0].complete
+    undecided, complete = plan.undecided, plan.complete
     assert undecided.slots.tolist() == [2]
     assert rows_of(undecided.rows, 12) == [9, 10, 11]
     assert undecided.positions.tolist() == [4, 5, 6]
@@ -82,19 +82,17 @@ def test_chunks_are_packed():
     assert complete.query_rows is None  # 14 queries score it, 4 are here
     assert complete.query_starts.tolist() == [0, 14, 19]
 
-    assert prompts.fates[1].complete is None
-    assert prompts.fates[1].undecided.positions.tolist() == [*range(10, 14), *range(5), 4, 5, 6]
+    nothing = PromptPlan.of(chunks, [None] * 3, parse("paper"), WINDOW, CPU)
+    assert nothing.complete is None
+    assert nothing.undecided.positions.tolist() == [*range(10, 14), *range(5), 4, 5, 6]
 
 
 def test_scoring_queries_of_whole_prompts():
-    decision = (
-        Prompts.of(whole([100, 30]), [[Thresholds(1, 0)] * 2], parse("paper"), [WINDOW], CPU)
-        .fates[0]
-        .complete
-    )
-    assert rows_of(decision.query_rows, 130) == [*range(36, 100), *range(100, 130)]
-    assert decision.query_starts.tolist() == [0, 64, 94]
-    assert decision.max_queries == 64
+    plan = PromptPlan.of(whole([100, 30]), [Thresholds(1, 0)] * 2, parse("paper"), WINDOW, CPU)
+    scoring = plan.complete
+    assert rows_of(scoring.query_rows, 130) == [*range(36, 100), *range(100, 130)]
+    assert scoring.query_starts.tolist() == [0, 64, 94]
+    assert scoring.max_queries == 64
 
 
 @pytest.mark.parametrize("spans", [[(0, 3), (3, 5)], [(0, 3), (4, 5)], [(7, 9), (0, 1), (1, 3)]])

@@ -13,9 +13,9 @@ from diffkv.policies import PAPER, Policy
 from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds
 from diffkv.prefill import Prefill, torch_prefill
 from diffkv.prompts import PromptPath
-from diffkv.state import CacheState, PromptTokens
+from diffkv.rotator import Rotator
+from diffkv.state import DecodePlan, PoolState, PromptTokens
 from diffkv.steps import PromptChunk, Step, on_device
-from diffkv.turn import Turn
 
 __all__ = ["DiffKVCache", "PromptChunk", "Step"]
 
@@ -24,18 +24,18 @@ class DiffKVCache:
     """Stores, decides and attends, for every layer of one model.
 
     Args:
-        state: the pool, and the tables of all layers.
+        state: the pool.
         ops: the kernels, as `diffkv.ops.load` returns them.
-        scale: of the attention's dot products.
+        scale: softmax scale.
         policy: decides the tiers of prompts.
         prefill: exact attention of prompts.
-        signs: of the rotation of queries, keys and values, which spreads their outliers
+        signs: signs of the rotation that spreads outliers of queries, keys and values
             (`diffkv.rotation`); None for none.
     """
 
     def __init__(
         self,
-        state: CacheState,
+        state: PoolState,
         ops: Ops,
         scale: float,
         policy: Policy = PAPER,
@@ -46,10 +46,9 @@ class DiffKVCache:
         self._ops = ops
         self._scale = scale
         self._policy = policy
-        self._places = state.places
-        self._device = state.pool.pages.device
-        self._turn = Turn(ops, signs)
-        self._prompts = PromptPath(state, ops, scale, policy, prefill, self._turn)
+        self._device = state.pages.device
+        self._rotator = Rotator(ops, signs)
+        self._prompts = PromptPath(state, ops, scale, policy, prefill, self._rotator)
 
     def warm_up(self, num_q_heads: int) -> None:
         """Run every operation once on nothing, so that compiling does not delay the first request.
@@ -58,23 +57,21 @@ class DiffKVCache:
             num_q_heads: query heads of a layer, on this rank.
         """
         nobody, one = self._slot_tensor([-1]), on_device([0, 1], torch.int32, self._device)
-        pool = self.state.pool
-        shape = (pool.num_kv_heads, pool.layout.head_dim)
-        device, dtype = self._device, pool.dtype
+        state, device, dtype = self.state, self._device, self.state.dtype
+        shape = (state.num_kv_heads, state.layout.head_dim)
         key = torch.zeros(1, *shape, dtype=dtype, device=device)
         query = torch.zeros(1, num_q_heads, shape[1], dtype=dtype, device=device)
-        self._turn.back(query)
-        key = self._turn.there(key)
+        self._rotator.unrotate(query)
+        key = self._rotator.rotate(key)
         sums = self._ops.significance(query, key, one, one, self._scale, SCORED_QUERIES)
         tiers = torch.full(sums.shape, HIGH, dtype=torch.int8, device=device)
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
-        for group in self.state.groups:
-            self._ops.store_prompt(group, 0, tokens, tiers, sums)
-            plan = self._ops.plan_decode(group, nobody, torch.ones_like(nobody))
-            self._ops.append(group, 0, plan, key, key)
-            self._ops.attend(group, 0, nobody, query, self._scale, torch.empty_like(query))
-            self._ops.gather(group, 0, 0, 1)
-            self._ops.release(group, nobody, -1)
+        self._ops.store_prompt(state, 0, tokens, tiers, sums)
+        plan = self._ops.plan_decode(state, nobody, torch.ones_like(nobody))
+        self._ops.append(state, 0, plan, key, key)
+        self._ops.attend(state, 0, nobody, query, self._scale, torch.empty_like(query))
+        self._ops.gather(state, 0, 0, 1)
+        self._ops.release(state, nobody, -1)
 
     def open(
         self, slot: int, prompt_len: int, thresholds: Thresholds, max_pages: int | None = None
@@ -82,11 +79,11 @@ class DiffKVCache:
         """Begin a request in an empty slot. A policy without thresholds lets go of them.
 
         Args:
-            slot: which.
+            slot: number of the slot.
             prompt_len: tokens of the prompt.
-            thresholds: of the request.
-            max_pages: that the prompt may take in all layers; one that needs more is given up: it
-                attends as ever, but keeps no page. None: as many as it needs.
+            thresholds: the request's thresholds.
+            max_pages: most pages that the prompt may take in all layers. One that needs more is over
+                its limit: it attends as ever, but keeps no page. None: as many as it needs.
 
         Raises:
             ValueError: the slot is not empty, or alpha_low is above 0 and the layout does not drop.
@@ -95,13 +92,12 @@ class DiffKVCache:
             raise ValueError(f"slot {slot} already has a request")
         if not self._policy.uses_thresholds:
             thresholds = Thresholds()
-        if thresholds.alpha_low > 0 and not self.state.pool.layout.drops:
+        if thresholds.alpha_low > 0 and not self.state.layout.drops:
             raise ValueError(f"alpha_low must be 0 without drops, got {thresholds.alpha_low}")
         self._prompts.open(slot, thresholds, max_pages)
-        shared = self.state.pool
-        shared.prompt_lens[slot] = prompt_len
-        shared.thresholds[slot, 0] = thresholds.alpha_high
-        shared.thresholds[slot, 1] = thresholds.alpha_low
+        self.state.prompt_lens[slot] = prompt_len
+        self.state.thresholds[slot, 0] = thresholds.alpha_high
+        self.state.thresholds[slot, 1] = thresholds.alpha_low
 
     def close(self, slots: Sequence[int]) -> None:
         """End requests: all their pages are free again."""
@@ -109,20 +105,19 @@ class DiffKVCache:
             return
         for slot in slots:
             self._prompts.close(slot)
-        for group in self.state.groups:
-            self._ops.release(group, self._slot_tensor(slots), -1)
+        self._ops.release(self.state, self._slot_tensor(slots), -1)
 
     def compresses(self, chunk: PromptChunk) -> bool:
-        """Whether a prompt's tokens are sorted into tiers with this chunk, in any layer."""
+        """Whether a prompt's tokens are sorted into tiers with this chunk."""
         return self._prompts.compresses(chunk)
 
     def range_problem(self) -> str | None:
         """What the formats cannot hold of the first prompts, in a line, or None; once, after a step."""
         return self._prompts.value_range.problem()
 
-    def gave_up(self, slot: int) -> bool:
+    def over_limit(self, slot: int) -> bool:
         """Whether a request's prompt needed more pages than it may take."""
-        return self._prompts.gave_up(slot)
+        return self._prompts.over_limit(slot)
 
     def plan(
         self,
@@ -131,7 +126,7 @@ class DiffKVCache:
         slots: Tensor,
         seq_lens: Tensor,
     ) -> Step:
-        """Plan a step: decide for all layers, group by group, what the generated tokens replace.
+        """Plan a step: decide for all layers what the generated tokens replace.
 
         Args:
             prompts: chunks of prompts in this step.
@@ -139,9 +134,11 @@ class DiffKVCache:
             slots: [R] int32, request of each of those rows; -1 for padding.
             seq_lens: [R] int32, tokens of each request with the new one.
         """
-        groups = self.state.groups if slots.numel() else ()
-        plans = tuple(self._ops.plan_decode(group, slots, seq_lens) for group in groups)
-        return Step(self._prompts.described(prompts) if prompts else None, decode_rows, plans)
+        return Step(
+            self._prompts.plan(prompts) if prompts else None,
+            decode_rows,
+            self._ops.plan_decode(self.state, slots, seq_lens) if slots.numel() else None,
+        )
 
     def attend(
         self, layer: int, step: Step, query: Tensor, key: Tensor, value: Tensor, output: Tensor
@@ -149,8 +146,8 @@ class DiffKVCache:
         """One layer of a step: store its keys and values, and attend.
 
         Args:
-            layer: which layer.
-            step: as planned.
+            layer: number of the layer.
+            step: the plan of this step.
             query: [num_rows, num_q_heads, head_dim], packed batch, rotary embedding applied.
             key: [num_rows, num_kv_heads, head_dim].
             value: [num_rows, num_kv_heads, head_dim].
@@ -158,24 +155,27 @@ class DiffKVCache:
         """
         if step.prompts is not None:
             self._prompts.attend(layer, step.prompts, query, key, value, output)
-        if step.plans:
-            rows = step.decode_rows
-            self._attend_generated(layer, step, query[rows], key[rows], value[rows], output)
+        if step.decode is not None:
+            self._attend_generated(
+                layer, step.decode, step.decode_rows, (query, key, value), output
+            )
 
     def _attend_generated(
-        self, layer: int, step: Step, query: Tensor, key: Tensor, value: Tensor, output: Tensor
+        self,
+        layer: int,
+        plan: DecodePlan,
+        rows: slice | Tensor,
+        vectors: tuple[Tensor, Tensor, Tensor],
+        output: Tensor,
     ) -> None:
-        number, index = self._places[layer]
-        group, plan = self.state.groups[number], step.plans[number]
-        query, key, value = (self._turn.there(x).contiguous() for x in (query, key, value))
-        self._ops.append(group, index, plan, key, value)
-        rows = step.decode_rows
+        query, key, value = (self._rotator.rotate(x[rows]).contiguous() for x in vectors)
+        self._ops.append(self.state, layer, plan, key, value)
         if isinstance(rows, slice) and output[rows].is_contiguous():
             out = output[rows]
         else:
             out = torch.empty_like(output[rows])
-        self._ops.attend(group, index, plan.slots, query, self._scale, out)
-        self._turn.back(out)
+        self._ops.attend(self.state, layer, plan.slots, query, self._scale, out)
+        self._rotator.unrotate(out)
         if out.data_ptr() != output[rows].data_ptr():
             output[rows] = out
 

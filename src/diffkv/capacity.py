@@ -1,15 +1,15 @@
-"""What a GPU's memory holds of a model's KV cache, in each format, and whether compressing it pays.
+"""Requests that fit a GPU's memory in each cache format, and whether compressing the cache pays.
 
 Arithmetic on sizes only: nothing is loaded or measured. A rank of tensor parallelism is one GPU.
 """
 
 from dataclasses import dataclass
 
-from diffkv.layout import CacheLayout
+from diffkv.layout import PageLayout, bf16_bytes_per_token
 from diffkv.model_config import ModelConfig
 from diffkv.policy import WINDOW
-from diffkv.quant import ConfigError, LayerQuant, QuantConfig
-from diffkv.shape import CacheShape, fixed_bytes
+from diffkv.quant import ConfigError, QuantConfig
+from diffkv.shape import FIXED_BYTES, PoolShape
 
 __all__ = [
     "DENSE_BITS",
@@ -46,7 +46,7 @@ class Rank:
     Attributes:
         model: the whole model.
         num_kv_heads: KV heads of a layer on this rank.
-        weight_bytes: of this rank.
+        weight_bytes: bytes of this rank's weights.
         kv_bytes: KV budget, tables included.
     """
 
@@ -54,11 +54,6 @@ class Rank:
     num_kv_heads: int
     weight_bytes: int
     kv_bytes: int
-
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Elements of a token's keys and values on this rank."""
-        return self.model.kv_elements_per_token // self.model.num_kv_heads * self.num_kv_heads
 
     def weight_bytes_read(self, num_requests: int) -> int:
         """Weights that a decode step reads: of a mixture, the experts that some request hits.
@@ -128,14 +123,14 @@ class Mix:
 
 @dataclass(frozen=True)
 class FormatPlan:
-    """What one kind of cache costs, and how many requests of the context it holds.
+    """Cost of one kind of cache, and the requests of the context that it holds.
 
     Attributes:
         name: bf16, fp8, or the text form of a configuration.
-        bytes_per_token: of one request of the whole context: pages, half-empty ones too, and tables.
-        num_requests: that fit at once; 0 where not even one does.
-        page_bytes: of a page; 0 for vLLM's own caches.
-        table_bytes: of the budget that is tables, with a slot for each of those requests.
+        bytes_per_token: pages, half-empty ones too, and tables of one request of the whole context.
+        num_requests: requests that fit at once; 0 where not even one does.
+        page_bytes: size of a page; 0 for vLLM's own caches.
+        table_bytes: share of the tables in the budget, with a slot for each of those requests.
         starts: whether an engine would start: it wants room for one request that is all high.
     """
 
@@ -149,37 +144,35 @@ class FormatPlan:
 
 def plan_dense(name: str, rank: Rank, context: int) -> FormatPlan:
     """Plan one of vLLM's own caches, in its blocks of 16 tokens."""
-    token_bytes = rank.kv_elements_per_token * DENSE_BITS[name] // 8
+    heads = rank.model.num_layers * rank.num_kv_heads
+    token_bytes = bf16_bytes_per_token(heads, rank.model.head_dim) * DENSE_BITS[name] // 16
     request = -(-context // DENSE_BLOCK_TOKENS) * DENSE_BLOCK_TOKENS * token_bytes
     num_requests = rank.kv_bytes // request
     return FormatPlan(name, request / context, num_requests, starts=num_requests > 0)
 
 
 def plan_format(
-    quant: LayerQuant, rank: Rank, context: int, mix: Mix, drops: bool = False
+    quant: QuantConfig, rank: Rank, context: int, mix: Mix, drops: bool = False
 ) -> FormatPlan:
     """Plan a pool of ours, its tables paid out of the budget.
 
-    All heads of layers with the same formats are taken to keep the same numbers of tokens; a prompt on
-    its way in needs its all-high size for the steps of its prefill, which is not set aside. `drops` is
-    that of `PageLayout.derive`.
+    All heads are taken to keep the same numbers of tokens; a prompt on its way in needs its all-high
+    size for the steps of its prefill, which is not set aside. `drops` is that of `PageLayout.derive`.
     """
     model = rank.model
-    layout = CacheLayout.derive(
-        quant, model.num_layers, model.head_dim, None, model.element_bytes, drops
+    layout = PageLayout.derive(quant, model.head_dim, None, model.element_bytes, drops)
+    one = PoolShape(layout, model.num_layers, rank.num_kv_heads, 1, context, 0)
+    pages = one.num_heads * sum(
+        -(-num // tier.tokens_per_page)
+        for num, tier in zip(mix.tokens(quant, context), layout.tiers, strict=True)
     )
-    pages = rank.num_kv_heads * sum(
-        len(group.layers) * -(-num // tier.tokens_per_page)
-        for group in layout.groups
-        for num, tier in zip(mix.tokens(group.page.quant, context), group.page.tiers, strict=True)
-    )
-    one = CacheShape(layout, rank.num_kv_heads, 1, context, 0)
     request = one.spent_bytes(pages, 1)
-    num_requests = max(0, rank.kv_bytes - fixed_bytes(len(layout.groups))) // request
+    num_requests = max(0, rank.kv_bytes - FIXED_BYTES) // request
     try:
-        shape = CacheShape.fit(
-            rank.kv_bytes, layout, rank.num_kv_heads, context, max(1, num_requests)
-        )
+        shape = PoolShape.fit(
+            rank.kv_bytes, layout, model.num_layers, rank.num_kv_heads, context,
+            max(1, num_requests),
+        )  # fmt: skip
     except ConfigError:
         return FormatPlan(str(quant), request / context, 0, layout.page_bytes, starts=False)
     return FormatPlan(
@@ -192,7 +185,7 @@ class Verdict:
     """Whether a format pays against bf16, judged by what a decode step must read.
 
     Attributes:
-        name: of the format.
+        name: text form of the format.
         batch_bf16: requests at once in bf16: what fits, or what was asked for.
         batch: likewise in the format.
         kv_share_bf16: share of the bytes of a bf16 decode step that are KV.

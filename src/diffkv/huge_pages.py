@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["use"]
 
 HUGE_PAGE_BYTES = 2 << 20
-"""Of x86-64, and of 64-bit Arm with base pages of 4 KiB."""
+"""Size on x86-64, and on 64-bit Arm with base pages of 4 KiB."""
 
 MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
 MADV_DONTNEED = getattr(mmap, "MADV_DONTNEED", None)

@@ -5,14 +5,12 @@ from the page table, so the same bytes serve either. Bits and groups come from `
 of a tier's tokens are is in `tier`.
 """
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from diffkv.quant import ConfigError, Format, LayerQuant, QuantConfig
+from diffkv.quant import ConfigError, Format, QuantConfig
 from diffkv.tier import TierLayout, align
 
-__all__ = ["MIN_TOKENS_PER_PAGE", "CacheLayout", "LayerGroup", "PageLayout"]
+__all__ = ["MIN_TOKENS_PER_PAGE", "PageLayout", "bf16_bytes_per_token"]
 
 PAGE_ALIGNMENT_BYTES = 32
 
@@ -23,6 +21,8 @@ HALF_EMPTY_CONTEXT = 1024
 """Tokens per head at which the choice of the page size weighs its half-empty pages."""
 
 MAX_PAGE_BYTES = 1 << 20
+
+BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class PageLayout:
         """
         _check_head_dim(quant, head_dim)
         if page_bytes is None:
-            page_bytes = _least_waste({quant: 1}, head_dim, element_bytes, drops)
+            page_bytes = _least_waste(quant, head_dim, element_bytes, drops)
         if page_bytes % PAGE_ALIGNMENT_BYTES or not 0 < page_bytes <= MAX_PAGE_BYTES:
             raise ConfigError(
                 f"page_bytes must be a multiple of {PAGE_ALIGNMENT_BYTES} up to {MAX_PAGE_BYTES}, "
@@ -122,115 +122,14 @@ class PageLayout:
         return self.page_bytes / self.tiers[tier].tokens_per_page
 
 
-@dataclass(frozen=True)
-class LayerGroup:
-    """The layers of a model that share a configuration.
+def bf16_bytes_per_token(num_heads: int, head_dim: int) -> int:
+    """Bytes of a token's keys and values in bf16: what compression is measured against.
 
-    Attributes:
-        page: what is where in their pages.
-        layers: of the model, ascending.
+    Args:
+        num_heads: KV heads, of all layers that count.
+        head_dim: elements of a key or value vector.
     """
-
-    page: PageLayout
-    layers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class CacheLayout:
-    """The pages of all layers of a model: of one size, so that any page serves any layer.
-
-    Attributes:
-        quant: the configuration of every layer.
-        groups: layers by configuration.
-    """
-
-    quant: LayerQuant
-    groups: tuple[LayerGroup, ...]
-
-    @classmethod
-    def derive(
-        cls,
-        quant: LayerQuant,
-        num_layers: int,
-        head_dim: int,
-        page_bytes: int | None = None,
-        element_bytes: int = 2,
-        drops: bool = False,
-    ) -> "CacheLayout":
-        """Lay out the pages of every layer, of the size that wastes least unless one is given.
-
-        `drops` is that of `PageLayout.derive`, as is the waste of a configuration; those of several are
-        weighed by their layers and the bytes of a token.
-
-        Raises:
-            ConfigError: layers that the model does not have, or what `PageLayout.derive` refuses.
-        """
-        layers = quant.groups(num_layers)
-        for config in layers:
-            _check_head_dim(config, head_dim)
-        if page_bytes is None:
-            counts = {config: len(members) for config, members in layers.items()}
-            page_bytes = _least_waste(counts, head_dim, element_bytes, drops)
-        return cls(
-            quant,
-            tuple(
-                LayerGroup(
-                    PageLayout.derive(config, head_dim, page_bytes, element_bytes, drops), members
-                )
-                for config, members in layers.items()
-            ),
-        )
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of a page, of whatever layer."""
-        return self.groups[0].page.page_bytes
-
-    @property
-    def head_dim(self) -> int:
-        """Elements of a key or value vector."""
-        return self.groups[0].page.head_dim
-
-    @property
-    def drops(self) -> bool:
-        """Whether generated tokens may push others out."""
-        return self.groups[0].page.drops
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        return sum(len(group.layers) for group in self.groups)
-
-    def max_pages(self, num_tokens: int) -> int:
-        """Most pages that one head of every layer can hold, each with `num_tokens` kept tokens."""
-        return sum(len(g.layers) * g.page.max_pages(num_tokens) for g in self.groups)
-
-    def max_new_pages(self, num_tokens: int) -> int:
-        """Most pages that `num_tokens` more tokens can add to one head of every layer together."""
-        return sum(len(g.layers) * g.page.max_new_pages(num_tokens) for g in self.groups)
-
-    def page_token_bytes(self, tier: int) -> float:
-        """Bytes per token of one KV head of every layer, in full pages of a tier.
-
-        Layers without a low tier count with their high one.
-        """
-        return self.page_bytes * sum(
-            layers / placed.tokens_per_page for layers, placed in self._placed(tier)
-        )
-
-    def _placed(self, tier: int) -> list[tuple[int, TierLayout]]:
-        """For each group, its number of layers and a tier of theirs; high where there is no low."""
-        return [(len(g.layers), g.page.tiers[: tier + 1][-1]) for g in self.groups]
-
-    def num_fitting(self, num_pages: int, tier: int) -> int:
-        """Most tokens, all of a tier, that `num_pages` pages hold for one head of every layer."""
-        placed = [(layers, t.tokens_per_page) for layers, t in self._placed(tier)]
-
-        def needed(num_tokens: int) -> int:
-            return sum(layers * -(-num_tokens // per_page) for layers, per_page in placed)
-
-        most = num_pages * max(per_page for _, per_page in placed)
-        return bisect_right(range(most + 1), num_pages, key=needed) - 1
+    return num_heads * 2 * head_dim * BF16_BYTES
 
 
 def _check_head_dim(quant: QuantConfig, head_dim: int) -> None:
@@ -264,40 +163,26 @@ def _fill_or_refuse(
     return tier
 
 
-def _least_waste(
-    layers: Mapping[QuantConfig, int], head_dim: int, element_bytes: int, drops: bool
-) -> int:
-    """The page size with the least waste between 16 and 32 tokens of the largest format.
+def _least_waste(quant: QuantConfig, head_dim: int, element_bytes: int, drops: bool) -> int:
+    """The page size with the least waste between 16 and 32 tokens of the largest format."""
+    formats = _tracked(quant, drops)
 
-    `layers` says how many there are of each configuration.
-    """
-
-    def placed(quant: QuantConfig, tokens: int) -> Sequence[TierLayout]:
+    def placed(tokens: int) -> list[TierLayout]:
         return [
             TierLayout.place(fmt, head_dim, element_bytes, tracked, tokens)
-            for fmt, tracked in _tracked(quant, drops)
+            for fmt, tracked in formats
         ]
 
-    context_bytes = {
-        quant: HALF_EMPTY_CONTEXT * min(tier.token_bytes for tier in placed(quant, 1))
-        for quant in layers
-    }
-    all_bytes = sum(number * context_bytes[quant] for quant, number in layers.items())
+    context_bytes = HALF_EMPTY_CONTEXT * min(tier.token_bytes for tier in placed(1))
 
-    def waste(quant: QuantConfig, page_bytes: int) -> float:
+    def waste(page_bytes: int) -> float:
         tiers = [
             _fill_or_refuse(fmt, head_dim, element_bytes, tracked, page_bytes)
-            for fmt, tracked in _tracked(quant, drops)
+            for fmt, tracked in formats
         ]
         unused = max(tier.unused_share(page_bytes) for tier in tiers)
-        return unused + len(tiers) * page_bytes / 2 / context_bytes[quant]
+        return unused + len(tiers) * page_bytes / 2 / context_bytes
 
-    def mean_waste(page_bytes: int) -> float:
-        return sum(
-            number * context_bytes[quant] / all_bytes * waste(quant, page_bytes)
-            for quant, number in layers.items()
-        )
-
-    smallest = max(tier.end for quant in layers for tier in placed(quant, MIN_TOKENS_PER_PAGE))
+    smallest = max(tier.end for tier in placed(MIN_TOKENS_PER_PAGE))
     start = align(smallest, PAGE_ALIGNMENT_BYTES)
-    return min(range(start, 2 * start, PAGE_ALIGNMENT_BYTES), key=mean_waste)
+    return min(range(start, 2 * start, PAGE_ALIGNMENT_BYTES), key=waste)

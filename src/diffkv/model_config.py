@@ -1,4 +1,4 @@
-"""What a model's own files say of its size: `config.json` and the headers of its weights.
+"""Sizes of a model from its own files: `config.json` and the headers of its weights.
 
 Read without any model library, so that a plan or a preset needs none. Values that a file does not state
 are derived as the model's architecture does it; nothing is loaded.
@@ -30,13 +30,13 @@ class ModelConfig:
     Attributes:
         name: what the user called the model.
         architecture: first of `architectures`.
-        model_type: of config.json.
+        model_type: `model_type` of config.json.
         num_layers: attention layers.
         num_q_heads: query heads of a layer.
         num_kv_heads: KV heads of a layer.
         head_dim: elements of a key or value vector.
         hidden_size: elements of a hidden state.
-        intermediate_size: of a dense layer's MLP, or of one expert.
+        intermediate_size: inner width of a dense layer's MLP, or of one expert.
         num_experts: 0 for a dense model.
         num_active_experts: experts of a token; 0 for a dense model.
         vocab_size: tokens of the vocabulary.
@@ -147,11 +147,6 @@ class ModelConfig:
     def element_bytes(self) -> int:
         """Bytes of an element of the model's dtype."""
         return DTYPE_BYTES[self.dtype]
-
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Elements of a token's keys and values, all layers and KV heads."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     @property
     def _attention_parameters(self) -> int:

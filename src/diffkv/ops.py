@@ -1,8 +1,6 @@
 """Which kernels run on a device: chosen once, at start, and logged by whoever chooses."""
 
-import importlib.util
-from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol
 
 from torch import Tensor, dtype
 
@@ -78,19 +76,11 @@ class Ops(Protocol):
         ...
 
 
-BACKENDS = {
-    "cpu": "diffkv.kernels.cpu",
-    "cuda": "diffkv.kernels.triton",
-    "reference": "diffkv.reference",
-}
-"""Modules by backend; a device's own backend has its name."""
-
-
 def load(device_type: str, backend: str | None = None) -> Ops:
     """The operations for a device.
 
     Args:
-        device_type: of the pool's tensors, "cpu" or "cuda".
+        device_type: device of the pool's tensors, "cpu" or "cuda".
         backend: "reference" for plain torch; None for the device's kernels.
 
     Raises:
@@ -100,11 +90,21 @@ def load(device_type: str, backend: str | None = None) -> Ops:
         raise ConfigError(
             f"backend must be {device_type} or reference on {device_type}, got {backend}"
         )
-    name = backend or device_type
-    if name not in BACKENDS:
+    # Imported when asked for: Triton need not be there, and C++ is compiled at first use
+    if backend == "reference":
+        from diffkv import reference
+
+        return reference
+    if device_type == "cpu":
+        from diffkv.kernels import cpu
+
+        return cpu
+    if device_type != "cuda":
         raise ConfigError(f"DiffKV has kernels for cpu and cuda, not for {device_type}")
-    if name == "cuda" and importlib.util.find_spec(BACKENDS[name]) is None:
+    try:
+        from diffkv.kernels import triton
+    except ModuleNotFoundError as error:
         raise ConfigError(
-            "CUDA kernels are not part of this version: use the CPU, or the backend reference"
-        )
-    return cast(Ops, import_module(BACKENDS[name]))
+            f"the CUDA kernels need {error.name}: install it, or use the backend reference"
+        ) from error
+    return triton

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from diffkv.quant import ConfigError, LayerQuant, QuantConfig
+from diffkv.quant import ConfigError, QuantConfig
 
 __all__ = [
     "DROPPED",
@@ -74,7 +74,7 @@ class Thresholds:
     @classmethod
     def choose(
         cls,
-        quant: QuantConfig | LayerQuant,
+        quant: QuantConfig,
         alpha_high: float | None = None,
         alpha_low: float | None = None,
     ) -> "Thresholds":
@@ -94,7 +94,7 @@ class Thresholds:
         return cls(low, low)
 
     def for_tiers(self, has_low: bool) -> "Thresholds":
-        """What they are in a layer with, or without, a low tier.
+        """The thresholds with, or without, a low tier.
 
         Without one a token that is not high enough stays high, unless it is low enough to be dropped:
         alpha_low is the only threshold. `decode_action` says the same for generated tokens.
@@ -118,7 +118,7 @@ def threshold(alpha: Tensor | float, num_tokens: Tensor) -> Tensor:
 
 
 def num_queries_seen(positions: Tensor, num_tokens: Tensor, prompt_lens: Tensor) -> Tensor:
-    """How many queries have contributed to each token's sum.
+    """Number of queries that have contributed to each token's sum.
 
     A prompt token has been seen by those of the prompt's last 64 queries that come at or after it, and
     by every query since; a generated token by every query from its own on.
@@ -138,7 +138,7 @@ def num_queries_seen(positions: Tensor, num_tokens: Tensor, prompt_lens: Tensor)
 
 @dataclass(frozen=True)
 class TokenBounds:
-    """What the published rule compares the means of some prompts' tokens with.
+    """Bounds that the published rule compares the means of some prompts' tokens with.
 
     Attributes:
         least_high: [N] float32, alpha_high / N of each token's prompt, clamped.
@@ -165,7 +165,7 @@ def paper_tiers(means: Tensor, thresholds: Thresholds, window: int) -> Tensor:
 
     Args:
         means: [num_kv_heads, N] float32.
-        thresholds: of the request.
+        thresholds: the request's thresholds.
         window: recent tokens that stay high; N <= window keeps all of them high.
 
     Returns:
@@ -186,7 +186,7 @@ def paper_tiers(means: Tensor, thresholds: Thresholds, window: int) -> Tensor:
 
 
 def key_difference(key: Tensor) -> Tensor:
-    """How unlike each key is the mean direction of all keys of its head, from -1 to 1.
+    """Difference of each key from the mean direction of all keys of its head, from -1 to 1.
 
     A score that needs no query: what is asked after the prompt is often said by a token unlike the
     others. Source: KeyDiff (Park et al. 2025, arXiv 2504.15364).
@@ -203,7 +203,7 @@ def key_difference(key: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DecodeAction:
-    """What one head does when a token is added. Exactly one of three, see `decode_action`.
+    """Change of one head when a token is added. Exactly one of three, see `decode_action`.
 
     Attributes:
         drop: the high victim is dropped, the new token takes its place.

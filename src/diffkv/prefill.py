@@ -14,11 +14,11 @@ __all__ = ["Prefill", "Spans", "torch_prefill"]
 
 @dataclass(frozen=True)
 class Spans:
-    """How R requests are packed, one after the other.
+    """Lengths and starts of R requests that are packed, one after the other.
 
     Attributes:
-        num_queries: by request, its last tokens.
-        num_keys: by request, all of its tokens so far.
+        num_queries: each request's queries, its last tokens.
+        num_keys: each request's keys, all of its tokens so far.
         query_starts: [R + 1] int32, where each request's queries start.
         key_starts: [R + 1] int32.
     """
@@ -32,7 +32,7 @@ class Spans:
     def of(
         cls, num_queries: Sequence[int], num_keys: Sequence[int], device: torch.device
     ) -> "Spans":
-        """Of so many queries and keys by request."""
+        """Put together the spans of requests of given lengths."""
         return cls(
             tuple(num_queries), tuple(num_keys), _starts(num_queries, device), _starts(num_keys, device)
         )  # fmt: skip
@@ -55,8 +55,8 @@ class Prefill(Protocol):
             query: [num_queries of all, num_q_heads, head_dim]; rows may be apart.
             key: [num_keys of all, num_kv_heads, head_dim], likewise.
             value: likewise.
-            spans: of the requests, each with at least as many keys as queries.
-            scale: of the dot products.
+            spans: the requests, each with at least as many keys as queries.
+            scale: softmax scale.
             output: [num_queries of all, num_q_heads, head_dim], written; rows may be apart.
         """
         ...

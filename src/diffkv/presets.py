@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from diffkv import policies
 from diffkv.model_config import ModelConfig
 from diffkv.policy import DEFAULT_ALPHA_HIGH, WINDOW, Thresholds
-from diffkv.quant import ConfigError, LayerQuant, QuantConfig
+from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 
 __all__ = ["AUTO", "DEFAULT", "PRESETS", "Preset", "Sizes", "choose", "find"]
 
 AUTO = "auto"
 DEFAULT = "balanced"
-"""What an engine does without any preset."""
+"""The preset whose values an engine has by default."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a published model is recognised by, whatever its folder is called."""
+    """Sizes that a published model is recognised by, whatever its folder is called."""
 
     architecture: str
     num_layers: int
@@ -39,16 +39,16 @@ class Preset:
     """A quantisation configuration and thresholds.
 
     Attributes:
-        name: what `--preset` takes.
+        name: value of `--preset`.
         quant: text form of the formats.
         alpha_high: threshold of the high tier.
         alpha_low: threshold below which tokens are dropped.
-        description: what it is for, in a line.
-        source: where the values come from.
-        sizes: of the models it was published for; None for a generic one.
+        description: purpose, in a line.
+        source: origin of the values.
+        sizes: sizes of the models it was published for; None for a generic one.
         words: in the model's name, all of them; they part models of the same sizes.
         window: most recent tokens that always stay high.
-        policy: what decides prompts by these thresholds.
+        policy: policy that decides prompts by these thresholds.
     """
 
     name: str
@@ -65,8 +65,9 @@ class Preset:
     def __post_init__(self) -> None:
         """Refuse what no engine would start with."""
         quant = QuantConfig.parse(self.quant)
-        assert Thresholds.choose(quant, self.alpha_high, self.alpha_low) == self.thresholds
-        policies.parse(self.policy).check(LayerQuant.parse(self.quant))
+        chosen = Thresholds.choose(quant, self.alpha_high, self.alpha_low)
+        assert chosen == self.thresholds, f"{self.name}: an engine would run {chosen}"
+        policies.parse(self.policy).check(quant)
 
     @property
     def thresholds(self) -> Thresholds:
@@ -93,7 +94,7 @@ PRESETS = (
         "DiffKV (SOSP 2025) figure 8: K8V4 alone scores like FP16 on every model there",
     ),
     Preset(
-        "balanced", "k8v4-k4v2", DEFAULT_ALPHA_HIGH, 0.0,
+        "balanced", DEFAULT_QUANT, DEFAULT_ALPHA_HIGH, 0.0,
         "unimportant tokens in low precision, nothing dropped; the default",
         "DiffKV (SOSP 2025) section 4: the thresholds of its largest Qwen models",
     ),

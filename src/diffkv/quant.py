@@ -1,33 +1,31 @@
 """Quantisation formats: the only place where bits and groups are data.
 
-A format's text form (`k8v4`, `k4v2g2x4`), a configuration's (`k8v4-k4v2`) and that of configurations by
-layer (`0-3:k8v8,4-:k8v4-k4v2`) are the keys used in the command line, file names, logs and engine
-options. Byte sizes do not belong here: see `layout`.
+A format's text form (`k8v4`, `k4v2g2x4`) and a configuration's (`k8v4-k4v2`) are the keys used in the
+command line, file names, logs and engine options. Byte sizes do not belong here: see `layout`.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 __all__ = [
     "BITS",
     "CUT_WIDTHS",
+    "DEFAULT_QUANT",
     "FLOAT16_MAX",
     "GROUPS",
     "MIN_SCALE",
     "OUTER",
     "ConfigError",
     "Format",
-    "LayerQuant",
-    "LayerSpan",
     "QuantConfig",
     "cut_of",
-    "layers_text",
 ]
 
 BITS = (16, 8, 4, 2, 1)
 GROUPS = (1, 2, 4)
+
+DEFAULT_QUANT = "k8v4-k4v2"
+"""What engines, caches and commands take if they are told nothing else."""
 
 FLOAT16_MAX = 65504.0
 """Largest finite float16: scale and zero are stored in it, and values beyond it saturate."""
@@ -40,7 +38,7 @@ _CUTS = {1: (0, 0, 9, 14, 17, 19, 21, 22, 23), 2: (0, 0, 1, 4, 6, 9, 11, 13, 14)
 """64ths of a group's range that are cut off at each end, by bits and log2 of the group's elements.
 
 What is beyond the ends is stored as the ends. Least squared error for normally distributed elements, of
-which few are near the ends (docs/log.md); with more bits the best cut gains less than a tenth.
+which few are near the ends (docs/decisions.md); with more bits the best cut gains less than a tenth.
 """
 
 CUT_WIDTHS = tuple(1 << power for power in range(len(_CUTS[1])))
@@ -54,7 +52,6 @@ of them.
 """
 
 _FORMAT = re.compile(r"k(?P<k>\d+)v(?P<v>\d+)(?:g(?P<gk>\d+)x(?P<gv>\d+))?")
-_SPAN = re.compile(r"\s*(?P<first>\d{1,6})(?P<range>-(?P<last>\d{1,6})?)?\s*:(?P<quant>.*)")
 
 
 class ConfigError(ValueError):
@@ -159,6 +156,11 @@ class QuantConfig:
         Raises:
             ConfigError: not of that form, or a pair of formats that makes no sense.
         """
+        if ":" in text:
+            raise ConfigError(
+                f"formats by layer, as in {text!r}, are not supported: they gain nothing over one "
+                f"configuration of the same bytes; name one for all layers, as in k8v4-k4v2"
+            )
         parts = text.split("-")
         if len(parts) > 2:
             raise ConfigError(
@@ -180,165 +182,7 @@ class QuantConfig:
         """Whether there is a low tier."""
         return self.low is not None
 
-
-@dataclass(frozen=True)
-class LayerSpan:
-    """Neighbouring layers with the same configuration.
-
-    Attributes:
-        first: layer, from 0.
-        last: layer, itself included; None: the model's last.
-        quant: their configuration.
-    """
-
-    first: int
-    last: int | None
-    quant: QuantConfig
-
-    @classmethod
-    def parse(cls, text: str) -> "LayerSpan":
-        """Read `0-3:k8v8`, `7:k8v8` (one layer) or `4-:k8v4-k4v2` (to the last layer).
-
-        Raises:
-            ConfigError: not of that form, or a configuration that makes no sense.
-        """
-        match = _SPAN.fullmatch(text)
-        if match is None:
-            raise ConfigError(
-                f"unknown layers {text!r}: write <first>-<last>:<formats>, for example "
-                f"0-3:k8v8,4-:k8v4-k4v2; without <last> up to the model's last layer"
-            )
-        first = int(match["first"])
-        last = int(match["last"]) if match["last"] else None if match["range"] else first
-        if last is not None and last < first:
-            raise ConfigError(f"layers {first}-{last} run backwards: write {last}-{first}")
-        return cls(first, last, QuantConfig.parse(match["quant"]))
-
-    @property
-    def layers(self) -> str:
-        """The layers' text form."""
-        return _layers_text(self.first, self.last)
-
-    def __str__(self) -> str:
-        """The text form."""
-        return f"{self.layers}:{self.quant}"
-
-
-def _layers_text(first: int, last: int | None) -> str:
-    return str(first) if first == last else f"{first}-{'' if last is None else last}"
-
-
-def layers_text(layers: Sequence[int]) -> str:
-    """The text form of some layers, ascending: `0-3,7`."""
-    ends = [0, *(i for i in range(1, len(layers)) if layers[i] > layers[i - 1] + 1), len(layers)]
-    return ",".join(_layers_text(layers[a], layers[b - 1]) for a, b in pairwise(ends))
-
-
-def _name(layers: str) -> str:
-    return f"layers {layers}" if "-" in layers else f"layer {layers}"
-
-
-@dataclass(frozen=True)
-class LayerQuant:
-    """The configuration of every layer of a model.
-
-    Attributes:
-        spans: from layer 0 on, without gaps; neighbours differ. Only the last may be open.
-    """
-
-    spans: tuple[LayerSpan, ...]
-
-    def __post_init__(self) -> None:
-        """Refuse layers that no span names, or several.
-
-        Raises:
-            ConfigError: says which.
-        """
-        if self.spans[0].first:
-            missing = _layers_text(0, self.spans[0].first - 1)
-            raise ConfigError(f"no formats for {_name(missing)} in {self}: add {missing}:<formats>")
-        for span, after in pairwise(self.spans):
-            if span.last is None or span.last >= after.first:
-                ends = [last for last in (span.last, after.last) if last is not None]
-                twice = _layers_text(after.first, min(ends, default=None))
-                raise ConfigError(
-                    f"two formats for {_name(twice)} in {self}: name every layer once"
-                )
-            if span.last + 1 < after.first:
-                missing = _layers_text(span.last + 1, after.first - 1)
-                raise ConfigError(
-                    f"no formats for {_name(missing)} in {self}: add {missing}:<formats>"
-                )
-
-    @classmethod
-    def parse(cls, text: str) -> "LayerQuant":
-        """Read `0-3:k8v8,4-:k8v4-k4v2` in any order, or one configuration for all layers.
-
-        Raises:
-            ConfigError: not of that form, or layers without formats, or with several.
-        """
-        if ":" not in text:
-            return cls((LayerSpan(0, None, QuantConfig.parse(text)),))
-        spans = sorted((LayerSpan.parse(part) for part in text.split(",")), key=lambda s: s.first)
-        cls(tuple(spans))  # names what was written, before neighbours are joined
-        joined = spans[:1]
-        for span in spans[1:]:
-            if span.quant == joined[-1].quant:
-                joined[-1] = LayerSpan(joined[-1].first, span.last, span.quant)
-            else:
-                joined.append(span)
-        return cls(tuple(joined))
-
-    def __str__(self) -> str:
-        """The text form; that of the configuration alone where all layers share it."""
-        if len(self.spans) == 1 and (self.spans[0].first, self.spans[0].last) == (0, None):
-            return str(self.spans[0].quant)
-        return ",".join(map(str, self.spans))
-
-    @property
-    def num_layers(self) -> int | None:
-        """Layers that are named; None if the last span is open."""
-        last = self.spans[-1].last
-        return None if last is None else last + 1
-
-    @property
-    def has_low(self) -> bool:
-        """Whether any layer has a low tier."""
-        return any(span.quant.has_low for span in self.spans)
-
-    @property
-    def all_have_low(self) -> bool:
-        """Whether every layer has a low tier."""
-        return all(span.quant.has_low for span in self.spans)
-
     @property
     def is_exact(self) -> bool:
-        """Whether every layer stores the model's own numbers."""
-        tiers = [tier for span in self.spans for tier in (span.quant.high, span.quant.low) if tier]
-        return all((tier.k_bits, tier.v_bits) == (16, 16) for tier in tiers)
-
-    def groups(self, num_layers: int) -> dict[QuantConfig, tuple[int, ...]]:
-        """The layers of each configuration, in the order in which they first occur.
-
-        Args:
-            num_layers: of the model.
-
-        Raises:
-            ConfigError: the model has other layers than are named.
-        """
-        named, last = self.num_layers, num_layers - 1
-        has = f"the model has {num_layers} layers, {_layers_text(0, last)}"
-        for span in self.spans:
-            if span.first > last or (span.last is not None and span.last > last):
-                beyond = _layers_text(max(span.first, num_layers), span.last)
-                raise ConfigError(f"{self} names {_name(beyond)}, but {has}")
-        if named is not None and named < num_layers:
-            missing = _layers_text(named, last)
-            raise ConfigError(
-                f"no formats for {_name(missing)} in {self}: {has}; add {missing}:<formats>"
-            )
-        groups: dict[QuantConfig, tuple[int, ...]] = {}
-        for span in self.spans:
-            end = num_layers if span.last is None else span.last + 1
-            groups[span.quant] = groups.get(span.quant, ()) + tuple(range(span.first, end))
-        return groups
+        """Whether both tiers store the model's own numbers."""
+        return all((tier.k_bits, tier.v_bits) == (16, 16) for tier in self.tiers)

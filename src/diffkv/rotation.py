@@ -12,7 +12,7 @@ Hadamard transform. The signs keep a vector that is constant over its channels f
 import torch
 from torch import Tensor
 
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import ConfigError, QuantConfig
 
 __all__ = [
     "ROTATIONS",
@@ -30,11 +30,12 @@ NONE, HADAMARD = ROTATIONS = ("none", "hadamard")
 _SIGN_SEED = 0
 
 
-def choose(name: str | None, quant: LayerQuant) -> str:
+def choose(name: str | None, quant: QuantConfig) -> str:
     """The rotation that was asked for, or the one that goes with formats.
 
     Rotating is the default wherever something is quantised: outliers are common, and without it they
-    cost far more than it does where there are none (docs/log.md). `k16v16` stays as it is, bit by bit.
+    cost far more than it does where there are none (docs/decisions.md). `k16v16` stays as it is, bit for
+    bit.
 
     Raises:
         ConfigError: an unknown name.
@@ -70,7 +71,7 @@ def signs(head_dim: int) -> Tensor:
 
 
 def signs_of(name: str, head_dim: int, device: torch.device) -> Tensor | None:
-    """What the operation `rotate` needs for the rotation that `choose` gave; None for "none"."""
+    """Signs for the operation `rotate`, by the name that `choose` gave; None for "none"."""
     return None if name == NONE else signs(head_dim).to(device)
 
 

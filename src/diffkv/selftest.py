@@ -12,13 +12,12 @@ from diffkv import ops, pool
 from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.policy import DROPPED, HIGH, LOW
-from diffkv.quant import QuantConfig
+from diffkv.quant import DEFAULT_QUANT, QuantConfig
 from diffkv.shape import PoolShape
-from diffkv.state import PoolState, PromptTokens
+from diffkv.state import TENSORS, PoolState, PromptTokens
 
 __all__ = ["SelfTest", "run"]
 
-QUANT = "k8v4-k4v2"
 HEAD_DIM, NUM_LAYERS, NUM_KV_HEADS, NUM_Q_HEADS = 64, 2, 2, 4
 PROMPT_LEN, NUM_NEW, NUM_PAGES = 48, 2, 64
 WINDOW = 8
@@ -29,10 +28,10 @@ MAX_ERROR = 1e-4
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What came out.
+    """Result of a self-test.
 
     Attributes:
-        device: that the kernels ran on.
+        device: device of the kernels.
         high: tokens that head 0 of layer 0 kept in high precision, before the release.
         low: likewise in low precision.
         different_pages: bytes of tables and pages that differ from the reference's after storing.
@@ -58,9 +57,9 @@ class SelfTest:
 
 
 def _empty_pool(device: str) -> PoolState:
-    layout = PageLayout.derive(QuantConfig.parse(QUANT), HEAD_DIM, element_bytes=4, drops=True)
-    width = layout.max_pages(PROMPT_LEN + NUM_NEW)
-    shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, 1, width, NUM_PAGES)
+    quant = QuantConfig.parse(DEFAULT_QUANT)
+    layout = PageLayout.derive(quant, HEAD_DIM, element_bytes=4, drops=True)
+    shape = PoolShape(layout, NUM_LAYERS, NUM_KV_HEADS, 1, PROMPT_LEN + NUM_NEW, NUM_PAGES)
     num_bytes = shape.table_bytes + NUM_PAGES * layout.page_bytes
     buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     state = pool.create(shape, buffer, torch.float32, WINDOW)
@@ -104,11 +103,7 @@ def _decode(kernels: Ops, state: PoolState, new: Tensor, query: Tensor) -> Tenso
 
 
 def _different(ours: PoolState, theirs: PoolState) -> int:
-    names = (
-        "pages", "free_ring", "ring_ends", "leaves", "free_leaves", "leaf_ends", "directory",
-        "num_tokens", "num_pages_held",
-    )  # fmt: skip
-    return sum(int((getattr(ours, name).cpu() != getattr(theirs, name)).sum()) for name in names)
+    return sum(int((getattr(ours, name).cpu() != getattr(theirs, name)).sum()) for name in TENSORS)
 
 
 def run(device: str = "cpu", kernels: Ops | None = None) -> SelfTest:

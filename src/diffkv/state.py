@@ -11,57 +11,96 @@ from torch import Tensor
 
 from diffkv.layout import PageLayout
 
-__all__ = ["CacheState", "DecodePlan", "PoolState", "PromptTokens"]
+__all__ = ["IDS", "TENSORS", "DecodePlan", "PoolState", "PromptTokens", "TensorSpec", "sizes_of"]
+
+IDS = "ids"
+"""Initial value of a ring: all ids, from 0 on."""
 
 
 @dataclass(frozen=True)
-class PoolState:
-    """A pool of pages and the tables of layers with one page layout, all on one device.
-
-    Several groups of layers may share a pool (`CacheState`). S slots (running requests), L layers of the
-    group, H KV heads. A head's page table has two levels, so that it is about as large as what the head
-    holds: its row of the directory names leaves, and a leaf names up to E pages of one tier. Page
-    `number` of a tier is entry `number % E` of the tier's leaf `number // E`.
+class TensorSpec:
+    """One tensor of a pool.
 
     Attributes:
-        layout: what is where in a page.
+        dtype: dtype of its elements.
+        shape: numbers and names of sizes, see `sizes_of`.
+        initial: its elements in an empty pool: one value everywhere, a size for each element, `IDS`, or
+            None where it does not matter.
+        meaning: in words.
+    """
+
+    dtype: torch.dtype
+    shape: str
+    initial: int | str | None
+    meaning: str
+
+
+def sizes_of(names: str, pool: object) -> tuple[int, ...]:
+    """Numbers as they are, and names as a `PoolState` or a `PoolShape` has them: "num_slots 2"."""
+    return tuple(int(x) if x.isdigit() else getattr(pool, x) for x in names.split())
+
+
+_U8, _I32, _I64, _F32 = torch.uint8, torch.int32, torch.int64, torch.float32
+_HEADS = "num_slots num_layers num_kv_heads"
+
+TENSORS = {
+    "overruns": TensorSpec(_I32, "1", 0, "plans that wanted more pages than were free"),
+    "thresholds": TensorSpec(_F32, "num_slots 2", 0, "(alpha_high, alpha_low) of each request"),
+    "prompt_lens": TensorSpec(_I32, "num_slots", 0, "tokens of each request's prompt"),
+    "directory": TensorSpec(_I32, f"{_HEADS} directory_width", -1, "ids of each head's leaves"),
+    "num_tokens": TensorSpec(_I32, f"{_HEADS} 2", 0, "kept tokens by tier (high, low)"),
+    "num_pages_held": TensorSpec(_I32, f"{_HEADS} 2", 0, "pages by tier (high, low)"),
+    "leaves": TensorSpec(_I32, "num_leaves leaf_entries", -1, "ids of each leaf's pages"),
+    "free_leaves": TensorSpec(_I32, "num_leaves", IDS, "ring of the ids of free leaves"),
+    "leaf_ends": TensorSpec(_I64, "2", "0 num_leaves", "(head, tail) of that ring"),
+    "free_ring": TensorSpec(_I32, "num_pages", IDS, "ring of the ids of free pages"),
+    "ring_ends": TensorSpec(_I64, "2", "0 num_pages", "(head, tail) of that ring"),
+    "pages": TensorSpec(_U8, "num_pages page_bytes", None, "tokens, as the layout places them"),
+}
+"""Every tensor of a `PoolState`, in the order in which a buffer holds them: tables, then pages.
+
+Allocation, the kernels' checks, the struct of the C++ kernels and the tests are made from it.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class PoolState:
+    """A pool of pages and the tables of all layers of a model, on one device.
+
+    Its tensors are described in `TENSORS`. A head's page table has two levels, so that it is about as
+    large as what the head holds: its row of the directory names leaves, and a leaf names pages of one
+    tier. Page `number` of a tier is entry `number % leaf_entries`, a power of two, of the tier's leaf
+    `number // leaf_entries`. High leaves stand in a row from the left, low ones from the right (the k-th
+    at `directory_width - 1 - k`), with -1 between them. What follows a tier's last page in a leaf means
+    nothing. There are as many leaves as heads can need that hold all pages between them, however they
+    share them, so leaves are never short.
+
+    The ends of a ring count what was taken and what was given back since the start. Both only grow, id
+    k is at `k % len(ring)`, and tail - head ids are free; so a full ring is not mistaken for an empty
+    one. A plan that wants more pages than are free counts in `overruns`, and takes nothing: a fault of
+    whoever admitted the requests.
+
+    Attributes:
+        layout: layout of a page.
         dtype: the model's dtype: float32, bfloat16 or float16; `layout.element_bytes` is its size.
         window: recent tokens that always stay high.
-        pages: [num_pages, page_bytes] uint8.
-        free_ring: [num_pages] int32, ids of free pages, from `ring_ends[0]` to `ring_ends[1]`.
-        ring_ends: [2] int64, (head, tail): pages taken and pages given back since the start. Both only
-            grow, entry k of the ring is at k % num_pages, and tail - head pages are free; so a full
-            ring is not mistaken for an empty one.
-        leaves: [num_leaves, E] int32, ids of pages; what follows a tier's last page means nothing.
-            E is a power of two.
-        free_leaves: [num_leaves] int32, a ring like `free_ring`, of ids of leaves.
-        leaf_ends: [2] int64, of that ring. There are as many leaves as heads can need who hold all pages
-            between them, however they share them, so leaves are never short.
-        directory: [S, L, H, W] int32, ids of leaves. High ones from the left, low ones from the right:
-            the k-th low leaf is entry W - 1 - k. -1 where there is no leaf.
-        num_tokens: [S, L, H, 2] int32, kept tokens by tier (high, low).
-        num_pages_held: [S, L, H, 2] int32.
-        thresholds: [S, 2] float32, (alpha_high, alpha_low) of each slot's request.
-        prompt_lens: [S] int32, tokens of each slot's prompt.
-        overruns: [1] int32, how often a plan wanted more pages than were free. Anything but 0 is a
-            fault of whoever admitted the requests; the plan then takes nothing.
     """
 
     layout: PageLayout
     dtype: torch.dtype
     window: int
-    pages: Tensor
-    free_ring: Tensor
-    ring_ends: Tensor
-    leaves: Tensor
-    free_leaves: Tensor
-    leaf_ends: Tensor
+    overruns: Tensor
+    thresholds: Tensor
+    prompt_lens: Tensor
     directory: Tensor
     num_tokens: Tensor
     num_pages_held: Tensor
-    thresholds: Tensor
-    prompt_lens: Tensor
-    overruns: Tensor
+    leaves: Tensor
+    free_leaves: Tensor
+    leaf_ends: Tensor
+    free_ring: Tensor
+    ring_ends: Tensor
+    pages: Tensor
 
     @property
     def num_pages(self) -> int:
@@ -69,74 +108,49 @@ class PoolState:
         return self.pages.shape[0]
 
     @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return self.layout.page_bytes
+
+    @property
+    def num_slots(self) -> int:
+        """Requests that can run at once."""
+        return self.directory.shape[0]
+
+    @property
     def num_layers(self) -> int:
-        """L, of the group."""
+        """Attention layers of the model."""
         return self.directory.shape[1]
 
     @property
     def num_kv_heads(self) -> int:
-        """H, on this rank."""
+        """KV heads of a layer, on this rank."""
         return self.directory.shape[2]
 
     @property
+    def directory_width(self) -> int:
+        """Leaves that a head can have."""
+        return self.directory.shape[3]
+
+    @property
+    def num_leaves(self) -> int:
+        """Leaves of the pool, free or held."""
+        return self.leaves.shape[0]
+
+    @property
     def leaf_entries(self) -> int:
-        """E."""
+        """Pages that a leaf can name."""
         return self.leaves.shape[1]
 
     @property
-    def directory_width(self) -> int:
-        """W."""
-        return self.directory.shape[3]
+    def leaf_shift(self) -> int:
+        """Base-2 logarithm of `leaf_entries`."""
+        return self.leaf_entries.bit_length() - 1
 
     @property
     def max_pages(self) -> int:
         """Most pages that a head's leaves can name."""
         return self.directory_width * self.leaf_entries
-
-
-@dataclass(frozen=True)
-class CacheState:
-    """One pool under all layers of a model, whatever their formats.
-
-    The groups have pages, leaves, both rings, `overruns`, `thresholds` and `prompt_lens` in common; each
-    has a page layout, a directory and counts of its own, for its own layers.
-
-    Attributes:
-        groups: one for each configuration.
-        layers: of the model, in each group; layer `layers[g][i]` is layer i of group g.
-    """
-
-    groups: tuple[PoolState, ...]
-    layers: tuple[tuple[int, ...], ...]
-
-    @property
-    def pool(self) -> PoolState:
-        """A group, for what all of them share."""
-        return self.groups[0]
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        return sum(map(len, self.layers))
-
-    @property
-    def num_kv_heads(self) -> int:
-        """H, on this rank."""
-        return self.pool.num_kv_heads
-
-    @property
-    def num_pages(self) -> int:
-        """Pages of the pool, free or held."""
-        return self.pool.num_pages
-
-    @property
-    def places(self) -> dict[int, tuple[int, int]]:
-        """(group, layer of the group) of each layer of the model."""
-        return {
-            layer: (g, i)
-            for g, members in enumerate(self.layers)
-            for i, layer in enumerate(members)
-        }
 
 
 @dataclass(frozen=True)
@@ -160,7 +174,7 @@ class PromptTokens:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Where the new tokens of a decode step go, made once for all layers of a group.
+    """Where the new tokens of a decode step go, made once for all layers.
 
     Attributes:
         slots: [R] int32, -1 for a row that is no request (padding).

@@ -1,4 +1,4 @@
-"""What one forward pass brings to a cache: chunks of prompts, and the places of generated tokens.
+"""One forward pass over a cache: chunks of prompts, and the places of generated tokens.
 
 All that the layers of a step have in common is put on the device once, without waiting for it.
 """
@@ -16,11 +16,10 @@ from diffkv.prefill import Spans
 from diffkv.state import DecodePlan, PromptTokens
 
 __all__ = [
-    "Decision",
-    "Fate",
     "Packing",
     "PromptChunk",
-    "Prompts",
+    "PromptPlan",
+    "Scoring",
     "Step",
     "joined",
     "on_device",
@@ -33,7 +32,7 @@ class PromptChunk:
     """Some tokens of one request's prompt, as a span of a packed batch.
 
     Attributes:
-        slot: of the request.
+        slot: slot of the request.
         span: rows of the batch.
         num_stored: prompt tokens that came in earlier chunks.
         prompt_len: tokens of the whole prompt.
@@ -65,8 +64,8 @@ class Packing:
     """Tokens of R chunks that are stored together, N in all, one chunk after the other.
 
     Attributes:
-        chunks: which.
-        rows: where the chunks' new tokens are among those of `Prompts`.
+        chunks: the chunks.
+        rows: rows of the chunks' new tokens among those of `PromptPlan`.
         slots: [R] int32.
         starts: [R + 1] int32, where each chunk's tokens start.
         positions: [N] int32, index of each token in its request.
@@ -79,24 +78,24 @@ class Packing:
     positions: Tensor
 
     def tokens(self, key: Tensor, value: Tensor) -> PromptTokens:
-        """What `store_prompt` takes: key and value are [N, num_kv_heads, head_dim]."""
+        """The argument of `store_prompt`: key and value are [N, num_kv_heads, head_dim]."""
         return PromptTokens(self.slots, self.starts, key, value, self.positions)
 
 
 @dataclass(frozen=True)
-class Decision:
+class Scoring:
     """Prompts that are complete, and what sorts their N tokens into tiers.
 
     Attributes:
-        packing: of whole prompts, earlier chunks included.
+        packing: whole prompts, earlier chunks included.
         stored_slots: [.] int32, of the prompts that have earlier chunks; None if there are none.
-        query_rows: where the scoring queries are among the tokens of `Prompts`; None where some came
+        query_rows: rows of the scoring queries among the tokens of `PromptPlan`; None where some came
             in earlier chunks.
         query_starts: [R + 1] int32, where each prompt's scoring queries start.
         max_queries: most of one prompt.
         num_scored: [N] float32, scoring queries that saw each token.
         num_seen: [N] float32, by how many the rule divides when it decides for generated tokens.
-        bounds: what means are compared with, where the policy does just that.
+        bounds: bounds of the means, where the policy just compares them.
     """
 
     packing: Packing
@@ -110,28 +109,22 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What becomes of the chunks of a step in the layers of a group: kept high, or decided."""
-
-    undecided: Packing | None
-    complete: Decision | None
-
-
-@dataclass(frozen=True)
-class Prompts:
+class PromptPlan:
     """The chunks of prompts of a step; their tokens are packed one chunk after the other.
 
     Attributes:
-        chunks: which.
-        rows: where their tokens are in the step's batch.
-        spans: of the chunks as attention sees them, with all tokens stored before.
-        fates: for each group of layers.
+        chunks: the chunks.
+        rows: rows of their tokens in the step's batch.
+        spans: the chunks as attention sees them, with all tokens stored before.
+        undecided: the chunks whose tokens are kept high; None if there are none.
+        complete: the prompts that are decided in this step; None if there are none.
     """
 
     chunks: tuple[PromptChunk, ...]
     rows: slice | Tensor
     spans: Spans
-    fates: tuple[Fate, ...]
+    undecided: Packing | None
+    complete: Scoring | None
 
     @property
     def parts(self) -> list[tuple[PromptChunk, slice]]:
@@ -143,53 +136,49 @@ class Prompts:
     def of(
         cls,
         chunks: Sequence[PromptChunk],
-        decided: Sequence[Sequence[Thresholds | None]],
+        decided: Sequence[Thresholds | None],
         policy: Policy,
-        windows: Sequence[int],
+        window: int,
         device: torch.device,
-    ) -> "Prompts":
+    ) -> "PromptPlan":
         """Put together what all layers ask of some chunks.
 
         Args:
             chunks: in any order of rows.
-            decided: for each group of layers and chunk, the thresholds that decide the prompt; None
-                where this chunk does not complete it, or nothing is to be decided.
-            policy: of the cache.
-            windows: of each group.
-            device: of the cache.
+            decided: for each chunk, the thresholds that decide the prompt; None where this chunk does
+                not complete it, or nothing is to be decided.
+            policy: policy of the cache.
+            window: recent tokens that stay high.
+            device: device of the cache.
         """
         spans = Spans.of([c.num_new for c in chunks], [c.end for c in chunks], device)
         slots = [c.slot for c in chunks]
         starts = dict(zip(slots, accumulate([0, *spans.num_queries]), strict=False))
-        fates = []
-        for thresholds, window in zip(decided, windows, strict=True):
-            pairs = list(zip(chunks, thresholds, strict=True))
-            early = [c for c, t in pairs if t is None]
-            complete = [(c, t) for c, t in pairs if t is not None]
-            fates.append(
-                Fate(
-                    _packing(early, starts, device, whole=False) if early else None,
-                    _decision(complete, starts, policy, window, device) if complete else None,
-                )
-            )
+        pairs = list(zip(chunks, decided, strict=True))
+        early = [c for c, t in pairs if t is None]
+        complete = [(c, t) for c, t in pairs if t is not None]
         return cls(
-            tuple(chunks), spans_of([c.span for c in chunks], device), spans, tuple(fates)
-        )  # fmt: skip
+            tuple(chunks),
+            spans_of([c.span for c in chunks], device),
+            spans,
+            _packing(early, starts, device, whole=False) if early else None,
+            _scoring(complete, starts, policy, window, device) if complete else None,
+        )
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward pass adds to the cache; the same for every layer.
+    """One forward pass over the cache; the same for every layer.
 
     Attributes:
         prompts: chunks of prompts; None if there are none.
         decode_rows: [R] int64, rows of the batch that are generated tokens, or a slice of them.
-        plans: where those tokens go, for each group of layers; empty if there are none.
+        decode: places of those tokens; None if there are none.
     """
 
-    prompts: Prompts | None
+    prompts: PromptPlan | None
     decode_rows: slice | Tensor
-    plans: tuple[DecodePlan, ...]
+    decode: DecodePlan | None
 
 
 def _packing(
@@ -198,7 +187,7 @@ def _packing(
     device: torch.device,
     whole: bool,
 ) -> Packing:
-    """Of the chunks' own tokens, or of all tokens up to the chunks' ends."""
+    """Pack the chunks' own tokens, or all tokens up to the chunks' ends."""
     lengths = [c.end if whole else c.num_new for c in chunks]
     firsts = [0 if whole else c.num_stored for c in chunks]
     packed_starts = [0, *accumulate(lengths)]
@@ -213,13 +202,13 @@ def _packing(
     )
 
 
-def _decision(
+def _scoring(
     prompts: Sequence[tuple[PromptChunk, Thresholds]],
     starts: dict[int, int],
     policy: Policy,
     window: int,
     device: torch.device,
-) -> Decision:
+) -> Scoring:
     chunks = [c for c, _ in prompts]
     packing = _packing(chunks, starts, device, whole=True)
     lengths = [c.prompt_len for c in chunks]
@@ -240,7 +229,7 @@ def _decision(
         ]
         high, low = (_spread(values, torch.float32, lengths, device) for values in least)
         bounds = TokenBounds(high, low, from_end <= window)
-    return Decision(
+    return Scoring(
         packing,
         on_device(stored, torch.int32, device) if stored else None,
         query_rows,

@@ -10,17 +10,12 @@ from diffkv.layout import PageLayout
 from diffkv.policy import DROPPED
 from diffkv.quant import QuantConfig
 from diffkv.shape import PoolShape
-from diffkv.state import PoolState, PromptTokens
+from diffkv.state import TENSORS, PoolState, PromptTokens
 
 FORMATS = ("k8v8", "k8v4", "k8v4g1x2", "k8v2", "k4v4", "k4v2", "k4v2g2x4", "k4v1")
 """The formats of the original system."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-TABLES = (
-    "pages", "free_ring", "ring_ends", "leaves", "free_leaves", "leaf_ends", "directory",
-    "num_tokens", "num_pages_held", "thresholds", "prompt_lens", "overruns",
-)  # fmt: skip
 
 
 def make_state(
@@ -40,10 +35,10 @@ def make_state(
     """An empty pool with room for `max_tokens` in every slot, its free pages and leaves shuffled."""
     config = QuantConfig.parse(quant)
     layout = PageLayout.derive(config, head_dim, page_bytes, dtype.itemsize, drops)
-    width = layout.max_pages(max_tokens)
+    heads = (num_layers, num_kv_heads)
     if num_pages is None:
-        num_pages = num_slots * num_layers * num_kv_heads * width
-    shape = PoolShape(layout, num_layers, num_kv_heads, num_slots, width, num_pages, leaf_entries)
+        num_pages = num_slots * num_layers * num_kv_heads * layout.max_pages(max_tokens)
+    shape = PoolShape(layout, *heads, num_slots, max_tokens, num_pages, leaf_entries)
     buffer = torch.zeros(shape.table_bytes + num_pages * layout.page_bytes, dtype=torch.uint8)
     state = pool.create(shape, buffer, dtype, window)
     generator = torch.Generator().manual_seed(num_pages)
@@ -54,12 +49,12 @@ def make_state(
 
 def copy_of(state: PoolState) -> PoolState:
     """A state with the same contents in other memory."""
-    return dataclasses.replace(state, **{name: getattr(state, name).clone() for name in TABLES})
+    return dataclasses.replace(state, **{name: getattr(state, name).clone() for name in TENSORS})
 
 
 def assert_same(state: PoolState, expected: PoolState) -> None:
     """All tables and every byte of every page agree."""
-    for name in TABLES:
+    for name in TENSORS:
         got, want = getattr(state, name), getattr(expected, name)
         assert torch.equal(got, want), f"{name}: {got} is not {want}"
 

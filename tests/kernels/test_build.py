@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from make import make_state
 
 from diffkv.kernels.cpu import build, library
 from diffkv.quant import ConfigError
+from diffkv.state import TENSORS
 
 SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }\n'
 
@@ -169,16 +171,30 @@ def test_rendered_header_is_the_layout():
     assert f"{{{', '.join(map(str, row))}, {low.positions}}}" in text
 
 
+def test_rendered_struct_is_the_state():
+    text = library.render(make_state("k8v4").layout, torch.bfloat16)
+    lines = text[text.index("struct Tensors {") :].splitlines()[1:-1]
+    pointers = [line.split(";")[0].split() for line in lines[:-1]]
+    types = {"uint8_t*": torch.uint8, "int32_t*": torch.int32, "int64_t*": torch.int64}
+    state = make_state("k8v4")
+    for kind, name in pointers:
+        assert getattr(state, name).dtype is types.get(kind, torch.float32)
+    assert lines[-1] == f"  int64_t {', '.join(library.SIZES)};"
+    assert [name for _, name in pointers] == list(TENSORS)
+
+
 def test_handles_are_forgotten_with_their_states():
     state = make_state("k8v4")
     made = library.handle(state)
     assert library.handle(state) is made
     assert isinstance(made.library, ctypes.CDLL)
-    key = id(state)
-    assert key in library._handles
+    pool = weakref.ref(made.pool)
+    del made
+    gc.collect()
+    assert pool() is not None
     del state
     gc.collect()
-    assert key not in library._handles
+    assert pool() is None
 
 
 def test_state_of_another_dtype_is_refused():

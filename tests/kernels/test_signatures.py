@@ -2,28 +2,38 @@
 
 import ctypes
 import inspect
+import sys
 
 import pytest
 from make import make_state
 
 from diffkv import ops, reference
-from diffkv.kernels import cpu
+from diffkv.kernels import cpu, triton
 from diffkv.kernels.cpu.library import handle, vectors_library
 from diffkv.quant import ConfigError
 
-
-def test_same_names():
-    assert cpu.__all__ == reference.__all__
+NAMES = [name for name in vars(ops.Ops) if not name.startswith("_")]
 
 
-@pytest.mark.parametrize("name", reference.__all__)
-def test_same_signature(name):
-    expected = inspect.signature(getattr(reference, name))
+def same_but_self(function, protocol):
+    """Whether a function has a method's parameters, by name, kind, default and type, and its result."""
+    ours, theirs = inspect.signature(function), inspect.signature(protocol)
+    expected = [each for name, each in theirs.parameters.items() if name != "self"]
+    return (list(ours.parameters.values()), ours.return_annotation) == (
+        expected, theirs.return_annotation,
+    )  # fmt: skip
 
-    assert inspect.signature(getattr(cpu, name)) == expected
-    protocol = inspect.signature(getattr(ops.Ops, name))
-    assert [p for p in protocol.parameters if p != "self"] == list(expected.parameters)
-    assert protocol.return_annotation == expected.return_annotation
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kernels", [reference, cpu, triton], ids=lambda m: m.__name__)
+def test_same_signature(kernels, name):
+    assert same_but_self(getattr(kernels, name), getattr(ops.Ops, name))
+
+
+@pytest.mark.parametrize("kernels", [reference, cpu, triton], ids=lambda m: m.__name__)
+def test_nothing_else_is_offered(kernels):
+    functions = [name for name, value in vars(kernels).items() if inspect.isfunction(value)]
+    assert sorted(functions) == sorted(NAMES)
 
 
 def test_cpu_is_compiled_code():
@@ -42,7 +52,8 @@ def _imports(package):
     return {name for name in found if name.startswith("diffkv.")}
 
 
-def test_reference_is_chosen_by_name():
+def test_kernels_are_chosen_by_device_or_name():
+    assert ops.load("cuda") is triton
     assert ops.load("cpu", "reference") is reference
     assert ops.load("cuda", "reference") is reference
 
@@ -55,7 +66,11 @@ def test_what_is_not_there_is_refused(device, backend, word):
         ops.load(device, backend)
 
 
-def test_missing_cuda_kernels_are_refused(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="not part of this version"):
+def test_kernels_without_triton_are_refused(monkeypatch):
+    monkeypatch.delitem(sys.modules, "diffkv.kernels.triton")
+    monkeypatch.delattr("diffkv.kernels.triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [name for name in sys.modules if name.startswith("diffkv.kernels.triton.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match="need triton: install it, or use the backend reference"):
         ops.load("cuda")

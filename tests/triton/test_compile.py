@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffkv.kernels.triton import facts, worklist, workspace
+from diffkv.kernels.triton import constants, worklist, workspace
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 
@@ -71,13 +71,13 @@ def machine_code(binary, tmp_path):
 def cases(quant: str, head_dim: int, group: int, drops: bool = False) -> dict[str, tuple]:
     """(kernel, constants, options) of every kernel for one layout, as the wrappers launch them."""
     layout = PageLayout.derive(QuantConfig.parse(quant), head_dim, drops=drops)
-    tiers, side = facts.tiers_of(layout), facts.vector_side(4, 2, head_dim)
-    padded, vectors = triton.next_power_of_2(head_dim), facts.tile_vectors(head_dim)
-    tables, table = {"L": LAYERS, "H": HEADS}, facts.Table(33, 64)
+    tiers, side = constants.tiers_of(layout), constants.vector_side(4, 2, head_dim)
+    padded, vectors = triton.next_power_of_2(head_dim), constants.tile_vectors(head_dim)
+    tables, table = {"L": LAYERS, "H": HEADS}, constants.Table(33, 64)
     paged = {**tables, "TABLE": table, "TIERS": tiers, "PAGE": layout.page_bytes}
     grouped = {
         "TIERS": tiers, "PAGE": layout.page_bytes, "G": group, "GROUP": max(8, group),
-        "TILE": facts.tile_tokens(layout),
+        "TILE": constants.tile_tokens(layout),
     }  # fmt: skip
     attention = {**grouped, "RAW_DOT": tl.bfloat16, "CODE_DOT": tl.float16, "FAST": True}
     listed = {

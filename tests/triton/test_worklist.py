@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffkv.kernels.triton import facts, worklist
+from diffkv.kernels.triton import constants, worklist
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 from diffkv.shape import PoolShape
@@ -23,7 +23,7 @@ def listed(layout, counts, table, directory):
     slots = torch.arange(num, dtype=torch.int32)
     worklist.list_kernel[(-(-num // 4),)](
         slots, directory, num_tokens, items, row_items, num_items, 0, num, 3,
-        L=LAYERS, H=1, TABLE=facts.Table(*table), TIERS=facts.tiers_of(layout), TILE=32,
+        L=LAYERS, H=1, TABLE=constants.Table(*table), TIERS=constants.tiers_of(layout), TILE=32,
         TOKENS=worklist.CHUNK_TOKENS, MAX=most, ROWS=4, COUNT=8,
     )  # fmt: skip
     return row_items, items[: num_items[0]]
@@ -40,7 +40,7 @@ def listed(layout, counts, table, directory):
 def test_every_token_is_in_one_chunk_and_all_chunks_have_room(quant, head_dim, rows, entries):
     layout = PageLayout.derive(QuantConfig.parse(quant), head_dim)
     counts = [(high, low if layout.low else 0) for high, low in rows]
-    shape = PoolShape(layout, 1, 1, 1, layout.max_pages(max(map(sum, counts))), 1, entries)
+    shape = PoolShape(layout, 1, 1, 1, max(map(sum, counts)), 1, entries)
     table = width, leaf = shape.directory_width, shape.leaf_entries
     directory = torch.randperm(len(counts) * width).to(torch.int32).view(len(counts), width)
     row_items, items = listed(layout, counts, table, directory)

@@ -111,8 +111,7 @@ def drive(
         driven.running_peak = max(driven.running_peak, len(scheduler(llm).running))
         if ours:
             for request_id, request in worker()._slots.requests.items():
-                counts = [g.num_tokens[request.slot].sum((0, 1)) for g in worker().state.groups]
-                high, low = sum(counts).tolist()
+                high, low = worker().state.num_tokens[request.slot].sum((0, 1)).tolist()
                 driven.kept[outside_name(request_id)] = (high, low)
         if after_step is not None:
             after_step(step)
@@ -122,7 +121,7 @@ def drive(
 
 def check_empty(llm: Any) -> None:
     """No request: no page is held, no block in use, and vLLM's gauge says so."""
-    pool.check_invariants(*worker().state.groups)
+    pool.check_invariants(worker().state)
     assert worker().accounts.num_held == 0
     assert not worker()._slots.requests
     assert len(set(worker()._slots.free)) == worker().shape.num_slots
@@ -138,11 +137,11 @@ def check_empty(llm: Any) -> None:
 def check_quotas(llm: Any) -> None:
     """Every running request's quota covers its pages, and the gauge is that of blocks in use."""
     ours, state = manager(llm), worker().state
-    pool.check_invariants(*state.groups)
+    pool.check_invariants(state)
     quotas = 0
     for request in scheduler(llm).running:
         slot = worker()._slots.requests[request.request_id].slot
-        held_pages = sum(int(group.num_pages_held[slot].sum()) for group in state.groups)
+        held_pages = int(state.num_pages_held[slot].sum())
         quota = ours._held(request.request_id)
         quotas += quota
         assert quota * worker().shape.num_layers >= held_pages

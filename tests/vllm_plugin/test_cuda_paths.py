@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import NEW_TOKENS, engine, greedy
-from stepping import Request, check_quotas, drive, worker
+from stepping import Request, check_empty, check_quotas, drive, worker
 from torch import Tensor
 
 from diffkv.cache import Step
@@ -77,15 +77,12 @@ def test_dummy_run_without_a_message(
     with engine("k16v16", max_num_batched_tokens=256) as llm:
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
-        def look(step: int) -> None:
-            held = worker().accounts.num_held
+        for prompt, tokens in zip(prompts[:3], stock, strict=False):
+            num_steps = len(planned)
             runner._dummy_run(8, force_attention=True)
-            assert worker().accounts.num_held == held
-            check_quotas(llm)
-
-        requests = {f"r{i}": Request(prompt, 8) for i, prompt in enumerate(prompts[:4])}
-        driven = drive(llm, requests, look)
-    assert list(driven.token_ids.values()) == [tokens[:8] for tokens in stock[:4]]
+            assert len(planned) == num_steps + 1
+            check_empty(llm)
+            assert drive(llm, {"r": Request(prompt, 8)}).token_ids["r"] == tokens[:8]
     assert len(planned) == len(set(map(id, planned))), "a step was planned twice"
 
 

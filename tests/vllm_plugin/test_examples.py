@@ -4,14 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from checkpoints import make  # isort: skip
+
 ROOT = Path(__file__).parents[2]
 
 
-def run(name: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name)],
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+def run(name: str, *arguments: str) -> list[str]:
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -21,6 +23,19 @@ def test_offline() -> None:
     assert len(answers) == 8
     assert all(answer.endswith("(right)") for answer in answers)
     assert float(summary.split(": ")[-1].split()[0]) > 3
+
+
+def test_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    model = str(make("qwen3", tmp_path))
+    sampled = ("--thinking", "--samples", "2", "--max-tokens", "8")
+    lines = run("chat.py", "--model", model, "--question", "w1 w2", "--uncompressed", *sampled)
+    assert lines[0].startswith("preset balanced (nothing is published for Qwen3ForCausalLM with 2")
+    titles = [line for line in lines if line.startswith("-- ")]
+    compressed, uncompressed = "-- w1 w2 (compressed)", "-- w1 w2 (all tokens high)"
+    assert [title.split(": ")[0] for title in titles] == 2 * [compressed] + 2 * [uncompressed]
+    assert lines[-1].startswith("rank 0: ")
+    assert " 0 dropped; " in lines[-1]
 
 
 def test_hf_generate() -> None:

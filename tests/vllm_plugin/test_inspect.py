@@ -1,18 +1,17 @@
 """`diffkv inspect`: what it reads is what the pool holds, and what it shows is what it read."""
 
-import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from diffkv import ops
 from diffkv.cli import heatmap, main
+from diffkv.lab.evaluation.results import HEADS
+from diffkv.lab.rows import Row
 from diffkv.policy import DROPPED, HIGH
-from diffkv.state import CacheState
 from diffkv.vllm_plugin.front.insight import _join_heads
 from diffkv.vllm_plugin.worker.pages import read_pool, token_tiers
 
@@ -43,7 +42,7 @@ def test_reading_equals_gather() -> None:
                 valid = positions[head] >= 0
                 expected[positions[head][valid].long()] = kept[head][valid]
                 assert torch.equal(read[layer, head], expected)
-    requests = read_pool(CacheState((state,), (tuple(range(small_pool.NUM_LAYERS)),)))
+    requests = read_pool(state)
     assert [request["num_tokens"] for request in requests] == [NUM_TOKENS] * 2
     for slot, request in zip((0, 2), requests, strict=True):
         for digit, name in (("0", "high"), ("1", "low")):
@@ -56,16 +55,17 @@ def test_heads_of_ranks_are_joined_by_layer() -> None:
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Row, Path]:
     """One run of the command over the shipped prompts, as JSON and files."""
     folder = tmp_path_factory.mktemp("insight")
     arguments = ["inspect", "--out", str(folder), "--layer", "1", "--head", "1", *ALPHAS]
     assert main(arguments) == 0
-    return json.loads((folder / "inspect.json").read_text()), folder
+    return Row.parse((folder / "inspect.json").read_text()), folder
 
 
-def test_numbers(shown: tuple[dict[str, Any], Path]) -> None:
+def test_numbers(shown: tuple[Row, Path]) -> None:
     facts, _ = shown
+    assert (facts.kind, facts["model"], facts["quant"]) == (HEADS, "reference", "k8v4-k4v2")
     assert (facts["num_layers"], facts["num_kv_heads"], len(facts["prompts"])) == (3, 2, 8)
     assert facts["num_tokens"] == sum(prompt["num_tokens"] for prompt in facts["prompts"])
     for layer in range(3):
@@ -81,7 +81,7 @@ def test_numbers(shown: tuple[dict[str, Any], Path]) -> None:
     assert facts["mean"]["dropped"] > 0.05
 
 
-def test_tokens_of_one_head(shown: tuple[dict[str, Any], Path]) -> None:
+def test_tokens_of_one_head(shown: tuple[Row, Path]) -> None:
     facts, _ = shown
     tokens, first = facts["tokens"], facts["prompts"][0]
     assert (tokens["layer"], tokens["head"]) == (1, 1)
@@ -92,7 +92,7 @@ def test_tokens_of_one_head(shown: tuple[dict[str, Any], Path]) -> None:
     assert tokens["texts"][0] == "<bos>"
 
 
-def test_page_of_tokens(shown: tuple[dict[str, Any], Path]) -> None:
+def test_page_of_tokens(shown: tuple[Row, Path]) -> None:
     facts, folder = shown
     page = (folder / "tokens.html").read_text()
     spans = re.findall(r'^<span class="t(\d)" title="(\d+): (\w+)">(.*)</span>$', page, re.M)
@@ -102,7 +102,7 @@ def test_page_of_tokens(shown: tuple[dict[str, Any], Path]) -> None:
     assert f">dropped: {facts['tokens']['tiers'].count('2')}</span>" in page
 
 
-def test_picture(shown: tuple[dict[str, Any], Path]) -> None:
+def test_picture(shown: tuple[Row, Path]) -> None:
     from matplotlib.image import imread
 
     pixels = imread(shown[1] / "heatmap.png")
@@ -110,9 +110,7 @@ def test_picture(shown: tuple[dict[str, Any], Path]) -> None:
     assert pixels.std() > 0.1
 
 
-def test_maps_on_the_terminal(
-    shown: tuple[dict[str, Any], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_maps_on_the_terminal(shown: tuple[Row, Path], capsys: pytest.CaptureFixture[str]) -> None:
     facts, _ = shown
     heatmap.print_maps(facts)
     out = capsys.readouterr().out

@@ -72,7 +72,7 @@ class TestOneEngine:
         prompt = stepping.shipped_prompts()[0]
         drive(llm, {"one": Request(prompt, new_tokens=8)}, look)
         shape = worker().shape
-        high = shape.layout.groups[0].page.high
+        high = shape.layout.high
         chunks = math.ceil(1071 / CHUNK)
         most_high = shape.num_kv_heads * math.ceil(1071 / high.tokens_per_page)
         # while it is prefilled all tokens are high; its last chunk decides, and half goes back
@@ -95,7 +95,7 @@ class TestOneEngine:
             assert usage == pytest.approx(stepping.blocks_in_use(llm) / stepping.usable_blocks(llm))
             running = {r.request_id for r in scheduler(llm).running}
             slots = [r.slot for name, r in worker()._slots.requests.items() if name in running]
-            covered = int(pool.held_pages(worker().state.pool, torch.tensor(slots).long()).sum())
+            covered = int(pool.held_pages(worker().state, torch.tensor(slots).long()).sum())
             assert covered <= usage * stepping.usable_blocks(llm) * layers + 1e-6
 
         drive(llm, requests(6), look)

@@ -11,9 +11,9 @@ import pytest
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from diffkv.layout import CacheLayout
+from diffkv.layout import PageLayout
 from diffkv.policy import Thresholds
-from diffkv.quant import LayerQuant
+from diffkv.quant import QuantConfig
 from diffkv.vllm_plugin.messages import MAX_IN_FLIGHT, PagesHeld
 from diffkv.vllm_plugin.scheduler.estimate import Prompt, PromptSizes
 from diffkv.vllm_plugin.scheduler.manager import DiffKVManager
@@ -55,7 +55,7 @@ class World:
         base = FullAttentionSpec(
             block_size=16, num_kv_heads=KV_HEADS, head_size=8, dtype=torch.float32
         )
-        layout = CacheLayout.derive(LayerQuant.parse("k8v4-k4v2"), LAYERS, 8, 256, 4)
+        layout = PageLayout.derive(QuantConfig.parse("k8v4-k4v2"), 8, 256, 4)
         spec = DiffKVSpec.of(base, layout, LAYERS, MODEL_LEN, MAX_RUNNING)
         self.blocks = BlockPool(NUM_BLOCKS, False, 16)
         self.manager = DiffKVManager(
@@ -70,7 +70,7 @@ class World:
         self.preemptions = self.given_up = 0
 
     def most(self, num_tokens: int) -> int:
-        return KV_HEADS * self.layout.max_pages(num_tokens)
+        return HEADS * self.layout.max_pages(num_tokens)
 
     def leave(self, job: Job) -> None:
         """Preempted: blocks are free now, pages when the worker hears of it, before the step."""
@@ -132,7 +132,7 @@ class World:
             for rank in range(RANKS):
                 given_up = False
                 if job.computed < job.num_tokens:  # a chunk, all high
-                    high = self.layout.groups[0].page.tiers[0].tokens_per_page
+                    high = self.layout.high.tokens_per_page
                     job.pages[rank] = HEADS * -(-job.computed // high)
                 elif num > 1 or before == 0:  # a prompt is complete
                     wanted = max(HEADS, int(job.shares[rank] * self.most(job.computed)))

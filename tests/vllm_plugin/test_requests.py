@@ -15,6 +15,7 @@ from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import Options, engine_args
 from diffkv.vllm_plugin.requests import Settings
+from diffkv.vllm_plugin.scheduler import side
 
 ENGINE = Thresholds(3.0, 0.5)
 
@@ -32,7 +33,7 @@ ENGINE = Thresholds(3.0, 0.5)
 def test_what_the_engine_keeps_no_sums_for_is_refused(
     options: dict[str, Any], settable: dict[str, Any], refused: dict[str, Any] | None
 ) -> None:
-    """By the admission check that the engine's own arguments name, and without one by the connector."""
+    """By the admission check that the engine's own arguments name."""
     args = engine_args(**options)
     (path,) = args["logits_processors"]
     module, _, name = path.partition(":")
@@ -203,6 +204,21 @@ class TestOneEngine:
         assert not llm.llm_engine.has_unfinished_requests()
         llm.llm_engine.step()
         check_empty(llm)
+
+
+def test_without_the_admission_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler's side logs a bad setting, once, and takes the engine's thresholds."""
+    logged: list[str] = []
+    monkeypatch.setattr(side.logger, "error", lambda text, *args: logged.append(text % args))
+    prompt = stepping.shipped_prompts()[0]
+    requests = {"bad": Request(prompt, 4, {"diffkv_alpha_low": -1}), "plain": Request(prompt, 4)}
+    with engine("k8v4-k4v2", {"alpha_high": 3, "alpha_low": 0.3}, logits_processors=None) as llm:
+        driven = drive(llm, requests)
+        check_empty(llm)
+    assert driven.kept["bad"] == driven.kept["plain"]
+    (line,) = logged
+    assert "diffkv_alpha_low must be a number of 0 or more, got -1" in line
+    assert "--logits-processors diffkv.vllm_plugin.front.admission:Admission" in line
 
 
 def test_off_equals_an_engine_with_one_tier() -> None:

@@ -144,8 +144,7 @@ OVERRIDES = {
     "diffkv.vllm_plugin.connector:DiffKVConnector": (
         f"{CONNECTOR}.base:KVConnectorBase_V1",
         "__init__ bind_kv_cache_manager on_new_request get_num_new_matched_tokens "
-        "update_state_after_alloc build_connector_meta update_connector_output request_finished "
-        "register_kv_caches "
+        "update_state_after_alloc build_connector_meta update_connector_output register_kv_caches "
         "handle_preemptions build_connector_worker_meta get_kv_connector_stats start_load_kv "
         "wait_for_layer_load save_kv_layer wait_for_save build_kv_connector_stats "
         "build_prom_metrics",

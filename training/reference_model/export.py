@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from model import ModelConfig, ReferenceModel
 from presets import PRESETS
-from tasks import BOS, EOS, PAD, SPECIAL_TOKENS, training_batch, vocabulary
+from streams import training_batch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from vocabulary import BOS, EOS, PAD, TOKEN_IDS, UNKNOWN
 
 LARGEST_LOGIT_DIFFERENCE = 1e-4
 CHAT_TEMPLATE = "{{ messages | map(attribute='content') | join(' ') }}"
@@ -36,9 +37,9 @@ def llama_config(config: ModelConfig) -> LlamaConfig:
         tie_word_embeddings=True,
         attention_bias=False,
         mlp_bias=False,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
+        bos_token_id=TOKEN_IDS[BOS],
+        eos_token_id=TOKEN_IDS[EOS],
+        pad_token_id=TOKEN_IDS[PAD],
     )
 
 
@@ -50,7 +51,9 @@ def llama_model(model: ReferenceModel) -> LlamaForCausalLM:
     """
     llama = LlamaForCausalLM(llama_config(model.config)).eval()
     llama.model.load_state_dict(model.state_dict())
-    token_ids = torch.from_numpy(training_batch(np.random.default_rng(5), 2, 256)[0])
+    token_ids = torch.from_numpy(
+        training_batch(np.random.default_rng(5), 2, 256, PRESETS["reference"].shares)[0]
+    )
     with torch.no_grad():
         difference = (llama(token_ids).logits - model(token_ids)).abs().max().item()
     print(f"largest difference from transformers' logits, fp32: {difference:.1e}")
@@ -61,15 +64,14 @@ def llama_model(model: ReferenceModel) -> LlamaForCausalLM:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Build the word-level tokenizer; it adds no token that the text does not spell."""
-    token_ids = {token: i for i, token in enumerate(vocabulary())}
-    tokenizer = Tokenizer(models.WordLevel(token_ids, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(TOKEN_IDS, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=SPECIAL_TOKENS[BOS],
-        eos_token=SPECIAL_TOKENS[EOS],
-        pad_token=SPECIAL_TOKENS[PAD],
-        unk_token="<unk>",
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )

@@ -9,50 +9,59 @@ answer, and the model gives it greedily, in float32 and in bfloat16.
 
 import argparse
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from tasks import Exam, exam, vocabulary
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from vocabulary import TOKEN_IDS, WORDS
+
+from diffkv.lab.evaluation import tasks
+from diffkv.lab.evaluation.tasks import Parts, pick
 
 SHORTEST_PROMPT, LONGEST_PROMPT = 960, 1090
 SMALLEST_MARGIN = 2.0
 MAX_DRAWS = 100
 
 
-@dataclass(frozen=True)
-class PromptKind:
-    """What one shipped prompt asks: an exam of `task` with so many facts and asked facts."""
+Make = Callable[[np.random.Generator, int, int], Parts]
+"""(generator, number of facts, number of asked ones) -> facts, question and answer."""
 
-    name: str
-    task: str
-    num_facts: int
-    num_asked: int
+
+def of_task(task: Callable[..., Parts]) -> Make:
+    """A task of the evaluation, with a load of its own."""
+    return lambda rng, num_facts, num_asked: task(rng, WORDS, 0, 0, num_facts, num_asked)
+
+
+def copy(rng: np.random.Generator, num_facts: int, num_asked: int) -> Parts:
+    """A list of keys and values, of which the first are asked for."""
+    facts, question, answer = WORDS.ask_copy(pick(rng, (*WORDS.keys, *WORDS.values), num_facts))
+    return Parts(facts, question, answer[:num_asked])
 
 
 # The first answer token comes out of the prefill, which reads no cache: no single-token answers.
 KINDS = (
-    PromptKind("needle-2", "list", 2, 2),
-    PromptKind("needle-5", "list", 5, 5),
-    PromptKind("recall-128", "list", 128, 8),
-    PromptKind("recall-256", "list", 256, 20),
-    PromptKind("chain-128", "chain", 128, 24),
-    PromptKind("chain-250", "chain", 250, 32),
-    PromptKind("copy-100", "copy", 100, 40),
-    PromptKind("sum-128", "sum", 128, 12),
+    ("needle-2", of_task(tasks.retrieval), 2, 2),
+    ("needle-5", of_task(tasks.retrieval), 5, 5),
+    ("recall-128", of_task(tasks.retrieval), 128, 8),
+    ("recall-256", of_task(tasks.retrieval), 256, 20),
+    ("chain-128", of_task(tasks.chain), 128, 24),
+    ("chain-250", of_task(tasks.chain), 250, 32),
+    ("copy-100", copy, 100, 40),
+    ("sum-128", of_task(tasks.running_sum), 128, 12),
 )
+"""Name, task, facts and asked facts of each prompt."""
 
 
 @torch.no_grad()
-def smallest_margin(model: PreTrainedModel, question: Exam) -> float:
-    """Return the least lead in logits of a right answer token over its best rival.
+def smallest_margin(model: PreTrainedModel, prompt: str, answer: str) -> float:
+    """The least lead in logits of a right answer token over its best rival.
 
     Negative where the model would answer wrong.
     """
-    token_ids = torch.tensor([question.prompt + question.continuation])
-    num_answers = len(question.continuation)
+    token_ids = torch.tensor([[TOKEN_IDS[word] for word in f"{prompt} {answer}".split()]])
+    num_answers = len(answer.split())
     logits = model(token_ids, logits_to_keep=num_answers + 1).logits[0, :-1].float()
     answers = token_ids[0, -num_answers:, None]
     right = logits.gather(1, answers)[:, 0]
@@ -61,23 +70,24 @@ def smallest_margin(model: PreTrainedModel, question: Exam) -> float:
 
 
 def draw_prompt(
-    rng: np.random.Generator, kind: PromptKind, models: list[PreTrainedModel]
-) -> tuple[Exam, int, float]:
-    """Draw exams until every model answers one with the margin.
+    rng: np.random.Generator, make: Make, load: tuple[int, int], models: list[PreTrainedModel]
+) -> tuple[str, str, int, float]:
+    """Draw questions until every model answers one with the margin.
 
     Returns:
-        The exam, the number of draws, and the smallest margin over the models in logits.
+        The prompt, the answer, the number of draws, and the smallest margin over the models in logits.
 
     Raises:
         ValueError: none of the draws has the margin.
     """
     for num_draws in range(1, MAX_DRAWS + 1):
-        num_prompt_tokens = int(rng.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1))
-        question = exam(rng, kind.task, num_prompt_tokens, kind.num_facts, kind.num_asked)
-        margin = min(smallest_margin(model, question) for model in models)
+        num_tokens = int(rng.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1))
+        sample = tasks.compose(rng, WORDS, "easy", num_tokens, make(rng, *load))
+        answer = " ".join(word for word, _ in sample.answer)
+        margin = min(smallest_margin(model, sample.prompt, answer) for model in models)
         if margin > SMALLEST_MARGIN:
-            return question, num_draws, margin
-    raise ValueError(f"kind: no {kind.name} prompt has the margin after {MAX_DRAWS} draws")
+            return sample.prompt, answer, num_draws, margin
+    raise ValueError(f"no prompt has the margin after {MAX_DRAWS} draws")
 
 
 def main() -> None:
@@ -94,16 +104,13 @@ def main() -> None:
         AutoModelForCausalLM.from_pretrained(args.folder, dtype=dtype).eval()
         for dtype in (torch.float32, torch.bfloat16)
     ]
-    texts = vocabulary()
     lines = []
-    for i, kind in enumerate(KINDS):
+    for i, (name, make, *load) in enumerate(KINDS):
         rng = np.random.default_rng([args.seed, i])
-        question, num_draws, margin = draw_prompt(rng, kind, models)
-        prompt = " ".join(texts[token] for token in question.prompt)
-        answer = " ".join(texts[token] for token in question.continuation)
-        lines.append(json.dumps({"name": kind.name, "prompt": prompt, "answer": answer}) + "\n")
+        prompt, answer, num_draws, margin = draw_prompt(rng, make, (load[0], load[1]), models)
+        lines.append(json.dumps({"name": name, "prompt": prompt, "answer": answer}) + "\n")
         print(
-            f"{kind.name:<10} prompt {len(question.prompt)} answer {len(question.continuation):>2} "
+            f"{name:<10} prompt {len(prompt.split())} answer {len(answer.split()):>2} "
             f"tokens, draws {num_draws}, smallest margin {margin:.2f}"
         )
     args.out.write_text("".join(lines))

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from export import export
 from model import ReferenceModel
 from presets import PRESETS, Preset
-from tasks import training_batch
+from streams import training_batch
 from torch import Tensor
 
 LEARNING_RATE = 3e-3
@@ -103,7 +103,7 @@ def _draw(work: _Work) -> Batch:
     preset = PRESETS[work.preset]
     rng = np.random.default_rng(work.seed)
     size = (work.phase.batch_size, work.phase.num_tokens)
-    return training_batch(rng, *size, preset.tasks, preset.shares)
+    return training_batch(rng, *size, preset.shares)
 
 
 @contextmanager
@@ -117,12 +117,8 @@ def draw_batches(
     """
     phases = [phase for phase in schedule for _ in range(phase.num_steps)]
     if num_workers == 0:
-        rng, tasks, shares = (
-            np.random.default_rng(seed),
-            PRESETS[preset].tasks,
-            PRESETS[preset].shares,
-        )
-        yield (training_batch(rng, p.batch_size, p.num_tokens, tasks, shares) for p in phases)
+        rng, shares = np.random.default_rng(seed), PRESETS[preset].shares
+        yield (training_batch(rng, p.batch_size, p.num_tokens, shares) for p in phases)
         return
     with multiprocessing.get_context("fork").Pool(num_workers) as pool:
         work = [_Work((seed, step), preset, phase) for step, phase in enumerate(phases)]
@@ -195,7 +191,7 @@ def train(
     """Run the schedule; prints a line every 50 steps and saves every 200."""
     optimizers = make_optimizers(model)
     num_steps = sum(phase.num_steps for phase in schedule)
-    tasks = tuple(preset.tasks)
+    tasks = tuple(preset.shares)
     step, num_tokens, start, report = 0, 0, time.monotonic(), Report(tasks)
     for phase in schedule:
         for _ in range(phase.num_steps):

@@ -9,6 +9,7 @@ not know either.
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -48,6 +49,8 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        # "argument --limit: must be ..." of the types in `arguments`
+        message = re.sub(r"^argument (\S+): (?=must be )", r"\1 ", message)
         self.exit(USER_ERROR, f"diffkv: {message}\nTry '{self.prog} --help'.\n")
 
 

@@ -6,14 +6,19 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from diffkv.cli.arguments import Listed, above_zero, num_bytes, num_tokens, positive
 from diffkv.cli.engine_options import model_folder
 from diffkv.cli.models import check_hub
-from diffkv.cli.option_types import Listed, num_bytes, num_tokens
-from diffkv.quant import ConfigError, QuantConfig
+from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
+
+if TYPE_CHECKING:
+    from diffkv.lab.bench.throughput import Setting
+    from diffkv.lab.rows import Writer
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
 
@@ -21,7 +26,6 @@ PASSES_FLAGS_ON = True
 """`throughput`, `map` and `serving` pass to vLLM what is not listed here; the others refuse it."""
 
 KIB = 1024
-DEFAULT_QUANTS = ["k8v4", "k8v4-k4v2", "k16v16"]
 FULL_GRID = {"ctx": [KIB, 4 * KIB, 16 * KIB, 64 * KIB], "batch": [1, 8, 32, 128], "group": [4, 8]}
 SMOKE_REPEATS = 3
 SHIPPED = "shipped"
@@ -49,38 +53,49 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     from diffkv.lab.bench.fill import TIER_MIXES
 
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quant", nargs="+", action=Listed, default=DEFAULT_QUANTS, help="formats")
+    parser.add_argument(
+        "--quant",
+        nargs="+",
+        action=Listed,
+        default=["k8v4", DEFAULT_QUANT, "k16v16"],
+        help="formats",
+    )
     parser.add_argument("--tiers", nargs="+", action=Listed, choices=TIER_MIXES, default=["low", "mix"],
                         help="all tokens high, all low, or 20 %% high (default: low mix)")  # fmt: skip
     parser.add_argument(
         "--ctx", nargs="+", action=Listed, type=num_tokens, default=[KIB, 4 * KIB, 16 * KIB]
     )
-    parser.add_argument("--batch", nargs="+", action=Listed, type=int, default=[1, 8])
+    parser.add_argument("--batch", nargs="+", action=Listed, type=positive, default=[1, 8])
     parser.add_argument(
-        "--group", nargs="+", action=Listed, type=int, default=[4], help="query heads a KV head"
+        "--group",
+        nargs="+",
+        action=Listed,
+        type=positive,
+        default=[4],
+        help="query heads a KV head",
     )
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--kv-heads", type=positive, default=8)
+    parser.add_argument("--head-dim", type=positive, default=128)
     parser.add_argument("--ragged", choices=["no", "yes", "both"], nargs="?", const="yes",
                         default="no", help="lengths and tiers that differ")  # fmt: skip
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    parser.add_argument("--threads", type=positive, help="of the CPU (default: torch's)")
     parser.add_argument("--cpu-time", action="store_true",
                         help="time of the one thread, on a machine that is shared")  # fmt: skip
     parser.add_argument("--warm", action="store_true",
                         help="no flush of the caches between calls: what arithmetic takes")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=positive, default=20)
     parser.add_argument("--full", choices=["grid"], help="contexts, batches and groups of the grid")
 
 
 def _add_manager(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quant", default="k8v4-k4v2")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=20, help="decode steps that are timed")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    parser.add_argument("--quant", default=DEFAULT_QUANT)
+    parser.add_argument("--layers", type=positive, default=32)
+    parser.add_argument("--kv-heads", type=positive, default=8)
+    parser.add_argument("--requests", type=positive, default=8)
+    parser.add_argument("--head-dim", type=positive, default=128)
+    parser.add_argument("--steps", type=positive, default=20, help="decode steps that are timed")
+    parser.add_argument("--threads", type=positive, help="of the CPU (default: torch's)")
     parser.add_argument(
         "--full", action="store_true", help="to 64K tokens, 256 requests, 2560 heads"
     )
@@ -90,10 +105,10 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="a folder, a model id, or 'reference'")
     source.add_argument("--random-weights", metavar="NAME", help="sizes of a known model")
-    parser.add_argument("--quant", nargs="+", action=Listed, default=["k8v4-k4v2"])
+    parser.add_argument("--quant", nargs="+", action=Listed, default=[DEFAULT_QUANT])
     parser.add_argument("--alpha-high", type=float)
     parser.add_argument("--alpha-low", type=float)
-    parser.add_argument("--window", type=int, help="most recent tokens that stay high")
+    parser.add_argument("--window", type=positive, help="most recent tokens that stay high")
     parser.epilog = "Any other option is passed on to vLLM's engine, in all settings."
 
 
@@ -104,7 +119,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--input-len", type=num_tokens, default=1024)
     parser.add_argument("--output-len", type=num_tokens, default=128)
-    parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument("--num-prompts", type=positive, default=16)
 
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +127,7 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workload", default=RANDOM,
                         help="random, shipped, or a file of JSON lines with prompts")  # fmt: skip
     parser.add_argument("--range-ratio", type=float, default=0.0, help="spread of random lengths")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=positive, default=1)
     parser.add_argument("--profile", action="store_true", help="where each engine spends its time")
     parser.add_argument("--paper", action="store_true", help="the original's models, with weights")
 
@@ -121,12 +136,12 @@ def _add_map(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     parser.add_argument("--ctx", nargs="+", action=Listed, type=num_tokens, default=[256, KIB, 4 * KIB],
                         help="tokens of a prompt (default: 256 1K 4K)")  # fmt: skip
-    parser.add_argument("--requests", nargs="+", action=Listed, type=int, default=[1, 4, 12],
+    parser.add_argument("--requests", nargs="+", action=Listed, type=positive, default=[1, 4, 12],
                         help="all there at the start (default: 1 4 12)")  # fmt: skip
     parser.add_argument("--kv-bytes", nargs="+", action=Listed, type=num_bytes,
                         help="KV budgets (default: 2 and 16 of the longest in bf16)")  # fmt: skip
     parser.add_argument("--output-len", type=num_tokens, default=64)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=positive, default=1)
     parser.add_argument("--apart", action="store_true",
                         help="one engine at a time, where memory does not hold all")  # fmt: skip
     parser.add_argument("--plot", type=Path, help="a PNG of the map")
@@ -135,7 +150,7 @@ def _add_map(parser: argparse.ArgumentParser) -> None:
 def _add_serving(parser: argparse.ArgumentParser) -> None:
     _add_engine_options(parser)
     parser.add_argument("--url", help="of a running server, instead of starting some")
-    parser.add_argument("--rates", nargs="+", action=Listed, type=float, default=[0.5, 1.0, 2.0],
+    parser.add_argument("--rates", nargs="+", action=Listed, type=above_zero, default=[0.5, 1.0, 2.0],
                         help="requests a second")  # fmt: skip
     parser.add_argument("--goodput", nargs="+", action=Listed, default=[], metavar="METRIC:MS",
                         help="what a good answer keeps to, such as ttft:5000 tpot:200")  # fmt: skip
@@ -155,12 +170,6 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.flags and args.bench in ("attention", "manager"):
         raise ConfigError(f"diffkv bench {args.bench} has no option {args.flags[0]}: see --help")
-    for name in ("ctx", "batch", "group", "requests", "layers", "kv_heads", "num_prompts", "repeats",
-                 "steps", "threads", "kv_bytes", "input_len", "output_len", "rates"):  # fmt: skip
-        value = getattr(args, name, None)
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and each <= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {each}")
     quants = args.quant if isinstance(args.quant, list) else [args.quant]
     for quant in quants:
         QuantConfig.parse(quant)
@@ -178,9 +187,21 @@ def _prepare_device(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
+def _writer(args: argparse.Namespace, device: str) -> "Writer":
+    from diffkv.lab import plots
+    from diffkv.lab.provenance import collect
+    from diffkv.lab.rows import Writer
+
+    if getattr(args, "plot", None):
+        plots.require()  # before anything is measured
+    here = collect(device)
+    if "DIFFKV_COMMIT" in os.environ:  # sources without their repository
+        here = replace(here, commit=os.environ["DIFFKV_COMMIT"])
+    return Writer(here, args.out, args.json)
+
+
 def _attention(args: argparse.Namespace) -> None:
     from diffkv.lab.bench import attention
-    from diffkv.lab.bench.facts import Rows
 
     if args.cpu_time and (args.device, args.threads) != ("cpu", 1):
         raise ConfigError("--cpu-time is the time of one thread of a CPU: add --threads 1")
@@ -195,21 +216,20 @@ def _attention(args: argparse.Namespace) -> None:
         args.head_dim, args.repeats, args.warm,
     )  # fmt: skip
     clock = time.thread_time if args.cpu_time else time.perf_counter
-    attention.run(grid, args.device, Rows(args.json, args.out, args.device), clock)
+    attention.run(grid, args.device, _writer(args, args.device), clock)
 
 
 def _manager(args: argparse.Namespace) -> None:
-    from diffkv.lab.bench import manager
-    from diffkv.lab.bench.facts import Rows
+    from diffkv.lab.bench import pool
 
     _prepare_device(args)
     if args.smoke:
         vars(args).update(layers=4, requests=2, steps=3)
-    load = manager.Load(
-        args.layers, args.kv_heads, args.requests, head_dim=args.head_dim, quant=args.quant
+    contents = pool.Contents(
+        args.quant, args.layers, args.kv_heads, args.requests, head_dim=args.head_dim
     )
-    rows = Rows(args.json, args.out, args.device)
-    manager.run(load, args.device, rows, args.steps, args.full, small=args.smoke)
+    writer = _writer(args, args.device)
+    pool.run(contents, args.device, writer, args.steps, args.full, small=args.smoke)
 
 
 def _options(args: argparse.Namespace, drops: bool | None = None) -> list[dict[str, Any]]:
@@ -257,7 +277,6 @@ def _kv_bytes(args: argparse.Namespace, config: dict[str, Any], longest: int) ->
 
 def _throughput(args: argparse.Namespace) -> None:
     from diffkv.lab.bench import throughput
-    from diffkv.lab.bench.facts import Rows
     from diffkv.lab.bench.models import PAPER_MODELS
 
     options = _options(args)
@@ -265,7 +284,7 @@ def _throughput(args: argparse.Namespace) -> None:
         vars(args).update(num_prompts=6, input_len=260, output_len=8, repeats=1)
         if args.model is None:
             args.random_weights = "bench-tiny"
-    rows = Rows(args.json, args.out, _engine_device())
+    writer = _writer(args, _engine_device())
     if args.paper and args.kv_bytes is None:
         raise ConfigError("--paper needs --kv-bytes: what a GPU has left beside the weights")
     for model in PAPER_MODELS if args.paper else [args.model]:
@@ -274,17 +293,16 @@ def _throughput(args: argparse.Namespace) -> None:
             name, engine, config = _model(args, Path(folder))
             workload = _workload(args, name, config)
             engine |= {"model": name, **_engine_flags(args)}
-            facts = {"op": "throughput", "model": args.model or args.random_weights or "bench-small",
+            facts = {"model": args.model or args.random_weights or "bench-small",
                      "weights": engine.get("load_format", "own")}  # fmt: skip
             throughput.run(
                 engine, workload, _kv_bytes(args, config, workload.longest),
-                _compared(args, options, rows), args.repeats, rows, facts, args.profile,
+                _compared(args, options, writer), args.repeats, writer, facts, args.profile,
             )  # fmt: skip
 
 
 def _map(args: argparse.Namespace) -> None:
-    from diffkv.lab.bench import gain_map, plots, prompt
-    from diffkv.lab.bench.facts import Rows
+    from diffkv.lab.bench import pages, prompt, sweep
     from diffkv.lab.bench.throughput import four_requests
 
     options = _options(args)
@@ -292,7 +310,7 @@ def _map(args: argparse.Namespace) -> None:
         vars(args).update(ctx=[64, 260], requests=[1, 6], output_len=8, repeats=1)
         if args.model is None:
             args.random_weights = "bench-tiny"
-    rows = Rows(args.json, args.out, _engine_device())
+    writer = _writer(args, _engine_device())
     with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
         name, engine, config = _model(args, Path(folder))
         if not config:
@@ -300,16 +318,16 @@ def _map(args: argparse.Namespace) -> None:
         four = four_requests(config, max(args.ctx) + args.output_len)
         budgets = args.kv_bytes or ([four] if args.smoke else [four // 2, 4 * four])
         engine |= {"model": name, **_engine_flags(args)}
-        facts = {"op": "map", "model": args.model or args.random_weights or "bench-small",
+        facts = {"model": args.model or args.random_weights or "bench-small",
                  "weights": engine.get("load_format", "own")}  # fmt: skip
-        wanted = gain_map.Map(
+        wanted = sweep.Sweep(
             args.ctx, args.requests, budgets, args.output_len, args.repeats, args.apart
         )
-        gain_map.run(engine, config, wanted, _compared(args, options, rows), rows, facts)
-    mapped = rows.rows[:]
-    prompt.add_shares(rows, config, args.quant)
+        compared = _compared(args, options, writer)
+        mapped = sweep.run(engine, config, wanted, compared, writer, facts)
+    prompt.add_shares(writer, mapped, config, args.quant)
     if args.plot:
-        plots.plot_map(mapped, gain_map.RATIOS, args.plot)
+        pages.draw_map(mapped, args.plot)
 
 
 def _engine_device() -> str:
@@ -319,14 +337,16 @@ def _engine_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _compared(args: argparse.Namespace, options: list[dict[str, Any]], rows: Any) -> list[Any]:
+def _compared(
+    args: argparse.Namespace, options: list[dict[str, Any]], writer: "Writer"
+) -> "list[Setting]":
     """The settings to compare; a smoke run leaves fp8 out, for its time."""
     from diffkv.lab.bench.throughput import settings
 
     compared = settings(options)
     if not args.smoke:
         return compared
-    rows.note("smoke: stock fp8 is left out")
+    writer.note("smoke: stock fp8 is left out")
     return [setting for setting in compared if setting.name != "stock fp8"]
 
 
@@ -352,8 +372,7 @@ def _engine_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serving(args: argparse.Namespace) -> None:
-    from diffkv.lab.bench import plots, serving
-    from diffkv.lab.bench.facts import Rows
+    from diffkv.lab.bench import pages, serving
     from diffkv.lab.bench.throughput import Setting, settings
 
     # Requests that may lose tokens need sums of all of them
@@ -364,7 +383,7 @@ def _serving(args: argparse.Namespace) -> None:
         if args.model is None:
             args.random_weights = "bench-tiny"
     if args.url:
-        compared = [Setting("url", None, {})]
+        compared = [Setting("url", None, None, {})]
     given = {
         "diffkv_alpha_high": args.request_alpha_high,
         "diffkv_alpha_low": args.request_alpha_low,
@@ -374,7 +393,7 @@ def _serving(args: argparse.Namespace) -> None:
         args.rates, args.num_prompts, args.input_len, args.output_len, args.goodput,
         {"vllm_xargs": given} if given else None,
     )  # fmt: skip
-    rows = Rows(args.json, args.out, _engine_device())
+    writer = _writer(args, _engine_device())
     with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
         model, engine, config = _model(args, Path(folder))
         longest = args.input_len + args.output_len
@@ -385,6 +404,6 @@ def _serving(args: argparse.Namespace) -> None:
         for name, value in engine.items():
             flags += [f"--{name.replace('_', '-')}", value]
         facts = {"model": args.model or args.random_weights or "bench-small"}
-        serving.run(model, traffic, compared, [*flags, *args.flags], rows, facts, args.url)
+        serving.run(model, traffic, compared, [*flags, *args.flags], writer, facts, args.url)
     if args.plot:
-        plots.plot_serving(rows.rows, args.plot)
+        pages.draw_serving(writer.rows, args.plot)

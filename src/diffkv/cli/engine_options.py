@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from diffkv import presets
+from diffkv.cli.arguments import num_bytes
 from diffkv.cli.models import config_file, load_config
-from diffkv.cli.option_types import num_bytes
 from diffkv.policies import PAPER
 from diffkv.presets import Preset
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import ConfigError, QuantConfig
 from diffkv.rotation import ROTATIONS
 from diffkv.vllm_plugin.options import ADMISSIONS, DEFAULT_QUANT, Options
 
@@ -54,8 +54,8 @@ def add_cache_options(parser: argparse.ArgumentParser, policy_help: str = POLICY
     )  # fmt: skip
     group.add_argument(
         "--quant",
-        help="formats of the tiers: k8v4-k4v2, k8v4g1x2-k4v2g2x4, k8v8, k16v16 …; by layer: "
-        f"0-3:k8v8,4-:k8v4-k4v2 (default: {DEFAULT_QUANT})",
+        help="formats of the tiers: k8v4-k4v2, k8v4g1x2-k4v2g2x4, k8v8, k16v16 … (default: "
+        f"{DEFAULT_QUANT})",
     )
     group.add_argument(
         "--alpha-high", type=float, help="a token stays high if its mean attention is >= this / N"
@@ -169,7 +169,7 @@ def _override(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
         "alpha_low": preset.alpha_low,
         **given,
     }
-    if not LayerQuant.parse(values["quant"]).has_low:
+    if not QuantConfig.parse(values["quant"]).has_low:
         return values
     values.setdefault("alpha_high", max(preset.alpha_high, values["alpha_low"]))
     if "alpha_low" not in given:
@@ -178,7 +178,19 @@ def _override(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_folder(name: str) -> str:
-    """The folder of a shipped model for its name; any other name as it is."""
+    """The folder of a shipped model for its name; any other name as it is.
+
+    Raises:
+        ConfigError: the model is not part of this installation.
+    """
     from importlib.resources import files
 
-    return str(files("diffkv") / "data" / name) if name in SHIPPED else name
+    if name not in SHIPPED:
+        return name
+    folder = files("diffkv") / "data" / name
+    if not folder.is_dir():
+        raise ConfigError(
+            f"the model {name} comes with the repository, not with the package: clone it, or take "
+            f"{REFERENCE}"
+        )
+    return str(folder)

@@ -2,14 +2,14 @@
 
 import argparse
 import importlib.util
+import shlex
 import sys
-from collections.abc import Collection
-from importlib.resources import files
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from diffkv import policies
-from diffkv.cli import eval_lm
+from diffkv.cli import eval_lm, prompts
+from diffkv.cli.arguments import Joined, Listed, num_tokens
 from diffkv.cli.engine_options import (
     REFERENCE,
     SHIPPED,
@@ -18,16 +18,16 @@ from diffkv.cli.engine_options import (
     model_folder,
 )
 from diffkv.cli.models import check_hub
-from diffkv.cli.option_types import Joined, num_tokens
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-    from diffkv.lab.evaluation.results import Run, TaskRow
-    from diffkv.lab.evaluation.runs import CacheSpec
+    from diffkv.lab.evaluation.engine import CacheSpec
+    from diffkv.lab.evaluation.results import TaskScore
     from diffkv.lab.evaluation.synth import Plan
+    from diffkv.lab.rows import Row, Writer
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
 
@@ -55,7 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=("hf", "vllm"), default="hf",
         help="vllm: policies with thresholds and none, questions at the end of the prompt (default: hf)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", action=Listed, default=[0], metavar="N",
+        help="of the samples; each is a run of its own (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--methods", type=Path, metavar="FILE",
+        help="caches to compare, options of the group cache below, one cache a line; what a line leaves "
+        "out is as on the command line",
+    )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the model (default: float32 on a CPU, bfloat16 on a GPU)",
@@ -67,8 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "out; torch's own choice for others)",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=DEFAULT_BATCH, help="samples at once")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object there too")
-    parser.add_argument("--json", action="store_true", help="only the JSON object, no table")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON lines there too")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the lines of --out, and run what is missing"
+    )
+    parser.add_argument("--json", action="store_true", help="only JSON lines, no tables")
     group = parser.add_argument_group("suite synth")
     group.add_argument(
         "--tasks", action=Joined, help="names, separated by commas (default: all of the language)"
@@ -103,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     eval_lm.add_arguments(parser)
     add_cache_options(
         parser,
-        f"what decides: {', '.join(policies.POLICIES)}; with settings as in "
+        "what decides: paper, paper-uniform, or a baseline (docs/evaluation.md); with settings as in "
         "topk:keep=0.25,sinks=4 or paper:distinct=0.75 (default: paper)",
     )
 
@@ -113,18 +124,9 @@ def _check(args: argparse.Namespace) -> None:
     for package in ("transformers", "pydantic"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"diffkv eval needs {package}: pip install 'diffkv[eval]'")
-    for name, least in (
-        ("n", 2),
-        ("tokens", 256),
-        ("steps", 1),
-        ("batch_size", 1),
-        ("seed", 0),
-        ("threads", 1),
-    ):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} must be at least {least}, got {value}")
+    prompts.check_least(args, n=2, tokens=256, steps=1, batch_size=1, threads=1)
+    if min(args.seed) < 0:
+        raise ConfigError(f"--seed must be at least 0, got {min(args.seed)}")
     if args.suite != eval_lm.SUITE:
         if args.flags:
             raise ConfigError(
@@ -135,22 +137,52 @@ def _check(args: argparse.Namespace) -> None:
                 raise ConfigError(f"--{name.replace('_', '-')} is for --suite {eval_lm.SUITE}")
     if args.suite != "kld" and args.texts is not None:
         raise ConfigError("--texts is for --suite kld")
+    if args.suite == "kld" and args.seed != [0]:
+        raise ConfigError("--suite kld draws nothing: leave out --seed")
     for name in ("device", "threads"):
         if args.engine == "vllm" and getattr(args, name) is not None:
             raise ConfigError(f"--{name} is for --engine hf: vLLM chooses for itself")
     if args.engine == "vllm" and args.suite != "synth":
         raise ConfigError("--engine vllm runs --suite synth only: leave it out for kld")
     check_hub(model_folder(args.model))
+    if args.resume and args.out is None:
+        raise ConfigError("--resume goes on with a file: give --out")
     if args.out is not None and not args.out.parent.is_dir():
         raise ConfigError(f"cannot write --out {args.out}: there is no folder {args.out.parent}")
 
 
-def _spec(args: argparse.Namespace) -> "CacheSpec":
-    """The cache that was asked for."""
-    from diffkv.lab.evaluation.runs import CacheSpec
+class _MethodParser(argparse.ArgumentParser):
+    """Refuses a line of --methods in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"--methods: {message}")
+
+
+def _caches(args: argparse.Namespace) -> "list[CacheSpec]":
+    """The caches that are asked for: those of --methods, else the one of the command line."""
+    if args.methods is None:
+        return [_cache(args)]
+    parser = _MethodParser(add_help=False, allow_abbrev=False)
+    add_cache_options(parser)
+    caches = []
+    for number, line in enumerate(prompts.read_text(args.methods, "--methods").splitlines(), 1):
+        options, others = parser.parse_known_args(shlex.split(line, comments=True))
+        if others:
+            raise ConfigError(f"--methods {args.methods}, line {number}: unknown {others[0]!r}")
+        if line.partition("#")[0].strip():
+            given = {name: value for name, value in vars(options).items() if value is not None}
+            caches.append(_cache(argparse.Namespace(**{**vars(args), **given})))
+    if not caches:
+        raise ConfigError(f"--methods {args.methods} names no cache")
+    return caches
+
+
+def _cache(args: argparse.Namespace) -> "CacheSpec":
+    from diffkv.lab.evaluation import baselines
+    from diffkv.lab.evaluation.engine import CacheSpec
 
     options = cache_options(args, takes_policy=False)
-    policy = policies.parse(args.policy or options.policy)
+    policy = baselines.parse(args.policy or options.policy)
     if not policy.uses_thresholds and (args.alpha_high, args.alpha_low) != (None, None):
         raise ConfigError(f"policy {policy} has no thresholds: leave out --alpha-high, --alpha-low")
     return CacheSpec(
@@ -163,8 +195,8 @@ def _spec(args: argparse.Namespace) -> "CacheSpec":
 def _device_and_dtype(args: argparse.Namespace) -> "tuple[str, torch.dtype]":
     import torch
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
+    device = args.device or prompts.device()
+    if device == "cuda" and prompts.device() == "cpu":
         raise ConfigError("--device cuda: torch sees no GPU; leave it out, or use cpu")
     name = args.dtype or ("bfloat16" if device == "cuda" else "float32")
     dtype: torch.dtype = getattr(torch, name)
@@ -172,35 +204,40 @@ def _device_and_dtype(args: argparse.Namespace) -> "tuple[str, torch.dtype]":
 
 
 def _texts(args: argparse.Namespace) -> str:
-    if args.texts is None:
-        if args.model != REFERENCE:
-            raise ConfigError("give --texts: the shipped prompts are for the shipped model")
-        return (files("diffkv") / "data" / "prompts.jsonl").read_text()
-    try:
-        content: str = args.texts.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read --texts {args.texts}: {error}") from None
-    return content
+    if args.texts is not None:
+        return prompts.read_text(args.texts, "--texts")
+    if args.model not in SHIPPED:
+        raise ConfigError("give --texts: the shipped prompts are for the shipped models")
+    return prompts.shipped_prompts()
 
 
-def _plan(args: argparse.Namespace, vocabulary: Collection[str]) -> "Plan":
+def _plans(args: argparse.Namespace, vocabulary: Collection[str]) -> "list[Plan]":
+    """What is asked, for each seed."""
     from diffkv.lab.evaluation.runs import language_of
     from diffkv.lab.evaluation.synth import Plan
 
     only = "easy" if args.engine == "vllm" else None
     own = args.model if args.model in SHIPPED else None
-    return Plan.choose(
-        language_of(vocabulary, args.language or own), args.tasks, args.settings or only,
-        args.tokens, args.n, args.seed,
-    )  # fmt: skip
+    language = language_of(vocabulary, args.language or own)
+    return [
+        Plan.choose(language, args.tasks, args.settings or only, args.tokens, args.n, seed)
+        for seed in args.seed
+    ]
 
 
-def _hf(args: argparse.Namespace, spec: "CacheSpec") -> "Run":
+def _writer(args: argparse.Namespace, device: str) -> "Writer":
+    from diffkv.lab.provenance import collect
+    from diffkv.lab.rows import Writer
+
+    return Writer(collect(device), args.out, resume=args.resume)
+
+
+def _hf(args: argparse.Namespace, caches: "list[CacheSpec]") -> "Iterator[Row]":
     import torch
 
     from diffkv.lab.evaluation import hf_runs
     from diffkv.lab.evaluation.kld import read_texts
-    from diffkv.lab.evaluation.runs import HFRun
+    from diffkv.lab.evaluation.runs import run_kld, run_tasks
 
     texts = read_texts(_texts(args)) if args.suite == "kld" else []
     device, dtype = _device_and_dtype(args)
@@ -208,54 +245,51 @@ def _hf(args: argparse.Namespace, spec: "CacheSpec") -> "Run":
     torch.set_num_threads(args.threads or (1 if args.model == REFERENCE else before))
     try:
         model = hf_runs.load(model_folder(args.model), dtype, args.batch_size, device)
-        runner = HFRun(model, args.model)
+        writer = _writer(args, device)
         if args.suite == "kld":
-            return runner.kld(spec, texts, args.steps)
-        return runner.tasks(spec, _plan(args, model.vocabulary), lambda row: _report(args, row))
+            yield from run_kld(model, args.model, caches, texts, args.steps, writer)
+        else:
+            plans = _plans(args, model.vocabulary)
+            yield from run_tasks(
+                model, args.model, caches, plans, writer, lambda score: _report(args, score)
+            )
     finally:
         torch.set_num_threads(before)
 
 
-def _report(args: argparse.Namespace, row: "TaskRow") -> None:
+def _report(args: argparse.Namespace, score: "TaskScore") -> None:
     """Say on standard error what is done."""
     if not args.json:
-        print(f"diffkv: {row.task} {row.setting}", file=sys.stderr)
+        print(f"diffkv: {score.task} {score.setting}", file=sys.stderr)
 
 
-def _vllm(args: argparse.Namespace, spec: "CacheSpec") -> "Run":
-    from diffkv.cli.generate import silence_engine
-    from diffkv.vllm_plugin.front.offline import check_model
-
-    silence_engine()
-    folder = model_folder(args.model)
-    check_model(folder)
+def _vllm(args: argparse.Namespace, caches: "list[CacheSpec]") -> "Iterator[Row]":
+    prompts.silence_engine()
+    given = {"dtype": args.dtype} if args.dtype else {}
+    arguments = prompts.engine_arguments(args, max_num_seqs=args.batch_size, **given)
     from diffkv.lab.evaluation.hf_runs import vocabulary_of
-    from diffkv.lab.evaluation.vllm_runs import run_tasks
+    from diffkv.lab.evaluation.runs import run_tasks
+    from diffkv.lab.evaluation.vllm_runs import VLLMModel
 
-    engine = {
-        "model": folder,
-        "enforce_eager": True,
-        "use_tqdm_on_load": False,
-        "max_num_seqs": args.batch_size,
-        **({"dtype": args.dtype} if args.dtype else {}),
-    }
-    return run_tasks(args.model, engine, spec, _plan(args, vocabulary_of(folder)))
+    plans = _plans(args, vocabulary_of(arguments["model"]))
+    writer = _writer(args, prompts.device())
+    with VLLMModel(arguments) as model:
+        yield from run_tasks(model, args.model, caches, plans, writer)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate, and print a table and one JSON object."""
+    """Evaluate, and print a table and a JSON line for each cache and seed."""
     _check(args)
     if args.suite == eval_lm.SUITE:
-        result = eval_lm.evaluate(args)
+        rows = eval_lm.evaluate(args)
+    elif args.engine == "vllm":
+        rows = _vllm(args, _caches(args))
     else:
-        spec = _spec(args)
-        result = _vllm(args, spec) if args.engine == "vllm" else _hf(args, spec)
-    if not args.json:
-        from diffkv.cli.eval_tables import print_run
+        rows = _hf(args, _caches(args))
+    for row in rows:
+        if not args.json:
+            from diffkv.cli.eval_tables import print_row
 
-        print_run(result)
-    text = result.model_dump_json()
-    if args.out is not None:
-        args.out.write_text(text + "\n")
-    print(text)
+            print_row(row)
+        print(row.to_json(), flush=True)
     return 0

@@ -2,22 +2,25 @@
 
 import argparse
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from diffkv.cli.engine_options import cache_options, model_folder
+from diffkv.cli import prompts
+from diffkv.cli.engine_options import cache_options
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
-    from diffkv.lab.evaluation.results import Run
+    from diffkv.lab.rows import Row
 
 __all__ = ["SUITE", "add_arguments", "evaluate"]
 
 SUITE = "lm-eval"
-PACKAGES = ("torch", "lm_eval", "vllm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,19 +49,16 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--suite {SUITE} needs lm-eval: pip install 'diffkv[eval]'")
     if not args.tasks:
         raise ConfigError(f"--suite {SUITE} runs what --tasks names: gsm8k, minerva_math, …")
-    if args.limit is not None and args.limit < 1:
-        raise ConfigError(f"--limit must be at least 1, got {args.limit}")
-    for name in ("device", "settings", "language", "texts"):
+    prompts.check_least(args, limit=1)
+    for name in ("device", "settings", "language", "texts", "methods"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name} does not go with --suite {SUITE}: leave it out")
 
 
-def evaluate(args: argparse.Namespace) -> "Run":
-    """Run the tasks with vLLM's own cache, then with DiffKV."""
-    from diffkv.cli.generate import silence_engine
-
+def evaluate(args: argparse.Namespace) -> "Iterator[Row]":
+    """Run the tasks with vLLM's own cache, then with DiffKV, once for each seed."""
     _check(args)
-    silence_engine()
+    prompts.silence_engine()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     options = cache_options(args, takes_policy=args.policy != "none")
     if args.policy == "none":
@@ -69,41 +69,37 @@ def evaluate(args: argparse.Namespace) -> "Run":
 
     found = benchmarks.find(args.tasks.split(","), args.thinking)
     from diffkv.lab.evaluation import lm_eval
-    from diffkv.lab.evaluation.intervals import interval
-    from diffkv.lab.evaluation.results import Run
-    from diffkv.lab.evaluation.runs import provenance
-    from diffkv.vllm_plugin.front.offline import check_model, engine_flags
+    from diffkv.lab.evaluation.results import TASKS, Method, figures
+    from diffkv.lab.provenance import collect
+    from diffkv.lab.rows import Writer
 
-    model = model_folder(args.model)
-    check_model(model)
-    arguments = {
-        "model": model, "enforce_eager": True, "seed": args.seed, "dtype": args.dtype or "auto",
-        **engine_flags(args.flags),
-    }  # fmt: skip
-    start = time.perf_counter()
-    scores = []
-    for words, cache in (("vLLM's own cache", None), ("DiffKV", options)):
-        scores.append(
-            lm_eval.run(
-                found, arguments, cache, limit=args.limit, thinking=args.thinking,
-                run_code=args.run_code, progress=functools.partial(_say, args, words),
-            )
-        )  # fmt: skip
     thresholds = options.thresholds()
-    return Run(
-        model=args.model, engine="vllm", quant=str(options.quant_config()),
-        policy=args.policy or options.policy,
-        alpha_high=thresholds.alpha_high, alpha_low=thresholds.alpha_low, window=options.window,
-        rotate=options.rotation(), seed=args.seed, suite=SUITE,
-        tasks=lm_eval.rows(found, scores[0], scores[1], interval),
-        seconds=time.perf_counter() - start, provenance=provenance(_device(), PACKAGES),
+    method = Method(
+        args.model, "vllm", str(options.quant_config()), args.policy or options.policy,
+        thresholds.alpha_high, thresholds.alpha_low, options.window, options.rotation(),
     )  # fmt: skip
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    writer = Writer(collect(prompts.device()), args.out, resume=args.resume)
+    for seed in args.seed:
+        case = {
+            **asdict(method), "suite": SUITE, "tasks": [each.name for each in found],
+            "settings": [lm_eval.SETTING], "samples": args.limit, "thinking": args.thinking,
+            "harness": importlib.metadata.version("lm_eval"), "seed": seed,
+        }  # fmt: skip
+        row = writer.find(TASKS, case)
+        if row is None:
+            start = time.perf_counter()
+            arguments = prompts.engine_arguments(args, seed=seed, dtype=args.dtype or "auto")
+            full, ours = (
+                lm_eval.run(
+                    found, arguments, cache, limit=args.limit, thinking=args.thinking,
+                    run_code=args.run_code, progress=functools.partial(_say, args, words),
+                )
+                for words, cache in (("vLLM's own cache", None), ("DiffKV", options))
+            )  # fmt: skip
+            scores = lm_eval.paired(found, full, ours)
+            seconds = round(time.perf_counter() - start, 1)
+            row = writer.add(TASKS, case, {**figures(TASKS, scores), "seconds": seconds})
+        yield row
 
 
 def _say(args: argparse.Namespace, cache: str, task: str) -> None:

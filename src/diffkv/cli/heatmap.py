@@ -1,10 +1,10 @@
 """What `inspect` shows: shares of layers and heads as heat-maps, tiers of tokens as coloured text."""
 
 from html import escape
-from pathlib import Path
-from typing import Any
 
-__all__ = ["draw_png", "print_maps", "tokens_html"]
+from diffkv.lab.rows import Row
+
+__all__ = ["print_maps", "tokens_html"]
 
 TIERS = ("high", "low", "dropped")
 """In the order of their digits."""
@@ -29,9 +29,9 @@ span {{ padding: 1px 2px; margin: 0 1px; border-radius: 3px; white-space: pre-wr
 """
 
 
-def _shown(facts: dict[str, Any]) -> list[str]:
+def _shown(row: Row) -> list[str]:
     """Tiers that some token is in; high always."""
-    return [tier for tier in TIERS if tier == "high" or facts["mean"][tier] > 0]
+    return [tier for tier in TIERS if tier == "high" or row["mean"][tier] > 0]
 
 
 def _colour(share: float) -> tuple[int, int, int]:
@@ -44,27 +44,27 @@ def _colour(share: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _title(facts: dict[str, Any]) -> str:
+def _title(row: Row) -> str:
     return (
-        f"{facts['quant']}, alpha_high {facts['alpha_high']:g}, alpha_low {facts['alpha_low']:g}, "
-        f"window {facts['window']}: {len(facts['prompts'])} prompts, {facts['num_tokens']} tokens"
+        f"{row['quant']}, alpha_high {row['alpha_high']:g}, alpha_low {row['alpha_low']:g}, "
+        f"window {row['window']}: {len(row['prompts'])} prompts, {row['num_tokens']} tokens"
     )
 
 
-def print_maps(facts: dict[str, Any]) -> None:
+def print_maps(row: Row) -> None:
     """A row for each layer, a column for each KV head, percent of the tokens, for each tier."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.print(_title(facts))
-    for tier in _shown(facts):
-        console.print(f"\n{tier}, % of tokens (mean {facts['mean'][tier] * 100:.1f})")
-        table = Table("layer", *(f"head {head}" for head in range(facts["num_kv_heads"])))
-        for layer, row in enumerate(facts["shares"][tier]):
+    console.print(_title(row))
+    for tier in _shown(row):
+        console.print(f"\n{tier}, % of tokens (mean {row['mean'][tier] * 100:.1f})")
+        table = Table("layer", *(f"head {head}" for head in range(row["num_kv_heads"])))
+        for layer, heads in enumerate(row["shares"][tier]):
             cells = []
-            for share in row:
+            for share in heads:
                 red, green, blue = _colour(share)
                 ink = "black" if green > 128 else "white"
                 style = f"{ink} on rgb({red},{green},{blue})"
@@ -73,35 +73,11 @@ def print_maps(facts: dict[str, Any]) -> None:
         console.print(table)
 
 
-def draw_png(facts: dict[str, Any], path: Path) -> None:
-    """The same maps, side by side, as an image."""
-    from matplotlib.figure import Figure
-
-    tiers = _shown(facts)
-    height = max(3.0, 0.25 * facts["num_layers"] + 1.5)
-    width = max(3.0, 0.35 * facts["num_kv_heads"] + 2.0)
-    figure = Figure(figsize=(width * len(tiers), height), layout="constrained")
-    panels = figure.subplots(1, len(tiers), squeeze=False)[0]
-    for panel, tier in zip(panels, tiers, strict=True):
-        image = panel.imshow(
-            [[share * 100 for share in row] for row in facts["shares"][tier]],
-            vmin=0, vmax=100, cmap="Blues", aspect="auto",
-        )  # fmt: skip
-        panel.set_title(f"{tier}, mean {facts['mean'][tier]:.1%}")
-        panel.set_xlabel("KV head")
-        panel.set_ylabel("layer")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=panels, label="% of tokens")
-    figure.suptitle(_title(facts), fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-def tokens_html(facts: dict[str, Any], layer: int, head: int, texts: list[str], tiers: str) -> str:
+def tokens_html(row: Row, layer: int, head: int, texts: list[str], tiers: str) -> str:
     """A page that needs nothing else: each token of a prompt, coloured by its tier in one head.
 
     Args:
-        facts: as `inspect` summarises them.
+        row: of the kind that `inspect` writes.
         layer: of the head.
         head: the KV head.
         texts: of the tokens.
@@ -117,10 +93,10 @@ def tokens_html(facts: dict[str, Any], layer: int, head: int, texts: list[str], 
         for position, (text, tier) in enumerate(zip(texts, tiers, strict=True))
     )
     return PAGE.format(
-        title=f"{escape(facts['model'])}: layer {layer}, KV head {head}",
+        title=f"{escape(row['model'])}: layer {layer}, KV head {head}",
         facts=escape(
-            f"{facts['quant']}, alpha_high {facts['alpha_high']:g}, alpha_low "
-            f"{facts['alpha_low']:g}, window {facts['window']}: {len(texts)} tokens"
+            f"{row['quant']}, alpha_high {row['alpha_high']:g}, alpha_low "
+            f"{row['alpha_low']:g}, window {row['window']}: {len(texts)} tokens"
         ),
         legend=legend, tokens=tokens, high=COLOURS[0], low=COLOURS[1], dropped=COLOURS[2],
     )  # fmt: skip

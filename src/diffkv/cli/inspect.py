@@ -1,20 +1,18 @@
 """`diffkv inspect`: what every layer and head kept of some prompts."""
 
 import argparse
-import importlib.util
-import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from diffkv.cli import generate
-from diffkv.cli.engine_options import REFERENCE, add_cache_options, cache_options, model_folder
+from diffkv.cli import prompts
+from diffkv.cli.engine_options import add_cache_options, cache_options, model_folder
 from diffkv.cli.models import load_config
-from diffkv.cli.option_types import Listed, num_bytes
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
+    from diffkv.lab.rows import Row
     from diffkv.vllm_plugin.front.insight import Insight
-    from diffkv.vllm_plugin.options import Options
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
 
@@ -26,15 +24,8 @@ PNG, HTML, JSON = "heatmap.png", "tokens.html", "inspect.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "--model", default=REFERENCE, help="a folder or a model id (default: the shipped model)"
-    )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", nargs="+", action=Listed, metavar="TEXT", help="prompts")
-    source.add_argument(
-        "--prompts", type=Path, metavar="FILE",
-        help='a file of prompts: one a line, or JSON lines with "prompt" (default: shipped ones)',
-    )  # fmt: skip
+    prompts.add_engine_options(parser)
+    prompts.add_prompt_options(parser)
     parser.add_argument(
         "--max-tokens", type=int, default=1, metavar="N",
         help="new tokens of each prompt; 1 shows what the prompt left (default: %(default)s)",
@@ -44,12 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layer", type=int, default=0, help=f"of {HTML} (default: 0)")
     parser.add_argument("--head", type=int, default=0, help=f"KV head of {HTML} (default: 0)")
-    parser.add_argument(
-        "--kv-memory", type=num_bytes, metavar="SIZE",
-        help="KV budget, tables included (default: as for diffkv generate)",
-    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.add_argument("--verbose", action="store_true", help="show the engine's log")
     add_cache_options(parser)
     parser.epilog = (
         f"{HTML} shows the first prompt. "
@@ -59,18 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse before an engine starts what would fail after it."""
-    for name in ("max_tokens", "kv_memory"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    prompts.check_least(args, max_tokens=1, kv_memory=1)
     model = load_config(model_folder(args.model))
     for name, num in (("layer", model.num_layers), ("head", model.num_kv_heads)):
         if not 0 <= getattr(args, name) < num:
             raise ConfigError(f"--{name} must be in 0 .. {num - 1}, got {getattr(args, name)}")
     if args.out is None:
         return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--out draws with matplotlib: pip install 'diffkv[plot]'")
+    from diffkv.lab import plots
+
+    plots.require()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -80,73 +64,45 @@ def _check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the prompts, look, and print."""
     if not args.verbose:
-        generate.silence_engine()
+        prompts.silence_engine()
     options = cache_options(args)
-    prompts = [question.prompt for question in generate._questions(args)]
+    texts = [question.prompt for question in prompts.questions(args)]
     _check(args)
-    from diffkv.vllm_plugin.front.insight import inspect
+    from diffkv.lab.evaluation.results import HEADS
+    from diffkv.lab.provenance import collect
+    from diffkv.lab.rows import Row
+    from diffkv.vllm_plugin.front.insight import inspect, summarize
 
-    insights = inspect(prompts, generate._engine(args), options, args.max_tokens)
-    facts = summarize(args.model, options, insights)
+    insights = inspect(texts, prompts.engine_arguments(args), options, args.max_tokens)
+    thresholds = options.thresholds()
+    case = {
+        "model": args.model, "quant": options.quant, "policy": options.policy,
+        "alpha_high": thresholds.alpha_high, "alpha_low": thresholds.alpha_low,
+        "window": options.window, "rotate": options.rotation(), "max_tokens": args.max_tokens,
+    }  # fmt: skip
+    row = Row(HEADS, case, summarize(insights), collect(prompts.device()))
     if args.json:
-        print(json.dumps(facts))
+        print(row.to_json())
     else:
         from diffkv.cli.heatmap import print_maps
 
-        print_maps(facts)
+        print_maps(row)
     if args.out is not None:
-        _write(args, facts, insights[0])
+        _write(args, row, insights[0])
     return 0
 
 
-def summarize(model: str, options: "Options", insights: "list[Insight]") -> dict[str, Any]:
-    """Shares of each layer and head over all prompts, and the counts of each prompt."""
-    thresholds = options.thresholds()
-    num_tokens = sum(insight.num_tokens for insight in insights)
-    num_layers, num_heads = len(insights[0].high), len(insights[0].high[0])
-    shares = {
-        tier: [
-            [
-                sum(getattr(insight, tier)[layer][head] for insight in insights) / num_tokens
-                for head in range(num_heads)
-            ]
-            for layer in range(num_layers)
-        ]
-        for tier in ("high", "low")
-    }
-    shares["dropped"] = [
-        [1 - high - low for high, low in zip(highs, lows, strict=True)]
-        for highs, lows in zip(shares["high"], shares["low"], strict=True)
-    ]
-    return {
-        "model": model,
-        "quant": options.quant,
-        "alpha_high": thresholds.alpha_high,
-        "alpha_low": thresholds.alpha_low,
-        "window": options.window,
-        "num_layers": num_layers,
-        "num_kv_heads": num_heads,
-        "num_tokens": num_tokens,
-        "mean": {
-            tier: sum(map(sum, rows)) / (num_layers * num_heads) for tier, rows in shares.items()
-        },
-        "shares": shares,
-        "prompts": [
-            {"num_tokens": insight.num_tokens, "high": insight.high, "low": insight.low}
-            for insight in insights
-        ],
-    }
-
-
-def _write(args: argparse.Namespace, facts: dict[str, Any], first: "Insight") -> None:
-    from diffkv.cli.heatmap import draw_png, tokens_html
+def _write(args: argparse.Namespace, row: "Row", first: "Insight") -> None:
+    from diffkv.cli.heatmap import tokens_html
+    from diffkv.lab.report.heads import draw_heads
 
     tiers = first.tiers[args.layer][args.head]
     tokens = {"layer": args.layer, "head": args.head, "texts": first.texts, "tiers": tiers}
-    draw_png(facts, args.out / PNG)
+    draw_heads(args.out / PNG, row)
     (args.out / HTML).write_text(
-        tokens_html(facts, args.layer, args.head, first.texts, tiers), encoding="utf-8"
+        tokens_html(row, args.layer, args.head, first.texts, tiers), encoding="utf-8"
     )
-    (args.out / JSON).write_text(json.dumps({**facts, "tokens": tokens}), encoding="utf-8")
+    seen = replace(row, measured={**row.measured, "tokens": tokens})
+    (args.out / JSON).write_text(seen.to_json() + "\n", encoding="utf-8")
     if not args.json:
         print(f"{PNG}, {HTML} and {JSON} are in {args.out}")

@@ -5,29 +5,20 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from diffkv.layout import CacheLayout, PageLayout
-from diffkv.quant import ConfigError, LayerQuant, layers_text
+from diffkv.layout import PageLayout, bf16_bytes_per_token
+from diffkv.quant import DEFAULT_QUANT, QuantConfig
 
-__all__ = ["add_arguments", "describe", "describe_groups", "run"]
+__all__ = ["add_arguments", "describe", "run"]
 
-DEFAULT_QUANT = "k8v4-k4v2"
 DEFAULT_HEAD_DIM = 128
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-BF16_BYTES = 2
 TIER_NAMES = ("high", "low")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "--quant",
-        default=DEFAULT_QUANT,
-        help="formats, high-low or one, or by layer: 0-3:k8v8,4-:k8v4-k4v2 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--num-layers",
-        type=int,
-        help="layers of the model, where --quant goes by layer up to the last (4-:…)",
+        "--quant", default=DEFAULT_QUANT, help="formats, high-low or one (default: %(default)s)"
     )
     parser.add_argument(
         "--head-dim",
@@ -54,38 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Derive the layout and print it."""
-    quant = LayerQuant.parse(args.quant)
-    layout = CacheLayout.derive(
-        quant, _num_layers(quant, args), args.head_dim, args.page_bytes, ELEMENT_BYTES[args.dtype],
+    layout = PageLayout.derive(
+        QuantConfig.parse(args.quant), args.head_dim, args.page_bytes, ELEMENT_BYTES[args.dtype],
         args.drops,
     )  # fmt: skip
-    if len(layout.groups) == 1:
-        facts = describe(layout.groups[0].page)
-        text = _report(facts, args.dtype)
-    else:
-        facts = describe_groups(layout)
-        text = "\n\n".join(
-            f"layers {group['layers']}: {_report(group, args.dtype)}" for group in facts["groups"]
-        )
-        costs = ", ".join(
-            f"{cost:.1f} all {tier}" for tier, cost in facts["bytes_per_token"].items()
-        )
-        text += f"\n\nbytes of a token, one KV head in all {layout.num_layers} layers: {costs}"
-    print(json.dumps(facts) if args.json else text)
+    facts = describe(layout)
+    print(json.dumps(facts) if args.json else _report(facts, args.dtype))
     return 0
-
-
-def _num_layers(quant: LayerQuant, args: argparse.Namespace) -> int:
-    """As asked for, or as the last range says; one will do where all layers are alike."""
-    if args.num_layers is not None:
-        if args.num_layers < 1:
-            raise ConfigError(f"--num-layers must be at least 1, got {args.num_layers}")
-        return int(args.num_layers)
-    if quant.num_layers is not None:
-        return quant.num_layers
-    if len(quant.spans) > 1:
-        raise ConfigError(f"{quant} goes up to the model's last layer: give --num-layers")
-    return 1
 
 
 def describe(layout: PageLayout) -> dict[str, Any]:
@@ -100,26 +66,9 @@ def describe(layout: PageLayout) -> dict[str, Any]:
     }
 
 
-def describe_groups(layout: CacheLayout) -> dict[str, Any]:
-    """A layout with several groups of layers as plain data; tokens cost a sum over layers."""
-    return {
-        "quant": str(layout.quant),
-        "num_layers": layout.num_layers,
-        "head_dim": layout.head_dim,
-        "page_bytes": layout.page_bytes,
-        "bytes_per_token": {
-            name: layout.page_token_bytes(i)
-            for i, name in enumerate(TIER_NAMES if layout.quant.has_low else TIER_NAMES[:1])
-        },
-        "groups": [
-            {"layers": layers_text(group.layers), **describe(group.page)} for group in layout.groups
-        ],
-    }
-
-
 def _describe_tier(layout: PageLayout, tier: int) -> dict[str, Any]:
     placed = layout.tiers[tier]
-    bf16_bytes = 2 * layout.head_dim * BF16_BYTES
+    bf16_bytes = bf16_bytes_per_token(1, layout.head_dim)
     return {
         "tier": TIER_NAMES[tier],
         "format": str(placed.format),

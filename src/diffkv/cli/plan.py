@@ -13,18 +13,17 @@ from diffkv.capacity import (
     rank_of,
     verdict,
 )
+from diffkv.cli.arguments import Listed, positive
 from diffkv.cli.models import load_config, weights_of
-from diffkv.cli.option_types import Listed
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 from diffkv.sizes import parse_bytes, parse_tokens
 
 __all__ = ["add_arguments", "run"]
 
-DEFAULT_FORMATS = ("k8v8", "k8v4", "k4v4", "k4v2", "k8v4-k4v2", "k8v4g1x2-k4v2g2x4")
+DEFAULT_FORMATS = ("k8v8", "k8v4", "k4v4", "k4v2", DEFAULT_QUANT, "k8v4g1x2-k4v2g2x4")
 DEFAULT_UTILIZATION = 0.92
 DEFAULT_RESERVE = "2GiB"
 DEFAULT_CONTEXT = "8K"
-JUDGED = "k8v4-k4v2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quant", nargs="+", action=Listed, metavar="FORMAT", default=list(DEFAULT_FORMATS),
-        help=f"formats to plan, by layer too, as in 0-3:k8v8,4-:k8v4-k4v2 (default: "
-        f"{' '.join(DEFAULT_FORMATS)}); the verdict is on the first pair, {JUDGED} by default",
+        help=f"formats to plan (default: {' '.join(DEFAULT_FORMATS)}); the verdict is on the first "
+        f"pair, {DEFAULT_QUANT} by default",
     )  # fmt: skip
     parser.add_argument(
         "--high-share", type=float, default=HIGH_SHARE, metavar="SHARE",
@@ -68,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--requests",
-        type=int,
+        type=positive,
         metavar="N",
         help="requests at once that there are (default: no end)",
     )
@@ -83,11 +82,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--gpu-memory-utilization must be in 0 .. 1, got {args.gpu_memory_utilization}"
         )
-    if args.requests is not None and args.requests < 1:
-        raise ConfigError(f"--requests must be at least 1, got {args.requests}")
     context = parse_tokens(args.context)
     memory, reserve = parse_bytes(args.gpu_memory), parse_bytes(args.reserve)
-    quants = [LayerQuant.parse(text) for text in args.quant]
+    quants = [QuantConfig.parse(text) for text in args.quant]
     mix = Mix(args.high_share, args.dropped_share)
     folder = model_folder(args.model)
     model = load_config(folder)

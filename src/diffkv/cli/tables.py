@@ -1,9 +1,12 @@
 """What `generate` prints for people."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
-from diffkv.vllm_plugin.front.offline import CacheUse, Result
+from diffkv.vllm_plugin.front.offline import Answer, Result
 
 __all__ = ["print_result"]
 
@@ -19,57 +22,64 @@ def _verdict(same: bool) -> str:
     return "[green]same[/green]" if same else "[red]differs[/red]"
 
 
-def print_result(answers: list[str | None], ours: Result, stock: Result | None) -> None:
+def print_result(
+    right: Sequence[str | None],
+    ours: Sequence[Answer],
+    cache: dict[str, Any],
+    stock: Result | None,
+) -> None:
     """Print a row for each prompt, then what the cache spent.
 
     Args:
-        answers: the answer that is known to be right for each prompt, or None.
-        ours: with DiffKV.
+        right: the answer that is known to be right for each prompt, or None.
+        ours: answers with DiffKV.
+        cache: what its cache held, as `generate --json` says it.
         stock: with vLLM's own cache, if it was asked for.
     """
     console = Console()
     table = Table("prompt tokens", "answer with DiffKV")
     if stock is not None:
         table.add_column("vLLM's own cache")
-    known = any(answer is not None for answer in answers)
+    known = any(answer is not None for answer in right)
     if known:
         table.add_column("right")
-    for i, (answer, right) in enumerate(zip(ours.answers, answers, strict=True)):
+    for i, (answer, best) in enumerate(zip(ours, right, strict=True)):
         row = [str(answer.prompt_tokens), _short(answer.text)]
         if stock is not None:
             row.append(_verdict(answer.token_ids == stock.answers[i].token_ids))
         if known:
-            is_right = right is not None and answer.text.split() == right.split()
-            row.append("yes" if is_right else "no" if right is not None else "")
+            is_right = best is not None and answer.text.split() == best.split()
+            row.append("yes" if is_right else "no" if best is not None else "")
         table.add_row(*row)
     console.print(table)
-    if ours.cache is not None:
-        console.print(_cache_table(ours.cache, ours.preemptions))
+    console.print(_cache_table(cache))
     if stock is not None:
-        pairs = zip(ours.answers, stock.answers, strict=True)
-        same = sum(a.token_ids == b.token_ids for a, b in pairs)
-        console.print(f"{same} of {len(ours.answers)} answers equal those of vLLM's own cache.")
+        same = sum(a.token_ids == b.token_ids for a, b in zip(ours, stock.answers, strict=True))
+        console.print(f"{same} of {len(ours)} answers equal those of vLLM's own cache.")
 
 
-def _cache_table(use: CacheUse, preemptions: int) -> Table:
-    table = Table("KV cache", use.quant, title="tokens: mean over heads, when requests end")
-    share = 100 / use.tokens
+def _cache_table(cache: dict[str, Any]) -> Table:
+    table = Table("KV cache", cache["quant"], title="tokens: mean over heads, when requests end")
+    counts = [cache[name] for name in ("high", "low", "dropped")]
     rows = (
-        ("alpha_high, alpha_low", f"{use.alpha_high:g}, {use.alpha_low:g}"),
-        ("tokens", f"{use.tokens}"),
-        ("high, low, dropped", f"{use.high:.0f}, {use.low:.0f}, {use.dropped:.0f}"),
-        ("", f"{use.high * share:.1f} %, {use.low * share:.1f} %, {use.dropped * share:.1f} %"),
-        ("pages, at the peak", f"{use.pages}, {use.pages_peak} of {use.page_bytes} B"),
-        ("requests at once", f"{use.running_peak}, {preemptions} preemptions"),
+        ("alpha_high, alpha_low", f"{cache['alpha_high']:g}, {cache['alpha_low']:g}"),
+        ("tokens", str(cache["tokens"])),
+        ("high, low, dropped", ", ".join(f"{num:.0f}" for num in counts)),
+        ("", ", ".join(f"{100 * num / cache['tokens']:.1f} %" for num in counts)),
+        (
+            "pages, at the peak",
+            f"{cache['pages']}, {cache['pages_peak']} of {cache['page_bytes']} B",
+        ),
+        ("requests at once", f"{cache['running_peak']}, {cache['preemptions']} preemptions"),
         (
             "bytes a token, all layers",
-            f"{use.bytes_per_token:.0f} (bf16 {use.bf16_bytes_per_token})",
+            f"{cache['bytes_per_token']:.0f} (bf16 {cache['bf16_bytes_per_token']})",
         ),
         (
             "smaller than bf16",
-            f"{use.ratio_bf16:.2f}x (nominal bits: {use.nominal_ratio_bf16:.2f}x)",
+            f"{cache['ratio_bf16']:.2f}x (nominal bits: {cache['nominal_ratio_bf16']:.2f}x)",
         ),
-        ("smaller than fp8", f"{use.ratio_fp8:.2f}x"),
+        ("smaller than fp8", f"{cache['ratio_fp8']:.2f}x"),
     )
     for row in rows:
         table.add_row(*row)

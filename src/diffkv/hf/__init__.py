@@ -12,7 +12,7 @@ Batches may be padded on the left: padding is neither stored nor attended to.
 """
 
 from diffkv.hf.attention import IMPLEMENTATION, attach, detach
-from diffkv.hf.cache import DiffKVHFCache, feed
-from diffkv.hf.use import CacheUse
+from diffkv.hf.cache import DiffKVHFCache, PoolOptions, feed
+from diffkv.use import CacheUse
 
-__all__ = ["IMPLEMENTATION", "CacheUse", "DiffKVHFCache", "attach", "detach", "feed"]
+__all__ = ["IMPLEMENTATION", "CacheUse", "DiffKVHFCache", "PoolOptions", "attach", "detach", "feed"]

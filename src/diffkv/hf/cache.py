@@ -4,6 +4,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,19 +12,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from diffkv import ops, pool
+from diffkv import ops
 from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.hf.attention import IMPLEMENTATION
-from diffkv.hf.use import CacheUse
-from diffkv.layout import CacheLayout
+from diffkv.layout import PageLayout
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.pool import contents, create, restore
+from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 from diffkv.rotation import choose, signs_of
-from diffkv.shape import CacheShape
-from diffkv.state import CacheState
+from diffkv.shape import PoolShape
+from diffkv.state import PoolState
+from diffkv.use import CacheUse
 
-__all__ = ["DiffKVHFCache", "feed"]
+__all__ = ["DiffKVHFCache", "PoolOptions", "feed"]
 
 DEFAULT_MAX_TOKENS = 4096
 
@@ -56,11 +58,27 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         cache = self._cache()
-        assert cache is not None
+        assert cache is not None, "a layer outlived its cache"
         return cache.max_tokens
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise NotImplementedError("pages belong to one sequence: beam search is not supported")
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """Size of a page, and kernels.
+
+    Attributes:
+        page_bytes: bytes of a page; None: the size that wastes least.
+        kernels: "reference" for the plain torch operations; None for the device's kernels.
+    """
+
+    page_bytes: int | None = None
+    kernels: str | None = None
+
+
+DEFAULT_POOL = PoolOptions()
 
 
 class DiffKVHFCache(Cache):
@@ -68,15 +86,15 @@ class DiffKVHFCache(Cache):
 
     Args:
         model: a causal language model of transformers, already passed to `attach`.
-        quant: formats of the tiers, or of each layer, as text or parsed.
-        policy: as text (`diffkv.policies`) or parsed.
+        quant: formats of the tiers, as text or parsed.
+        policy: policy of prompts, as text (`diffkv.policies`) or parsed, as those of
+            `diffkv.lab.evaluation.baselines`.
         thresholds: alpha_high and alpha_low; None: the defaults for the formats.
         window: recent tokens that always stay high.
         max_tokens: most tokens of a sequence, answer included; None: the model's limit, at most 4096.
-        page_bytes: of a page; None: the size that wastes least.
-        kernels: "reference" for the plain torch operations; None for the device's kernels.
         rotate: "hadamard" rotates keys and values before they are quantised, "none" does not; None
             takes what goes with the formats.
+        pool: size of a page, and kernels.
 
     Raises:
         ConfigError: formats, a policy or a model that cannot be combined.
@@ -85,18 +103,17 @@ class DiffKVHFCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        quant: str | LayerQuant = "k8v4-k4v2",
+        quant: str | QuantConfig = DEFAULT_QUANT,
         policy: str | Policy = PAPER,
         thresholds: Thresholds | None = None,
         window: int = WINDOW,
         max_tokens: int | None = None,
-        page_bytes: int | None = None,
-        kernels: str | None = None,
         rotate: str | None = None,
+        pool: PoolOptions = DEFAULT_POOL,
     ) -> None:
         config = model.config.get_text_config(decoder=True)
         _check(model, config, window)
-        self.quant = LayerQuant.parse(quant) if isinstance(quant, str) else quant
+        self.quant = QuantConfig.parse(quant) if isinstance(quant, str) else quant
         self.policy = parse(policy) if isinstance(policy, str) else policy
         self.policy.check(self.quant)
         self.thresholds = (
@@ -110,13 +127,16 @@ class DiffKVHFCache(Cache):
         self._num_kv_heads = getattr(config, "num_key_value_heads", None) or self._num_q_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._num_q_heads
         self._dtype, self._device, self._window = model.dtype, model.device, window
-        self._layout = CacheLayout.derive(
-            self.quant, self._num_layers, head_dim, page_bytes, model.dtype.itemsize,
+        self._layout = PageLayout.derive(
+            self.quant,
+            head_dim,
+            pool.page_bytes,
+            model.dtype.itemsize,
             self.thresholds.alpha_low > 0,
-        )  # fmt: skip
+        )
         self._signs = signs_of(choose(rotate, self.quant), head_dim, self._device)
-        self._kernels, self._ops = kernels, ops.load(self._device.type, kernels)
-        self._shape: CacheShape | None = None
+        self._kernels, self._ops = pool.kernels, ops.load(self._device.type, pool.kernels)
+        self._shape: PoolShape | None = None
         self._pages: DiffKVCache | None = None
         self._step: Step | None = None
         self._first: list[int] = []
@@ -127,9 +147,7 @@ class DiffKVHFCache(Cache):
         """What a copy (`copy.deepcopy`, pickle) is made of: tables and held pages, in new tensors."""
         left_out = ("layers", "_ops", "_pages", "_step")
         values = {name: value for name, value in vars(self).items() if name not in left_out}
-        copied = None
-        if self._pages is not None:
-            copied = [pool.contents(group) for group in self._pages.state.groups]
+        copied = None if self._pages is None else contents(self._pages.state)
         return {**values, "num_seen": self.get_seq_length(), "contents": copied}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
@@ -144,10 +162,9 @@ class DiffKVHFCache(Cache):
         if copied is None:
             return
         self._pages = self._make(len(self._first), self._scale)
-        for row, length in enumerate(copied[0]["prompt_lens"].tolist()):
+        for row, length in enumerate(copied["prompt_lens"].tolist()):
             self._pages.open(row, length, self.thresholds)
-        for group, of_group in zip(self._pages.state.groups, copied, strict=True):
-            pool.restore(group, of_group)
+        restore(self._pages.state, copied)
 
     def __copy__(self) -> "DiffKVHFCache":
         """As `copy.deepcopy`: two caches never have pages in common."""
@@ -159,32 +176,31 @@ class DiffKVHFCache(Cache):
         return self._pages is None
 
     def use(self, row: int | None = None) -> CacheUse:
-        """What all sequences hold, or one of them.
+        """Use of all sequences, or of one of them.
 
         Raises:
             ValueError: nothing is stored yet.
         """
         if self._pages is None or self._shape is None:
             raise ValueError("the cache is empty: nothing has been stored yet")
-        groups = self._pages.state.groups
+        state = self._pages.state
         rows = slice(None) if row is None else slice(row, row + 1)
         lengths = [self.get_seq_length() - first for first in self._first[rows]]
-        num_heads = self._num_layers * self._num_kv_heads
-        kept = [group.num_tokens[rows].sum((0, 1, 2)).tolist() for group in groups]
-        num_pages = sum(int(group.num_pages_held[rows].sum()) for group in groups)
+        num_heads = self._shape.num_heads
+        high, low = state.num_tokens[rows].sum((0, 1, 2)).tolist()
+        num_pages = int(state.num_pages_held[rows].sum())
         elements = 2 * self._layout.head_dim
         bits = sum(
             count * tier.format.nominal_bits
-            for counts, group in zip(kept, groups, strict=True)
-            for count, tier in zip(counts, group.layout.tiers, strict=False)
+            for count, tier in zip((high, low), self._layout.tiers, strict=False)
         )
         return CacheUse(
             tokens=sum(lengths),
-            high=sum(high for high, _ in kept) / num_heads,
-            low=sum(low for _, low in kept) / num_heads,
+            high=high / num_heads,
+            low=low / num_heads,
             pages=num_pages,
             num_bytes=self._shape.spent_bytes(num_pages, len(lengths)),
-            bf16_bytes=sum(lengths) * num_heads * elements * 2,
+            bf16_bytes=sum(lengths) * self._shape.bf16_bytes_per_token,
             nominal_bytes=bits * elements / 8,
         )
 
@@ -212,8 +228,8 @@ class DiffKVHFCache(Cache):
         raise NotImplementedError("pages belong to one sequence: select the prompts instead")
 
     @property
-    def state(self) -> CacheState:
-        """The pool, by groups of layers: what it holds is documented there. Only to be read.
+    def state(self) -> PoolState:
+        """The pool: what it holds is documented there. Only to be read.
 
         Raises:
             ValueError: nothing is stored yet.
@@ -274,15 +290,15 @@ class DiffKVHFCache(Cache):
         return self._pages.plan((), slice(0, batch), slots, lengths.to(self._device))
 
     def _make(self, batch: int, scale: float) -> DiffKVCache:
-        sizes = self._layout, self._num_kv_heads, self.max_tokens
-        request = CacheShape.request_bytes(*sizes)
-        shape = CacheShape.fit(batch * request, *sizes, batch)
+        sizes = self._layout, self._num_layers, self._num_kv_heads, self.max_tokens
+        request = PoolShape.request_bytes(*sizes)
+        shape = PoolShape.fit(batch * request, *sizes, batch)
         buffer = torch.empty(
             shape.table_bytes + shape.num_pages * self._layout.page_bytes,
             dtype=torch.uint8, device=self._device,
         )  # fmt: skip
         self._shape = shape
-        state = pool.create_cache(shape, buffer, self._dtype, self._window)
+        state = create(shape, buffer, self._dtype, self._window)
         return DiffKVCache(state, self._ops, scale, self.policy, signs=self._signs)
 
 
@@ -307,7 +323,7 @@ def _paddings(mask: Tensor | None, batch: int, num_tokens: int) -> list[int]:
     Args:
         mask: [batch, num_tokens] bool, False for padding; None: there is none.
         batch: sequences.
-        num_tokens: of a row, padding included.
+        num_tokens: tokens of a row, padding included.
 
     Raises:
         ValueError: padding that is not on the left, a row of nothing else, or no mask of padding.
@@ -334,7 +350,7 @@ def feed(model: PreTrainedModel, cache: DiffKVHFCache, token_ids: Tensor) -> Ten
 
     Args:
         model: attached.
-        cache: that holds the prompts.
+        cache: the cache that holds the prompts.
         token_ids: [batch, num_tokens].
 
     Returns:

@@ -3,21 +3,13 @@
 `kernels.cpu` and `kernels.triton` have the same names with the same signatures.
 """
 
-from diffkv.reference.decode import append, attend, plan_decode
-from diffkv.reference.quantize import dequantize, quantize
-from diffkv.reference.rotate import rotate
-from diffkv.reference.significance import significance
-from diffkv.reference.store import gather, release, store_prompt
-
-__all__ = [
-    "append",
-    "attend",
-    "dequantize",
-    "gather",
-    "plan_decode",
-    "quantize",
-    "release",
-    "rotate",
-    "significance",
-    "store_prompt",
-]
+from diffkv.reference.decode import append as append
+from diffkv.reference.decode import attend as attend
+from diffkv.reference.decode import plan_decode as plan_decode
+from diffkv.reference.quantize import dequantize as dequantize
+from diffkv.reference.quantize import quantize as quantize
+from diffkv.reference.rotate import rotate as rotate
+from diffkv.reference.significance import significance as significance
+from diffkv.reference.store import gather as gather
+from diffkv.reference.store import release as release
+from diffkv.reference.store import store_prompt as store_prompt

@@ -127,8 +127,8 @@ def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: T
 
     Args:
         state: pages change.
-        layer: which layer.
-        plan: of this step.
+        layer: number of the layer.
+        plan: the plan of this step.
         key: [R, num_kv_heads, head_dim], the model's dtype.
         value: likewise.
     """
@@ -155,10 +155,10 @@ def attend(
 
     Args:
         state: the sums in the pages change.
-        layer: which layer.
+        layer: number of the layer.
         slots: [R] int32, -1 for a row that is no request; its output is 0.
         query: [R, num_q_heads, head_dim], the model's dtype.
-        scale: of the dot products.
+        scale: softmax scale.
         output: [R, num_q_heads, head_dim], the model's dtype, written.
     """
     group = query.shape[1] // state.num_kv_heads

@@ -72,7 +72,7 @@ def dequantize(codes: Tensor, meta: Tensor, bits: int, dtype: torch.dtype) -> Te
         codes: [num_vectors, code_bytes] uint8, as `quantize` packs them.
         meta: [num_vectors, groups, 2] float16, (scale, zero).
         bits: 1, 2, 4, 8 or 16.
-        dtype: of the result; for 16 bits, what was stored.
+        dtype: dtype of the result; for 16 bits, the dtype that was stored.
 
     Returns:
         [num_vectors, head_dim] of `dtype`.

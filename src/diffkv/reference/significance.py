@@ -24,7 +24,7 @@ def significance(
         key: [num_tokens, num_kv_heads, head_dim], packed likewise: all tokens of each request.
         cu_seqlens_q: [R + 1] int32, where each request's queries start.
         cu_seqlens_k: [R + 1] int32, where each request's tokens start.
-        scale: of the dot products.
+        scale: softmax scale.
         max_queries: only the last so many queries of each request count.
 
     Returns:

@@ -29,8 +29,8 @@ def store_prompt(
 
     Args:
         state: pages, tables and ring change.
-        layer: which layer.
-        tokens: of R requests, packed.
+        layer: number of the layer.
+        tokens: tokens of R requests, packed.
         tiers: [num_kv_heads, N] int8 of HIGH, LOW and DROPPED.
         sums: [num_kv_heads, N] float32, significance sums that travel with their tokens.
             They, and positions, are not kept for tiers that are not tracked.
@@ -79,8 +79,8 @@ def gather(
 
     Args:
         state: not modified.
-        layer: which layer.
-        slot: which request.
+        layer: number of the layer.
+        slot: slot of the request.
         max_tokens: at least as many as any head keeps.
 
     Returns:
@@ -115,7 +115,7 @@ def release(state: PoolState, slots: Tensor, layer: int) -> None:
     Args:
         state: rings and tables change; counts become 0 and entries of the directory -1.
         slots: [R] int32; -1 is skipped, none may occur twice.
-        layer: which layer, or -1 for all of them.
+        layer: number of the layer, or -1 for all of them.
     """
     layers = range(state.num_layers) if layer < 0 else (layer,)
     for slot in (s for s in slots.tolist() if s >= 0):

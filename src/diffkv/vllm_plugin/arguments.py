@@ -14,7 +14,7 @@ once than with its own cache, and all of them grow."""
 
 
 def arguments_of(options: Options) -> dict[str, Any]:
-    """Arguments of vLLM's engine, by their names in `EngineArgs`."""
+    """Those of an engine with these options, by their names in vLLM's `EngineArgs`."""
     from vllm.platforms import current_platform
 
     args = {

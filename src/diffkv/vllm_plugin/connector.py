@@ -76,24 +76,18 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
         if isinstance(message, ReportMessage):
             self.scheduler.take(message)
 
-    def request_finished(
-        self, request: Any, block_ids: list[int]
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Blocks may be freed at once: the workers release pages in the order of steps."""
         self.scheduler.finish(request.request_id)
         return False, None
 
-    def request_finished_all_groups(
-        self, request: Any, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        """As `request_finished`."""
-        return self.request_finished(request, [])
-
     # in a worker
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Make the pool in the allocation that vLLM made for all layers."""
-        self.worker = WorkerCache.behind(
+        self.worker = WorkerCache(
             kv_caches, self._options, self._vllm_config, self._kv_cache_config
         )
 

@@ -206,13 +206,6 @@ _FEATURES = (
         ),
     ),
     Row(
-        "features", "formats by layer", WORKS, "one pool under all layers", "",
-        (
-            f"{TESTS}test_layer_formats.py::test_lossless_groups_equal_stock",
-            f"{TESTS}test_layer_formats.py::test_one_prompt_holds_the_pages_of_its_tokens",
-        ),
-    ),
-    Row(
         "features", "structured output", WORKS, "choice, regex and JSON schema, with xgrammar", "",
         (f"{TESTS}test_features.py::test_structured_output",),
     ),

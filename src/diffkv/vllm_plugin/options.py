@@ -1,18 +1,16 @@
-"""DiffKV's options as an engine gets them, and what follows from them for one model."""
+"""DiffKV's options for an engine, and what follows from them."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from diffkv import policies, rotation
-from diffkv.layout import CacheLayout
+from diffkv.layout import PageLayout
 from diffkv.policy import WINDOW, Thresholds
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 from diffkv.vllm_plugin.matrix import CONNECTOR
 
 __all__ = ["ADMISSIONS", "DEFAULT_QUANT", "EXPECTED", "WORST_CASE", "Options", "options_of"]
-
-DEFAULT_QUANT = "k8v4-k4v2"
 
 EXPECTED, WORST_CASE = ADMISSIONS = ("expected", "worst-case")
 """Pages that are set aside for a prompt before its tiers are known."""
@@ -23,7 +21,7 @@ class Options:
     """The options of an engine; the keys of `kv_connector_extra_config`.
 
     Attributes:
-        quant: text form of the quantisation configuration, of all layers or by layer.
+        quant: text form of the quantisation configuration.
         alpha_high: threshold of the high tier; None takes the default.
         alpha_low: threshold below which tokens are dropped.
         drops: whether the pool keeps sums and positions of every token, which dropping generated
@@ -75,16 +73,13 @@ class Options:
             raise ConfigError(
                 f"without drops alpha_low must be 0, got {alpha_low:g}: leave out --no-drops (drops)"
             )
-        policy = self.prompt_policy()
-        if not policy.uses_thresholds:
-            able = ", ".join(
-                name for name, kind in policies.POLICIES.items() if kind.uses_thresholds
-            )
+        if self.policy.partition(":")[0].strip() not in policies.POLICIES:
             raise ConfigError(
-                f"vLLM runs policies that go by alpha_high and alpha_low: {able}; got {policy}, which "
-                f"diffkv eval compares in transformers"
+                f"vLLM runs policies that go by alpha_high and alpha_low: "
+                f"{', '.join(policies.POLICIES)}; got {self.policy!r}; diffkv eval compares others in "
+                f"transformers"
             )
-        policy.check(self.quant_config())
+        self.prompt_policy().check(self.quant_config())
         self.rotation()
 
     @classmethod
@@ -113,9 +108,9 @@ class Options:
         """The rotation of keys and values, see `rotate`."""
         return rotation.choose(self.rotate, self.quant_config())
 
-    def quant_config(self) -> LayerQuant:
-        """The formats of every layer."""
-        return LayerQuant.parse(self.quant)
+    def quant_config(self) -> QuantConfig:
+        """The formats of the tiers."""
+        return QuantConfig.parse(self.quant)
 
     def thresholds(self) -> Thresholds:
         """The engine's default thresholds."""
@@ -139,12 +134,11 @@ class Options:
         """The same, with every token in the high tier."""
         return replace(self, alpha_high=0.0 if self.quant_config().has_low else None, alpha_low=0.0)
 
-    def layout(self, num_layers: int, head_dim: int, element_bytes: int) -> CacheLayout:
-        """What is where in the pages of a model's layers."""
-        return CacheLayout.derive(
-            self.quant_config(), num_layers, head_dim, self.page_bytes, element_bytes,
-            self.keeps_sums(),
-        )  # fmt: skip
+    def layout(self, head_dim: int, element_bytes: int) -> PageLayout:
+        """What is where in a page."""
+        return PageLayout.derive(
+            self.quant_config(), head_dim, self.page_bytes, element_bytes, self.keeps_sums()
+        )
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}

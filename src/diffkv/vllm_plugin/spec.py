@@ -9,8 +9,8 @@ from typing import Any
 
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from diffkv.layout import CacheLayout
-from diffkv.shape import CacheShape
+from diffkv.layout import PageLayout
+from diffkv.shape import PoolShape
 
 __all__ = ["DiffKVSpec"]
 
@@ -26,7 +26,7 @@ class DiffKVSpec(FullAttentionSpec):
         max_num_seqs: requests that may run at once.
     """
 
-    layout: CacheLayout
+    layout: PageLayout
     num_layers: int
     max_model_len: int
     max_num_seqs: int
@@ -35,7 +35,7 @@ class DiffKVSpec(FullAttentionSpec):
     def of(
         cls,
         spec: AttentionSpec,
-        layout: CacheLayout,
+        layout: PageLayout,
         num_layers: int,
         max_model_len: int,
         max_num_seqs: int,
@@ -55,11 +55,12 @@ class DiffKVSpec(FullAttentionSpec):
             max_num_seqs=max_num_seqs,
         )
 
-    def pool_shape(self, num_blocks: int) -> CacheShape:
+    def pool_shape(self, num_blocks: int) -> PoolShape:
         """The pool in `num_blocks` of vLLM's blocks: scheduler and worker must agree on it."""
-        return CacheShape.fit(
+        return PoolShape.fit(
             num_blocks * self.num_layers * self.layout.page_bytes,
             self.layout,
+            self.num_layers,
             self.num_kv_heads,
             self.max_model_len,
             self.max_num_seqs,
@@ -85,7 +86,9 @@ class DiffKVSpec(FullAttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """This layer's share of what one request of the longest length can need, tables included."""
-        needed = CacheShape.request_bytes(self.layout, self.num_kv_heads, self.max_model_len)
+        needed = PoolShape.request_bytes(
+            self.layout, self.num_layers, self.num_kv_heads, self.max_model_len
+        )
         null_block = self.num_layers * self.layout.page_bytes
         return -(-(needed + null_block) // self.num_layers)
 

@@ -1,12 +1,12 @@
-"""Checks at start: of vLLM's version, of what is asked of it (the table of `matrix`), of the budget."""
+"""Checks at start: vLLM's version, its configuration (by the table in `matrix`), the KV budget."""
 
 from typing import Any
 
 import vllm
 
-from diffkv.layout import CacheLayout
+from diffkv.layout import PageLayout
 from diffkv.quant import ConfigError
-from diffkv.shape import CacheShape
+from diffkv.shape import PoolShape
 from diffkv.vllm_plugin import matrix
 from diffkv.vllm_plugin.options import Options
 
@@ -48,13 +48,13 @@ def _check_budget(vllm_config: Any, options: Options) -> None:
         ConfigError: says how many bytes would do, and what else to change.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    num_layers = model.get_num_layers(parallel)
-    layout = options.layout(num_layers, model.get_head_size(), model.dtype.itemsize)
+    layout = options.layout(model.get_head_size(), model.dtype.itemsize)
     budget = vllm_config.cache_config.kv_cache_memory_bytes
     if budget is None:
         return
     needed = least_budget(
         layout,
+        model.get_num_layers(parallel),
         model.get_num_kv_heads(parallel),
         model.max_model_len,
         vllm_config.scheduler_config.max_num_seqs,
@@ -68,16 +68,16 @@ def _check_budget(vllm_config: Any, options: Options) -> None:
 
 
 def least_budget(
-    layout: CacheLayout, num_kv_heads: int, max_model_len: int, max_num_seqs: int
+    layout: PageLayout, num_layers: int, num_kv_heads: int, max_model_len: int, max_num_seqs: int
 ) -> int:
     """Bytes, in whole blocks of vLLM, that hold one longest request and the tables of all slots.
 
-    More bytes make more slots (`CacheShape.fit`), each with tables of its own, so the two are raised
+    More bytes make more slots (`PoolShape.fit`), each with tables of its own, so the two are raised
     in turn until they agree.
     """
-    block_bytes = layout.num_layers * layout.page_bytes
-    one_request = CacheShape.request_bytes(layout, num_kv_heads, max_model_len)
-    slot_bytes = CacheShape(layout, num_kv_heads, 1, max_model_len, 0).slot_bytes
+    block_bytes = num_layers * layout.page_bytes
+    one_request = PoolShape.request_bytes(layout, num_layers, num_kv_heads, max_model_len)
+    slot_bytes = PoolShape(layout, num_layers, num_kv_heads, 1, max_model_len, 0).slot_bytes
     slots = 1
     while True:
         # vLLM gives its first block to nobody

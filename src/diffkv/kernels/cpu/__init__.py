@@ -4,21 +4,13 @@ Contracts are in `reference`. Results do not depend on the number of threads, no
 requests are in a batch.
 """
 
-from diffkv.kernels.cpu.decode import append, attend, plan_decode
-from diffkv.kernels.cpu.quantize import dequantize, quantize
-from diffkv.kernels.cpu.rotate import rotate
-from diffkv.kernels.cpu.significance import significance
-from diffkv.kernels.cpu.store import gather, release, store_prompt
-
-__all__ = [
-    "append",
-    "attend",
-    "dequantize",
-    "gather",
-    "plan_decode",
-    "quantize",
-    "release",
-    "rotate",
-    "significance",
-    "store_prompt",
-]
+from diffkv.kernels.cpu.decode import append as append
+from diffkv.kernels.cpu.decode import attend as attend
+from diffkv.kernels.cpu.decode import plan_decode as plan_decode
+from diffkv.kernels.cpu.quantize import dequantize as dequantize
+from diffkv.kernels.cpu.quantize import quantize as quantize
+from diffkv.kernels.cpu.rotate import rotate as rotate
+from diffkv.kernels.cpu.significance import significance as significance
+from diffkv.kernels.cpu.store import gather as gather
+from diffkv.kernels.cpu.store import release as release
+from diffkv.kernels.cpu.store import store_prompt as store_prompt

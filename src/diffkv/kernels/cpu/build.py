@@ -35,11 +35,11 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment decides.
+    """Choices of the environment.
 
     Attributes:
         compiler: command and leading arguments, `$CXX` or g++.
-        cache_dir: where libraries are kept.
+        cache_dir: folder of compiled libraries.
     """
 
     compiler: tuple[str, ...]

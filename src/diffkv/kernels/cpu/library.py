@@ -2,21 +2,31 @@
 
 import ctypes
 import functools
-import weakref
 from collections.abc import Callable, Mapping
 from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from diffkv.kernels.by_state import by_state
+from diffkv.kernels.check import check_state
 from diffkv.kernels.cpu.build import load_library
 from diffkv.layout import PageLayout
 from diffkv.policy import SCORED_QUERIES
 from diffkv.quant import BITS, CUT_WIDTHS, FLOAT16_MAX, MIN_SCALE, OUTER, cut_of
-from diffkv.state import PoolState
+from diffkv.state import TENSORS, PoolState
 
-__all__ = ["DTYPES", "Handle", "attend_function", "check_status", "handle", "vectors_library"]
+__all__ = [
+    "CPU",
+    "DTYPES",
+    "Handle",
+    "attend_function",
+    "check_status",
+    "handle",
+    "vectors_library",
+]
+
+CPU = torch.device("cpu")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the models' dtypes, as in csrc/element.h."""
@@ -63,42 +73,37 @@ STATUS_ERRORS = {
     1: "the page table is full: a request keeps more tokens than its table was made for",
     2: "max_tokens must be at least as many as any head keeps",
 }
-"""What the numbers of `Status` in csrc/pool.h mean."""
+"""Messages of the numbers of `Status` in csrc/pool.h."""
+
+
+SIZES = (
+    "num_pages", "num_leaves", "num_layers", "num_kv_heads", "directory_width", "leaf_shift", "window",
+)  # fmt: skip
+"""Attributes of a state that its C++ struct has, too."""
+
+C_TYPES = {
+    torch.uint8: "uint8_t", torch.int32: "int32_t", torch.int64: "int64_t", torch.float32: "float",
+}  # fmt: skip
 
 
 class Pool(ctypes.Structure):
-    """Mirrors `Pool` in csrc/pool.h, field by field."""
+    """A state as C++ sees it: the struct `Tensors` of `render`, field by field."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in (
-            "pages", "free_ring", "ring_ends", "leaves", "free_leaves", "leaf_ends", "directory",
-            "num_tokens", "num_pages_held", "thresholds", "prompt_lens", "overruns",
-        )),
-        *((name, c_int64) for name in (
-            "num_pages", "num_leaves", "num_layers", "num_kv_heads", "directory_width",
-            "leaf_shift", "window",
-        )),
-    )  # fmt: skip
+    _fields_ = (*((name, c_void_p) for name in TENSORS), *((name, c_int64) for name in SIZES))
 
 
 class Handle(NamedTuple):
-    """What an operation needs of a state, made once.
+    """A state as operations need it, made once.
 
     Attributes:
         library: the functions compiled for its layout and dtype.
-        address: of its Pool.
-        num_kv_heads: H.
-        head_dim: elements of a vector.
-        dtype: the model's.
+        address: address of its Pool.
         attend: the function for each size of a query group that was asked for.
         pool: keeps the Pool alive.
     """
 
     library: ctypes.CDLL
     address: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
     attend: dict[int, Callable[..., int]]
     pool: Pool
 
@@ -119,7 +124,7 @@ def render_quantiser() -> str:
 
 
 def render(layout: PageLayout, dtype: torch.dtype, group: int | None = None) -> str:
-    """The text of constants.h: also a page layout, and the query heads of a KV head."""
+    """The text of constants.h: also a page layout, a pool, and the query heads of a KV head."""
     rows = []
     for tier in layout.tiers:
         values = (
@@ -138,7 +143,18 @@ def render(layout: PageLayout, dtype: torch.dtype, group: int | None = None) -> 
         + f"struct Tier {{\n  int {', '.join(TIER_FIELDS)};\n}};\n"
         f"constexpr Tier TIERS[] = {{\n{''.join(rows)}}};\n"
         "}  // namespace layout\n"
+        f"{_render_tensors()}"
     )
+
+
+def _render_tensors() -> str:
+    """The struct of a pool's tensors and sizes."""
+    pointers = (
+        f"  {C_TYPES[spec.dtype]}* {name};  // [{spec.shape.replace(' ', ', ')}] {spec.meaning}\n"
+        for name, spec in TENSORS.items()
+    )
+    sizes = f"  int64_t {', '.join(SIZES)};\n"
+    return f"#include <cstdint>\nstruct Tensors {{\n{''.join(pointers)}{sizes}}};\n"
 
 
 def _declare(
@@ -180,71 +196,23 @@ def attend_function(state: PoolState, pool: Handle, group: int) -> Callable[...,
     return function
 
 
-_handles: dict[int, tuple[weakref.ref[PoolState], Handle]] = {}
-
-
-def handle(state: PoolState) -> Handle:
-    """The handle of a state, which is checked when it is first seen.
-
-    Raises:
-        ValueError: a tensor of the state is not what `PoolState` says.
-    """
-    found = _handles.get(id(state))
-    if found is not None:
-        return found[1]
-    made = _make_handle(state)
-    key = id(state)
-    # Pointers are kept by identity, and forgotten with the state: an id may be used again
-    _handles[key] = (weakref.ref(state, lambda _: _handles.pop(key, None)), made)
-    return made
-
-
 def check_status(status: int) -> None:
     """Raise ValueError if an operation refused."""
     if status:
         raise ValueError(STATUS_ERRORS[status])
 
 
-def _make_handle(state: PoolState) -> Handle:
-    layout = state.layout
-    if state.dtype not in DTYPES:
-        raise ValueError(
-            f"state.dtype must be one of {', '.join(map(str, DTYPES))}, got {state.dtype}"
-        )
-    if state.dtype.itemsize != layout.element_bytes:
-        raise ValueError(
-            f"state.layout must be derived for elements of {state.dtype.itemsize} bytes "
-            f"({state.dtype}), got element_bytes {layout.element_bytes}"
-        )
-    table, num_leaves = state.directory.shape, len(state.free_leaves)
-    slots = table[0]
-    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "pages": (torch.uint8, (state.num_pages, layout.page_bytes)),
-        "free_ring": (torch.int32, (state.num_pages,)),
-        "ring_ends": (torch.int64, (2,)),
-        "leaves": (torch.int32, (num_leaves, state.leaf_entries)),
-        "free_leaves": (torch.int32, (num_leaves,)),
-        "leaf_ends": (torch.int64, (2,)),
-        "directory": (torch.int32, tuple(table)),
-        "num_tokens": (torch.int32, (*table[:3], 2)),
-        "num_pages_held": (torch.int32, (*table[:3], 2)),
-        "thresholds": (torch.float32, (slots, 2)),
-        "prompt_lens": (torch.int32, (slots,)),
-        "overruns": (torch.int32, (1,)),
-    }
-    for name, (dtype, shape) in expected.items():
-        tensor: Tensor = getattr(state, name)
-        got = (tensor.dtype, tuple(tensor.shape), tensor.device.type, tensor.is_contiguous())
-        if got != (dtype, shape, "cpu", True):
-            raise ValueError(
-                f"state.{name} must be a contiguous CPU tensor {list(shape)} {dtype}, got "
-                f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {tensor.stride()}"
-            )
+@by_state
+def handle(state: PoolState) -> Handle:
+    """The handle of a state, which is checked when it is first seen.
+
+    Raises:
+        ValueError: a tensor of the state is not what `TENSORS` says.
+    """
+    check_state(state, CPU)
     pool = Pool(
-        *(getattr(state, name).data_ptr() for name in expected),
-        state.num_pages, num_leaves, state.num_layers, state.num_kv_heads, state.directory_width,
-        state.leaf_entries.bit_length() - 1, state.window,
-    )  # fmt: skip
-    library = pages_library(layout, state.dtype)
-    address = ctypes.addressof(pool)
-    return Handle(library, address, state.num_kv_heads, layout.head_dim, state.dtype, {}, pool)
+        *(getattr(state, name).data_ptr() for name in TENSORS),
+        *(getattr(state, name) for name in SIZES),
+    )
+    library = pages_library(state.layout, state.dtype)
+    return Handle(library, ctypes.addressof(pool), {}, pool)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from diffkv.kernels.cpu.check import check_packed, check_tensor
-from diffkv.kernels.cpu.library import DTYPES, vectors_library
+from diffkv.kernels.check import check_dtype, check_packed, check_tensor
+from diffkv.kernels.cpu.library import CPU, DTYPES, vectors_library
 from diffkv.rotation import block_size
 
 __all__ = ["rotate"]
@@ -15,14 +15,14 @@ MAX_DIM = 1024
 def rotate(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:
     """Same contract as `reference.rotate`. Rows of `x` and of `out` may be apart."""
     num_rows, num_heads, head_dim = x.shape
-    if x.dtype not in DTYPES or head_dim > MAX_DIM or head_dim % 8:
-        raise ValueError(
-            f"x must be of {', '.join(map(str, DTYPES))}, with a head_dim of at most {MAX_DIM} and a "
-            f"multiple of 8, got {x.dtype} and {head_dim}"
-        )
-    check_tensor("signs", signs, torch.float32, head_dim)
-    row_bytes = check_packed("x", x, x.dtype, num_rows, num_heads, head_dim)
-    out_row_bytes = check_packed("out", out, x.dtype, num_rows, num_heads, head_dim)
+    check_dtype("x", x.dtype)
+    if head_dim > MAX_DIM or head_dim % 8:
+        raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_DIM}, got {head_dim}")
+    check_tensor("signs", signs, CPU, torch.float32, head_dim)
+    row_bytes, out_row_bytes = (
+        check_packed(name, tensor, CPU, x.dtype, *x.shape) * x.element_size()
+        for name, tensor in (("x", x), ("out", out))
+    )
     vectors_library().rotate(
         x.data_ptr(), num_rows, row_bytes, num_heads, head_dim, block_size(head_dim),
         DTYPES[x.dtype], signs.data_ptr(), inverse, out.data_ptr(), out_row_bytes,

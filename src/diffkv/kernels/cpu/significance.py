@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from diffkv.kernels.cpu.check import check_packed, check_tensor
-from diffkv.kernels.cpu.library import DTYPES, vectors_library
+from diffkv.kernels.check import check_scored
+from diffkv.kernels.cpu.library import CPU, DTYPES, vectors_library
 
 __all__ = ["significance"]
 
@@ -19,23 +19,14 @@ def significance(
 ) -> Tensor:
     """Same contract as `reference.significance`. Rows of `query` and `key` may be apart."""
     num_tokens, num_kv_heads, head_dim = key.shape
-    num_queries, num_q_heads, _ = query.shape
-    if key.dtype not in DTYPES:
-        raise ValueError(f"key must be one of {', '.join(map(str, DTYPES))}, got {key.dtype}")
-    if num_q_heads % num_kv_heads:
-        raise ValueError(
-            f"query must have a multiple of {num_kv_heads} heads, as key has, got {num_q_heads}"
-        )
     num_requests = cu_seqlens_k.numel() - 1
-    query_stride = check_packed("query", query, key.dtype, num_queries, num_q_heads, head_dim)
-    key_stride = check_packed("key", key, key.dtype, num_tokens, num_kv_heads, head_dim)
-    check_tensor("cu_seqlens_q", cu_seqlens_q, torch.int32, num_requests + 1)
-    check_tensor("cu_seqlens_k", cu_seqlens_k, torch.int32, num_requests + 1)
+    strides = check_scored(query, key, cu_seqlens_q, cu_seqlens_k, CPU)
+    query_bytes, key_bytes = (stride * key.element_size() for stride in strides)
     sums = torch.empty(num_kv_heads, num_tokens, dtype=torch.float32)
     vectors_library().significance(
-        query.data_ptr(), query_stride, key.data_ptr(), key_stride,
+        query.data_ptr(), query_bytes, key.data_ptr(), key_bytes,
         cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), num_requests,
-        num_tokens, num_kv_heads, num_q_heads // num_kv_heads, head_dim, DTYPES[key.dtype],
+        num_tokens, num_kv_heads, query.shape[1] // num_kv_heads, head_dim, DTYPES[key.dtype],
         scale, max_queries, sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return sums

@@ -5,25 +5,13 @@ once they have run at a size, so that a step can be captured in a CUDA graph. Re
 which other requests are in a batch.
 """
 
-from diffkv.kernels.triton.append import append
-from diffkv.kernels.triton.attend import attend
-from diffkv.kernels.triton.gather import gather
-from diffkv.kernels.triton.plan import plan_decode
-from diffkv.kernels.triton.quantize import dequantize, quantize
-from diffkv.kernels.triton.release import release
-from diffkv.kernels.triton.rotate import rotate
-from diffkv.kernels.triton.significance import significance
-from diffkv.kernels.triton.store import store_prompt
-
-__all__ = [
-    "append",
-    "attend",
-    "dequantize",
-    "gather",
-    "plan_decode",
-    "quantize",
-    "release",
-    "rotate",
-    "significance",
-    "store_prompt",
-]
+from diffkv.kernels.triton.append import append as append
+from diffkv.kernels.triton.attend import attend as attend
+from diffkv.kernels.triton.gather import gather as gather
+from diffkv.kernels.triton.plan import plan_decode as plan_decode
+from diffkv.kernels.triton.quantize import dequantize as dequantize
+from diffkv.kernels.triton.quantize import quantize as quantize
+from diffkv.kernels.triton.release import release as release
+from diffkv.kernels.triton.rotate import rotate as rotate
+from diffkv.kernels.triton.significance import significance as significance
+from diffkv.kernels.triton.store import store_prompt as store_prompt

@@ -1,11 +1,10 @@
 """Write new tokens where a plan says, and demote what they replace."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.triton.check import check_layer, check_packed, check_tensor
+from diffkv.kernels.check import check_index, check_new_tokens
 from diffkv.kernels.triton.codes import (
     code_pointers,
     load_elements,
@@ -112,15 +111,8 @@ def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: T
     """Same contract as `reference.append`. Rows of key and value may be apart."""
     work = workspace(state)
     num_requests, heads, head_dim = plan.slots.numel(), state.num_kv_heads, state.layout.head_dim
-    device, i32 = work.device, torch.int32
-    check_layer(layer, state.num_layers)
-    check_tensor("plan.slots", plan.slots, device, i32, num_requests)
-    check_tensor("plan.positions", plan.positions, device, i32, num_requests)
-    places_shape = (num_requests, state.num_layers, heads, 4)
-    check_tensor("plan.places", plan.places, device, i32, *places_shape)
-    shape = (num_requests, heads, head_dim)
-    key_stride = check_packed("key", key, device, state.dtype, *shape)
-    value_stride = check_packed("value", value, device, state.dtype, *shape)
+    check_index("layer", layer, state.num_layers)
+    key_stride, value_stride = check_new_tokens(state, plan, key, value, work.device)
     if not num_requests:
         return
     _append_kernel[(num_requests, heads)](

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.triton.check import check_layer, check_tensor
-from diffkv.kernels.triton.facts import DTYPES, MIN_COLUMNS, tile_tokens
+from diffkv.kernels.check import check_group, check_index, check_tensor
+from diffkv.kernels.triton.constants import DTYPES, MIN_COLUMNS, tile_tokens
 from diffkv.kernels.triton.finish import finish_kernel, recompute_kernel
 from diffkv.kernels.triton.tile import (
     folded,
@@ -41,7 +41,7 @@ LIST_ROWS = 8
 LIST_COUNT = 1024
 
 FINISH_PROGRAMS = 16
-"""Of the last launch, for each multiprocessor, beside those that merge."""
+"""Programs of the last launch for each multiprocessor, beside those that merge."""
 
 SCORE_SHARE = 64
 """Kept probabilities may take one part in so many of the pool's bytes, or MIN_SCORE_BYTES."""
@@ -203,12 +203,10 @@ def _check(
     device: torch.device,
 ) -> None:
     num_requests, num_q_heads, _ = query.shape
-    heads = state.num_kv_heads
-    check_layer(layer, state.num_layers)
+    check_index("layer", layer, state.num_layers)
     if scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    if num_q_heads % heads:
-        raise ValueError(f"query must have a multiple of {heads} heads, got {num_q_heads}")
+    check_group(num_q_heads, state.num_kv_heads)
     check_tensor("slots", slots, device, torch.int32, num_requests)
     shape = (num_requests, num_q_heads, state.layout.head_dim)
     check_tensor("query", query, device, state.dtype, *shape)

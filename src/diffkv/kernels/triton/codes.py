@@ -1,7 +1,7 @@
 """Device functions: vectors to codes and back. Bit-exact, so launch with `enable_fp_fusion=False`.
 
-`S` is a `facts.Side`. A tile of vectors is [T, planes, padded]: element (p, c) of a vector is element
-p * width + c, so that all planes of a byte are added up along one axis.
+`S` is a `constants.Side`. A tile of vectors is [T, planes, padded]: element (p, c) of a vector is
+element p * width + c, so that all planes of a byte are added up along one axis.
 """
 
 import triton

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.triton.check import check_layer
+from diffkv.kernels.check import check_index
 from diffkv.kernels.triton.codes import (
     code_pointers,
     load_elements,
@@ -13,7 +13,7 @@ from diffkv.kernels.triton.codes import (
     position_pointers,
     rounded,
 )
-from diffkv.kernels.triton.facts import tile_vectors
+from diffkv.kernels.triton.constants import tile_vectors
 from diffkv.kernels.triton.table import page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.policy import DROPPED
@@ -139,9 +139,8 @@ def gather(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Same contract as `reference.gather`."""
     work = workspace(state)
-    check_layer(layer, state.num_layers)
-    if not 0 <= slot < work.num_slots:
-        raise ValueError(f"slot must be in 0 .. {work.num_slots - 1}, got {slot}")
+    check_index("layer", layer, state.num_layers)
+    check_index("slot", slot, state.num_slots)
     if max_tokens < 0:
         raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
     shape, head_dim = (state.num_kv_heads, max_tokens), state.layout.head_dim

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.triton.check import check_tensor
+from diffkv.kernels.check import check_tensor
 from diffkv.kernels.triton.codes import position_pointers, sum_pointers
 from diffkv.kernels.triton.table import enter_page, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
@@ -84,7 +84,7 @@ def _threshold(alpha, num_tokens):
 
 @triton.jit
 def _wanted(number, held, T: tl.constexpr, TABLE: tl.constexpr):
-    """What one more token of a tier takes: 0 nothing, 1 a page, 3 a page that opens a leaf."""
+    """Need of one more token of a tier: 0 nothing, 1 a page, 3 a page that opens a leaf."""
     wanted = tl.where(held % TABLE.entries == 0, 3, 1)
     return tl.where(number == held * T.tokens, wanted, 0)
 

@@ -5,10 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.triton.check import check_dtype, check_tensor
+from diffkv.kernels.check import check_dtype, check_format, check_tensor
 from diffkv.kernels.triton.codes import load_elements, plane_elements, rounded, store_vectors
-from diffkv.kernels.triton.facts import DTYPES, tile_vectors, vector_side
-from diffkv.quant import BITS
+from diffkv.kernels.triton.constants import tile_vectors, vector_side
 
 __all__ = ["dequantize", "quantize"]
 
@@ -53,7 +52,7 @@ def _dequantize_kernel(
 def quantize(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
     """Same contract as `reference.quantize`. `x` must be contiguous."""
     num_vectors, head_dim = x.shape
-    _check_format(x.dtype, bits, groups, head_dim)
+    check_format(x.dtype, bits, groups, head_dim)
     check_tensor("x", x, x.device, x.dtype, num_vectors, head_dim)
     if bits == 16:
         codes = x.view(torch.uint8).reshape(num_vectors, -1).clone()
@@ -77,7 +76,7 @@ def dequantize(codes: Tensor, meta: Tensor, bits: int, dtype: torch.dtype) -> Te
         check_dtype("dtype", dtype)
         return codes.view(dtype).view(num_vectors, -1)
     head_dim, groups = code_bytes * 8 // bits, meta.shape[1]
-    _check_format(dtype, bits, groups, head_dim)
+    check_format(dtype, bits, groups, head_dim)
     check_tensor("meta", meta, codes.device, torch.float16, num_vectors, groups, 2)
     x = torch.empty(num_vectors, head_dim, dtype=dtype, device=codes.device)
     tile = tile_vectors(head_dim)
@@ -87,14 +86,3 @@ def dequantize(codes: Tensor, meta: Tensor, bits: int, dtype: torch.dtype) -> Te
             enable_fp_fusion=False,
         )  # fmt: skip
     return x
-
-
-def _check_format(dtype: torch.dtype, bits: int, groups: int, head_dim: int) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    if bits not in BITS:
-        raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")
-    if head_dim <= 0 or head_dim % 8 or groups <= 0 or head_dim % groups:
-        raise ValueError(
-            f"head_dim must be a positive multiple of 8 and of groups, got {head_dim}, {groups}"
-        )

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.triton.check import check_layer, check_tensor
+from diffkv.kernels.check import check_index, check_tensor
 from diffkv.kernels.triton.ring import scan_kernel
 from diffkv.kernels.triton.table import leaf_column, num_leaves, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
@@ -116,7 +116,7 @@ def release(state: PoolState, slots: Tensor, layer: int) -> None:
     work = workspace(state)
     num_requests, heads = slots.numel(), state.num_kv_heads
     if layer >= 0:
-        check_layer(layer, state.num_layers)
+        check_index("layer", layer, state.num_layers)
     check_tensor("slots", slots, work.device, torch.int32, num_requests)
     if not num_requests:
         return

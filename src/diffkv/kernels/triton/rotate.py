@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.triton.check import check_dtype, check_packed, check_tensor
+from diffkv.kernels.check import check_dtype, check_packed, check_tensor
 from diffkv.kernels.triton.codes import rounded
-from diffkv.kernels.triton.facts import DTYPES, MIN_DOT
+from diffkv.kernels.triton.constants import DTYPES, MIN_DOT
 from diffkv.rotation import block_size
 
 __all__ = ["rotate"]
@@ -56,11 +56,11 @@ def _rotate_kernel(
     if not INVERSE:
         x *= flips
     blocks = _signs_of_blocks(D, DP, BLOCK, DOT)
-    turned = tl.dot(x.to(DOT), blocks, input_precision=PRECISION) * norm
+    rotated = tl.dot(x.to(DOT), blocks, input_precision=PRECISION) * norm
     if INVERSE:
-        turned *= flips
+        rotated *= flips
     out_at = (row * output_stride + head * D)[:, None] + d[None, :]
-    tl.store(output_ptr + out_at, rounded(turned, output_ptr.dtype.element_ty), mask=mask)
+    tl.store(output_ptr + out_at, rounded(rotated, output_ptr.dtype.element_ty), mask=mask)
 
 
 def rotate(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:

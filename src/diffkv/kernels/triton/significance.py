@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.triton.check import check_dtype, check_packed, check_tensor
-from diffkv.kernels.triton.facts import DTYPES, MIN_DOT
+from diffkv.kernels.check import check_scored
+from diffkv.kernels.triton.constants import DTYPES, MIN_DOT
 
 __all__ = ["significance"]
 
@@ -40,22 +40,30 @@ def _request_items(starts_ptr, R, R_PADDED: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def _spans(starts_q_ptr, starts_k_ptr, r, max_queries):
-    """(first scored query, how many, first token, how many) of a request."""
-    end_q = tl.load(starts_q_ptr + r + 1)
-    first_q = tl.maximum(tl.load(starts_q_ptr + r), end_q - max_queries)
-    first_k = tl.load(starts_k_ptr + r)
-    return first_q, end_q - first_q, first_k, tl.load(starts_k_ptr + r + 1) - first_k
+def _item(
+    key_ptr, stride, starts_q_ptr, starts_k_ptr, max_queries, R,
+    R_PADDED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Work of one program, for one head: tokens of one request, scored by its last queries.
 
-
-@triton.jit
-def _load_keys(
-    key_ptr, stride, head, first_k, token, n, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr
-):
+    Returns (request, its first scored query, how many, its first token, how many, this program's tokens,
+    their keys); the request is R, and no token exists, where there is no work.
+    """
+    pid = tl.program_id(0)
+    items, through = _request_items(starts_k_ptr, R, R_PADDED, B)
+    r = tl.sum((through <= pid).to(tl.int32))
+    before = tl.sum(tl.where(tl.arange(0, R_PADDED) < r, items, 0))
+    request = tl.minimum(r, R - 1)
+    end_q = tl.load(starts_q_ptr + request + 1)
+    first_q = tl.maximum(tl.load(starts_q_ptr + request), end_q - max_queries)
+    first_k = tl.load(starts_k_ptr + request)
+    n = tl.load(starts_k_ptr + request + 1) - first_k
+    token = (pid - before) * B + tl.arange(0, B)
     d = tl.arange(0, DP)
-    at = (first_k + token).to(tl.int64) * stride + head * D
-    mask = (token < n)[:, None] & (d < D)[None, :]
-    return tl.load(key_ptr + at[:, None] + d[None, :], mask=mask, other=0.0).to(DOT)
+    at = (first_k + token).to(tl.int64) * stride + tl.program_id(1) * D
+    mask = ((token < n) & (r < R))[:, None] & (d < D)[None, :]
+    keys = tl.load(key_ptr + at[:, None] + d[None, :], mask=mask, other=0.0).to(DOT)
+    return r, first_q, end_q - first_q, first_k, n, token, keys
 
 
 @triton.jit
@@ -99,13 +107,10 @@ def _lse_kernel(
     """Largest score of every query among one item's tokens, and the sum of powers relative to it."""
     pid = tl.program_id(0)
     head = tl.program_id(1)
-    items, through = _request_items(starts_k_ptr, R, R_PADDED, B)
-    r = tl.sum((through <= pid).to(tl.int32))
+    r, first_q, num_q, _, n, token, keys = _item(
+        key_ptr, key_stride, starts_q_ptr, starts_k_ptr, max_queries, R, R_PADDED, D, DP, DOT, B
+    )
     if r < R:
-        before = tl.sum(tl.where(tl.arange(0, R_PADDED) < r, items, 0))
-        first_q, num_q, first_k, n = _spans(starts_q_ptr, starts_k_ptr, r, max_queries)
-        token = (pid - before) * B + tl.arange(0, B)
-        keys = _load_keys(key_ptr, key_stride, head, first_k, token, n, D, DP, DOT)
         for g in range(G):
             for block in range(0, QUERIES, ROWS):
                 j = block + tl.arange(0, ROWS)
@@ -184,15 +189,11 @@ def _sum_kernel(
     B: tl.constexpr,
 ):
     """Sums of one item's tokens: probabilities over the queries, the largest of the group."""
-    pid = tl.program_id(0)
     head = tl.program_id(1)
-    items, through = _request_items(starts_k_ptr, R, R_PADDED, B)
-    r = tl.sum((through <= pid).to(tl.int32))
+    r, first_q, num_q, first_k, n, token, keys = _item(
+        key_ptr, key_stride, starts_q_ptr, starts_k_ptr, max_queries, R, R_PADDED, D, DP, DOT, B
+    )
     if r < R:
-        before = tl.sum(tl.where(tl.arange(0, R_PADDED) < r, items, 0))
-        first_q, num_q, first_k, n = _spans(starts_q_ptr, starts_k_ptr, r, max_queries)
-        token = (pid - before) * B + tl.arange(0, B)
-        keys = _load_keys(key_ptr, key_stride, head, first_k, token, n, D, DP, DOT)
         largest = tl.zeros([B], tl.float32)
         for g in range(G):
             total = tl.zeros([B], tl.float32)
@@ -222,16 +223,7 @@ def significance(
     num_tokens, num_kv_heads, head_dim = key.shape
     num_queries, num_q_heads, _ = query.shape
     device, num_requests = key.device, cu_seqlens_k.numel() - 1
-    check_dtype("key", key.dtype)
-    if num_q_heads % num_kv_heads:
-        raise ValueError(
-            f"query must have a multiple of {num_kv_heads} heads, as key has, got {num_q_heads}"
-        )
-    q_shape, k_shape = (num_queries, num_q_heads, head_dim), (num_tokens, num_kv_heads, head_dim)
-    query_stride = check_packed("query", query, device, key.dtype, *q_shape)
-    key_stride = check_packed("key", key, device, key.dtype, *k_shape)
-    check_tensor("cu_seqlens_q", cu_seqlens_q, device, torch.int32, num_requests + 1)
-    check_tensor("cu_seqlens_k", cu_seqlens_k, device, torch.int32, num_requests + 1)
+    strides = check_scored(query, key, cu_seqlens_q, cu_seqlens_k, device)
     sums = torch.empty(num_kv_heads, num_tokens, dtype=torch.float32, device=device)
     if not num_tokens or not num_requests:
         return sums.zero_()
@@ -256,7 +248,7 @@ def significance(
         "DOT": tl.float32 if dtype is tl.bfloat16 and device.type != "cuda" else dtype,
     }  # fmt: skip
     inputs = (query, key, cu_seqlens_q, cu_seqlens_k)
-    numbers = (query_stride, key_stride, scale * LOG2_E, max_queries, num_requests)
+    numbers = (*strides, scale * LOG2_E, max_queries, num_requests)
     _lse_kernel[(num_items, num_kv_heads)](
         *inputs, most, total, *numbers, **packed, **queries, **heads, num_warps=8
     )

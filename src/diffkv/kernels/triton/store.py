@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.triton.check import check_layer, check_packed, check_tensor
+from diffkv.kernels.check import check_index, check_tokens
 from diffkv.kernels.triton.codes import (
     code_pointers,
     meta_pointers,
@@ -14,7 +14,7 @@ from diffkv.kernels.triton.codes import (
     store_vectors,
     sum_pointers,
 )
-from diffkv.kernels.triton.facts import tile_vectors
+from diffkv.kernels.triton.constants import tile_vectors
 from diffkv.kernels.triton.ring import scan_kernel
 from diffkv.kernels.triton.table import enter_page, num_leaves, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
@@ -240,17 +240,10 @@ def store_prompt(
     The rings' order is (request, head, tier); lengths stay on the device.
     """
     work = workspace(state)
-    device, head_dim = work.device, state.layout.head_dim
     num, heads, num_requests = tokens.key.shape[0], state.num_kv_heads, tokens.slots.numel()
-    check_layer(layer, state.num_layers)
-    check_tensor("tokens.slots", tokens.slots, device, torch.int32, num_requests)
-    check_tensor("tokens.cu_seqlens", tokens.cu_seqlens, device, torch.int32, num_requests + 1)
-    check_tensor("tokens.positions", tokens.positions, device, torch.int32, num)
-    check_tensor("tiers", tiers, device, torch.int8, heads, num)
-    check_tensor("sums", sums, device, torch.float32, heads, num)
-    shape = (num, heads, head_dim)
-    key_stride = check_packed("tokens.key", tokens.key, device, state.dtype, *shape)
-    value_stride = check_packed("tokens.value", tokens.value, device, state.dtype, *shape)
+    head_dim = state.layout.head_dim
+    check_index("layer", layer, state.num_layers)
+    key_stride, value_stride = check_tokens(state, tokens, tiers, sums, work.device)
     if not num or not num_requests:
         return
     token = work.buffer("store_token", torch.int32, heads, num)

@@ -1,7 +1,7 @@
 """Device functions for page tables: where a head's pages are named (`state.PoolState`).
 
 A head's table is a pair of pointers: to all leaves, and to its row of the directory. `TABLE` is a
-`facts.Table`.
+`constants.Table`.
 """
 
 import triton

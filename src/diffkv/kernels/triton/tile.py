@@ -3,7 +3,7 @@
 Scale and zero are applied outside of the products: q . (scale * c + zero) = scale * (q . c) + zero *
 sum(q), and likewise for values. Codes enter a product as float16 numbers 1024 + c, whose bits are 0x6400
 | c, and the 1024 goes into the zero. Codes of fewer than 8 bits are moved to the top of c, so that the
-1024 stays small beside them and its rounding, too. `S` is a `facts.Side`, `T` a `facts.Tier`.
+1024 stays small beside them and its rounding, too. `S` is a `constants.Side`, `T` a `constants.Tier`.
 
 Tokens are the rows of both products and the query heads their columns, of which a product takes as few
 as 8: a group of 4 heads as rows would leave three quarters of every tile idle.

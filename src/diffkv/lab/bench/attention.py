@@ -2,28 +2,38 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffkv import ops
-from diffkv.lab.bench.facts import Rows, available_bytes
-from diffkv.lab.bench.fill import TIER_MIXES, Tokens, fill, make_pool, random_tokens, useful_bytes
-from diffkv.lab.bench.stock import dense_attention, stock_cases
-from diffkv.lab.bench.timing import Case, Timing, measure, read_case
+from diffkv.lab.bench.fill import (
+    TIER_MIXES,
+    Tokens,
+    available_bytes,
+    fill,
+    kept_tokens,
+    make_pool,
+    random_tokens,
+)
+from diffkv.lab.bench.stock import Checked, dense_attention, stock_cases
+from diffkv.lab.rows import Writer
+from diffkv.lab.timing import Case, Timing, measure, peak_gb_per_s, stream_case
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
+from diffkv.state import PoolState
 
 __all__ = ["Grid", "Point", "run"]
 
 DTYPE = torch.bfloat16
 MAX_MEMORY_SHARE = 0.5
-WRONG = 0.5
-"""Relative error of an output that no quantisation explains."""
-CODE_OF_STOCK = {"stock bf16": "bf16", "stock fp8": "fp8"}
+LIMIT = 0.02
+"""Largest relative error beside float32 attention over what our pages hold."""
+
+COMPARED = ("bf16", "fp8")
+"""vLLM's caches that a row's ratios are to, where they run."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Grid:
         batches: requests.
         groups: query heads of a KV head.
         ragged: whether lengths, and the tiers of heads, differ.
-        num_kv_heads: of the layer.
+        num_kv_heads: KV heads of the layer.
         head_dim: elements of a head's key.
         repeats: timed calls.
         warm: leave the caches as the last call left them, to see what arithmetic takes.
@@ -83,16 +93,29 @@ class Point:
         return shape + (", ragged" if self.ragged else "")
 
 
+@dataclass(frozen=True)
+class Bandwidth:
+    """What shares are of: the GB/s that a stream reached, by its name, and the memory's peak."""
+
+    name: str
+    gb_per_s: float
+    peak: float | None
+
+
 def run(
-    grid: Grid, device: str, rows: Rows, clock: Callable[[], float] = time.perf_counter
+    grid: Grid, device: str, writer: Writer, clock: Callable[[], float] = time.perf_counter
 ) -> None:
-    """Measure a grid, on CPUs by `clock`; a shape that does not fit memory is named and left out."""
-    kernels = ops.load(device)
+    """Measure a grid, on CPUs by `clock`; a shape that does not fit memory is named and left out.
+
+    Raises:
+        RuntimeError: an output is wrong, so that its time would mean nothing.
+    """
+    kernels, peak = ops.load(device), peak_gb_per_s(device)
     for point in grid.points():
         needed = _needed_bytes(grid, point)
         available = int(MAX_MEMORY_SHARE * available_bytes(device))
         if needed > available:
-            rows.note(
+            writer.note(
                 f"{point}: skipped, needs {needed / 1e9:.1f} GB, half of the free memory is "
                 f"{available / 1e9:.1f} GB"
             )
@@ -101,17 +124,24 @@ def run(
         heads, head_dim = grid.num_kv_heads, grid.head_dim
         tokens = random_tokens(point.lengths(), heads, head_dim, DTYPE, device)
         query = torch.randn(point.batch, heads * point.group, head_dim, device=device).to(DTYPE)
-        pairs, missing = stock_cases(query, tokens, head_dim**-0.5, device)
+        checked, missing = stock_cases(query, tokens, head_dim**-0.5, device)
         for line in missing:
-            rows.note(f"{point}: {line}")
-        pairs += [
-            _our_case(grid, quant, mix, point, query, tokens, kernels)
-            for quant, mix in _formats(grid)
-        ]
-        cases = [read_case(device), *(case for case, _ in pairs)]
-        timings = measure(cases, grid.repeats, device, clock, grid.warm)
-        errors = _errors(pairs, dense_attention(query, tokens, head_dim**-0.5))
-        _add_rows(rows, grid, point, cases, timings, errors)
+            writer.note(f"{point}: {line}")
+        exact = dense_attention(query, tokens, head_dim**-0.5)
+        errors = [_check(each, exact) for each in checked]
+        cases = [each.case for each in checked]
+        for quant, mix in _formats(grid):
+            case, output = _our_case(grid, quant, mix, point, query, tokens, kernels)
+            cases.append(case)
+            errors.append(_error(output, exact))
+        stream = stream_case(device)
+        timings = measure([stream, *cases], grid.repeats, device, clock, grid.warm)
+        reached = Bandwidth(stream.name, stream.num_bytes / timings[0].ms / 1e6, peak)
+        writer.note(f"{point}, {stream.name} {reached.gb_per_s:.1f} GB/s")
+        _add_rows(writer, grid, point, cases, timings[1:], errors, reached)
+        del stream, cases, checked, tokens, query, exact
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _formats(grid: Grid) -> Iterator[tuple[str, str]]:
@@ -138,6 +168,7 @@ def _needed_bytes(grid: Grid, point: Point) -> int:
 def _our_case(
     grid: Grid, quant: str, mix: str, point: Point, query: Tensor, tokens: Tokens, kernels: ops.Ops
 ) -> tuple[Case, Tensor]:
+    """A pool's attention, checked, and its output."""
     device, lengths = query.device.type, tokens.lengths
     state = make_pool(
         quant, grid.head_dim, DTYPE, (1, grid.num_kv_heads), point.batch, max(lengths), device
@@ -145,60 +176,90 @@ def _our_case(
     fill(state, kernels, tokens, TIER_MIXES[mix], point.ragged)
     slots = torch.arange(point.batch, dtype=torch.int32, device=device)
     output = torch.empty_like(query)
+    scale = grid.head_dim**-0.5
 
     def run() -> None:
-        kernels.attend(state, 0, slots, query, grid.head_dim**-0.5, output)
+        kernels.attend(state, 0, slots, query, scale, output)
 
-    facts = {"quant": quant, "tiers": mix}
-    return Case(f"{quant} {mix}", run, useful_bytes(state, 0), facts), output
+    kept = zip(kept_tokens(state, 0), state.layout.tiers, strict=True)
+    num_bytes = sum(count * tier.vector_bytes for count, tier in kept)
+    facts = {"engine": "diffkv", "quant": quant, "tiers": mix}
+    checked = Checked(Case(f"{quant} {mix}", run, num_bytes, facts), output, LIMIT)
+    longest = lengths.index(max(lengths))
+    for slot in {0, longest}:
+        stored = _stored(state, kernels, slot, lengths[slot])
+        one = slice(slot, slot + 1)
+        _check(checked, dense_attention(query[one], stored, scale), one)
+    return checked.case, output
 
 
-def _errors(pairs: list[tuple[Case, Tensor]], exact: Tensor) -> list[float]:
-    """Relative error of every case's last output, to see that what was timed is attention.
+def _stored(state: PoolState, kernels: ops.Ops, slot: int, length: int) -> Tokens:
+    """What the pages of a request hold, in no particular order."""
+    key, value, _, _ = kernels.gather(state, 0, slot, length)
+    return Tokens(key.transpose(0, 1), value.transpose(0, 1), [length])
+
+
+def _error(output: Tensor, exact: Tensor) -> float:
+    return float((output.float() - exact).norm() / exact.norm())
+
+
+def _check(checked: Checked, exact: Tensor, rows: slice = slice(None)) -> float:
+    """Run a case once; the relative error of some requests' outputs.
 
     Raises:
-        RuntimeError: an output is so far off that its time means nothing.
+        RuntimeError: it is larger than its limit.
     """
-    errors = []
-    for case, output in pairs:
-        error = float((output.float() - exact).norm() / exact.norm())
-        coarse = case.facts.get("tiers") in ("low", "mix")  # as coarse as the user's format
-        if not error < WRONG and not coarse:
-            raise RuntimeError(f"{case.name}: wrong output, relative error {error:.3g}")
-        errors.append(error)
-    return errors
+    checked.output.fill_(torch.nan)
+    checked.case.run()
+    error = _error(checked.output[rows], exact)
+    if not error < checked.limit:
+        raise RuntimeError(f"{checked.case.name}: wrong output, relative error {error:.3g}")
+    return error
 
 
 def _add_rows(
-    rows: Rows, grid: Grid, point: Point, cases: list[Case], timings: list[Timing],
+    writer: Writer,
+    grid: Grid,
+    point: Point,
+    cases: list[Case],
+    timings: list[Timing],
     errors: list[float],
-) -> None:  # fmt: skip
-    peak = cases[0].num_bytes / timings[0].ms
-    ms = {case.name: timing.ms for case, timing in zip(cases, timings, strict=True)}
-    rows.note(f"{point}, {cases[0].name} {peak / 1e6:.1f} GB/s")
-    for case, timing, error in zip(cases[1:], timings[1:], errors, strict=True):
-        rate = case.num_bytes / timing.ms
-        ratios = {
-            f"vs_stock_{code}": ms[name] / timing.ms if name in ms else None
-            for name, code in CODE_OF_STOCK.items()
+    bandwidth: Bandwidth,
+) -> None:
+    stock_ms = {
+        code: timing.ms
+        for case, timing in zip(cases, timings, strict=True)
+        for code in COMPARED
+        if case.name == f"stock {code}"
+    }
+    for case, timing, error in zip(cases, timings, errors, strict=True):
+        rate = case.num_bytes / timing.ms / 1e6
+        ratios = {f"vs_stock_{code}": ms / timing.ms for code, ms in stock_ms.items()}
+        settings = {
+            **case.facts,
+            **asdict(point),
+            "num_kv_heads": grid.num_kv_heads,
+            "head_dim": grid.head_dim,
+            "repeats": grid.repeats,
+            "warm": grid.warm,
         }
-        row: dict[str, Any] = {
-            "op": "attend", "quant": CODE_OF_STOCK.get(case.name), "tiers": None,
-            "head_dim": grid.head_dim, "num_kv_heads": grid.num_kv_heads, "group": point.group,
-            "ctx": point.ctx, "batch": point.batch, "ragged": point.ragged,
-            "threads": torch.get_num_threads(), "repeats": grid.repeats, "warm": grid.warm,
+        measured = {
             "ms": timing.ms,
-            "ms_p20": timing.p20, "ms_p80": timing.p80, "bytes": case.num_bytes,
-            "gb_per_s": rate / 1e6, "read_bandwidth_share": rate / peak,
-            "relative_error": error, **ratios, **case.facts,
-        }  # fmt: skip
-        beside = "".join(
-            f"  {value:5.2f}x of {name}"
-            for (name, value) in zip(("bf16", "fp8"), ratios.values(), strict=True)
-            if value is not None
-        )
+            "ms_p20": timing.p20,
+            "ms_p80": timing.p80,
+            "bytes": case.num_bytes,
+            "gb_per_s": rate,
+            f"{bandwidth.name}_share": rate / bandwidth.gb_per_s,
+            "relative_error": error,
+            **ratios,
+        }
         text = (
-            f"  {case.name:22} {timing.ms:9.3f} ms ({timing.p20:.3f} to {timing.p80:.3f})"
-            f" {rate / 1e6:7.1f} GB/s {rate / peak:5.0%} of {cases[0].name}{beside}"
+            f"  {case.name:22} {timing.ms:9.3f} ms ({timing.p20:.3f} to {timing.p80:.3f}) "
+            f"{rate:7.1f} GB/s {rate / bandwidth.gb_per_s:5.0%} of {bandwidth.name}"
         )
-        rows.add(row, text)
+        if bandwidth.peak is not None:
+            measured["peak_share"] = rate / bandwidth.peak
+            text += f" {rate / bandwidth.peak:5.0%} of peak"
+        for code in stock_ms:
+            text += f"  {ratios[f'vs_stock_{code}']:5.2f}x of {code}"
+        writer.add("attention", settings, measured, text)

@@ -85,7 +85,7 @@ def in_turn(jobs: Sequence[Job], say: Callable[[str], None]) -> list[list[dict[s
     now faster, now slower, is so for all of them.
 
     Args:
-        jobs: with the same cells.
+        jobs: jobs that have the same cells.
         say: is told how far it is.
     """
     with ExitStack() as stack:
@@ -113,7 +113,7 @@ def _is_measured(runs: Sequence[dict[str, Any]]) -> bool:
 
 
 def medians(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of every figure of several runs; the first `error` alone if one failed."""
+    """Medians of every figure of several runs; the first `error` alone if one failed."""
     failed = [result["error"] for result in results if "error" in result]
     if failed:
         return {"error": failed[0]}

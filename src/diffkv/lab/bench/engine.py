@@ -43,8 +43,8 @@ class Job:
     Attributes:
         engine: arguments of vLLM's engine.
         options: DiffKV's; None for vLLM's own cache.
-        kv_bytes: of the cache.
-        cells: that the engine may be told to run.
+        kv_bytes: bytes of the cache.
+        cells: loads that the engine may be told to run.
         profile: print where the time goes (Python's profiler) to standard error.
     """
 
@@ -212,7 +212,7 @@ class _DeviceProfile:
             self._profile = None
 
     def table(self) -> str:
-        """Of the last step that was looked at."""
+        """Table of the last step that was looked at."""
         return self._tables[-1] if self._tables else "too few steps"
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,18 @@ from diffkv.quant import QuantConfig
 from diffkv.shape import PoolShape
 from diffkv.state import PoolState, PromptTokens
 
-__all__ = ["TIER_MIXES", "Tokens", "fill", "make_pool", "pack", "random_tokens", "useful_bytes"]
+__all__ = [
+    "TIER_MIXES",
+    "Tokens",
+    "available_bytes",
+    "fill",
+    "kept_tokens",
+    "make_pool",
+    "pack",
+    "random_tokens",
+]
+
+MEMINFO = Path("/proc/meminfo")
 
 TIER_MIXES = {"high": 1.0, "low": 0.0, "mix": 0.2}
 """Share of the tokens that are high."""
@@ -27,7 +39,7 @@ class Tokens:
     Attributes:
         key: [N, num_kv_heads, head_dim], N the longest length.
         value: likewise.
-        lengths: of the requests.
+        lengths: tokens of each request.
     """
 
     key: Tensor
@@ -64,13 +76,12 @@ def make_pool(
         num_slots: requests.
         max_tokens: longest of them.
         device: "cpu" or "cuda".
-        num_pages: of the pool; enough for all slots at their longest if None.
+        num_pages: pages of the pool; enough for all slots at their longest if None.
     """
     layout = PageLayout.derive(QuantConfig.parse(quant), head_dim, None, dtype.itemsize)
-    width = layout.max_pages(max_tokens)
     if num_pages is None:
-        num_pages = num_slots * heads[0] * heads[1] * width
-    shape = PoolShape(layout, *heads, num_slots, width, num_pages)
+        num_pages = num_slots * heads[0] * heads[1] * layout.max_pages(max_tokens)
+    shape = PoolShape(layout, *heads, num_slots, max_tokens, num_pages)
     num_bytes = shape.table_bytes + num_pages * layout.page_bytes
     buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     state = pool.create(shape, buffer, dtype, WINDOW)
@@ -99,9 +110,9 @@ def fill(
 
     Args:
         state: an empty pool.
-        ops: of its device.
-        tokens: of the requests; slot r is the r-th.
-        high_share: of the tokens outside the window; the others are low, if there is such a tier.
+        ops: operations of its device.
+        tokens: tokens of the requests; slot r holds the r-th.
+        high_share: share of high tokens outside the window; the others are low, if there is such a tier.
         ragged_heads: let the share grow from head to head, from none to twice `high_share`.
     """
     heads, device = state.num_kv_heads, state.pages.device.type
@@ -121,8 +132,18 @@ def fill(
             ops.store_prompt(state, layer, packed, tiers, sums)
 
 
-def useful_bytes(state: PoolState, layer: int) -> int:
-    """Bytes of the tokens that all requests keep in a layer, without what pages leave unused."""
-    kept = state.num_tokens[:, layer].sum((0, 1)).tolist()
-    tiers = state.layout.tiers
-    return sum(n * tier.token_bytes for n, tier in zip(kept, tiers, strict=False))
+def kept_tokens(state: PoolState, layer: int) -> list[int]:
+    """How many tokens all requests keep in a layer, all heads, by tier."""
+    kept: list[int] = state.num_tokens[:, layer].sum((0, 1)).tolist()
+    return kept[: len(state.layout.tiers)]
+
+
+def available_bytes(device: str) -> int:
+    """Bytes of memory that are free; 4 GiB where a host does not tell."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if MEMINFO.exists():
+        for line in MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 4 << 30

@@ -18,14 +18,13 @@ from safetensors.torch import save_file
 
 from diffkv.quant import ConfigError
 
-__all__ = ["MODELS", "PAPER_MODELS", "kv_bytes_per_token", "write_model"]
+__all__ = ["MODELS", "PAPER_MODELS", "write_model"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 MAX_WRITTEN_PARAMETERS = 1_000_000_000
 QUERY_KEY_STD = 1.5
-"""Of each element of queries and keys: scores of attention then have a standard deviation of 2.25."""
+"""Standard deviation of elements of queries and keys; that of attention's scores is then 2.25."""
 LOGIT_STD = 4.0
-BF16_BYTES = 2
 
 
 def _llama(
@@ -77,12 +76,6 @@ def find(name: str) -> dict[str, Any]:
     if name not in MODELS:
         raise ConfigError(f"--random-weights must be one of {', '.join(MODELS)}, got {name}")
     return MODELS[name]
-
-
-def kv_bytes_per_token(config: dict[str, Any]) -> int:
-    """Of vLLM's own cache in bf16, all layers."""
-    vectors = 2 * config["num_hidden_layers"] * config["num_key_value_heads"]
-    return vectors * config["head_dim"] * BF16_BYTES
 
 
 def write_model(name: str, folder: Path) -> str:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffkv.lab.bench.facts import Rows
 from diffkv.lab.bench.throughput import Setting
+from diffkv.lab.rows import Writer
 from diffkv.quant import ConfigError
 
 __all__ = ["Traffic", "run"]
@@ -41,7 +41,7 @@ class Traffic:
 
     Attributes:
         rates: requests a second, one run each; arrivals are a Poisson process.
-        num_prompts: of a run.
+        num_prompts: requests of a run.
         input_len: tokens of a prompt, at random.
         output_len: tokens of an answer.
         goodput: what a good answer keeps to, as vLLM's client takes it: "ttft:1000".
@@ -151,7 +151,7 @@ def run(
     traffic: Traffic,
     compared: Sequence[Setting],
     flags: Sequence[str],
-    rows: Rows,
+    writer: Writer,
     facts: dict[str, Any],
     url: str | None = None,
 ) -> None:
@@ -160,12 +160,16 @@ def run(
     Args:
         model: a folder or a model id.
         traffic: what the client sends.
-        compared: the settings; with `url` there is one, that of the server there.
-        flags: of `vllm serve`, for all settings.
-        rows: gets a row for each setting and rate.
-        facts: that belong into every row.
-        url: of a server that runs already.
+        compared: settings; with `url` there is one, that of the server there.
+        flags: options of `vllm serve`, for all settings.
+        writer: gets a row for each setting and rate.
+        facts: settings that belong into every row.
+        url: address of a server that runs already.
+
+    Raises:
+        ConfigError: no server could be measured.
     """
+    num_measured, reason = 0, ""
     with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as name:
         folder = Path(name)
         for setting in compared:
@@ -179,33 +183,45 @@ def run(
                     for rate in traffic.rates:
                         ours = setting.options is not None or url is not None
                         result = _client(str(at), model, traffic, rate, ours, folder)
-                        _add_row(rows, setting, traffic, rate, result, facts)
+                        _add_row(writer, setting, traffic, rate, result, facts)
+                        num_measured += 1
             except ConfigError as error:
-                row = {**facts, "engine": setting.name, "error": str(error)}
-                rows.add(row, f"  {setting.name}: did not run: {error}")
-    if not any("error" not in row for row in rows.rows):
-        raise ConfigError(f"no server could be measured: {rows.rows[-1]['error']}")
+                reason = str(error)
+                text = f"  {setting.label}: did not run: {reason}"
+                writer.add("serving", {**facts, **setting.case}, {}, text, reason)
+    if not num_measured:
+        raise ConfigError(f"no server could be measured: {reason}")
 
 
 def _add_row(
-    rows: Rows, setting: Setting, traffic: Traffic, rate: float, result: dict[str, Any],
+    writer: Writer,
+    setting: Setting,
+    traffic: Traffic,
+    rate: float,
+    result: dict[str, Any],
     facts: dict[str, Any],
-) -> None:  # fmt: skip
-    names = [f"p{p}_{metric}_ms" for metric in METRICS for p in PERCENTILES]
-    names = [name for name in names if name in result]
-    quant = (setting.options or {}).get("quant", setting.name.removeprefix("stock "))
-    row = {
-        **facts, "op": "serving", "engine": setting.name, "quant": quant, "rate": rate,
-        "input_len": traffic.input_len, "output_len": traffic.output_len,
-        "requests": traffic.num_prompts, "goodput_limits": traffic.goodput,
+) -> None:
+    case = {
+        **facts,
+        **setting.case,
+        "rate": rate,
+        "input_len": traffic.input_len,
+        "output_len": traffic.output_len,
+        "requests": traffic.num_prompts,
+        "goodput_limits": traffic.goodput,
         "extra_body": traffic.extra_body if setting.options is not None else None,
-        **{name: result.get(name) for name in FIGURES}, **{name: result[name] for name in names},
-    }  # fmt: skip
-    title = f"{setting.name} {quant}" if setting.name == "diffkv" else setting.name
-    text = f"  {title:24} {rate:6.2f} requests/s: {result['output_throughput']:.1f} tokens/s"
+    }
+    latencies = [f"p{p}_{metric}_ms" for metric in METRICS for p in PERCENTILES]
+    measured = {
+        name: result[name] for name in (*FIGURES, *latencies) if result.get(name) is not None
+    }
+    text = (
+        f"  {setting.label:24} {rate:6.2f} requests/s: {result['output_throughput']:.1f} tokens/s"
+    )
     for metric in METRICS:
         values = [result.get(f"p{p}_{metric}_ms") for p in PERCENTILES]
         text += f", {metric} " + "/".join("-" if v is None else f"{v:.0f}" for v in values)
     if traffic.goodput:
         text += f", good {result['request_goodput']:.2f} requests/s"
-    rows.add(row, text + f" ms (p50/p95/p99), {result['failed']} failed")
+    text += f" ms (p50/p95/p99), {result['failed']} failed"
+    writer.add("serving", case, measured, text)

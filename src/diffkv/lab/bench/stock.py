@@ -3,20 +3,48 @@
 vLLM is imported only when one of its kernels is asked for: its import changes threads and logging.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffkv.lab.bench.fill import Tokens
-from diffkv.lab.bench.timing import Case
+from diffkv.lab.timing import Case
 
-__all__ = ["dense_attention", "stock_cases"]
+__all__ = ["Checked", "dense_attention", "stock_cases"]
 
-BLOCK_TOKENS = 128
+CPU_BLOCK_TOKENS, GPU_BLOCK_TOKENS = 128, 16
+"""vLLM's defaults."""
+
+TURBOQUANT_SPLITS = 32
+"""vLLM's default (`tq_max_kv_splits_for_cuda_graph`)."""
+
 FP8 = "fp8"
 KV = 2
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A kernel to time, and how far its output may be from what it approximates.
+
+    Attributes:
+        case: a call of it, which writes `output`.
+        output: [R, num_q_heads, head_dim].
+        limit: largest relative error.
+    """
+
+    case: Case
+    output: Tensor
+    limit: float
+
+
+Made = tuple[Callable[[], object], Tensor, int, str]
+"""A call, the output that it writes, useful bytes, and the kernel's name."""
 
 
 def dense_attention(query: Tensor, tokens: Tokens, scale: float) -> Tensor:
@@ -24,8 +52,8 @@ def dense_attention(query: Tensor, tokens: Tokens, scale: float) -> Tensor:
 
     Args:
         query: [R, num_q_heads, head_dim].
-        tokens: of R requests.
-        scale: of the dot products.
+        tokens: keys and values of R requests.
+        scale: softmax scale.
 
     Returns:
         [R, num_q_heads, head_dim] float32.
@@ -42,35 +70,48 @@ def dense_attention(query: Tensor, tokens: Tokens, scale: float) -> Tensor:
 
 def stock_cases(
     query: Tensor, tokens: Tokens, scale: float, device: str
-) -> tuple[list[tuple[Case, Tensor]], list[str]]:
-    """What there is on a device, and what there is not.
+) -> tuple[list[Checked], list[str]]:
+    """The kernels that a device has, and a line for each that cannot run here.
 
-    Returns:
-        cases with the output that each writes, named `stock bf16` and `stock fp8`; and a line for
-        each that cannot run here.
+    Cases are named `stock bf16`, `stock fp8` and, on CUDA, `stock turboquant_...`.
     """
-    makers = (
-        [("stock bf16", lambda: _torch_cuda(query, tokens, scale))]
-        if device == "cuda"
-        else [
-            ("stock bf16", lambda: _vllm_cpu(query, tokens, scale, "auto")),
-            ("stock fp8", lambda: _vllm_cpu(query, tokens, scale, FP8)),
-        ]
-    )
-    cases, missing = [], []
-    for name, make in makers:
+    found, missing = [], []
+    for code, limit, make in _makers(device):
         try:
-            run, output, num_bytes, kernel = make()
+            run, output, num_bytes, kernel = make(query, tokens, scale)
         except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-            missing.append(f"{name}: not here ({str(error).splitlines()[0]})")
+            missing.append(f"stock {code}: not here ({str(error).splitlines()[0]})")
             continue
-        cases.append((Case(name, run, num_bytes, {"kernel": kernel}), output))
-    if device == "cuda":
-        missing.append("stock fp8: not measured on CUDA")
-    return cases, missing
+        facts = {"engine": f"stock {code}", "quant": code, "kernel": kernel}
+        found.append(Checked(Case(f"stock {code}", run, num_bytes, facts), output, limit))
+    return found, missing
 
 
-Made = tuple[Callable[[], object], Tensor, int, str]
+def _makers(device: str) -> Iterator[tuple[str, float, Callable[..., Made]]]:
+    """Code, largest relative error, and maker of each kernel."""
+    if device == "cpu":
+        yield "bf16", 0.02, partial(_vllm_cpu, kv_dtype="auto")
+        yield FP8, 0.1, partial(_vllm_cpu, kv_dtype=FP8)
+        return
+    yield "bf16", 0.02, _flash_or_torch
+    yield FP8, 0.1, partial(_flash, kv_dtype=torch.float8_e4m3fn)
+    for name in ("turboquant_k8v4", "turboquant_4bit_nc"):
+        yield name, 0.3, partial(_turboquant, name=name)
+
+
+def _blocks(
+    lengths: Sequence[int], block_tokens: int, device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
+    """A block table [R, most blocks] int32 of blocks in random order, and each token's slot."""
+    blocks = [-(-n // block_tokens) for n in lengths]
+    order = torch.randperm(sum(blocks), device=device)
+    table = torch.zeros(len(blocks), max(blocks), dtype=torch.int32, device=device)
+    slots = []
+    for row, (ids, length) in enumerate(zip(order.split(blocks), lengths, strict=True)):
+        table[row, : len(ids)] = ids
+        index = torch.arange(length, device=device)
+        slots.append(ids[index // block_tokens] * block_tokens + index % block_tokens)
+    return table, slots
 
 
 def _vllm_cpu(query: Tensor, tokens: Tokens, scale: float, kv_dtype: str) -> Made:
@@ -80,28 +121,22 @@ def _vllm_cpu(query: Tensor, tokens: Tokens, scale: float, kv_dtype: str) -> Mad
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     dtype, (_, heads, head_dim) = query.dtype, tokens.key.shape
-    isa = _get_attn_isa(dtype, BLOCK_TOKENS, head_dim, kv_dtype)
+    isa = _get_attn_isa(dtype, CPU_BLOCK_TOKENS, head_dim, kv_dtype)
     # In an engine matrix products have asked for AMX before; without that its instructions are illegal.
     if isa == "amx" and not torch.cpu._init_amx():
         raise RuntimeError("the system does not let this process use AMX")
-    blocks = [-(-n // BLOCK_TOKENS) for n in tokens.lengths]
+    table, slots = _blocks(tokens.lengths, CPU_BLOCK_TOKENS, query.device)
+    num_blocks = sum(-(-n // CPU_BLOCK_TOKENS) for n in tokens.lengths)
     stored = torch.uint8 if kv_dtype == FP8 else dtype
-    shape = (sum(blocks), heads, KV * BLOCK_TOKENS, head_dim)
+    shape = (num_blocks, heads, KV * CPU_BLOCK_TOKENS, head_dim)
     caches = torch.zeros(shape, dtype=stored).chunk(KV, dim=2)
-    order = torch.randperm(sum(blocks)).to(torch.int32)
-    table = torch.zeros(len(blocks), max(blocks), dtype=torch.int32)
-    for row, ids in enumerate(order.split(blocks)):
-        table[row, : len(ids)] = ids
-        index = torch.arange(tokens.lengths[row])
-        slots = ids.long()[index // BLOCK_TOKENS] * BLOCK_TOKENS + index % BLOCK_TOKENS
-        ops.cpu_attn_reshape_and_cache(
-            tokens.key[: len(index)], tokens.value[: len(index)], *caches, slots, isa,
-            kv_cache_dtype=kv_dtype,
-        )  # fmt: skip
-    starts = torch.arange(len(blocks) + 1, dtype=torch.int32)
+    for at in slots:
+        key, value = tokens.key[: len(at)], tokens.value[: len(at)]
+        ops.cpu_attn_reshape_and_cache(key, value, *caches, at, isa, kv_cache_dtype=kv_dtype)
+    starts = torch.arange(len(slots) + 1, dtype=torch.int32)
     lengths = torch.tensor(tokens.lengths, dtype=torch.int32)
     metadata = ops.cpu_attn_get_scheduler_metadata(
-        len(blocks), query.shape[1], heads, head_dim, lengths, dtype, starts, True, -1, isa, True,
+        len(slots), query.shape[1], heads, head_dim, lengths, dtype, starts, True, -1, isa, True,
         kv_cache_dtype=kv_dtype,
     )  # fmt: skip
     output = torch.empty_like(query)
@@ -116,44 +151,119 @@ def _vllm_cpu(query: Tensor, tokens: Tokens, scale: float, kv_dtype: str) -> Mad
     return run, output, num_bytes, f"vLLM {isa}"
 
 
-def _torch_cuda(query: Tensor, tokens: Tokens, scale: float) -> Made:
-    """vLLM's flash-attention where it is installed, else torch's, over a dense cache."""
-    lengths = tokens.lengths
-    num_bytes = KV * sum(lengths) * tokens.key[0].numel() * query.element_size()
-    output = torch.empty_like(query)
-    key, value = (
-        torch.cat([x[:n] for n in lengths]).contiguous() for x in (tokens.key, tokens.value)
-    )
-    starts_q = torch.arange(len(lengths) + 1, dtype=torch.int32, device=query.device)
-    ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    starts_k = torch.tensor(ends, dtype=torch.int32, device=query.device)
+def _flash_or_torch(query: Tensor, tokens: Tokens, scale: float) -> Made:
     try:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
+        return _flash(query, tokens, scale, query.dtype)
     except ImportError:
-        return _torch_sdpa(query, key, value, lengths, scale, output, num_bytes)
+        return _torch_flash(query, tokens, scale)
+
+
+def _flash(query: Tensor, tokens: Tokens, scale: float, kv_dtype: torch.dtype) -> Made:
+    """vLLM's flash-attention as its backend calls it; a schedule is made once, as once for a step."""
+    from vllm.v1.attention.backends.fa_utils import (
+        flash_attn_varlen_func,
+        get_flash_attn_version,
+        get_scheduler_metadata,
+    )
+
+    (batch, num_q_heads, head_dim), heads = query.shape, tokens.key.shape[1]
+    version, is_fp8 = get_flash_attn_version(head_size=head_dim), kv_dtype.itemsize == 1
+    if is_fp8 and version != 3:
+        raise NotImplementedError(f"flash-attention {version} has no fp8")
+    table, slots = _blocks(tokens.lengths, GPU_BLOCK_TOKENS, query.device)
+    num_blocks = sum(-(-n // GPU_BLOCK_TOKENS) for n in tokens.lengths)
+    key, value = (
+        torch.zeros(
+            num_blocks, GPU_BLOCK_TOKENS, heads, head_dim, dtype=kv_dtype, device=query.device
+        )
+        for _ in range(KV)
+    )
+    for at in slots:
+        key.view(-1, heads, head_dim)[at] = tokens.key[: len(at)].to(kv_dtype)
+        value.view(-1, heads, head_dim)[at] = tokens.value[: len(at)].to(kv_dtype)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
+    lengths = torch.tensor(tokens.lengths, dtype=torch.int32, device=query.device)
+    more: dict[str, Any] = {"fa_version": version}
+    if version == 3:
+        more["scheduler_metadata"] = get_scheduler_metadata(
+            batch, 1, max(tokens.lengths), num_q_heads, heads, head_dim, lengths,
+            qkv_dtype=kv_dtype, cu_seqlens_q=starts, page_size=GPU_BLOCK_TOKENS, causal=True,
+        )  # fmt: skip
+    if is_fp8:
+        one = torch.ones(1, 1, device=query.device).expand(batch, heads)
+        more |= {"q_descale": one, "k_descale": one, "v_descale": one}
+    asked, output = query.to(kv_dtype), torch.empty_like(query)
 
     def run() -> None:
         flash_attn_varlen_func(
-            query, key, value, max_seqlen_q=1, cu_seqlens_q=starts_q, max_seqlen_k=max(lengths),
-            cu_seqlens_k=starts_k, softmax_scale=scale, causal=True, out=output,
+            asked, key, value, 1, starts, max(tokens.lengths), seqused_k=lengths,
+            softmax_scale=scale, causal=True, block_table=table, out=output, **more,
         )  # fmt: skip
 
-    return run, output, num_bytes, "vLLM flash-attention"
+    num_bytes = KV * sum(tokens.lengths) * heads * head_dim * kv_dtype.itemsize
+    return run, output, num_bytes, f"vLLM flash-attention {version}"
 
 
-def _torch_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float, output: Tensor,
-    num_bytes: int,
-) -> Made:  # fmt: skip
+def _torch_flash(query: Tensor, tokens: Tokens, scale: float) -> Made:
+    """torch's flash-attention over a dense cache."""
+    lengths, (batch, num_q_heads, head_dim) = tokens.lengths, query.shape
     if len(set(lengths)) > 1:
         raise NotImplementedError("torch's dense attention needs requests of one length")
-    batch = len(lengths)
-    k, v = (
-        x.view(batch, lengths[0], *x.shape[1:]).transpose(1, 2).contiguous() for x in (key, value)
+    key, value = (
+        x[: lengths[0]].transpose(0, 1).expand(batch, -1, -1, -1).contiguous()
+        for x in (tokens.key, tokens.value)
     )
+    heads, output = key.shape[1], torch.empty_like(query)
+    # The group as queries: one read of a KV head serves all of them
+    grouped = query.view(batch, heads, num_q_heads // heads, head_dim)
 
     def run() -> None:
-        out = scaled_dot_product_attention(query[:, :, None], k, v, scale=scale, enable_gqa=True)
-        output.copy_(out[:, :, 0])
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = scaled_dot_product_attention(grouped, key, value, scale=scale)
+        output.copy_(out.view_as(output))
 
-    return run, output, num_bytes, "torch scaled_dot_product_attention"
+    return run, output, key.nbytes + value.nbytes, "torch flash-attention"
+
+
+def _turboquant(query: Tensor, tokens: Tokens, scale: float, name: str) -> Made:
+    """A preset of vLLM's TurboQuant, as its backend calls it."""
+    from vllm.model_executor.layers.quantization.turboquant.centroids import get_centroids
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+    from vllm.v1.attention.backends.turboquant_attn import _build_hadamard
+    from vllm.v1.attention.ops.triton_turboquant_decode import triton_turboquant_decode_attention
+    from vllm.v1.attention.ops.triton_turboquant_store import triton_turboquant_store
+
+    head_dim, heads = query.shape[2], tokens.key.shape[1]
+    config = TurboQuantConfig.from_cache_dtype(name, head_dim)
+    table, slots = _blocks(tokens.lengths, GPU_BLOCK_TOKENS, query.device)
+    num_blocks = sum(-(-n // GPU_BLOCK_TOKENS) for n in tokens.lengths)
+    shape = (num_blocks, GPU_BLOCK_TOKENS, heads, config.slot_size_aligned)
+    cache = torch.zeros(shape, dtype=torch.uint8, device=query.device)
+    rotation = _build_hadamard(head_dim, query.device)
+    centroids = get_centroids(head_dim, config.centroid_bits).to(query.device, torch.float32)
+    ordered = centroids.sort().values
+    formats = (config.key_packed_size, config.effective_value_quant_bits)
+    for at in slots:
+        key, value = tokens.key[: len(at)].contiguous(), tokens.value[: len(at)].contiguous()
+        triton_turboquant_store(
+            key, value, cache, at.to(torch.int32), rotation, (ordered[:-1] + ordered[1:]) / 2,
+            config.key_mse_bits, *formats, key_fp8=config.key_fp8,
+        )  # fmt: skip
+    lengths = torch.tensor(tokens.lengths, dtype=torch.int32, device=query.device)
+    output = torch.empty_like(query)
+    buffers = {
+        "mid_o_buf": torch.empty(
+            *query.shape[:2], TURBOQUANT_SPLITS, head_dim + 1, device=query.device
+        ),
+        "output_buf": output,
+        "lse_buf": torch.empty(query.shape[:2], device=query.device),
+    }
+
+    def run() -> None:
+        triton_turboquant_decode_attention(
+            query, cache, table, lengths, rotation, centroids, scale, config.key_mse_bits, *formats,
+            key_fp8=config.key_fp8, norm_correction=config.norm_correction, PiT=rotation,
+            max_num_kv_splits=TURBOQUANT_SPLITS, **buffers,
+        )  # fmt: skip
+
+    return run, output, config.slot_size * sum(tokens.lengths) * heads, f"vLLM {name}"

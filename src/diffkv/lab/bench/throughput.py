@@ -2,29 +2,35 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffkv.lab.bench.child import Child, medians
 from diffkv.lab.bench.engine import Job
-from diffkv.lab.bench.facts import Rows
-from diffkv.lab.bench.models import kv_bytes_per_token
+from diffkv.lab.rows import Row, Writer
+from diffkv.layout import bf16_bytes_per_token
 from diffkv.quant import ConfigError
 
 __all__ = [
+    "OURS",
+    "STOCK",
     "Setting",
     "Workload",
-    "bf16_bytes_per_token",
+    "add_rows",
+    "bf16_bytes",
     "four_requests",
-    "joined",
+    "label",
     "random_workload",
-    "ratios",
     "run",
     "settings",
     "text_workload",
 ]
+
+OURS = "diffkv"
+STOCK = ("bf16", "fp8")
+"""Engines in rows are `OURS`, or "stock " with one of these."""
 
 COMPARED = {
     "tokens_per_s": "vs_stock_",
@@ -33,21 +39,21 @@ COMPARED = {
 }
 """Figures of a run, and how their ratios to a stock engine's begin."""
 BLOCK_TOKENS = 128
-"""Of vLLM's own cache on CPUs; one block is never given to a request."""
+"""Tokens of a block of vLLM's own cache on CPUs; one block is never given to a request."""
 
 
 def four_requests(config: dict[str, Any], longest: int) -> int:
     """A KV budget in which vLLM's own bf16 cache holds four requests of a length, and no fifth."""
     blocks = 4 * -(-longest // BLOCK_TOKENS) + 2
-    return blocks * BLOCK_TOKENS * bf16_bytes_per_token(config)
+    return blocks * BLOCK_TOKENS * bf16_bytes(config)
 
 
-def bf16_bytes_per_token(config: dict[str, Any]) -> int:
-    """Of vLLM's own cache, for a `config.json` that may leave head_dim and KV heads out."""
+def bf16_bytes(config: dict[str, Any]) -> int:
+    """Bytes of a token in vLLM's own cache, by a `config.json` that may lack head_dim and KV heads."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     kv_heads = config.get("num_key_value_heads", heads)
-    return kv_bytes_per_token({**config, "num_key_value_heads": kv_heads, "head_dim": head_dim})
+    return bf16_bytes_per_token(config["num_hidden_layers"] * kv_heads, head_dim)
 
 
 @dataclass(frozen=True)
@@ -55,23 +61,44 @@ class Setting:
     """One engine: vLLM's own cache in a dtype, or DiffKV's.
 
     Attributes:
-        name: of its rows.
+        name: name in its rows: "stock bf16", "stock fp8" or `OURS`.
+        quant: format of the cache; None if it is not known.
         options: DiffKV's; None for vLLM's own.
         engine: arguments of vLLM's engine that make it so.
     """
 
     name: str
+    quant: str | None
     options: dict[str, Any] | None
     engine: dict[str, Any]
+
+    @property
+    def case(self) -> dict[str, Any]:
+        """What its rows say of it."""
+        quant = {} if self.quant is None else {"quant": self.quant}
+        return {"engine": self.name, **(self.options or {}), **quant}
+
+    @property
+    def label(self) -> str:
+        """Its name for readers."""
+        return f"{OURS} {self.quant}" if self.name == OURS else self.name
+
+
+def label(row: Row) -> str:
+    """Name of a row's engine, or of its kernel, for readers."""
+    if row["engine"] != OURS:
+        return str(row["engine"])
+    tiers = row.get("tiers")
+    return f"{OURS} {row['quant']}" + (f", {tiers}" if tiers else "")
 
 
 def settings(options: Sequence[dict[str, Any]]) -> list[Setting]:
     """Stock bf16, stock fp8, then DiffKV with each set of options."""
     stock = [
-        Setting("stock bf16", None, {}),
-        Setting("stock fp8", None, {"kv_cache_dtype": "fp8"}),
+        Setting("stock bf16", "bf16", None, {}),
+        Setting("stock fp8", "fp8", None, {"kv_cache_dtype": "fp8"}),
     ]
-    return stock + [Setting("diffkv", each, {}) for each in options]
+    return stock + [Setting(OURS, each["quant"], each, {}) for each in options]
 
 
 @dataclass(frozen=True)
@@ -133,7 +160,7 @@ def run(
     kv_bytes: int,
     compared: Sequence[Setting],
     repeats: int,
-    rows: Rows,
+    writer: Writer,
     facts: dict[str, Any],
     profile: bool = False,
 ) -> None:
@@ -142,18 +169,18 @@ def run(
     Args:
         engine: arguments of vLLM's engine that all settings share, the model among them.
         workload: what to generate.
-        kv_bytes: the KV budget, tables included, the same for all.
-        compared: the settings; ratios are to those named stock.
-        repeats: of each setting.
-        rows: gets the rows.
-        facts: that belong into every row.
+        kv_bytes: KV budget, tables included, the same for all.
+        compared: settings; ratios are to those named stock.
+        repeats: runs of each setting.
+        writer: gets the rows.
+        facts: settings that belong into every row.
         profile: print the first repeat's profile of each setting to standard error.
 
     Raises:
         ConfigError: no setting could run.
     """
     results: list[list[dict[str, Any]]] = [[] for _ in compared]
-    rows.note(f"{workload.name}, {len(workload.prompts)} requests, {kv_bytes} bytes of KV")
+    writer.note(f"{workload.name}, {len(workload.prompts)} requests, {kv_bytes} bytes of KV")
     for repeat in range(repeats):
         for setting, done in zip(compared, results, strict=True):
             if done and "error" in done[-1]:
@@ -164,60 +191,77 @@ def run(
             job = Job(arguments, setting.options, kv_bytes, cells, profile and repeat == 0)
             with Child(job) as child:
                 done.append(child.run(0))
-            rows.note(f"  {repeat + 1} of {repeats}, {_progress(setting, done[-1])}")
-    found = [joined(setting, done) for setting, done in zip(compared, results, strict=True)]
-    ran = [row for row in found if "error" not in row]
-    for row, done in zip(found, results, strict=True):
-        budget = {"kv_bytes": kv_bytes, "workload": workload.name}
-        counts = {"requests": len(workload.prompts), "repeats": len(done)}
-        row = {**facts, **row, **budget, **counts, **ratios(row, ran)}
-        rows.add(row, _text(row))
-    if not ran:
-        raise ConfigError(f"no engine could run: {found[0]['error']}")
+            writer.note(f"  {repeat + 1} of {repeats}, {_progress(setting, done[-1])}")
+    case = {"kv_bytes": kv_bytes, "workload": workload.name, "requests": len(workload.prompts)}
+    case = {**facts, **case, "repeats": repeats}
+    added = add_rows(writer, "throughput", case, compared, results, _text)
+    if all(row.error is not None for row in added):
+        raise ConfigError(f"no engine could run: {added[0].error}")
 
 
-def ratios(row: dict[str, Any], ran: list[dict[str, Any]]) -> dict[str, float | None]:
-    """A setting's figures over those of the stock ones; None where one of the two did not run."""
-    stock = {other["engine"]: other for other in ran if other["engine"].startswith("stock")}
-    ratios: dict[str, float | None] = {}
-    for code in ("bf16", "fp8"):
-        other = stock.get(f"stock {code}")
-        for figure, name in COMPARED.items():
-            known = other is not None and "error" not in row
-            ratios[name + code] = row[figure] / other[figure] if known and other else None
-    return ratios
+def add_rows(
+    writer: Writer,
+    kind: str,
+    case: dict[str, Any],
+    compared: Sequence[Setting],
+    results: Sequence[Sequence[dict[str, Any]]],
+    text: Callable[[Row], str],
+) -> list[Row]:
+    """Add a row for each setting: its figures, and their ratios to those of vLLM's own cache.
+
+    Args:
+        writer: gets the rows.
+        kind: their kind.
+        case: what they have in common.
+        compared: settings.
+        results: what the repeats of each setting found.
+        text: what a reader is shown of a row.
+    """
+    found = [joined(each) for each in results]
+    stock = {
+        code: figures
+        for setting, figures in zip(compared, found, strict=True)
+        for code in STOCK
+        if setting.name == f"stock {code}" and "error" not in figures
+    }
+    added = []
+    for setting, figures in zip(compared, found, strict=True):
+        error = figures.get("error")
+        measured = {} if error else {**figures, **ratios(figures, stock)}
+        added.append(writer.add(kind, {**case, **setting.case}, measured, text, error))
+    return added
 
 
-def joined(setting: Setting, results: list[dict[str, Any]]) -> dict[str, Any]:
+def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Medians of a setting's repeats, with the least and the most of what is compared."""
-    quant = setting.name.removeprefix("stock ")
-    options = setting.options or {}
-    row: dict[str, Any] = {"engine": setting.name, "quant": options.get("quant", quant)}
-    row |= {name: value for name, value in options.items() if name != "quant"}
-    row |= medians(results)
-    if "error" in row:
-        return row
+    found = medians(results)
+    if "error" in found:
+        return found
     for name in COMPARED:
         values = [result[name] for result in results]
-        row[f"{name}_min"], row[f"{name}_max"] = min(values), max(values)
-    return row
+        found[f"{name}_min"], found[f"{name}_max"] = min(values), max(values)
+    return found
 
 
-def _name(engine: str, quant: str) -> str:
-    return f"{engine} {quant}" if engine == "diffkv" else engine
+def ratios(figures: dict[str, Any], stock: Mapping[str, dict[str, Any]]) -> dict[str, float]:
+    """A setting's figures over those of each of vLLM's own caches that ran."""
+    return {
+        name + code: figures[figure] / other[figure]
+        for code, other in stock.items()
+        for figure, name in COMPARED.items()
+    }
 
 
 def _progress(setting: Setting, result: dict[str, Any]) -> str:
-    name = _name(setting.name, (setting.options or {}).get("quant", ""))
     if "error" in result:
-        return f"{name}: {result['error']}"
-    return f"{name}: {result['tokens_per_s']:.1f} tokens/s"
+        return f"{setting.label}: {result['error']}"
+    return f"{setting.label}: {result['tokens_per_s']:.1f} tokens/s"
 
 
-def _text(row: dict[str, Any]) -> str:
-    name = f"  {_name(row['engine'], row['quant'])}"
-    if "error" in row:
-        return f"{name:24} did not run: {row['error']}"
+def _text(row: Row) -> str:
+    name = f"  {label(row)}"
+    if row.error is not None:
+        return f"{name:24} did not run: {row.error}"
     text = (
         f"{name:24} {row['tokens_per_s']:8.1f} tokens/s, decoding {row['decode_tokens_per_s']:.1f} "
         f"({row['decode_tokens_per_s_min']:.1f} to {row['decode_tokens_per_s_max']:.1f}), prefill "
@@ -225,8 +269,8 @@ def _text(row: dict[str, Any]) -> str:
         f"{row['preemptions']:.0f} preempted, {row['bytes_per_token']:.0f} B/token, "
         f"{row['peak_memory_bytes'] / 1e9:.2f} GB"
     )
-    for code in ("bf16", "fp8"):
+    for code in STOCK:
         whole, decode, prefill = (row.get(name + code) for name in COMPARED.values())
-        if whole is not None and row["engine"] == "diffkv":
+        if whole is not None and row["engine"] == OURS:
             text += f"; {whole:.2f}x of {code}, decoding {decode:.2f}x, prefill {prefill:.2f}x"
     return text

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffkv.lab.calibrate.questions import AGREEMENT, Question, agreement
-from diffkv.lab.calibrate.search import Cost, Measure, Part, Setting
+from diffkv.lab.calibrate.search import Measure, Part, Setting
 from diffkv.policies import with_distinct
 from diffkv.vllm_plugin.front.session import Session, session
 from diffkv.vllm_plugin.options import Options
@@ -106,9 +106,6 @@ def measure(
                 losses.append(1.0 - agreement(answer.token_ids, best))
             else:
                 losses.append(best - question.score(answer.text))
-        num_bytes, bf16_bytes = (
-            each * use.tokens for each in (use.bytes_per_token, use.bf16_bytes_per_token)
-        )
-        return Part(tuple(losses), Cost(use.tokens, use.high, use.low, num_bytes, bf16_bytes))
+        return Part(tuple(losses), use)
 
     return ask

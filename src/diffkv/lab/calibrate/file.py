@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffkv.lab.calibrate.search import Point
 from diffkv.policies import PAPER, with_distinct
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.quant import ConfigError, QuantConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -93,8 +93,8 @@ class CurvePoint(_Table):
     @classmethod
     def of(cls, point: Point, **more: Any) -> "Self":
         """A point of the search, in the file's terms, with values of a subclass."""
-        cost, thresholds = point.cost, point.setting.thresholds
-        high, low = cost.high / cost.tokens, cost.low / cost.tokens
+        thresholds, spent = point.setting.thresholds, point.use.per_token()
+        del spent["nominal_ratio_bf16"]
         return cls(
             alpha_high=thresholds.alpha_high,
             alpha_low=thresholds.alpha_low,
@@ -102,12 +102,8 @@ class CurvePoint(_Table):
             samples=point.n,
             loss=point.loss,
             loss_ci95=point.ci95,
-            bytes_per_token=cost.num_bytes / cost.tokens,
-            ratio_bf16=cost.bf16_bytes / cost.num_bytes,
-            high=high,
-            low=low,
-            dropped=max(0.0, 1 - high - low),
             accepted=point.accepted,
+            **spent,
             **more,
         )
 
@@ -137,7 +133,7 @@ class Calibration(_Table):
             "quant": choice.quant, "alpha_low": choice.alpha_low, "window": choice.window,
             "policy": with_distinct(PAPER.text, choice.distinct),
         }  # fmt: skip
-        has_low = LayerQuant.parse(choice.quant).has_low
+        has_low = QuantConfig.parse(choice.quant).has_low
         return {**values, "alpha_high": choice.alpha_high} if has_low else values
 
     def write(self, path: Path) -> None:

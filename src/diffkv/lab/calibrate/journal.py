@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffkv.lab.calibrate.search import Cost, Measure, Part, Setting
+from diffkv.lab.calibrate.search import Measure, Part, Setting
 from diffkv.quant import ConfigError
+from diffkv.use import CacheUse
 
 __all__ = ["Journal"]
 
@@ -57,7 +58,7 @@ class Journal:
         def look(setting: Setting, samples: range) -> Part:
             key = f"{setting} {samples.start}:{samples.stop}"
             found = self.get(key, lambda: asdict(measure(setting, samples)))
-            return Part(tuple(found["losses"]), Cost(**found["cost"]))
+            return Part(tuple(found["losses"]), CacheUse(**found["use"]))
 
         return look
 

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from diffkv.lab.evaluation.intervals import interval
 from diffkv.policy import Thresholds
+from diffkv.use import CacheUse
 
 __all__ = [
     "ALPHA_HIGH",
@@ -25,7 +26,6 @@ __all__ = [
     "LOW_GRID",
     "PUBLISHED",
     "STEPS",
-    "Cost",
     "Measure",
     "Part",
     "Point",
@@ -72,36 +72,16 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What some samples spent, and would in a bf16 cache; token counts are means over heads."""
-
-    tokens: int
-    high: float
-    low: float
-    num_bytes: float
-    bf16_bytes: float
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.tokens + other.tokens,
-            self.high + other.high,
-            self.low + other.low,
-            self.num_bytes + other.num_bytes,
-            self.bf16_bytes + other.bf16_bytes,
-        )
-
-
-@dataclass(frozen=True)
 class Part:
     """One setting on some samples.
 
     Attributes:
         losses: of each sample, against full precision.
-        cost: of all of them.
+        use: what all of them held.
     """
 
     losses: tuple[float, ...]
-    cost: Cost
+    use: CacheUse
 
 
 class Measure(Protocol):
@@ -120,7 +100,7 @@ class Point:
         n: samples it was measured on; fewer than all if it was given up.
         loss: mean of the samples.
         ci95: interval of the loss.
-        cost: of the samples.
+        use: what the samples held.
         accepted: whether all samples were measured and their loss is within the limit.
     """
 
@@ -128,7 +108,7 @@ class Point:
     n: int
     loss: float
     ci95: tuple[float, float]
-    cost: Cost
+    use: CacheUse
     accepted: bool
 
 
@@ -209,13 +189,13 @@ def _last_accepted(grid: Sequence[Setting], accepts: Callable[[Setting], bool]) 
 
 def _measure(measure: Measure, setting: Setting, num_samples: int, max_loss: float) -> Point:
     losses: list[float] = []
-    cost = Cost(0, 0.0, 0.0, 0.0, 0.0)
+    use = CacheUse()
     for samples in stages(num_samples):
         part = measure(setting, samples)
         losses += part.losses
-        cost += part.cost
+        use += part.use
         ci95 = interval(losses)
         if ci95[0] > max_loss:
             break
     loss, n = sum(losses) / len(losses), len(losses)
-    return Point(setting, n, loss, ci95, cost, n == num_samples and loss <= max_loss)
+    return Point(setting, n, loss, ci95, use, n == num_samples and loss <= max_loss)

@@ -1,7 +1,7 @@
 """Greedy answers through a transformers model, with a compressed cache or the full one."""
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,14 +9,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
 from diffkv import hf
-from diffkv.hf import CacheUse, DiffKVHFCache
-from diffkv.lab.evaluation.tasks import Sample
+from diffkv.hf import DiffKVHFCache
+from diffkv.lab.evaluation import baselines
+from diffkv.lab.evaluation.engine import CacheSpec
+from diffkv.lab.evaluation.tasks import Sample, Setting
 from diffkv.quant import ConfigError
+from diffkv.use import CacheUse
 
-__all__ = ["Batch", "HFModel", "MakeCache", "add_uses", "load", "vocabulary_of"]
-
-MakeCache = Callable[[PreTrainedModel, int], DiffKVHFCache]
-"""(model, most tokens of a sequence) -> an empty cache; the model is attached."""
+__all__ = ["Batch", "HFModel", "load", "vocabulary_of"]
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,6 @@ class Batch:
     questions: Tensor
 
 
-def add_uses(uses: Sequence[CacheUse]) -> CacheUse:
-    """What several caches hold together."""
-    totals = {f.name: sum(getattr(use, f.name) for use in uses) for f in fields(CacheUse)}
-    return CacheUse(**totals)
-
-
 class HFModel:
     """A model and its tokenizer, and how a batch goes through them.
 
@@ -50,6 +44,8 @@ class HFModel:
         tokenizer: of it.
         batch_size: most samples at once.
     """
+
+    name = "hf"
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
@@ -157,37 +153,38 @@ class HFModel:
         rows: list[list[int]] = torch.cat(answers, 1).tolist()
         return rows
 
-    def answers(
-        self, samples: Sequence[Sample], num_tokens: int, make_cache: MakeCache | None
+    def check(self, cache: CacheSpec, settings: Sequence[Setting]) -> None:
+        """Every cache and setting can be evaluated."""
+
+    def make_cache(self, cache: CacheSpec, max_tokens: int) -> DiffKVHFCache:
+        """Attach the model, and make an empty cache for so many tokens a sequence."""
+        return DiffKVHFCache(
+            hf.attach(self.model), cache.quant, baselines.parse(cache.policy.text),
+            cache.thresholds, cache.window, max_tokens, cache.rotate,
+            hf.PoolOptions(cache.page_bytes, cache.kernels),
+        )  # fmt: skip
+
+    def full_cache(self) -> DynamicCache:
+        """Detach the model, and make an empty cache of transformers, in the model's dtype."""
+        hf.detach(self.model)
+        return DynamicCache(config=self.model.config)
+
+    def answer(
+        self, samples: Sequence[Sample], num_tokens: int, cache: CacheSpec | None
     ) -> tuple[list[str], CacheUse | None]:
-        """Answer samples.
-
-        Args:
-            samples: to answer.
-            num_tokens: new tokens for each.
-            make_cache: a compressed cache; None: transformers' own, in the model's dtype.
-
-        Returns:
-            Texts in the order of the samples, and what the caches held at the end.
-        """
-        texts, uses = [""] * len(samples), []
+        """Answer samples; see `engine.Engine`."""
+        texts, use = [""] * len(samples), CacheUse()
         for batch in self.batches(samples):
-            if make_cache is None:
-                hf.detach(self.model)
-                rows = self.greedy(DynamicCache(config=self.model.config), batch, num_tokens)
+            if cache is None:
+                rows = self.greedy(self.full_cache(), batch, num_tokens)
             else:
-                hf.attach(self.model)
                 most = batch.prompts.shape[1] + batch.questions.shape[1] + num_tokens
-                cache = make_cache(self.model, most)
-                rows = self.greedy(cache, batch, num_tokens)
-                uses.append(cache.use())
+                ours = self.make_cache(cache, most)
+                rows = self.greedy(ours, batch, num_tokens)
+                use += ours.use()
             for number, row in zip(batch.numbers, rows, strict=True):
                 texts[number] = self.decode(row)
-        return texts, add_uses(uses) if uses else None
-
-    def close(self) -> None:
-        """Give the model its own attention back."""
-        hf.detach(self.model)
+        return texts, use if use.tokens else None
 
 
 def load(folder: str, dtype: torch.dtype, batch_size: int, device: str) -> HFModel:

@@ -3,20 +3,21 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
-from diffkv import hf
-from diffkv.lab.evaluation.hf_runs import Batch, HFModel, MakeCache, add_uses
-from diffkv.lab.evaluation.results import KldRow
-from diffkv.lab.evaluation.synth import use_fields
+from diffkv.lab.evaluation.engine import CacheSpec
+from diffkv.lab.evaluation.hf_runs import Batch, HFModel
+from diffkv.lab.evaluation.results import KldScore
 from diffkv.quant import ConfigError
+from diffkv.use import CacheUse
 
-__all__ = ["Text", "kld_rows", "read_texts"]
+__all__ = ["MODES", "Text", "read_texts", "score"]
+
+MODES = ("forced", "free")
 
 FORCED_SHARE = 0.25
 """Of a text: so much of its end is read token by token, the rest is the prompt."""
@@ -104,43 +105,31 @@ def _batches(
     return model.batched(rows), steps
 
 
-def kld_rows(
-    model: HFModel, texts: Sequence[Text], make_cache: MakeCache, max_steps: int
-) -> list[KldRow]:
-    """Compare a compressed cache with the full one, over given texts and over own continuations.
+def score(
+    model: HFModel, texts: Sequence[Text], cache: CacheSpec, mode: str, max_steps: int
+) -> KldScore:
+    """Compare a compressed cache with the full one, over given texts or over own continuations.
 
     Args:
-        model: that reads them.
+        model: reads them.
         texts: to read.
-        make_cache: the compressed cache.
+        cache: the compressed one.
+        mode: of `MODES`.
         max_steps: most compared steps of a text.
 
     Raises:
         ConfigError: a text that is too short.
     """
-    modes: tuple[Literal["forced", "free"], ...] = ("forced", "free")
-    return [_row(model, texts, make_cache, mode, max_steps) for mode in modes]
-
-
-def _row(
-    model: HFModel,
-    texts: Sequence[Text],
-    make_cache: MakeCache,
-    mode: Literal["forced", "free"],
-    max_steps: int,
-) -> KldRow:
     batches, steps = _batches(model, texts, mode, max_steps)
     klds: list[np.ndarray] = []
     same: list[np.ndarray] = []
     first: list[int] = []
-    uses = []
+    use = CacheUse()
     for batch in batches:
-        hf.detach(model.model)
-        full = _trace(model, DynamicCache(config=model.model.config), batch, steps)
-        hf.attach(model.model)
-        cache = make_cache(model.model, batch.prompts.shape[1] + steps)
-        ours = _trace(model, cache, batch, steps)
-        uses.append(cache.use())
+        full = _trace(model, model.full_cache(), batch, steps)
+        compressed = model.make_cache(cache, batch.prompts.shape[1] + steps)
+        ours = _trace(model, compressed, batch, steps)
+        use += compressed.use()
         kld = (full.exp() * (full - ours)).sum(-1).clamp(min=0)
         agree = full.argmax(-1) == ours.argmax(-1)
         for row in range(len(batch.numbers)):
@@ -151,7 +140,7 @@ def _row(
             klds.append(kld[row, :end].numpy())
             same.append(agree[row, :end].numpy())
     values = np.concatenate(klds)
-    return KldRow(
+    return KldScore(
         mode=mode,
         n=len(first),
         steps=len(values),
@@ -161,5 +150,5 @@ def _row(
         same_top1=float(np.concatenate(same).mean()),
         first_divergence=float(np.mean(first)),
         diverged=float(np.mean([step < steps for step in first])),
-        **use_fields(add_uses(uses)),
+        **use.per_token(),
     )

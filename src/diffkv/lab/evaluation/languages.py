@@ -30,12 +30,12 @@ class ReferenceWords:
     modulus = 16
     num_copied = 80
     separator = " "
-    _words = tuple(f"w{i}" for i in range(96))
+    words = tuple(f"w{i}" for i in range(96))
     _word_shares = 1 / np.arange(1, 97) / (1 / np.arange(1, 97)).sum()
 
     def sentence(self, rng: np.random.Generator) -> str:
         """Filler of 2 to 8 words, frequent ones first, closed by a stop."""
-        words = rng.choice(self._words, rng.integers(2, 9), p=self._word_shares)
+        words = rng.choice(self.words, rng.integers(2, 9), p=self._word_shares)
         return " ".join([*words, "."])
 
     def fact(self, key: str, value: str) -> str:

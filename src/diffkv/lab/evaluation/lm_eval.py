@@ -14,13 +14,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffkv.lab.evaluation.benchmarks import Benchmark
-from diffkv.lab.evaluation.results import TaskRow
+from diffkv.lab.evaluation.results import TaskScore
+from diffkv.lab.evaluation.synth import paired_score
 from diffkv.quant import ConfigError
-from diffkv.vllm_plugin.front.offline import CacheUse, first_line, refusals_in_one_line
-from diffkv.vllm_plugin.front.session import Meter, engine_arguments
+from diffkv.use import CacheUse
+from diffkv.vllm_plugin.front.offline import (
+    engine_arguments,
+    first_line,
+    refusals_in_one_line,
+)
+from diffkv.vllm_plugin.front.session import Meter
 from diffkv.vllm_plugin.options import Options
 
-__all__ = ["Scores", "rows", "run"]
+__all__ = ["SETTING", "Scores", "paired", "run"]
+
+SETTING = "benchmark"
 
 THINK_END = "</think>"
 """What ends the thoughts of the models that --thinking is for; only what follows is scored."""
@@ -175,42 +183,20 @@ def _scores(
     return scores
 
 
-def rows(
-    benchmarks: Sequence[Benchmark],
-    full: Sequence[Scores],
-    ours: Sequence[Scores],
-    interval: Callable[[Sequence[float]], tuple[float, float]],
-) -> list[TaskRow]:
+def paired(
+    benchmarks: Sequence[Benchmark], full: Sequence[Scores], ours: Sequence[Scores]
+) -> list[TaskScore]:
     """Join the runs of the two caches, sample by sample.
 
     Args:
         benchmarks: what was run.
         full: with vLLM's own cache.
         ours: with DiffKV.
-        interval: the 95 % interval of a mean, of the differences.
     """
     joined = []
     for benchmark, one, other in zip(benchmarks, full, ours, strict=True):
-        assert one.items.keys() == other.items.keys() and other.use is not None
+        assert one.items.keys() == other.items.keys() and other.use is not None, "the same samples"
         keys = sorted(one.items)
         before, after = ([scores.items[key] for key in keys] for scores in (one, other))
-        use, n = other.use, len(keys)
-        joined.append(
-            TaskRow(
-                task=benchmark.name,
-                setting="benchmark",
-                n=n,
-                accuracy=sum(after) / n,
-                accuracy_full=sum(before) / n,
-                exact=sum(score == 1 for score in after) / n,
-                exact_full=sum(score == 1 for score in before) / n,
-                ci95_difference=interval([b - a for a, b in zip(before, after, strict=True)]),
-                bytes_per_token=use.bytes_per_token,
-                ratio_bf16=use.ratio_bf16,
-                nominal_ratio_bf16=use.nominal_ratio_bf16,
-                high=use.high / use.tokens,
-                low=use.low / use.tokens,
-                dropped=use.dropped / use.tokens,
-            )
-        )
+        joined.append(paired_score(benchmark.name, SETTING, after, before, other.use))
     return joined

@@ -1,109 +1,29 @@
-"""What an evaluation prints, as a schema: one JSON object for each run."""
+"""What rows of an evaluation hold: a method, what it was asked, and the figures of every task or mode.
 
-from typing import Literal
+A row of kind `TASKS` or `KLD` is one method with one seed. Its case has the names of `Method`, and the
+cells that were asked: `tasks` and `settings`, or `modes`. A figure is measured as a list with a value
+for each cell, in that order, or as one value that all of them have.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any
 
-__all__ = ["KldRow", "Provenance", "Run", "TaskRow", "Use"]
+from diffkv.lab.rows import Row
 
-Share = Field(ge=0, le=1)
+__all__ = ["HEADS", "KLD", "TASKS", "KldScore", "Method", "Score", "TaskScore", "figures", "scores"]
 
+TASKS, KLD, HEADS = "tasks", "kld", "heads"
+"""Kinds of rows: of `diffkv eval`, of its suite kld, and of `diffkv inspect`."""
 
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Provenance(_Row):
-    """Where a result comes from.
-
-    Attributes:
-        command: the command line, as typed.
-        commit: of the checkout that ran; None outside of one. `-dirty` is appended if it was changed.
-        versions: of diffkv, torch, transformers, and the engine if it is another.
-        device: in words.
-    """
-
-    command: str
-    commit: str | None
-    versions: dict[str, str]
-    device: str
+DIGITS = 6
+SHARES = ("accuracy", "accuracy_full", "exact", "exact_full", "same_top1", "high", "low", "dropped")
 
 
-class Use(_Row):
-    """What the cache spent, when the requests end; means over requests, layers and heads.
-
-    Attributes:
-        bytes_per_token: whole pages, half-empty ones included, and the page-table entries of all heads
-            and layers, over tokens of the request.
-        ratio_bf16: bytes of a bf16 cache over `bytes_per_token`.
-        nominal_ratio_bf16: by bits of kept codes alone. Never to be shown without the other one.
-        high: share of a request's tokens in the high tier.
-        low: likewise in the low tier.
-        dropped: share of tokens that are gone.
-    """
-
-    bytes_per_token: float = Field(gt=0)
-    ratio_bf16: float = Field(gt=0)
-    nominal_ratio_bf16: float = Field(gt=0)
-    high: float = Share
-    low: float = Share
-    dropped: float = Share
-
-
-class TaskRow(Use):
-    """One task in one setting.
-
-    Attributes:
-        task: name of the task.
-        setting: easy: the question ends the prompt. hard: it comes when the prompt is compressed.
-            benchmark: the prompt of a task of lm-evaluation-harness.
-        n: samples.
-        accuracy: mean share of right answer words of a sample.
-        accuracy_full: of the same samples through the full-precision cache.
-        exact: share of samples whose scored words are all right.
-        exact_full: likewise, full precision.
-        ci95_difference: 95 % interval of accuracy - accuracy_full, paired, bootstrapped over samples.
-    """
-
-    task: str
-    setting: Literal["easy", "hard", "benchmark"]
-    n: int = Field(gt=0)
-    accuracy: float = Share
-    accuracy_full: float = Share
-    exact: float = Share
-    exact_full: float = Share
-    ci95_difference: tuple[float, float]
-
-
-class KldRow(Use):
-    """Distance of the next-token distributions from full precision, over texts.
-
-    Attributes:
-        mode: forced: both caches read the same text. free: each continues with its own tokens, and
-            only steps before the first different token are compared.
-        n: texts.
-        steps: compared steps.
-        kld_mean: of KL(full || compressed), in nats.
-        kld_median: likewise.
-        kld_p999: its 99.9 % quantile.
-        same_top1: share of steps with the same most likely token.
-        first_divergence: mean step of the first different token; steps of the text where there is none.
-        diverged: share of texts with a different token.
-    """
-
-    mode: Literal["forced", "free"]
-    n: int = Field(gt=0)
-    steps: int = Field(gt=0)
-    kld_mean: float = Field(ge=0)
-    kld_median: float = Field(ge=0)
-    kld_p999: float = Field(ge=0)
-    same_top1: float = Share
-    first_divergence: float = Field(ge=0)
-    diverged: float = Share
-
-
-class Run(_Row):
-    """One evaluation: a model, a cache, a suite, a seed.
+@dataclass(frozen=True, order=True)
+class Method:
+    """What is compared: everything about a run but its samples.
 
     Attributes:
         model: as it was named.
@@ -113,26 +33,169 @@ class Run(_Row):
         alpha_high: threshold.
         alpha_low: threshold.
         window: recent tokens that stay high.
-        rotate: what keys and values were rotated by before they were quantised.
-        seed: of the samples.
-        suite: synth or kld.
-        tasks: rows of the suite synth.
-        kld: rows of the suite kld.
-        seconds: the run took.
-        provenance: where it comes from.
+        rotate: what keys and values are rotated by before they are quantised, or none.
     """
 
     model: str
-    engine: Literal["hf", "vllm"]
+    engine: str
     quant: str
     policy: str
     alpha_high: float
     alpha_low: float
     window: int
-    rotate: str = "none"
-    seed: int
-    suite: str
-    tasks: list[TaskRow] = []
-    kld: list[KldRow] = []
-    seconds: float
-    provenance: Provenance
+    rotate: str
+
+    @classmethod
+    def of(cls, row: Row) -> "Method":
+        """The method of a row.
+
+        Raises:
+            ValueError: the row does not name all of it.
+        """
+        names = [field.name for field in fields(cls)]
+        if missing := [name for name in names if name not in row.case]:
+            raise ValueError(f"case lacks {', '.join(missing)}")
+        return cls(**{name: row.case[name] for name in names})
+
+    def label(self) -> str:
+        """The method in few words; thresholds only where the policy has them."""
+        uses = self.alpha_high > 0 or self.alpha_low > 0
+        alphas = f" alpha {self.alpha_high:g}/{self.alpha_low:g}" if uses else ""
+        rotated = "" if self.rotate == "none" else f" {self.rotate}"
+        return f"{self.policy} {self.quant}{alphas}{rotated}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the cache spent on a cell, when the requests end; means over requests, layers and heads.
+
+    Attributes:
+        n: samples, or texts.
+        bytes_per_token: whole pages, half-empty ones included, and the page-table entries of all heads
+            and layers, over tokens of the request.
+        ratio_bf16: bytes of a bf16 cache over `bytes_per_token`.
+        nominal_ratio_bf16: the same by bits of kept codes alone; never to be shown without the other.
+        high: share of a request's tokens in the high tier.
+        low: share of them in the low tier.
+        dropped: share of them that is gone.
+    """
+
+    n: int
+    bytes_per_token: float
+    ratio_bf16: float
+    nominal_ratio_bf16: float
+    high: float
+    low: float
+    dropped: float
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are none."""
+        for name in SHARES:
+            if not 0 <= getattr(self, name, 0) <= 1:
+                raise ValueError(f"{name} must be in 0 .. 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TaskScore(Score):
+    """One task in one setting.
+
+    Attributes:
+        task: its name.
+        setting: easy: the question ends the prompt. hard: it comes when the prompt is compressed.
+            benchmark: the prompt of a task of lm-evaluation-harness.
+        accuracy: mean share of right answer words of a sample.
+        accuracy_full: the same of the same samples through the full-precision cache.
+        exact: share of samples whose scored words are all right.
+        exact_full: the same in full precision.
+        ci95_low: lower end of the 95 % interval of `difference`, paired, bootstrapped over samples.
+        ci95_high: its upper end.
+    """
+
+    task: str
+    setting: str
+    accuracy: float
+    accuracy_full: float
+    exact: float
+    exact_full: float
+    ci95_low: float
+    ci95_high: float
+
+    @property
+    def difference(self) -> float:
+        """Accuracy that the compressed cache gains; below 0 where it loses."""
+        return self.accuracy - self.accuracy_full
+
+
+@dataclass(frozen=True)
+class KldScore(Score):
+    """Distance of the next-token distributions from full precision, over texts.
+
+    Attributes:
+        mode: forced: both caches read the same text. free: each continues with its own tokens, and
+            only steps before the first different token are compared.
+        steps: compared steps.
+        kld_mean: mean of KL(full || compressed), in nats.
+        kld_median: its median.
+        kld_p999: its 99.9 % quantile.
+        same_top1: share of steps with the same most likely token.
+        first_divergence: mean step of the first different token; steps of the text where there is none.
+        diverged: share of texts with a different token.
+    """
+
+    mode: str
+    steps: int
+    kld_mean: float
+    kld_median: float
+    kld_p999: float
+    same_top1: float
+    first_divergence: float
+    diverged: float
+
+
+CELLS: dict[str, tuple[type[Score], dict[str, str]]] = {
+    TASKS: (TaskScore, {"tasks": "task", "settings": "setting"}),
+    KLD: (KldScore, {"modes": "mode"}),
+}
+"""For each kind: what a cell is, and the lists of the case that name it, with the fields they fill."""
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def figures(kind: str, found: Sequence[Score]) -> dict[str, Any]:
+    """Figures of all cells by name, in six digits, as a row has them.
+
+    Args:
+        kind: of the row.
+        found: a score for each cell, in the order of the case.
+    """
+    score, cells = CELLS[kind]
+    measured: dict[str, Any] = {}
+    for name in (field.name for field in fields(score)):
+        if name not in cells.values():
+            values = [_rounded(getattr(each, name)) for each in found]
+            measured[name] = values if len(set(values)) > 1 else values[0]
+    return measured
+
+
+def scores(row: Row) -> list[Any]:
+    """The cells of a row: TaskScore or KldScore by its kind.
+
+    Raises:
+        ValueError: a figure is missing, of the wrong number of cells, or no share where it must be one.
+    """
+    score, cells = CELLS[row.kind]
+    asked = list(product(*(row.get(name, ()) for name in cells)))
+    found = []
+    for number, cell in enumerate(asked):
+        values = dict(zip(cells.values(), cell, strict=True))
+        for name in (field.name for field in fields(score) if field.name not in values):
+            column = row.measured.get(name)
+            if column is None or (isinstance(column, list) and len(column) != len(asked)):
+                raise ValueError(f"measured needs {len(asked)} values of {name}")
+            values[name] = column[number] if isinstance(column, list) else column
+        found.append(score(**values))
+    if not found:
+        raise ValueError(f"case names no {' or no '.join(cells)}")
+    return found

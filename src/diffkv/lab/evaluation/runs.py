@@ -1,95 +1,18 @@
-"""One evaluation from its settings to its result."""
+"""Evaluations of one model: every cache with every plan, a row for each pair."""
 
-import importlib.metadata
-import platform
-import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict
 
-import torch
-from transformers import PreTrainedModel
-
-from diffkv import __version__
-from diffkv.hf import DiffKVHFCache
 from diffkv.lab.evaluation import kld, synth
+from diffkv.lab.evaluation.engine import CacheSpec, Engine
 from diffkv.lab.evaluation.hf_runs import HFModel
 from diffkv.lab.evaluation.languages import LANGUAGES, English, ReferenceWords
-from diffkv.lab.evaluation.results import KldRow, Provenance, Run, TaskRow
-from diffkv.policies import Policy
-from diffkv.policy import Thresholds
-from diffkv.quant import ConfigError, LayerQuant
+from diffkv.lab.evaluation.results import KLD, TASKS, TaskScore, figures
+from diffkv.lab.rows import Row, Writer
+from diffkv.quant import ConfigError
 
-__all__ = ["CacheSpec", "HFRun", "language_of", "provenance"]
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """A cache that is compared with the full one.
-
-    Attributes:
-        quant: formats.
-        policy: of prompts.
-        thresholds: of the policy; both 0 for one that has none.
-        window: recent tokens that stay high.
-        page_bytes: of a page; None: the size that wastes least.
-        kernels: "reference", or None for the device's own.
-        rotate: "hadamard" or "none".
-    """
-
-    quant: LayerQuant
-    policy: Policy
-    thresholds: Thresholds
-    window: int
-    page_bytes: int | None = None
-    kernels: str | None = None
-    rotate: str = "none"
-
-    def __post_init__(self) -> None:
-        """Refuse formats that the policy cannot work with."""
-        self.policy.check(self.quant)
-
-    def make(self, model: PreTrainedModel, max_tokens: int) -> DiffKVHFCache:
-        """An empty cache for a model of transformers."""
-        return DiffKVHFCache(
-            model, self.quant, self.policy.fresh(), self.thresholds, self.window,
-            max_tokens, self.page_bytes, self.kernels, self.rotate,
-        )  # fmt: skip
-
-
-def _commit() -> str | None:
-    """Of the checkout that this file is in, `-dirty` if more than docs were changed; None if in none."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)docs"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
-
-
-def provenance(device: str, packages: Sequence[str] = ("torch", "transformers")) -> Provenance:
-    """Command, commit, versions and device of this process."""
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.startswith("cuda")
-        else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
-    )
-    return Provenance(
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        commit=_commit(),
-        versions={"diffkv": __version__, "python": platform.python_version(), **versions},
-        device=name,
-    )
+__all__ = ["language_of", "run_kld", "run_tasks"]
 
 
 def language_of(vocabulary: Collection[str], name: str | None) -> ReferenceWords | English:
@@ -115,62 +38,74 @@ def language_of(vocabulary: Collection[str], name: str | None) -> ReferenceWords
     return LANGUAGES[name]
 
 
-class HFRun:
-    """Evaluations of one model of transformers; what the full cache answers is kept for the next one.
+def run_tasks(
+    engine: Engine,
+    model: str,
+    caches: Sequence[CacheSpec],
+    plans: Sequence[synth.Plan],
+    writer: Writer,
+    report: Callable[[TaskScore], None] = lambda score: None,
+) -> Iterator[Row]:
+    """Run the suite `synth`; what the full cache answers is computed once for each plan.
 
     Args:
-        model: loaded.
-        name: as it was named.
+        engine: answers.
+        model: its name.
+        caches: to compare with the full one.
+        plans: what is asked.
+        writer: of the rows; those that it has already are not measured again.
+        report: is told of each task.
+
+    Raises:
+        ConfigError: a cache or a setting that the engine does not have.
     """
+    asked = [
+        (cache, plan, {**asdict(cache.method(model, engine.name)), **plan.case()})
+        for cache in caches
+        for plan in plans
+    ]
+    for cache, plan, _ in asked:
+        engine.check(cache, plan.settings)
+    missing = [plan for _, plan, case in asked if writer.find(TASKS, case) is None]
+    full = {
+        plan: synth.full_scores(plan, lambda samples, num: engine.answer(samples, num, None))
+        for plan in dict.fromkeys(missing)
+    }
+    for cache, plan, case in asked:
+        row = writer.find(TASKS, case)
+        if row is None:
+            start = time.perf_counter()
+            found = synth.task_scores(
+                plan, lambda samples, num, cache=cache: engine.answer(samples, num, cache),
+                full[plan], report,
+            )  # fmt: skip
+            seconds = round(time.perf_counter() - start, 1)
+            row = writer.add(TASKS, case, {**figures(TASKS, found), "seconds": seconds})
+        yield row
 
-    def __init__(self, model: HFModel, name: str) -> None:
-        self.model = model
-        self._name = name
-        self._full: dict[synth.Plan, synth.Scores] = {}
 
-    def tasks(
-        self, spec: CacheSpec, plan: synth.Plan, report: Callable[[TaskRow], None] = lambda _: None
-    ) -> Run:
-        """Run the suite `synth`."""
-        start = time.perf_counter()
-        if plan not in self._full:
-            self._full[plan] = synth.full_scores(
-                plan, lambda samples, num: self.model.answers(samples, num, None)
-            )
-        rows = synth.task_rows(
-            plan, lambda samples, num: self.model.answers(samples, num, spec.make),
-            self._full[plan], report,
-        )  # fmt: skip
-        return self._run(spec, plan.seed, "synth", time.perf_counter() - start, tasks=rows)
+def run_kld(
+    engine: HFModel,
+    model: str,
+    caches: Sequence[CacheSpec],
+    texts: Sequence[kld.Text],
+    max_steps: int,
+    writer: Writer,
+) -> Iterator[Row]:
+    """Run the suite `kld`; arguments as those of `run_tasks`.
 
-    def kld(self, spec: CacheSpec, texts: Sequence[kld.Text], max_steps: int) -> Run:
-        """Run the suite `kld`."""
-        start = time.perf_counter()
-        rows = kld.kld_rows(self.model, texts, spec.make, max_steps)
-        return self._run(spec, 0, "kld", time.perf_counter() - start, kld_rows=rows)
-
-    def _run(
-        self,
-        spec: CacheSpec,
-        seed: int,
-        suite: str,
-        seconds: float,
-        tasks: Sequence[TaskRow] = (),
-        kld_rows: Sequence[KldRow] = (),
-    ) -> Run:
-        return Run(
-            model=self._name,
-            engine="hf",
-            quant=str(spec.quant),
-            policy=str(spec.policy),
-            alpha_high=spec.thresholds.alpha_high,
-            alpha_low=spec.thresholds.alpha_low,
-            window=spec.window,
-            rotate=spec.rotate,
-            seed=seed,
-            suite=suite,
-            tasks=list(tasks),
-            kld=list(kld_rows),
-            seconds=seconds,
-            provenance=provenance(str(self.model.model.device)),
-        )
+    Raises:
+        ConfigError: a text that is too short.
+    """
+    for cache in caches:
+        case = {
+            **asdict(cache.method(model, engine.name)),
+            "suite": "kld", "texts": len(texts), "max_steps": max_steps, "modes": list(kld.MODES),
+        }  # fmt: skip
+        row = writer.find(KLD, case)
+        if row is None:
+            start = time.perf_counter()
+            found = [kld.score(engine, texts, cache, mode, max_steps) for mode in kld.MODES]
+            seconds = round(time.perf_counter() - start, 1)
+            row = writer.add(KLD, case, {**figures(KLD, found), "seconds": seconds})
+        yield row

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from diffkv.hf import CacheUse
 from diffkv.lab.evaluation.intervals import interval
-from diffkv.lab.evaluation.results import TaskRow
+from diffkv.lab.evaluation.results import TaskScore
 from diffkv.lab.evaluation.tasks import SETTINGS, Sample, Setting, draw
 from diffkv.quant import ConfigError
+from diffkv.use import CacheUse
 
-__all__ = ["Answerer", "Plan", "Scores", "full_scores", "task_rows", "use_fields"]
+__all__ = ["Answerer", "Plan", "Scores", "full_scores", "paired_score", "task_scores"]
 
 RIGHT = 1 - 1e-9
 
@@ -76,6 +76,14 @@ class Plan:
             num_tokens, num_samples, seed,
         )  # fmt: skip
 
+    def case(self) -> dict[str, Any]:
+        """The plan as rows name it."""
+        return {
+            "suite": "synth", "language": self.language.name, "tasks": list(self.tasks),
+            "settings": list(self.settings), "tokens": self.num_tokens,
+            "samples": self.num_samples, "seed": self.seed,
+        }  # fmt: skip
+
     def cells(self) -> Iterator[tuple[str, Setting, list[Sample]]]:
         """Every task in every setting, with its samples."""
         for task in self.tasks:
@@ -112,47 +120,52 @@ def full_scores(plan: Plan, answer: Answerer) -> Scores:
     }
 
 
-def use_fields(use: CacheUse) -> dict[str, float]:
-    """The fields of `results.Use`."""
-    return {
-        "bytes_per_token": use.bytes_per_token,
-        "ratio_bf16": use.ratio_bf16,
-        "nominal_ratio_bf16": use.nominal_ratio_bf16,
-        "high": min(1.0, use.high / use.tokens),
-        "low": min(1.0, use.low / use.tokens),
-        "dropped": use.dropped / use.tokens,
-    }
+def paired_score(
+    task: str, setting: str, after: Sequence[float], before: Sequence[float], use: CacheUse
+) -> TaskScore:
+    """Compare two caches sample by sample.
+
+    Args:
+        task: its name.
+        setting: of the task.
+        after: share of right words of each sample, through the compressed cache.
+        before: the same through the full one.
+        use: what the compressed cache held.
+    """
+    n = len(after)
+    low, high = interval([ours - theirs for ours, theirs in zip(after, before, strict=True)])
+    return TaskScore(
+        n=n,
+        task=task,
+        setting=setting,
+        accuracy=sum(after) / n,
+        accuracy_full=sum(before) / n,
+        exact=sum(score > RIGHT for score in after) / n,
+        exact_full=sum(score > RIGHT for score in before) / n,
+        ci95_low=low,
+        ci95_high=high,
+        **use.per_token(),
+    )
 
 
-def task_rows(
-    plan: Plan, answer: Answerer, full: Scores, report: Callable[[TaskRow], None] = lambda _: None
-) -> list[TaskRow]:
+def task_scores(
+    plan: Plan,
+    answer: Answerer,
+    full: Scores,
+    report: Callable[[TaskScore], None] = lambda score: None,
+) -> list[TaskScore]:
     """Answer through a compressed cache, and compare sample by sample.
 
     Args:
         plan: what is asked.
         answer: the engine with the compressed cache.
         full: of the same plan.
-        report: is told of each row.
+        report: is told of each score.
     """
-    rows = []
+    found = []
     for task, setting, samples in plan.cells():
         scores, use = _scores(plan, answer, samples)
         assert use is not None, "a compressed cache says what it held"
-        before = full[task, setting]
-        differences = [ours - theirs for ours, theirs in zip(scores, before, strict=True)]
-        num = len(scores)
-        row = TaskRow(
-            task=task,
-            setting=setting,
-            n=num,
-            accuracy=sum(scores) / num,
-            accuracy_full=sum(before) / num,
-            exact=sum(score > RIGHT for score in scores) / num,
-            exact_full=sum(score > RIGHT for score in before) / num,
-            ci95_difference=interval(differences),
-            **use_fields(use),
-        )
-        rows.append(row)
-        report(row)
-    return rows
+        found.append(paired_score(task, setting, scores, full[task, setting], use))
+        report(found[-1])
+    return found

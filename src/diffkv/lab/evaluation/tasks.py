@@ -13,7 +13,23 @@ import numpy as np
 
 from diffkv.quant import ConfigError
 
-__all__ = ["FILLER_TOKENS", "SETTINGS", "TASKS", "Answer", "Sample", "Setting", "draw"]
+__all__ = [
+    "FILLER_TOKENS",
+    "SETTINGS",
+    "TASKS",
+    "Answer",
+    "Parts",
+    "Sample",
+    "Setting",
+    "chain",
+    "compose",
+    "draw",
+    "pick",
+    "pick_any",
+    "retrieval",
+    "running_sum",
+    "scatter",
+]
 
 Answer = tuple[tuple[str, bool], ...]
 """Words of a right answer, and whether each counts: what the question itself says does not."""
@@ -45,7 +61,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """What a task makes: facts in their order, and the question with its answer.
 
     Attributes:
@@ -61,16 +77,16 @@ class _Parts:
     places: Sequence[float] | None = None
 
 
-Task = Callable[[np.random.Generator, Any, int, int], _Parts]
+Task = Callable[[np.random.Generator, Any, int, int], Parts]
 """(generator, language, tokens of the context, number of the sample) -> its parts."""
 
 
-def _pick(rng: np.random.Generator, pool: Sequence[Any], num: int) -> list[Any]:
+def pick(rng: np.random.Generator, pool: Sequence[Any], num: int) -> list[Any]:
     """Different members of a pool."""
     return [pool[i] for i in rng.permutation(len(pool))[:num]]
 
 
-def _draw(rng: np.random.Generator, pool: Sequence[Any], num: int) -> list[Any]:
+def pick_any(rng: np.random.Generator, pool: Sequence[Any], num: int) -> list[Any]:
     """Members of a pool, repeats allowed."""
     return [pool[i] for i in rng.integers(0, len(pool), num)]
 
@@ -80,65 +96,77 @@ def _num_facts(language: Any, fact: str, num_tokens: int, asked: int) -> int:
     return max(asked, min(len(language.keys), num_tokens * 3 // 4 // language.count(fact)))
 
 
-def retrieval(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+def retrieval(
+    rng: np.random.Generator,
+    language: Any,
+    num_tokens: int,
+    number: int,
+    num_facts: int | None = None,
+    num_asked: int = LISTED,
+) -> Parts:
     """Many keys with values; the values of some are asked for."""
     example = language.fact(language.keys[0], language.values[0])
-    num_facts = _num_facts(language, example, num_tokens, LISTED)
-    keys, values = _pick(rng, language.keys, num_facts), _draw(rng, language.values, num_facts)
-    asked = rng.permutation(num_facts)[:LISTED]
+    num_facts = num_facts or _num_facts(language, example, num_tokens, num_asked)
+    keys, values = pick(rng, language.keys, num_facts), pick_any(rng, language.values, num_facts)
+    asked = rng.permutation(num_facts)[:num_asked]
     question, answer = language.ask_values([keys[i] for i in asked], [values[i] for i in asked])
     facts = [language.fact(key, value) for key, value in zip(keys, values, strict=True)]
-    return _Parts(facts, question, answer)
+    return Parts(facts, question, answer)
 
 
-def passkey(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+def passkey(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> Parts:
     """Two keys in filler; the depth goes from the start to the end of the context over the samples."""
-    keys, values = _pick(rng, language.keys, PASSKEYS), _draw(rng, language.values, PASSKEYS)
+    keys, values = pick(rng, language.keys, PASSKEYS), pick_any(rng, language.values, PASSKEYS)
     question, answer = language.ask_values(keys, values)
     facts = [language.fact(key, value) for key, value in zip(keys, values, strict=True)]
     depth = (number % 8 + 0.5) / 8
-    return _Parts(facts, question, answer, [depth] * PASSKEYS)
+    return Parts(facts, question, answer, [depth] * PASSKEYS)
 
 
-def chain(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+def chain(
+    rng: np.random.Generator,
+    language: Any,
+    num_tokens: int,
+    number: int,
+    num_keys: int | None = None,
+    num_asked: int = WALKED,
+) -> Parts:
     """Links of one cycle, shuffled; a walk along them, each step read from the one before."""
-    num_keys = _num_facts(language, language.link(*language.keys[:2]), num_tokens, WALKED + 1)
-    keys = _pick(rng, language.keys, num_keys)
+    link = language.link(*language.keys[:2])
+    num_keys = num_keys or _num_facts(language, link, num_tokens, num_asked + 1)
+    keys = pick(rng, language.keys, num_keys)
     links = [language.link(keys[i - 1], keys[i]) for i in rng.permutation(num_keys)]
-    question, answer = language.ask_chain(keys[-1], keys[:WALKED])
-    return _Parts(links, question, answer)
+    question, answer = language.ask_chain(keys[-1], keys[:num_asked])
+    return Parts(links, question, answer)
 
 
-def long_chain(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+def long_chain(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> Parts:
     """The same with links that fill the context, and a walk along nearly all of them."""
     link = language.link(*language.keys[:2])
     num_keys = min(len(language.keys), num_tokens // language.count(link))
-    keys = _pick(rng, language.keys, num_keys)
-    links = [language.link(keys[i - 1], keys[i]) for i in rng.permutation(num_keys)]
-    question, answer = language.ask_chain(keys[-1], keys[: min(LONG_WALK, num_keys - 1)])
-    return _Parts(links, question, answer)
+    return chain(rng, language, num_tokens, number, num_keys, min(LONG_WALK, num_keys - 1))
 
 
-def pair_chain(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+def pair_chain(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> Parts:
     """Links between keys of two words out of a small grid: each differs in one word from many others."""
     first, second = language.keys[:2]
     link = language.link(f"{first} {second}", f"{second} {first}")
     num_nodes = min(MOST_PAIRS, num_tokens // language.count(link))
     side = int(np.ceil(np.sqrt(num_nodes * 1.5)))
-    rows, columns = _pick(rng, language.keys, side), _pick(rng, language.keys, side)
+    rows, columns = pick(rng, language.keys, side), pick(rng, language.keys, side)
     cells = rng.permutation(side * side)[:num_nodes]
     nodes = [(rows[cell // side], columns[cell % side]) for cell in cells]
     texts = [" ".join(node) for node in nodes]
     links = [language.link(texts[i - 1], texts[i]) for i in rng.permutation(num_nodes)]
     walked = nodes[: min(LONG_WALK // 4, num_nodes - 1)]
     question, answer = language.ask_chain(texts[-1], [word for node in walked for word in node])
-    return _Parts(links, question, answer)
+    return Parts(links, question, answer)
 
 
-def hot(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+def hot(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> Parts:
     """Facts, then questions about some of them again and again: past attention says what is needed."""
     num_facts = min(len(language.keys), num_tokens // 6)
-    keys, values = _pick(rng, language.keys, num_facts), _draw(rng, language.values, num_facts)
+    keys, values = pick(rng, language.keys, num_facts), pick_any(rng, language.values, num_facts)
     shares = 1 / np.arange(1, num_facts + 1)
     shares /= shares.sum()
     parts = [language.fact(key, value) for key, value in zip(keys, values, strict=True)]
@@ -152,35 +180,42 @@ def hot(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -
         room -= language.count(asked)
     last = order[rng.choice(num_facts, LISTED, replace=False, p=shares)]
     question, answer = language.ask_values([keys[i] for i in last], [values[i] for i in last])
-    return _Parts(parts, question, answer, [i / len(parts) for i in range(len(parts))])
+    return Parts(parts, question, answer, [i / len(parts) for i in range(len(parts))])
 
 
-def copy(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+def copy(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> Parts:
     """A list of words, to be repeated."""
-    facts, question, answer = language.ask_copy(_pick(rng, language.keys, language.num_copied))
-    return _Parts(facts, question, answer, [0.5] * len(facts))
+    facts, question, answer = language.ask_copy(pick(rng, language.keys, language.num_copied))
+    return Parts(facts, question, answer, [0.5] * len(facts))
 
 
-def running_sum(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+def running_sum(
+    rng: np.random.Generator,
+    language: Any,
+    num_tokens: int,
+    number: int,
+    num_facts: int | None = None,
+    num_asked: int = ADDED,
+) -> Parts:
     """Keys with numbers; some are added up, step by step."""
     example = language.number_fact(language.keys[0], 1)
-    num_facts = _num_facts(language, example, num_tokens, ADDED)
-    keys, numbers = _pick(rng, language.keys, num_facts), _draw(rng, language.numbers, num_facts)
-    asked = rng.permutation(num_facts)[:ADDED]
+    num_facts = num_facts or _num_facts(language, example, num_tokens, num_asked)
+    keys, numbers = pick(rng, language.keys, num_facts), pick_any(rng, language.numbers, num_facts)
+    asked = rng.permutation(num_facts)[:num_asked]
     question, answer = language.ask_sum([keys[i] for i in asked], [numbers[i] for i in asked])
     facts = [language.number_fact(key, n) for key, n in zip(keys, numbers, strict=True)]
-    return _Parts(facts, question, answer)
+    return Parts(facts, question, answer)
 
 
-def frequent_words(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> _Parts:
+def frequent_words(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> Parts:
     """Things named once, and three that are named many times."""
     num_lines = max(30, num_tokens * 3 // 4 // 8)
-    keys = _pick(rng, language.keys, min(len(language.keys), FREQUENT + num_lines // 2))
+    keys = pick(rng, language.keys, min(len(language.keys), FREQUENT + num_lines // 2))
     often = [key for key in keys[:FREQUENT] for _ in range(num_lines // 2 // FREQUENT)]
     named = [*often, *keys[FREQUENT:]]
     lines = [f"Then came the {named[i]}." for i in rng.permutation(len(named))]
     question, answer = language.ask_frequent(keys[:FREQUENT])
-    return _Parts(lines, question, answer)
+    return Parts(lines, question, answer)
 
 
 TASKS: dict[str, Task] = {
@@ -197,17 +232,27 @@ TASKS: dict[str, Task] = {
 """Every task by name."""
 
 
-def _context(rng: np.random.Generator, language: Any, parts: _Parts, num_tokens: int) -> str:
-    """Filler between the facts, to about `num_tokens` tokens; exactly so in the shipped language."""
-    filler = _filler(rng, language, num_tokens - sum(map(language.count, parts.facts)))
-    if parts.places is None:
-        is_fact = rng.permutation(len(parts.facts) + len(filler)) < len(parts.facts)
-        rest = {True: iter(parts.facts), False: iter(filler)}
-        return language.separator.join(next(rest[bool(here)]) for here in is_fact)
-    segments = list(filler)
+def scatter(
+    rng: np.random.Generator, language: Any, facts: Sequence[str], num_tokens: int
+) -> list[str]:
+    """Facts in their order, and filler at random places between them, to about `num_tokens` tokens.
+
+    Exactly so many in the shipped language; facts that alone are longer come back without filler.
+    """
+    filler = _filler(rng, language, num_tokens - sum(map(language.count, facts)))
+    is_fact = rng.permutation(len(facts) + len(filler)) < len(facts)
+    rest = {True: iter(facts), False: iter(filler)}
+    return [next(rest[bool(here)]) for here in is_fact]
+
+
+def _placed(rng: np.random.Generator, language: Any, parts: Parts, num_tokens: int) -> list[str]:
+    """The same with the facts at their places in the filler."""
+    assert parts.places is not None, "facts without places are scattered"
+    segments = _filler(rng, language, num_tokens - sum(map(language.count, parts.facts)))
+    num_sentences = len(segments)
     for place, fact in zip(reversed(parts.places), reversed(parts.facts), strict=True):
-        segments.insert(round(place * len(filler)), fact)
-    return language.separator.join(segments)
+        segments.insert(round(place * num_sentences), fact)
+    return segments
 
 
 def _filler(rng: np.random.Generator, language: Any, num_tokens: int) -> list[str]:
@@ -220,6 +265,26 @@ def _filler(rng: np.random.Generator, language: Any, num_tokens: int) -> list[st
         sentences.append(" ".join(words))
         num_tokens -= language.count(sentences[-1])
     return sentences
+
+
+def compose(
+    rng: np.random.Generator, language: Any, setting: Setting, num_tokens: int, parts: Parts
+) -> Sample:
+    """Write a sample of `num_tokens` tokens of context and question, or of context and filler."""
+    room = num_tokens - language.count(language.opening)
+    question, end = parts.question, ""
+    if setting == "easy":
+        room -= language.count(question)
+        end, question = question, ""
+    else:
+        room -= FILLER_TOKENS
+        end = language.separator.join(_filler(rng, language, FILLER_TOKENS))
+    if parts.places is None:
+        context = scatter(rng, language, parts.facts, room)
+    else:
+        context = _placed(rng, language, parts, room)
+    prompt = language.opening + language.separator.join(context) + language.separator + end
+    return Sample(prompt, language.separator * bool(question) + question, parts.answer)
 
 
 def draw(
@@ -243,18 +308,10 @@ def draw(
             f"unknown task {task!r} for the language {language.name}: there are "
             f"{', '.join(language.tasks)}"
         )
+    room = num_tokens - language.count(language.opening) - FILLER_TOKENS
     samples = []
     for number in range(num_samples):
         rng = np.random.default_rng([seed, list(TASKS).index(task), number])
-        room = num_tokens - language.count(language.opening)
-        parts = TASKS[task](rng, language, room - FILLER_TOKENS, number)
-        question, end = parts.question, ""
-        if setting == "easy":
-            room -= language.count(question)
-            end, question = question, ""
-        else:
-            room -= FILLER_TOKENS
-            end = language.separator.join(_filler(rng, language, FILLER_TOKENS))
-        prompt = language.opening + _context(rng, language, parts, room) + language.separator + end
-        samples.append(Sample(prompt, language.separator * bool(question) + question, parts.answer))
+        parts = TASKS[task](rng, language, room, number)
+        samples.append(compose(rng, language, setting, num_tokens, parts))
     return samples

@@ -1,111 +1,79 @@
-"""The suite `synth` through vLLM, with DiffKV's plugin and with vLLM's own cache.
+"""Answers through vLLM, with DiffKV's plugin or with vLLM's own cache.
 
 A prompt is all that vLLM is given, and it is compressed with its last token: so the setting is easy.
 """
 
-import importlib.metadata
-import time
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from diffkv.hf import CacheUse
-from diffkv.lab.evaluation import synth
-from diffkv.lab.evaluation.results import Run
-from diffkv.lab.evaluation.runs import CacheSpec, provenance
-from diffkv.lab.evaluation.tasks import Sample
+from diffkv.lab.evaluation.engine import CacheSpec
+from diffkv.lab.evaluation.tasks import Sample, Setting
 from diffkv.policies import PAPER
 from diffkv.quant import ConfigError
-from diffkv.vllm_plugin.front import offline
+from diffkv.use import CacheUse
 from diffkv.vllm_plugin.front.session import Session, session
 from diffkv.vllm_plugin.options import Options
 
-__all__ = ["SETTING", "run_tasks"]
+__all__ = ["SETTING", "VLLMModel"]
 
 SETTING = "easy"
 
 
-def _options(spec: CacheSpec) -> Options:
-    """What the plugin takes: `none` is the published rule with both thresholds 0.
+def _options(cache: CacheSpec) -> Options:
+    """Options of the plugin: `none` is the published rule with both thresholds 0.
 
     Raises:
         ConfigError: a policy that the plugin does not have.
     """
     return Options(
-        quant=str(spec.quant),
-        alpha_high=spec.thresholds.alpha_high if spec.quant.has_low else None,
-        alpha_low=spec.thresholds.alpha_low,
-        window=spec.window,
-        policy=PAPER.text if spec.policy.keeps_all else spec.policy.text,
-        page_bytes=spec.page_bytes,
-        rotate=spec.rotate,
-        kernels=spec.kernels,
+        quant=str(cache.quant),
+        alpha_high=cache.thresholds.alpha_high if cache.quant.has_low else None,
+        alpha_low=cache.thresholds.alpha_low,
+        window=cache.window,
+        policy=PAPER.text if cache.policy.keeps_all else cache.policy.text,
+        page_bytes=cache.page_bytes,
+        rotate=cache.rotate,
+        kernels=cache.kernels,
     )
 
 
-def _as_use(use: offline.CacheUse) -> CacheUse:
-    """The same in the words of `diffkv.hf`."""
-    bf16 = use.tokens * use.bf16_bytes_per_token
-    return CacheUse(
-        use.tokens, use.high, use.low, use.pages, round(use.bytes_per_token * use.tokens), bf16,
-        bf16 / use.nominal_ratio_bf16,
-    )  # fmt: skip
-
-
-def _vllm() -> str:
-    """The package that is installed: vLLM for CPUs has a name of its own."""
-    installed = importlib.metadata.packages_distributions()["vllm"]
-    return installed[0]
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _answerer(running: Session) -> synth.Answerer:
-    def answer(samples: Sequence[Sample], num_tokens: int) -> tuple[list[str], CacheUse | None]:
-        sampling = [{"temperature": 0.0, "max_tokens": num_tokens} for _ in samples]
-        answers, use = running.answer([sample.prompt for sample in samples], sampling)
-        return [each.text for each in answers], None if use is None else _as_use(use)
-
-    return answer
-
-
-def run_tasks(name: str, arguments: dict[str, Any], spec: CacheSpec, plan: synth.Plan) -> Run:
-    """Answer with both caches, one engine after the other.
+class VLLMModel(contextlib.ExitStack):
+    """One engine at a time, with the cache that was asked for last; close it to end the last one.
 
     Args:
-        name: of the model, as it was named.
         arguments: of vLLM's engine, the model among them.
-        spec: the compressed cache.
-        plan: what is asked.
-
-    Raises:
-        ConfigError: a policy or setting that the plugin does not have, or an engine that cannot start.
     """
-    options = _options(spec)
-    if tuple(plan.settings) != (SETTING,):
-        raise ConfigError(
-            f"--engine vllm runs the setting {SETTING} only: write --settings {SETTING}"
-        )
-    start = time.perf_counter()
-    with session(arguments, None) as running:
-        full = synth.full_scores(plan, _answerer(running))
-    with session(arguments, options) as running:
-        rows = synth.task_rows(plan, _answerer(running), full)
-    return Run(
-        model=name,
-        engine="vllm",
-        quant=str(spec.quant),
-        policy=str(spec.policy),
-        alpha_high=spec.thresholds.alpha_high,
-        alpha_low=spec.thresholds.alpha_low,
-        window=spec.window,
-        rotate=spec.rotate,
-        seed=plan.seed,
-        suite="synth",
-        tasks=rows,
-        seconds=time.perf_counter() - start,
-        provenance=provenance(_device(), ("torch", "transformers", _vllm())),
-    )
+
+    name = "vllm"
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self._arguments = arguments
+        self._cache: CacheSpec | None = None
+        self._running: Session | None = None
+
+    def check(self, cache: CacheSpec, settings: Sequence[Setting]) -> None:
+        """Refuse what vLLM cannot do; see `engine.Engine`."""
+        _options(cache)
+        if tuple(settings) != (SETTING,):
+            raise ConfigError(
+                f"--engine vllm runs the setting {SETTING} only: write --settings {SETTING}"
+            )
+
+    def answer(
+        self, samples: Sequence[Sample], num_tokens: int, cache: CacheSpec | None
+    ) -> tuple[list[str], CacheUse | None]:
+        """Answer samples; see `engine.Engine`.
+
+        Raises:
+            ConfigError: an engine that cannot start.
+        """
+        if self._running is None or cache != self._cache:
+            self.close()
+            options = None if cache is None else _options(cache)
+            self._running = self.enter_context(session(self._arguments, options))
+            self._cache = cache
+        sampling = [{"temperature": 0.0, "max_tokens": num_tokens} for _ in samples]
+        answers, use = self._running.answer([sample.prompt for sample in samples], sampling)
+        return [each.text for each in answers], use

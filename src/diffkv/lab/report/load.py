@@ -1,100 +1,75 @@
-"""Reads result files: runs of `diffkv eval`, and what `diffkv inspect --json` shows."""
+"""Reads result files: rows of `diffkv eval` and of `diffkv inspect --json`."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from diffkv.lab.evaluation.results import Run
+from diffkv.lab import rows
+from diffkv.lab.evaluation.results import HEADS, KLD, TASKS, KldScore, Method, TaskScore, scores
+from diffkv.lab.rows import Row
 from diffkv.quant import ConfigError
 
-__all__ = ["Heads", "Loaded", "read"]
-
-Parsed = TypeVar("Parsed", bound=BaseModel)
-
-
-class Heads(BaseModel):
-    """What each layer and head kept, of `diffkv inspect --json`; the fields that are drawn.
-
-    Attributes:
-        model: as it was named.
-        quant: text form of the formats.
-        alpha_high: threshold.
-        alpha_low: threshold.
-        window: recent tokens that stay high.
-        num_tokens: of all prompts.
-        shares: of each tier, of tokens, [num_layers][num_kv_heads].
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-    model: str
-    quant: str
-    alpha_high: float
-    alpha_low: float
-    window: int
-    num_tokens: int
-    shares: dict[str, list[list[float]]]
+__all__ = ["Loaded", "read"]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Everything that the files hold, in their order."""
+    """Everything that the files hold, in their order.
 
-    runs: list[Run]
-    heads: list[Heads]
+    Attributes:
+        tasks: rows with a score for each task.
+        kld: rows with a score for each mode.
+        heads: rows of what each layer and head kept.
+    """
+
+    tasks: list[tuple[Row, list[TaskScore]]]
+    kld: list[tuple[Row, list[KldScore]]]
+    heads: list[Row]
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return [row for row, _ in (*self.tasks, *self.kld)] + self.heads
 
 
 def read(paths: Sequence[Path]) -> Loaded:
-    """Read files of one JSON object, or of one a line.
+    """Read files of rows.
 
     Raises:
-        ConfigError: a file that cannot be read or holds something else; the same run twice.
+        ConfigError: a file that cannot be read or holds something else; two results of one case.
     """
-    runs: list[Run] = []
-    heads: list[Heads] = []
-    seen: dict[str, Path] = {}
+    loaded = Loaded([], [], [])
+    cases: list[tuple[str, dict[str, object]]] = []
     for path in paths:
-        for row in _objects(path):
-            if "shares" in row:
-                heads.append(_parse(Heads, row, path))
-                continue
-            run = _parse(Run, row, path)
-            key = run.model_dump_json(exclude={"seconds", "provenance"})
-            if key in seen:
-                raise ConfigError(f"{path} holds the same result as {seen[key]}: name it once")
-            seen[key] = path
-            runs.append(run)
-    return Loaded(runs, heads)
+        for row in rows.read(path):
+            if row.error is not None:
+                raise ConfigError(f"{path} holds a run that failed: {row.error}")
+            try:
+                name = _add(loaded, row)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{path} holds no result of diffkv eval or diffkv inspect: {error}"
+                ) from None
+            if (row.kind, row.case) in cases:
+                raise ConfigError(f"{path} holds {name} once more: name each result once")
+            cases.append((row.kind, row.case))
+    if not cases:
+        raise ConfigError(f"{', '.join(map(str, paths))}: no results")
+    return loaded
 
 
-def _objects(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
-    try:
-        found = [json.loads(text)]
-    except ValueError:
-        try:
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON, nor one JSON object a line: {error}") from None
-    if not found or not all(isinstance(row, dict) for row in found):
-        raise ConfigError(f"{path} holds no JSON object")
-    return found
-
-
-def _parse(kind: type[Parsed], row: dict[str, Any], path: Path) -> Parsed:
-    try:
-        return kind.model_validate(row)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ConfigError(
-            f"{path} is no result of diffkv eval --json or diffkv inspect --json: {place}: "
-            f"{first['msg']}"
-        ) from None
+def _add(loaded: Loaded, row: Row) -> str:
+    """Put a row where it belongs; its name in an error."""
+    if row.kind == HEADS:
+        if "shares" not in row.measured or "quant" not in row.case:
+            raise ValueError("a row of heads needs shares and quant")
+        loaded.heads.append(row)
+        return f"heads of {row.case.get('model')}"
+    name = f"{Method.of(row).label()} with seed {row.get('seed', 0)}"
+    if row.kind == TASKS:
+        loaded.tasks.append((row, scores(row)))
+    elif row.kind == KLD:
+        loaded.kld.append((row, scores(row)))
+    else:
+        raise ValueError(f"a row of kind {row.kind}")
+    return name

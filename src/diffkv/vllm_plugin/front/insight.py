@@ -1,14 +1,18 @@
 """Runs prompts, and has the workers read what each keeps, token by token."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.front.offline import (
+    engine,
+    engine_arguments,
+    expected_lengths,
+    requests_in_one_line,
+)
 from diffkv.vllm_plugin.options import Options
 
-__all__ = ["Insight", "inspect"]
+__all__ = ["Insight", "inspect", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -47,26 +51,17 @@ def inspect(
     Raises:
         ConfigError: the engine cannot start, or a prompt does not fit the model.
     """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    args = engine_arguments(arguments, replace(options, drops=True))
     from vllm import SamplingParams
-    from vllm.exceptions import VLLMClientError
-
-    from diffkv.vllm_plugin.front import offline
-    from diffkv.vllm_plugin.support import check_version
-
-    check_version()
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     insights = []
-    args = offline.turned_on(replace(options, drops=True), arguments)
-    lengths = offline.expected_lengths(prompts, [{"max_tokens": max_tokens}] * len(prompts))
-    with offline.engine(args, [max(lengths)]) as llm:
+    lengths = expected_lengths(prompts, [{"max_tokens": max_tokens}] * len(prompts))
+    with engine(args, [max(lengths)]) as llm:  # one prompt at a time
         tokenizer = llm.get_tokenizer()
         for prompt in prompts:
-            try:
+            with requests_in_one_line():
                 (output,) = llm.generate([prompt], params, use_tqdm=False)
-            except (ValueError, VLLMClientError) as error:
-                raise ConfigError(offline.first_line(error)) from error
             # Pages go back with the next step's message, so a finished request is still there.
             ranks = [rank for (rank,) in llm.collective_rpc("diffkv_insight")]
             num_tokens = ranks[0]["num_tokens"]
@@ -86,3 +81,39 @@ def inspect(
 def _join_heads(ranks: list[list[list[Any]]]) -> list[list[Any]]:
     """[num_layers][num_kv_heads] of all ranks, from each rank's own."""
     return [[head for heads in layer for head in heads] for layer in zip(*ranks, strict=True)]
+
+
+def summarize(insights: Sequence[Insight]) -> dict[str, Any]:
+    """What prompts kept: shares of each layer and head over all of them, and the counts of each.
+
+    Shares are of the tokens of all prompts, [num_layers][num_kv_heads] for each tier.
+    """
+    num_tokens = sum(insight.num_tokens for insight in insights)
+    num_layers, num_heads = len(insights[0].high), len(insights[0].high[0])
+    shares = {
+        tier: [
+            [
+                sum(getattr(insight, tier)[layer][head] for insight in insights) / num_tokens
+                for head in range(num_heads)
+            ]
+            for layer in range(num_layers)
+        ]
+        for tier in ("high", "low")
+    }
+    shares["dropped"] = [
+        [1 - high - low for high, low in zip(highs, lows, strict=True)]
+        for highs, lows in zip(shares["high"], shares["low"], strict=True)
+    ]
+    return {
+        "num_layers": num_layers,
+        "num_kv_heads": num_heads,
+        "num_tokens": num_tokens,
+        "mean": {
+            tier: sum(map(sum, rows)) / (num_layers * num_heads) for tier, rows in shares.items()
+        },
+        "shares": shares,
+        "prompts": [
+            {"num_tokens": insight.num_tokens, "high": insight.high, "low": insight.low}
+            for insight in insights
+        ],
+    }

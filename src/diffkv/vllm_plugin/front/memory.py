@@ -6,7 +6,7 @@ vLLM's own choice is nine tenths of the machine, whatever the model and the prom
 from collections.abc import Sequence
 from typing import Any
 
-from diffkv.shape import CacheShape
+from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.support import least_budget
 
@@ -43,8 +43,10 @@ def needed_bytes(
     if options is None:
         one, together = dense * longest, dense * sum(running)
     else:
-        layout = options.layout(num_layers, head_dim, element_bytes)
-        one = least_budget(layout, heads, longest, most)
-        requests = {length: CacheShape.request_bytes(layout, heads, length) for length in running}
+        layout = options.layout(head_dim, element_bytes)
+        one = least_budget(layout, num_layers, heads, longest, most)
+        requests = {
+            length: PoolShape.request_bytes(layout, num_layers, heads, length) for length in running
+        }
         together = sum(requests[length] for length in running)
     return int(max(LEAST_BYTES, SPARE * one, min(SPARE * together, MOST_BYTES)))

@@ -11,8 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
+from diffkv.use import CacheUse
 from diffkv.vllm_plugin.arguments import arguments_of
 from diffkv.vllm_plugin.front.config_file import with_config_file
 from diffkv.vllm_plugin.front.memory import needed_bytes
@@ -20,19 +20,18 @@ from diffkv.vllm_plugin.options import Options
 
 __all__ = [
     "Answer",
-    "CacheUse",
     "Result",
-    "as_answer",
+    "answer",
     "cache_use",
-    "check_lengths",
     "check_model",
     "engine",
+    "engine_arguments",
     "engine_flags",
     "expected_lengths",
     "first_line",
     "generate",
     "refusals_in_one_line",
-    "turned_on",
+    "requests_in_one_line",
 ]
 
 LETTERS_A_TOKEN = 2
@@ -53,38 +52,24 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class CacheUse:
-    """What the requests of a run spent, in bytes of the KV budget.
-
-    Token counts are means over heads, at the end of each request. `bytes_per_token` counts whole pages,
-    half-empty ones included, and tables; `nominal_ratio_bf16` counts bits of codes alone.
-    """
-
-    quant: str
-    alpha_high: float
-    alpha_low: float
-    tokens: int
-    high: float
-    low: float
-    dropped: float
-    pages: int
-    pages_peak: int
-    page_bytes: int
-    running_peak: int
-    bytes_per_token: float
-    bf16_bytes_per_token: int
-    ratio_bf16: float
-    ratio_fp8: float
-    nominal_ratio_bf16: float
-
-
-@dataclass(frozen=True)
 class Result:
-    """Answers in the order of the prompts, and the cache's use if it was ours."""
+    """What a run made and spent.
+
+    Attributes:
+        answers: in the order of the prompts.
+        cache: what requests held when they ended; None with vLLM's own cache.
+        preemptions: of requests.
+        page_bytes: of a page, as the next two 0 with vLLM's own cache.
+        pages_peak: most pages held at once.
+        running_peak: most requests at once.
+    """
 
     answers: list[Answer]
     cache: CacheUse | None
     preemptions: int
+    page_bytes: int = 0
+    pages_peak: int = 0
+    running_peak: int = 0
 
 
 def check_model(model: str) -> None:
@@ -153,8 +138,7 @@ def engine_flags(flags: Sequence[str]) -> dict[str, Any]:
 
     refuse_in_one_line(parser, "vLLM's engine")
     defaults = vars(parser.parse_args([]))
-    flags = with_config_file(parser, flags)
-    given = vars(parser.parse_args(flags))
+    given = vars(parser.parse_args(with_config_file(parser, flags)))
     return {name: value for name, value in given.items() if value != defaults[name]}
 
 
@@ -177,8 +161,7 @@ def _checked(args: dict[str, Any], lengths: Sequence[int] | None) -> dict[str, A
 
     if args.get("data_parallel_size", 1) > 1:  # LLM refuses it itself
         return args
-    transfer = args.get("kv_transfer_config")
-    full = args
+    transfer, full = args.get("kv_transfer_config"), args
     if isinstance(transfer, dict):
         full = {**args, "kv_transfer_config": KVTransferConfig(**transfer)}
     config = EngineArgs(**full).create_engine_config(UsageContext.LLM_CLASS)
@@ -201,7 +184,7 @@ def refusals_in_one_line(
     """Start an engine inside: its failures to start are the user's to read, in one line.
 
     Args:
-        args: of vLLM's engine.
+        args: arguments of vLLM's engine.
         lengths: tokens of each request to come, prompt and answer, if they are known.
 
     Yields:
@@ -216,6 +199,21 @@ def refusals_in_one_line(
         raise
     except (ValueError, OSError, RuntimeError) as error:
         raise ConfigError(f"vLLM cannot start: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def requests_in_one_line() -> Iterator[None]:
+    """Give vLLM requests inside: its refusals of them are the user's to read, in one line.
+
+    Raises:
+        ConfigError: what vLLM refuses.
+    """
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        yield
+    except (ValueError, VLLMClientError) as error:
+        raise ConfigError(first_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -244,7 +242,7 @@ def generate(
 
     Args:
         prompts: texts.
-        arguments: of vLLM's engine, the model among them.
+        arguments: arguments of vLLM's engine, the model among them.
         sampling: arguments of vLLM's SamplingParams, for each prompt.
         options: DiffKV's; None runs vLLM with its own cache.
         progress: whether to show a progress bar.
@@ -252,29 +250,18 @@ def generate(
     Raises:
         ConfigError: the engine cannot start, or a prompt does not fit the model.
     """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import SamplingParams
-    from vllm.exceptions import VLLMClientError
-
-    from diffkv.vllm_plugin.support import check_version
-
-    check_version()
-    args = {**arguments, "disable_log_stats": False}
-    if options is not None:
-        args = turned_on(options, args)
-    try:
-        params = [SamplingParams(**each) for each in sampling]
-    except (ValueError, VLLMClientError) as error:
-        raise ConfigError(first_line(error)) from error
+    args = engine_arguments(arguments, options)
+    _sampling_params(sampling)  # bad ones are refused before the engine takes its time to start
     with engine(args, expected_lengths(prompts, sampling)) as llm:
-        check_lengths(llm, prompts)
-        try:
-            outputs = llm.generate(list(prompts), params, use_tqdm=progress)
-        except (ValueError, VLLMClientError) as error:
-            raise ConfigError(first_line(error)) from error
-        answers = [as_answer(output) for output in outputs]
-        use = None if options is None else cache_use(options, llm.collective_rpc("diffkv_summary"))
-        return Result(answers, use, _preemptions(llm))
+        answers = answer(llm, prompts, sampling, progress)
+        if options is None:
+            return Result(answers, None, _preemptions(llm))
+        ranks = llm.collective_rpc("diffkv_summary")
+        totals = [rank["totals"] for rank in ranks]
+        return Result(
+            answers, cache_use(ranks), _preemptions(llm), ranks[0]["pool"]["page_bytes"],
+            sum(each["pages_peak"] for each in totals), totals[0]["running_peak"],
+        )  # fmt: skip
 
 
 def expected_lengths(prompts: Sequence[str], sampling: Sequence[dict[str, Any]]) -> list[int]:
@@ -285,14 +272,63 @@ def expected_lengths(prompts: Sequence[str], sampling: Sequence[dict[str, Any]])
     ]
 
 
-def as_answer(output: Any) -> Answer:
-    """What vLLM made of a prompt, in our words."""
-    first = output.outputs[0]
-    prompt_tokens = len(output.prompt_token_ids)
-    return Answer(prompt_tokens, list(first.token_ids), first.text, first.finish_reason)
+def engine_arguments(arguments: dict[str, Any], options: Options | None) -> dict[str, Any]:
+    """Arguments of vLLM's engine for a run that is measured, with DiffKV or with vLLM's own cache.
+
+    Prefix caching is off in both: a prompt that is read from a cache is not compressed anew.
+
+    Raises:
+        ConfigError: an argument that DiffKV sets itself was given, or another vLLM is installed.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from diffkv.vllm_plugin.support import check_version
+
+    check_version()
+    args = {**arguments, "disable_log_stats": False}
+    if options is None:
+        return {**args, "enable_prefix_caching": False}
+    ours = arguments_of(options)
+    for name in ours:
+        if name in args and name != "watermark":
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} does not go with DiffKV, which sets it: leave it out")
+    return {**ours, **args}
 
 
-def check_lengths(llm: Any, prompts: Sequence[str]) -> None:
+def answer(
+    llm: Any, prompts: Sequence[str], sampling: Sequence[dict[str, Any]], progress: bool = False
+) -> list[Answer]:
+    """Answer prompts with an engine that is running.
+
+    Args:
+        llm: vLLM's engine.
+        prompts: texts.
+        sampling: arguments of vLLM's SamplingParams, for each prompt.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ConfigError: a prompt does not fit the model, or a bad argument of sampling.
+    """
+    _check_lengths(llm, prompts)
+    params = _sampling_params(sampling)
+    with requests_in_one_line():
+        outputs = llm.generate(list(prompts), params, use_tqdm=progress)
+    answers = []
+    for output in outputs:
+        first = output.outputs[0]
+        length = len(output.prompt_token_ids)
+        answers.append(Answer(length, list(first.token_ids), first.text, first.finish_reason))
+    return answers
+
+
+def _sampling_params(sampling: Sequence[dict[str, Any]]) -> list[Any]:
+    from vllm import SamplingParams
+
+    with requests_in_one_line():
+        return [SamplingParams(**each) for each in sampling]
+
+
+def _check_lengths(llm: Any, prompts: Sequence[str]) -> None:
     """Refuse a prompt that leaves no room for an answer, before there is a progress bar to disturb.
 
     Raises:
@@ -309,42 +345,22 @@ def check_lengths(llm: Any, prompts: Sequence[str]) -> None:
             )
 
 
-def turned_on(options: Options, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Add what turns DiffKV on to an engine's arguments, of which its watermark may be another.
-
-    Raises:
-        ConfigError: an argument that DiffKV sets itself was given.
-    """
-    ours = arguments_of(options)
-    for name in ours:
-        if name in arguments and name != "watermark":
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} does not go with DiffKV, which sets it: leave it out")
-    return {**ours, **arguments}
-
-
 def _preemptions(llm: Any) -> int:
     return sum(
         int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
     )
 
 
-def cache_use(
-    options: Options, ranks: list[dict[str, Any]], thresholds: Thresholds | None = None
-) -> CacheUse:
+def cache_use(ranks: list[dict[str, Any]]) -> CacheUse:
     """Join the ranks' summaries: bytes and pages add up, token counts are those of a head."""
     totals = [rank["totals"] for rank in ranks]
-    pool = ranks[0]["pool"]
     tokens = totals[0]["num_tokens"]
-    high, low = (sum(t[name] for t in totals) / len(totals) for name in ("high", "low"))
-    num_bytes = sum(t["num_bytes"] for t in totals)
+    high, low, nominal_bits = (
+        sum(each[name] for each in totals) / len(totals) for name in ("high", "low", "nominal_bits")
+    )
     bf16 = sum(rank["pool"]["bf16_bytes_per_token"] for rank in ranks)
-    nominal_bits = sum(t["nominal_bits"] for t in totals) / len(totals)
-    per_token = num_bytes / tokens
-    thresholds = thresholds or options.thresholds()
     return CacheUse(
-        pool["quant"], thresholds.alpha_high, thresholds.alpha_low, tokens, high, low,
-        max(0.0, round(tokens - high - low, 6)), sum(t["num_pages"] for t in totals),
-        sum(t["pages_peak"] for t in totals), pool["page_bytes"], totals[0]["running_peak"],
-        per_token, bf16, bf16 / per_token, bf16 / 2 / per_token, tokens * 16 / nominal_bits,
+        tokens, high, low, pages=sum(each["num_pages"] for each in totals),
+        num_bytes=sum(each["num_bytes"] for each in totals), bf16_bytes=tokens * bf16,
+        nominal_bytes=bf16 * nominal_bits / 16,
     )  # fmt: skip

@@ -1,28 +1,21 @@
 """One engine that answers several times, each time with thresholds of its own."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffkv.policy import Thresholds
-from diffkv.quant import ConfigError
+from diffkv.use import CacheUse
 from diffkv.vllm_plugin.front.offline import (
     Answer,
-    CacheUse,
-    as_answer,
+    answer,
     cache_use,
-    check_lengths,
     engine,
-    first_line,
-    turned_on,
+    engine_arguments,
 )
 from diffkv.vllm_plugin.options import Options
 
-__all__ = ["Meter", "Session", "engine_arguments", "session"]
-
-COUNTS = ("num_tokens", "high", "low", "num_bytes", "num_pages")
-"""Of a rank's totals, those that grow with each request that ends."""
+__all__ = ["Meter", "Session", "session"]
 
 
 class Meter:
@@ -35,32 +28,19 @@ class Meter:
 
     def __init__(self, llm: Any, options: Options | None) -> None:
         self._llm = llm
-        self._options = options
+        self._is_ours = options is not None
         self._before = self._read()
 
-    def _read(self) -> list[dict[str, Any]]:
-        return [] if self._options is None else self._llm.collective_rpc("diffkv_summary")
+    def _read(self) -> CacheUse:
+        return (
+            cache_use(self._llm.collective_rpc("diffkv_summary")) if self._is_ours else CacheUse()
+        )
 
-    def take(self, thresholds: Thresholds | None = None) -> CacheUse | None:
-        """What was spent since the last reading; None without DiffKV or where nothing was.
-
-        Args:
-            thresholds: of the requests, if they were not the engine's.
-        """
-        if self._options is None:
-            return None
+    def take(self) -> CacheUse | None:
+        """What was spent since the last reading; None with vLLM's own cache or where nothing was."""
         before, self._before = self._before, self._read()
-        ranks = [
-            {**now, "totals": _difference(now["totals"], then["totals"])}
-            for now, then in zip(self._before, before, strict=True)
-        ]
-        if ranks[0]["totals"]["num_tokens"] == 0:
-            return None
-        return cache_use(self._options, ranks, thresholds)
-
-
-def _difference(now: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
-    return {**now, **{name: now[name] - then[name] for name in COUNTS}}
+        use = self._before - before
+        return use if use.tokens else None
 
 
 class Session:
@@ -81,7 +61,7 @@ class Session:
         Args:
             prompts: texts.
             sampling: arguments of vLLM's SamplingParams, for each prompt.
-            thresholds: of these requests; None takes the engine's.
+            thresholds: the requests' own; None takes the engine's.
 
         Returns:
             Answers in the order of the prompts, and what they spent; None with vLLM's own cache.
@@ -89,17 +69,9 @@ class Session:
         Raises:
             ConfigError: a prompt does not fit the model, or a bad argument of sampling.
         """
-        from vllm import SamplingParams
-        from vllm.exceptions import VLLMClientError
-
         ours = {} if thresholds is None else {"extra_args": _settings(thresholds)}
-        check_lengths(self._llm, prompts)
-        try:
-            params = [SamplingParams(**each, **ours) for each in sampling]
-            outputs = self._llm.generate(list(prompts), params, use_tqdm=False)
-        except (ValueError, VLLMClientError) as error:
-            raise ConfigError(first_line(error)) from error
-        return [as_answer(output) for output in outputs], self._meter.take(thresholds)
+        answers = answer(self._llm, prompts, [{**each, **ours} for each in sampling])
+        return answers, self._meter.take()
 
 
 def _settings(thresholds: Thresholds) -> dict[str, float]:
@@ -109,30 +81,12 @@ def _settings(thresholds: Thresholds) -> dict[str, float]:
     }
 
 
-def engine_arguments(arguments: dict[str, Any], options: Options | None) -> dict[str, Any]:
-    """Arguments of vLLM's engine for a run that is measured, with DiffKV or with vLLM's own cache.
-
-    Prefix caching is off in both: a prompt that is read from a cache is not compressed anew.
-
-    Raises:
-        ConfigError: an argument that DiffKV sets itself was given, or another vLLM is installed.
-    """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from diffkv.vllm_plugin.support import check_version
-
-    check_version()
-    args = {**arguments, "disable_log_stats": False}
-    if options is None:
-        return {**args, "enable_prefix_caching": False}
-    return turned_on(options, args)
-
-
 @contextlib.contextmanager
 def session(arguments: dict[str, Any], options: Options | None) -> Iterator[Session]:
     """An engine for a while.
 
     Args:
-        arguments: of vLLM's engine, the model among them.
+        arguments: arguments of vLLM's engine, the model among them.
         options: DiffKV's; None runs vLLM with its own cache.
 
     Raises:

@@ -37,7 +37,6 @@ class DiffKVManager(FullAttentionManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._layout = kv_cache_spec.layout
         self._num_layers = kv_cache_spec.num_layers
-        self._num_kv_heads = kv_cache_spec.num_kv_heads
         self._quotas: dict[str, list[Any]] = {}
         self._reports: dict[str, PagesHeld] = {}
         self._num_tokens: dict[str, int] = {}
@@ -162,7 +161,7 @@ class DiffKVManager(FullAttentionManager):
 
     def _most_pages(self, num_tokens: int) -> int:
         """Pages that a request of `num_tokens` tokens can need, however they are tiered."""
-        return self._num_kv_heads * self._layout.max_pages(num_tokens)
+        return self.shape.num_heads * self._layout.max_pages(num_tokens)
 
     def _blocks(self, pages: int) -> int:
         return max(1, -(-pages // self._num_layers))
@@ -181,7 +180,7 @@ class DiffKVManager(FullAttentionManager):
             if 0 < more <= len(report.growth):
                 growth = report.growth[more - 1]
             else:
-                growth = self._num_kv_heads * self._layout.max_new_pages(more)
+                growth = self.shape.num_heads * self._layout.max_new_pages(more)
             pages = min(pages, report.num_pages + growth)
         elif prompt is not None and request_id not in self._given_up:
             if num_tokens == prompt.num_tokens:

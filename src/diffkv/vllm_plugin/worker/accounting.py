@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffkv.shape import CacheShape
-from diffkv.state import CacheState
+from diffkv.shape import PoolShape
+from diffkv.state import PoolState
 from diffkv.vllm_plugin.metrics import COUNTERS
-from diffkv.vllm_plugin.scheduler.banner import bf16_bytes_per_token
 from diffkv.vllm_plugin.worker.snapshot import RunningRequest, Snapshot
 
 __all__ = ["Accounts", "Totals"]
@@ -42,7 +41,7 @@ class Accounts:
         state: the pool's, which is only read.
     """
 
-    def __init__(self, shape: CacheShape, state: CacheState) -> None:
+    def __init__(self, shape: PoolShape, state: PoolState) -> None:
         self._shape = shape
         self._state = state
         self._totals = Totals()
@@ -53,7 +52,7 @@ class Accounts:
     @property
     def num_held(self) -> int:
         """Pages that requests hold."""
-        head, tail = self._state.pool.ring_ends.tolist()
+        head, tail = self._state.ring_ends.tolist()
         return self._state.num_pages - (tail - head)
 
     @contextmanager
@@ -88,22 +87,20 @@ class Accounts:
         """Count what a request keeps, before it is released."""
         spent = self._add(self._totals, request)
         if spent:
-            bf16 = bf16_bytes_per_token(self._shape) * request.num_tokens
+            bf16 = self._shape.bf16_bytes_per_token * request.num_tokens
             self._ratios.append(bf16 / spent)
 
     def _add(self, totals: Totals, request: RunningRequest) -> int:
         """Add what a request keeps to some totals, and return its bytes: 0 if it has not run."""
-        num_heads = self._shape.num_layers * self._shape.num_kv_heads
-        groups = self._state.groups
-        pages = sum(int(group.num_pages_held[request.slot].sum()) for group in groups)
+        num_heads = self._shape.num_heads
+        pages = int(self._state.num_pages_held[request.slot].sum())
         if not pages:
             return 0
-        for group in groups:
-            high, low = group.num_tokens[request.slot].sum((0, 1)).tolist()
-            totals.high += high / num_heads
-            totals.low += low / num_heads
-            for count, tier in zip((high, low), group.layout.tiers, strict=False):
-                totals.nominal_bits += count * tier.format.nominal_bits / num_heads
+        high, low = self._state.num_tokens[request.slot].sum((0, 1)).tolist()
+        totals.high += high / num_heads
+        totals.low += low / num_heads
+        for count, tier in zip((high, low), self._state.layout.tiers, strict=False):
+            totals.nominal_bits += count * tier.format.nominal_bits / num_heads
         spent = self._shape.spent_bytes(pages, 1)
         totals.num_requests += 1
         totals.num_tokens += request.num_tokens
@@ -113,7 +110,7 @@ class Accounts:
 
     def gauges(self) -> dict[str, float]:
         """The pool after the latest step that is known; token counts are means over heads."""
-        num_heads = self._shape.num_layers * self._shape.num_kv_heads
+        num_heads = self._shape.num_heads
         high = low = per_token = 0.0
         held = num_tokens = 0
         if self._snapshot is not None:
@@ -131,9 +128,7 @@ class Accounts:
             "tokens_low": low,
             "tokens_dropped": max(0.0, num_tokens - high - low),
             "bytes_per_token": per_token,
-            "compression_ratio": bf16_bytes_per_token(self._shape) / per_token
-            if per_token
-            else 0.0,
+            "compression_ratio": self._shape.bf16_bytes_per_token / per_token if per_token else 0.0,
         }
 
     def take(self) -> tuple[dict[str, float], list[float]]:
@@ -156,6 +151,6 @@ class Accounts:
                 "pages_held": self.num_held,
                 "num_slots": self._shape.num_slots,
                 "table_bytes": self._shape.table_bytes,
-                "bf16_bytes_per_token": bf16_bytes_per_token(self._shape),
+                "bf16_bytes_per_token": self._shape.bf16_bytes_per_token,
             },
         }

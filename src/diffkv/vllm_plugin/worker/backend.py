@@ -183,7 +183,7 @@ def _note_spec(vllm_config: Any, head_dim: int) -> None:
     num_layers = model.get_num_layers(vllm_config.parallel_config)
     _spec_of[head_dim] = partial(
         DiffKVSpec.of,
-        layout=options.layout(num_layers, head_dim, model.dtype.itemsize),
+        layout=options.layout(head_dim, model.dtype.itemsize),
         num_layers=num_layers,
         max_model_len=model.max_model_len,
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,

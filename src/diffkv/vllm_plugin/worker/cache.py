@@ -62,43 +62,57 @@ class _Slots:
 
 
 class WorkerCache:
-    """The pool of one worker.
+    """The pool of one worker, in the allocation that vLLM made for all layers' caches.
 
     Args:
+        kv_caches: each layer's view of that allocation.
         options: the engine's.
-        spec: the layers' spec, as vLLM merged it.
-        num_blocks: vLLM's blocks.
-        buffer: [num_bytes] int8, the one allocation behind all layers' caches.
-        scale: softmax scale.
-        late: report a step after the next one, so that the host does not wait for the device.
+        vllm_config: vLLM's configuration, which has the layers.
+        kv_cache_config: vLLM's KVCacheConfig, with the number of blocks and the layers' spec.
+
+    Raises:
+        ConfigError: the layers' softmax scales differ.
     """
 
     def __init__(
         self,
+        kv_caches: Mapping[str, Tensor],
         options: Options,
-        spec: DiffKVSpec,
-        num_blocks: int,
-        buffer: Tensor,
-        scale: float,
-        late: bool,
+        vllm_config: Any,
+        kv_cache_config: Any,
     ) -> None:
-        self.spec = spec
+        (group,) = kv_cache_config.kv_cache_groups
+        spec, num_blocks = group.kv_cache_spec, kv_cache_config.num_blocks
+        assert isinstance(spec, DiffKVSpec), f"vLLM merged the specs to {type(spec).__name__}"
+        storage = next(iter(kv_caches.values())).untyped_storage()
+        device, on_cpu = storage.device, storage.device.type == "cpu"
+        layers = vllm_config.compilation_config.static_forward_context
+        impls = [layers[name].impl for name in group.layer_names]
+        scales = {impl.scale for impl in impls}
+        if len(scales) != 1:
+            raise ConfigError(f"DiffKV needs one attention scale for all layers, got {scales}")
+
         self.shape = spec.pool_shape(num_blocks)
-        self.state = pool.create_cache(self.shape, buffer, spec.dtype, options.window)
-        if buffer.device.type == "cpu":
-            self.state.pool.pages.zero_()  # a host that lacks the memory must say so now
-        kernels = ops.load(buffer.device.type, options.kernels)
-        signs = signs_of(options.rotation(), spec.head_size, buffer.device)
-        prefill = choose_prefill(buffer.device.type, spec.dtype, spec.head_size)
+        buffer = torch.empty(0, dtype=torch.int8, device=device).set_(storage)
+        self.state = pool.create(self.shape, buffer, spec.dtype, options.window)
+        if on_cpu:
+            self.state.pages.zero_()  # a host that lacks the memory must say so now
         self.cache = DiffKVCache(
-            self.state, kernels, scale, options.prompt_policy(), prefill, signs
+            self.state,
+            ops.load(device.type, options.kernels),
+            scales.pop(),
+            options.prompt_policy(),
+            choose_prefill(device.type, spec.dtype, spec.head_size),
+            signs_of(options.rotation(), spec.head_size, device),
         )
         self.accounts = Accounts(self.shape, self.state)
         self._slots = _Slots(
             list(range(self.shape.num_slots))[::-1],
-            torch.full((num_blocks,), -1, dtype=torch.int32, device=buffer.device),
+            torch.full((num_blocks,), -1, dtype=torch.int32, device=device),
             np.zeros(self.shape.num_slots + 1, dtype=np.int64),
         )
+        # where steps overlap, a report that came at once would wait for the device
+        late = not on_cpu and vllm_config.max_concurrent_batches > 1
         self._snapshots = Snapshots(self.state, late)
         self._due: list[Snapshot] = []
         self._is_reported = False
@@ -106,37 +120,9 @@ class WorkerCache:
         self._plan_later: Callable[[], object] | None = None
         self._row_slots: list[Tensor] = []
 
-    @classmethod
-    def behind(
-        cls, kv_caches: Mapping[str, Tensor], options: Options, vllm_config: Any, config: Any
-    ) -> "WorkerCache":
-        """Make the pool in the allocation behind all layers' caches, and tell the layers of it.
-
-        Args:
-            kv_caches: vLLM's view of that allocation for each layer.
-            options: the engine's.
-            vllm_config: vLLM's configuration.
-            config: its KVCacheConfig.
-
-        Raises:
-            ConfigError: the layers' softmax scales differ.
-        """
-        (group,) = config.kv_cache_groups
-        spec = group.kv_cache_spec
-        assert isinstance(spec, DiffKVSpec), f"vLLM merged the specs to {type(spec).__name__}"
-        storage = next(iter(kv_caches.values())).untyped_storage()
-        buffer = torch.empty(0, dtype=torch.int8, device=storage.device).set_(storage)
-        layers = vllm_config.compilation_config.static_forward_context
-        impls = [layers[name].impl for name in group.layer_names]
-        scales = {impl.scale for impl in impls}
-        if len(scales) != 1:
-            raise ConfigError(f"DiffKV needs one attention scale for all layers, got {scales}")
-        late = storage.device.type == "cuda" and vllm_config.max_concurrent_batches > 1
-        worker = cls(options, spec, config.num_blocks, buffer, scales.pop(), late)
         for impl in impls:
-            impl.worker = worker
-        worker.cache.warm_up(impls[0].num_heads)
-        return worker
+            impl.worker = self
+        self.cache.warm_up(impls[0].num_heads)
 
     def before_step(self, message: StepMessage) -> None:
         """Release the requests that ended, then open slots for those that start.
@@ -194,7 +180,8 @@ class WorkerCache:
             slots, seq_lens = slots[generated], seq_lens[generated]
         with self.accounts.managing():
             step = self.cache.plan(prompts, generated_rows, slots, seq_lens.int())
-        self._snapshots.count_demotions([plan.places for plan in step.plans])
+        if step.decode is not None:
+            self._snapshots.count_demotions(step.decode.places)
         self.accounts.step_planned(sum(map(self.cache.compresses, prompts)))
         return step
 
@@ -261,7 +248,7 @@ class WorkerCache:
         if problem is not None:
             logger.warning("DiffKV: %s", problem)
         for request in self._scheduled.values():
-            request.given_up = self.cache.gave_up(request.slot)
+            request.given_up = self.cache.over_limit(request.slot)
         self.accounts.prompts_given_up(sum(r.given_up for r in self._scheduled.values()))
         running = self._slots.requests.values()
         self._snapshots.take(self._scheduled, len(running), sum(r.num_tokens for r in running))

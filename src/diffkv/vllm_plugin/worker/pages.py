@@ -11,12 +11,12 @@ from torch import Tensor
 from diffkv.policy import DROPPED, HIGH, LOW
 from diffkv.quant import ConfigError
 from diffkv.reference.pages import page_ids
-from diffkv.state import CacheState, PoolState
+from diffkv.state import PoolState
 
 __all__ = ["read_pool", "token_tiers"]
 
 
-def read_pool(state: CacheState) -> list[dict[str, Any]]:
+def read_pool(state: PoolState) -> list[dict[str, Any]]:
     """Every request that holds tokens, by slot.
 
     Returns:
@@ -27,14 +27,12 @@ def read_pool(state: CacheState) -> list[dict[str, Any]]:
     Raises:
         ConfigError: the engine does not drop, so that it has no positions of low tokens.
     """
-    if not state.pool.layout.drops:
+    if not state.layout.drops:
         raise ConfigError("this engine keeps no positions of low tokens: start it with drops")
     requests = []
-    order = torch.tensor([layer for members in state.layers for layer in members]).argsort()
-    for slot in torch.nonzero(state.pool.num_tokens.sum((1, 2, 3)) > 0)[:, 0].tolist():
-        num_tokens = int(_positions(state.pool, (slot, 0, 0), HIGH).max()) + 1
-        tiers = torch.cat([token_tiers(g, slot, num_tokens) for g in state.groups])[order]
-        counts = torch.cat([g.num_tokens[slot].cpu() for g in state.groups])[order]
+    for slot in torch.nonzero(state.num_tokens.sum((1, 2, 3)) > 0)[:, 0].tolist():
+        num_tokens = int(_positions(state, (slot, 0, 0), HIGH).max()) + 1
+        tiers, counts = token_tiers(state, slot, num_tokens), state.num_tokens[slot].cpu()
         requests.append(
             {
                 "num_tokens": num_tokens,
@@ -47,10 +45,10 @@ def read_pool(state: CacheState) -> list[dict[str, Any]]:
 
 
 def token_tiers(state: PoolState, slot: int, num_tokens: int) -> Tensor:
-    """The tier of every token of a request, for every layer of a group and head.
+    """The tier of every token of a request, for every layer and head.
 
     Args:
-        state: the group's tables; not modified.
+        state: the pool's, which is only read.
         slot: the request's slot.
         num_tokens: tokens of the request so far.
 

@@ -1,14 +1,14 @@
 """The state of a pool after a step, copied to the host without making it wait."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diffkv import pool
-from diffkv.state import CacheState
+from diffkv.state import PoolState
 from diffkv.vllm_plugin.messages import MAX_IN_FLIGHT, PagesHeld
 
 __all__ = ["RunningRequest", "Snapshot", "Snapshots"]
@@ -104,31 +104,29 @@ class Snapshots:
             never waited for while it has nothing to do; who reads a report must bound one more step.
     """
 
-    def __init__(self, state: CacheState, late: bool) -> None:
+    def __init__(self, state: PoolState, late: bool) -> None:
         self._state = state
         self._late = late
         self._taken: deque[Snapshot] = deque()
-        self._demotions = torch.zeros(1, dtype=torch.int64, device=state.pool.pages.device)
+        self._demotions = torch.zeros(1, dtype=torch.int64, device=state.pages.device)
 
-    def count_demotions(self, places: Sequence[Tensor]) -> None:
-        """Add a step's: `places` of its DecodePlans."""
-        for group in places:
-            self._demotions += (group[..., 2] >= 0).sum()
+    def count_demotions(self, places: Tensor) -> None:
+        """Add a step's: `places` of its DecodePlan."""
+        self._demotions += (places[..., 2] >= 0).sum()
 
     def take(
         self, requests: Mapping[str, RunningRequest], num_requests: int, num_tokens: int
     ) -> None:
         """Begin to copy what the pool holds now."""
-        groups, device = self._state.groups, self._demotions.device
-        shared = self._state.pool
+        state, device = self._state, self._demotions.device
         slots = torch.tensor([r.slot for r in requests.values()], dtype=torch.int64)
         slots = slots.to(device, non_blocking=True)
-        held = sum((pool.held_pages(g, slots) for g in groups), start=torch.zeros_like(slots))
-        growth = torch.stack([pool.page_growth(g, slots, MAX_IN_FLIGHT) for g in groups]).sum(0)
-        kept = torch.stack([g.num_tokens.sum((0, 1, 2)) for g in groups]).sum(0)
+        held = pool.held_pages(state, slots)
+        growth = pool.page_growth(state, slots, MAX_IN_FLIGHT)
+        kept = state.num_tokens.sum((0, 1, 2))
         numbers = torch.cat(
             [
-                shared.overruns.long(), shared.ring_ends, kept, self._demotions,
+                state.overruns.long(), state.ring_ends, kept, self._demotions,
                 torch.cat([held[:, None], growth], 1).flatten(),
             ]
         )  # fmt: skip

@@ -1,6 +1,7 @@
-// A pool as C++ sees it: pointers to its tensors, and the rendered layout of its pages.
+// A pool as C++ sees it: its tensors, and the rendered layout of its pages.
 //
-// `constants.h` is rendered from `diffkv.layout.PageLayout`; nothing here repeats its numbers.
+// `constants.h` is rendered from `diffkv.layout.PageLayout` and `diffkv.state.TENSORS`; nothing
+// here repeats its numbers and fields.
 #pragma once
 
 #include "constants.h"
@@ -16,28 +17,8 @@ constexpr int ROW_BYTES = layout::HEAD_DIM * dtype_bytes(layout::DTYPE);
 // What an operation returns; the Python side turns the others into errors.
 enum Status : int { OK = 0, TABLE_FULL = 1, TOO_MANY_TOKENS = 2 };
 
-// Mirrors `diffkv.kernels.cpu.library.Pool`, field by field.
-struct Pool {
-  uint8_t* pages;
-  int32_t* free_ring;
-  int64_t* ring_ends;
-  int32_t* leaves;
-  int32_t* free_leaves;
-  int64_t* leaf_ends;
-  int32_t* directory;
-  int32_t* num_tokens;
-  int32_t* num_pages_held;
-  const float* thresholds;
-  const int32_t* prompt_lens;
-  int32_t* overruns;
-  int64_t num_pages;
-  int64_t num_leaves;
-  int64_t num_layers;
-  int64_t num_kv_heads;
-  int64_t directory_width;
-  int64_t leaf_shift;  // a leaf names 1 << leaf_shift pages
-  int64_t window;
-
+// What operations do with a pool's tensors; a leaf names 1 << leaf_shift pages.
+struct Pool : Tensors {
   uint8_t* page(int64_t id) const { return pages + id * layout::PAGE_BYTES; }
 
   // Row of (slot, layer, head) in the tables.

@@ -1,0 +1,80 @@
+"""Types and actions of options that several commands have."""
+
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from diffkv.quant import ConfigError
+from diffkv.sizes import parse_bytes, parse_tokens
+
+__all__ = ["Joined", "Listed", "above_zero", "num_bytes", "num_tokens", "positive"]
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"must be a whole number, got {text}") from None
+    if value < 1:
+        raise ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"must be a number, got {text}") from None
+    if not value > 0:
+        raise ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def num_bytes(text: str) -> int:
+    """An option in bytes, see `diffkv.sizes`."""
+    return _read(parse_bytes, text)
+
+
+def num_tokens(text: str) -> int:
+    """An option in tokens, likewise."""
+    return _read(parse_tokens, text)
+
+
+def _read(parse: Callable[[str], int], text: str) -> int:
+    try:
+        return parse(text)
+    except ConfigError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+class Listed(Action):
+    """Of an option that takes several values: one given twice takes all of them."""
+
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        namespace: Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Begin with the first occurrence, in place of the default; go on with the others."""
+        assert isinstance(values, list), "for options with nargs"
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
+
+
+class Joined(Action):
+    """Of an option that takes names, separated by commas: one given twice takes all of them."""
+
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        namespace: Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """As `Listed`."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else f"{before},{values}")

@@ -1,0 +1,158 @@
+"""Checks of the operations' arguments, cheap enough for every call of a decode step: no data is read."""
+
+import torch
+from torch import Tensor
+
+from diffkv.quant import BITS
+from diffkv.state import TENSORS, DecodePlan, PoolState, PromptTokens, sizes_of
+
+__all__ = [
+    "check_dtype",
+    "check_format",
+    "check_group",
+    "check_index",
+    "check_new_tokens",
+    "check_packed",
+    "check_scored",
+    "check_state",
+    "check_tensor",
+    "check_tokens",
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of a model."""
+
+
+def check_tensor(
+    name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype, *shape: int
+) -> None:
+    """Raise ValueError unless a tensor is contiguous, on that device, of that dtype and shape."""
+    if (
+        tensor.dtype is not dtype
+        or tensor.shape != shape
+        or not tensor.is_contiguous()
+        or tensor.device != device
+    ):
+        raise ValueError(
+            f"{name} must be a contiguous tensor {list(shape)} {dtype} on {device}, got "
+            f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {tensor.stride()}"
+        )
+
+
+def check_packed(
+    name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype, *shape: int
+) -> int:
+    """Like `check_tensor` for [rows, heads, head_dim] with rows apart: returns elements between them."""
+    strides = tensor.stride()
+    if (
+        tensor.dtype is not dtype
+        or tensor.shape != shape
+        or strides[2] != 1
+        or (strides[1] != shape[2] and shape[1] > 1)
+        or tensor.device != device
+    ):
+        raise ValueError(
+            f"{name} must be a tensor {list(shape)} {dtype} on {device}, each row contiguous, got "
+            f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {strides}"
+        )
+    return strides[0]
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError unless it is a model's dtype."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+
+
+def check_format(dtype: torch.dtype, bits: int, groups: int, head_dim: int) -> None:
+    """Raise ValueError unless vectors of such a dtype and length can have such codes."""
+    check_dtype("dtype", dtype)
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")
+    if head_dim <= 0 or head_dim % 8 or groups <= 0 or head_dim % groups:
+        raise ValueError(
+            f"head_dim must be a positive multiple of 8 and of groups, got {head_dim}, {groups}"
+        )
+
+
+def check_group(num_q_heads: int, num_kv_heads: int) -> int:
+    """Query heads of a KV head; raises ValueError unless all have as many."""
+    if num_q_heads % num_kv_heads or not num_q_heads:
+        raise ValueError(f"query must have a multiple of {num_kv_heads} heads, got {num_q_heads}")
+    return num_q_heads // num_kv_heads
+
+
+def check_index(name: str, index: int, num: int) -> None:
+    """Raise ValueError unless there is such a layer or slot."""
+    if not 0 <= index < num:
+        raise ValueError(f"{name} must be in 0 .. {num - 1}, got {index}")
+
+
+def check_state(state: PoolState, device: torch.device) -> None:
+    """Raise ValueError unless every tensor of a state is what `TENSORS` says, on that device."""
+    check_dtype("state.dtype", state.dtype)
+    if state.dtype.itemsize != state.layout.element_bytes:
+        raise ValueError(
+            f"state.layout must be derived for elements of {state.dtype.itemsize} bytes "
+            f"({state.dtype}), got element_bytes {state.layout.element_bytes}"
+        )
+    for name, spec in TENSORS.items():
+        shape = sizes_of(spec.shape, state)
+        check_tensor(f"state.{name}", getattr(state, name), device, spec.dtype, *shape)
+
+
+def check_tokens(
+    state: PoolState, tokens: PromptTokens, tiers: Tensor, sums: Tensor, device: torch.device
+) -> tuple[int, int]:
+    """Raise ValueError unless `store_prompt` can take them.
+
+    Returns:
+        Elements between the rows of the keys, and of the values.
+    """
+    num, heads, num_requests = tokens.key.shape[0], state.num_kv_heads, tokens.slots.numel()
+    check_tensor("tokens.slots", tokens.slots, device, torch.int32, num_requests)
+    check_tensor("tokens.cu_seqlens", tokens.cu_seqlens, device, torch.int32, num_requests + 1)
+    check_tensor("tokens.positions", tokens.positions, device, torch.int32, num)
+    check_tensor("tiers", tiers, device, torch.int8, heads, num)
+    check_tensor("sums", sums, device, torch.float32, heads, num)
+    shape = (num, heads, state.layout.head_dim)
+    return (
+        check_packed("tokens.key", tokens.key, device, state.dtype, *shape),
+        check_packed("tokens.value", tokens.value, device, state.dtype, *shape),
+    )
+
+
+def check_new_tokens(
+    state: PoolState, plan: DecodePlan, key: Tensor, value: Tensor, device: torch.device
+) -> tuple[int, int]:
+    """Raise ValueError unless `append` can take them; returns strides as `check_tokens` does."""
+    num, heads = plan.slots.numel(), state.num_kv_heads
+    check_tensor("plan.slots", plan.slots, device, torch.int32, num)
+    check_tensor("plan.positions", plan.positions, device, torch.int32, num)
+    places = (num, state.num_layers, heads, 4)
+    check_tensor("plan.places", plan.places, device, torch.int32, *places)
+    shape = (num, heads, state.layout.head_dim)
+    return (
+        check_packed("key", key, device, state.dtype, *shape),
+        check_packed("value", value, device, state.dtype, *shape),
+    )
+
+
+def check_scored(
+    query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, device: torch.device
+) -> tuple[int, int]:
+    """Raise ValueError unless `significance` can take them.
+
+    Returns:
+        Elements between the rows of the queries, and of the keys.
+    """
+    num_requests = cu_seqlens_k.numel() - 1
+    check_dtype("key", key.dtype)
+    check_group(query.shape[1], key.shape[1])
+    check_tensor("cu_seqlens_q", cu_seqlens_q, device, torch.int32, num_requests + 1)
+    check_tensor("cu_seqlens_k", cu_seqlens_k, device, torch.int32, num_requests + 1)
+    q_shape = (len(query), query.shape[1], key.shape[2])
+    return (
+        check_packed("query", query, device, key.dtype, *q_shape),
+        check_packed("key", key, device, key.dtype, *key.shape),
+    )

@@ -1,0 +1,199 @@
+"""Compile-time constants of kernels: `PageLayout` in the form that they are given it.
+
+A constant that follows from others is computed here and not in a kernel.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import triton
+import triton.language as tl
+
+from diffkv.layout import PageLayout
+from diffkv.quant import FLOAT16_MAX, cut_of
+from diffkv.tier import META_BYTES, TierLayout
+
+__all__ = ["DTYPES", "Side", "Table", "Tier", "tiers_of", "tile_vectors", "vector_side"]
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+MIN_DOT = 16
+"""Fewest rows and elements that a matrix product takes."""
+
+MIN_COLUMNS = 8
+"""Fewest columns."""
+
+TILE_CODE_BYTES = 8192
+"""Packed bytes of K and V that one tile of attention converts, at most: more do not fit registers."""
+
+TILE_VECTOR_BYTES = 16384
+"""Bytes of a tile's keys as float16, at most, and of K and V of 16 bits."""
+
+MAX_TILE_TOKENS = 64
+
+TILE_ELEMENTS = 2048
+"""Elements that one program quantises at a time: 16 to 32 per thread."""
+
+
+@triton.jit
+def _jitted() -> None:
+    pass
+
+
+INTERPRETED = not isinstance(_jitted, triton.JITFunction)
+"""Whether kernels run in Triton's interpreter, as they do where TRITON_INTERPRET=1."""
+
+
+class _Constants:
+    """Wraps every field as a kernel's constants are, so that what is computed from them is one, too."""
+
+    def __post_init__(self) -> None:
+        if not INTERPRETED:
+            for field in fields(self):  # type: ignore[arg-type]
+                object.__setattr__(self, field.name, tl.constexpr(getattr(self, field.name)))
+
+
+@dataclass(frozen=True)
+class Side(_Constants):
+    """K or V of one tier. For kernels: outside of them, fields are no plain numbers.
+
+    Attributes:
+        bits: bits of an element.
+        groups: (scale, zero) pairs of a vector; 1 where bits is 16, and then unused.
+        head_dim: elements of a vector.
+        codes: offset in a page, bytes.
+        meta: likewise.
+        code_bytes: bytes of a vector's codes.
+        planes: elements that share a byte; 1 for 16 bits.
+        width: elements of a plane.
+        padded: width as a matrix product takes it.
+        group_dim: elements of a group.
+        split: groups of one plane where a plane has several, else 1.
+        word: bytes that are transposed together where tokens are to be paired: 2 if a vector has enough.
+        padded_words: words of a vector as a matrix product takes them.
+        unit: value of a code in a product: codes of fewer bits are moved to the top of a byte.
+        boost: power of two that keeps probability times scale away from float16's subnormal range,
+            and below its maximum whatever the scale is.
+        cut: share of a group's range that is cut off at each end.
+    """
+
+    bits: int
+    groups: int
+    head_dim: int
+    codes: int
+    meta: int
+    code_bytes: int
+    planes: int
+    width: int
+    padded: int
+    group_dim: int
+    split: int
+    word: int
+    padded_words: int
+    unit: float
+    boost: float
+    cut: float
+
+
+@dataclass(frozen=True)
+class Tier(_Constants):
+    """One tier of a page. For kernels: outside of them, fields are no plain numbers.
+
+    Attributes:
+        k: keys.
+        v: values.
+        tokens: tokens of a page.
+        tracked: whether tokens have sums and positions.
+        sums: offset of the significance sums in a page, bytes.
+        positions: likewise.
+    """
+
+    k: Side
+    v: Side
+    tokens: int
+    tracked: bool
+    sums: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class Table(_Constants):
+    """Sizes of page tables. For kernels: outside of them, fields are no plain numbers.
+
+    Attributes:
+        width: leaves that a row of the directory can name.
+        entries: pages that a leaf names.
+    """
+
+    width: int
+    entries: int
+
+
+def _boost(bits: int) -> float:
+    if bits == 16:
+        return 1.0
+    largest_scale = min(2 * FLOAT16_MAX / (2**bits - 1), FLOAT16_MAX)
+    boost = 1.0
+    while boost * 2 * largest_scale < FLOAT16_MAX:
+        boost *= 2
+    return boost
+
+
+def _side(bits: int, groups: int, head_dim: int, codes: int, meta: int, code_bytes: int) -> Side:
+    planes = 1 if bits == 16 else 8 // bits
+    width = head_dim // planes
+    word = 2 if bits < 16 and width % 2 == 0 and width >= 2 * MIN_DOT else 1
+    group_dim = head_dim // groups
+    return Side(
+        bits, groups, head_dim, codes, meta, code_bytes, planes, width,
+        max(MIN_DOT, triton.next_power_of_2(width)),
+        group_dim, max(1, groups // planes),
+        word, max(MIN_DOT, triton.next_power_of_2(width // word)),
+        1.0 if bits == 16 else float(2 ** (8 - bits)), _boost(bits), cut_of(bits, group_dim),
+    )  # fmt: skip
+
+
+def vector_side(bits: int, groups: int, head_dim: int) -> Side:
+    """Constants of vectors that are in no page."""
+    return _side(bits, groups, head_dim, 0, 0, head_dim * bits // 8)
+
+
+def _tier(tier: TierLayout, head_dim: int) -> Tier:
+    fmt = tier.format
+    return Tier(
+        _side(fmt.k_bits, fmt.k_groups, head_dim, tier.k_codes, tier.k_meta, tier.k_code_bytes),
+        _side(fmt.v_bits, fmt.v_groups, head_dim, tier.v_codes, tier.v_meta, tier.v_code_bytes),
+        tier.tokens_per_page, tier.tracked, tier.sums, tier.positions,
+    )  # fmt: skip
+
+
+def tiers_of(layout: PageLayout) -> tuple[Tier, ...]:
+    """Constants of a layout's tiers, high first."""
+    assert META_BYTES == 4, "kernels read scale and zero as one 4-byte word"
+    return tuple(_tier(tier, layout.head_dim) for tier in layout.tiers)
+
+
+def tile_vectors(head_dim: int) -> int:
+    """Vectors that one program quantises at a time."""
+    return max(1, TILE_ELEMENTS // triton.next_power_of_2(head_dim))
+
+
+def tile_tokens(layout: PageLayout) -> int:
+    """Tokens of a tile of attention; tiles know nothing of pages, so a page has any number of tokens."""
+    formats = [tier.format for tier in layout.tiers]
+    token_bytes = max(
+        (tier.k_code_bytes if tier.format.k_bits < 16 else 0)
+        + (tier.v_code_bytes if tier.format.v_bits < 16 else 0)
+        for tier in layout.tiers
+    )
+    raw = [t.k_code_bytes + t.v_code_bytes for t in layout.tiers if t.format.v_bits == 16]
+    vector_bytes = max([2 * triton.next_power_of_2(layout.head_dim), *raw])
+    tile = MAX_TILE_TOKENS
+    while tile > MIN_DOT and (
+        tile * token_bytes > TILE_CODE_BYTES or tile * vector_bytes > TILE_VECTOR_BYTES
+    ):
+        tile //= 2
+    # Every group of values adds sums of a whole tile, and every plane a product of its own
+    if any(fmt.v_groups > 2 or fmt.v_bits == 1 or fmt.k_bits == 1 for fmt in formats):
+        tile = min(tile, MAX_TILE_TOKENS // 2)
+    return tile

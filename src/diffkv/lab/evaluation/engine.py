@@ -1,0 +1,81 @@
+"""What an evaluation needs: a cache to compare, and something that answers through it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from diffkv.lab.evaluation.results import Method
+from diffkv.lab.evaluation.tasks import Sample, Setting
+from diffkv.policies import Policy
+from diffkv.policy import Thresholds
+from diffkv.quant import QuantConfig
+from diffkv.use import CacheUse
+
+__all__ = ["CacheSpec", "Engine"]
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """A cache that is compared with the full one.
+
+    Attributes:
+        quant: formats.
+        policy: decides prompts.
+        thresholds: of the policy; both 0 for one that has none.
+        window: recent tokens that stay high.
+        page_bytes: of a page; None: the size that wastes least.
+        kernels: "reference", or None for the device's own.
+        rotate: "hadamard" or "none".
+    """
+
+    quant: QuantConfig
+    policy: Policy
+    thresholds: Thresholds
+    window: int
+    page_bytes: int | None = None
+    kernels: str | None = None
+    rotate: str = "none"
+
+    def __post_init__(self) -> None:
+        """Refuse formats that the policy cannot work with."""
+        self.policy.check(self.quant)
+
+    def method(self, model: str, engine: str) -> Method:
+        """The cache, a model and an engine as rows name them."""
+        alphas = self.thresholds
+        return Method(
+            model, engine, str(self.quant), str(self.policy), alphas.alpha_high, alphas.alpha_low,
+            self.window, self.rotate,
+        )  # fmt: skip
+
+
+class Engine(Protocol):
+    """A model with one of its caches.
+
+    Attributes:
+        name: as rows name it.
+    """
+
+    name: str
+
+    def check(self, cache: CacheSpec, settings: Sequence[Setting]) -> None:
+        """Refuse before anything runs.
+
+        Raises:
+            ConfigError: a cache or a setting that the engine does not have.
+        """
+
+    def answer(
+        self, samples: Sequence[Sample], num_tokens: int, cache: CacheSpec | None
+    ) -> tuple[list[str], CacheUse | None]:
+        """Answer samples greedily.
+
+        Args:
+            samples: what is asked.
+            num_tokens: new tokens for each.
+            cache: the compressed cache; None: the engine's own, in full precision.
+
+        Returns:
+            Texts in the order of the samples, and what a compressed cache held at the end.
+        """
+        ...

@@ -1,0 +1,200 @@
+"""A report: tables of methods by task, of methods by model, of distances, and their plots."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diffkv.lab import plots
+from diffkv.lab.evaluation.results import KldScore, Method, TaskScore
+from diffkv.lab.page import Column, Page, number, percent, times, write_csv
+from diffkv.lab.report.heads import draw_heads
+from diffkv.lab.report.load import Loaded
+from diffkv.lab.report.summary import Place, Summary, by_place, overall, summaries
+
+__all__ = ["write"]
+
+REPORT = "report.md"
+MARKERS = {"paper": "o", "none": "X", "window": "s", "topk": "^", "random": "v"}
+"""Marker of a policy: the same in every plot."""
+
+NOTES = """\
+B/token: real bytes of the KV budget, whole pages and tables included; *vs bf16* is the ratio by them,
+*nominal* the one by bits of codes alone. Differences are points of accuracy, compressed minus full
+precision on the same samples, with their 95 % interval: of one seed a paired bootstrap over samples,
+of several Student's over their means. The interval of a mean over tasks is the mean of the tasks'
+intervals, which is too wide rather than too narrow."""
+
+S = TypeVar("S", TaskScore, KldScore)
+
+
+def _points(score: TaskScore) -> str:
+    ends = f"{100 * score.ci95_low:+.1f} to {100 * score.ci95_high:+.1f}"
+    return f"{100 * score.difference:+.1f} ({ends})"
+
+
+def _spent(kind: type[S]) -> "list[Column[Summary[S]]]":
+    """Columns that every table of methods begins with."""
+    return [
+        ("method", lambda row: row.method.label()),
+        ("B/token", lambda row: number(row.score.bytes_per_token)),
+        ("vs bf16", lambda row: times(row.score.ratio_bf16)),
+        ("nominal", lambda row: times(row.score.nominal_ratio_bf16)),
+    ]
+
+
+MEANS: list[Column[Summary[TaskScore]]] = [
+    *_spent(TaskScore),
+    ("high", lambda row: percent(row.score.high)),
+    ("low", lambda row: percent(row.score.low)),
+    ("dropped", lambda row: percent(row.score.dropped)),
+    ("n", lambda row: str(row.score.n)),
+    ("accuracy", lambda row: percent(row.score.accuracy)),
+    ("difference", lambda row: _points(row.score)),
+]
+
+DISTANCES: list[Column[Summary[KldScore]]] = [
+    *_spent(KldScore),
+    ("n", lambda row: str(row.score.n)),
+    ("KLD mean", lambda row: f"{row.score.kld_mean:.3g}"),
+    ("median", lambda row: f"{row.score.kld_median:.3g}"),
+    ("99.9 %", lambda row: f"{row.score.kld_p999:.3g}"),
+    ("same top-1", lambda row: percent(row.score.same_top1)),
+    ("first divergence", lambda row: number(row.score.first_divergence)),
+]
+
+
+def _by_bytes(group: Sequence[Summary[S]]) -> list[Summary[S]]:
+    return sorted(group, key=lambda summary: summary.score.bytes_per_token)
+
+
+def _columns(
+    names: Sequence[str], cells: dict[tuple[Method, str], str]
+) -> "list[Column[Summary[TaskScore]]]":
+    """A column for each name; of names that are paths the last part is shown."""
+    return [(name.split("/")[-1], partial(_cell_of, cells, name)) for name in names]
+
+
+def _cell_of(cells: dict[tuple[Method, str], str], name: str, row: Summary[TaskScore]) -> str:
+    return cells.get((row.method, name), "")
+
+
+def _worst(scores: Sequence[TaskScore]) -> TaskScore:
+    return min(scores, key=lambda score: score.difference)
+
+
+def _compare_models(page: Page, found: Sequence[Summary[TaskScore]]) -> None:
+    """Methods by model in one suite and setting: the mean over tasks, and the worst of them."""
+    means, worst = overall(found), overall(found, _worst)
+    models = list(dict.fromkeys(mean.method.model for mean in means))
+    lines: dict[Method, Summary[TaskScore]] = {}
+    cells: dict[tuple[Method, str], str] = {}
+    for mean, least in zip(means, worst, strict=True):
+        method = replace(mean.method, model="")
+        lines.setdefault(method, replace(mean, method=method))
+        lost = 100 * mean.score.difference, 100 * least.score.difference
+        cells[method, mean.method.model] = "{:+.1f} ({:+.1f})".format(*lost)
+    page.heading(f"All models: {', '.join(means[0].place[1:])}")
+    page.text(
+        "Points of accuracy against full precision, the mean over tasks and, in brackets, the worst of "
+        f"them; bytes in {models[0]}."
+    )
+    page.table([*_spent(TaskScore), *_columns(models, cells)], lines.values())
+
+
+def _section(
+    page: Page, place: Place, group: Sequence[Summary[TaskScore]], is_compared: bool
+) -> None:
+    """One model, suite and setting: means over tasks unless models were compared, then every task."""
+    tasks = list(dict.fromkeys(summary.score.task for summary in group))
+    means = _by_bytes(overall(group))
+    full = sum(summary.score.accuracy_full for summary in group) / len(group)
+    page.heading(f"{place[0]}: {', '.join(place[1:])}")
+    page.text(f"Full precision is right in {percent(full)}.")
+    if not is_compared:
+        page.text(f"Means over {', '.join(tasks)}:")
+        page.table(MEANS, means)
+    if is_compared or len(tasks) > 1:
+        cells = {(row.method, row.score.task): _points(row.score) for row in group}
+        page.text("Differences by task:")
+        page.table([MEANS[0], *_columns(tasks, cells)], means)
+
+
+def _file_name(*words: str) -> str:
+    """A name that any file system takes."""
+    kept = "-".join(words).replace("/", "-").lower()
+    return "".join(c if c.isalnum() or c in "-._" else "-" for c in kept).strip("-.") + ".png"
+
+
+def _draw_pareto(folder: Path, place: Place, group: Sequence[Summary[TaskScore]]) -> str:
+    """Accuracy against real bytes of a token, all methods."""
+    name = _file_name("pareto", *place)
+    points = []
+    for mean in overall(group):
+        score, marker = mean.score, MARKERS.get(mean.method.policy.split(":")[0], "D")
+        low, high = (100 * (score.accuracy_full + end) for end in (score.ci95_low, score.ci95_high))
+        label, y = mean.method.label(), 100 * score.accuracy
+        points.append(plots.Point(label, score.bytes_per_token, y, low, high, marker))
+    full = 100 * max(row.score.accuracy_full for row in overall(group))
+    plots.pareto(
+        folder / name, ", ".join(place), "bytes of a token, whole pages and tables", "accuracy, %",
+        points, full,
+    )  # fmt: skip
+    return name
+
+
+def _flat(summary: Summary[Any]) -> dict[str, object]:
+    """One line of a CSV file."""
+    own = {"suite": summary.suite, "seeds": summary.seeds}
+    return {**vars(summary.method), **own, **vars(summary.score)}
+
+
+def write(
+    loaded: Loaded, folder: Path, with_plots: bool = True, with_csv: bool = False
+) -> list[str]:
+    """Write a report, its plots and its tables for other programs.
+
+    Args:
+        loaded: the results.
+        folder: exists.
+        with_plots: whether to draw.
+        with_csv: whether to write tasks.csv and kld.csv, those that have rows.
+
+    Returns:
+        Names of the files.
+    """
+    tasks, distances = summaries(loaded.tasks), summaries(loaded.kld)
+    page, written = Page("Results"), [REPORT]
+
+    def plot(name: str, text: str) -> None:
+        written.append(name)
+        page.plot(name, text)
+
+    places = by_place(tasks)
+    for where in dict.fromkeys(place[1:] for place in places):
+        groups = {place: group for place, group in places.items() if place[1:] == where}
+        if len(groups) > 1:
+            _compare_models(page, [summary for group in groups.values() for summary in group])
+        for place, group in groups.items():
+            _section(page, place, group, len(groups) > 1)
+            if with_plots:
+                plot(_draw_pareto(folder, place, group), f"Accuracy and bytes: {', '.join(place)}")
+    for place, near in by_place(distances).items():
+        page.heading(f"{place[0]}: distance from full precision, {place[2]}")
+        page.table(DISTANCES, _by_bytes(near))
+    for index, row in enumerate(loaded.heads):
+        if with_plots:
+            name = _file_name("heads", row["model"], str(index))
+            draw_heads(folder / name, row)
+            plot(name, f"Tiers of each head: {row['model']}")
+    page.heading("Where it comes from")
+    page.text(NOTES)
+    page.sources(loaded.rows)
+    page.write(folder / REPORT)
+    for name, flat in (("tasks.csv", map(_flat, tasks)), ("kld.csv", map(_flat, distances))):
+        lines = list(flat)
+        if with_csv and lines:
+            write_csv(folder / name, lines)
+            written.append(name)
+    return written

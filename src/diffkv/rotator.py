@@ -1,0 +1,34 @@
+"""Rotates vectors on their way into the cache, and what was attended among them back."""
+
+import torch
+from torch import Tensor
+
+from diffkv.ops import Ops
+
+__all__ = ["Rotator"]
+
+
+class Rotator:
+    """The rotation of one model's queries, keys and values (`diffkv.rotation`), or none.
+
+    Args:
+        ops: the kernels, as `diffkv.ops.load` returns them.
+        signs: [head_dim] float32 of the rotation; None for none.
+    """
+
+    def __init__(self, ops: Ops, signs: Tensor | None) -> None:
+        self._ops = ops
+        self._signs = signs
+
+    def rotate(self, vectors: Tensor) -> Tensor:
+        """[..., head_dim] as they are stored; the same tensor where nothing is rotated."""
+        if self._signs is None:
+            return vectors
+        out = torch.empty(vectors.shape, dtype=vectors.dtype, device=vectors.device)
+        self._ops.rotate(vectors, self._signs, False, out)
+        return out
+
+    def unrotate(self, output: Tensor) -> None:
+        """Undo the rotation of what was attended among rotated vectors, in place."""
+        if self._signs is not None:
+            self._ops.rotate(output, self._signs, True, output)
