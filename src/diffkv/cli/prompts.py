@@ -55,7 +55,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-memory", type=num_bytes, metavar="SIZE",
         help="KV budget, tables included: 512MiB, 2G, bytes … (vLLM: --kv-cache-memory-bytes; default: "
-        "what the prompts need at once, at most 4 GiB or one request of --max-model-len)",
+        "on a CPU what the prompts need at once, at most 4 GiB or one request of --max-model-len; on a "
+        "GPU vLLM's own choice)",
     )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="show the engine's log")
 

@@ -146,7 +146,7 @@ def _checked(args: dict[str, Any], lengths: Sequence[int] | None) -> dict[str, A
     """Refuse what DiffKV cannot do while a refusal is still one line, not a worker's traceback.
 
     Returns:
-        The arguments, with the KV memory that is needed where nothing is said of memory.
+        The arguments; on a CPU with the KV memory that is needed, where they say nothing of memory.
 
     Raises:
         ConfigError: names what to change.
@@ -170,9 +170,8 @@ def _checked(args: dict[str, Any], lengths: Sequence[int] | None) -> dict[str, A
         check_config(config, options)
     elif transfer is not None:
         refuse(config)
-    if any(
-        args.get(name) is not None for name in ("kv_cache_memory_bytes", "gpu_memory_utilization")
-    ):
+    named = [args.get(name) for name in ("kv_cache_memory_bytes", "gpu_memory_utilization")]
+    if named != [None, None] or config.device_config.device_type != "cpu":
         return args
     return {**args, "kv_cache_memory_bytes": needed_bytes(config, options, lengths)}
 
@@ -188,7 +187,8 @@ def refusals_in_one_line(
         lengths: tokens of each request to come, prompt and answer, if they are known.
 
     Yields:
-        The arguments to start it with: where they say nothing of memory, as much as it needs.
+        The arguments to start it with; on a CPU with the KV memory that is needed, where they say
+        nothing of memory.
 
     Raises:
         ConfigError: what DiffKV or vLLM refuses of the engine's arguments.
