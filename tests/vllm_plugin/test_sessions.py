@@ -72,8 +72,7 @@ async def run(options: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
         llm.shutdown()
 
 
-@pytest.mark.parametrize("quant", ["k16v16", "k8v4-k4v2"])
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("quant", "overlap"), [("k16v16", True), ("k8v4-k4v2", False)])
 def test_sessions_are_answered_and_the_engine_lives(quant: str, overlap: bool) -> None:
     options = {**engine_args(quant), "async_scheduling": overlap}
     sessions, others = asyncio.run(asyncio.wait_for(run(options), 240))

@@ -1,7 +1,7 @@
 """The KV memory that an engine of a command asks for where its user names none: what it needs.
 
-vLLM's own choice is nine tenths of the machine, whatever the model and the prompts are. It stays on a GPU,
-whose memory is there for one engine; a host has other things to do.
+vLLM's own choice is nine tenths of the machine, whatever the model and the prompts are. On a GPU it
+stays, because that memory is there for one engine; a host has other things to do.
 """
 
 from collections.abc import Sequence
