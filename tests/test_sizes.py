@@ -4,13 +4,13 @@ import argparse
 
 import pytest
 
-from diffkv.cli import bench, calibrate, eval, generate, inspect, plan
+from diffkv.cli import bench, calibrate, eval, generate, inspect, layout, plan, report
 from diffkv.cli.arguments import Joined, Listed
 from diffkv.quant import ConfigError
 from diffkv.sizes import parse_bytes, parse_tokens
 
 GIB = 1 << 30
-COMMANDS = (bench, calibrate, eval, generate, inspect, plan)
+COMMANDS = (bench, calibrate, eval, generate, inspect, layout, plan, report)
 
 
 @pytest.mark.parametrize(
