@@ -4,6 +4,9 @@ import os
 
 from hypothesis import settings
 
+# Threads that wait must not spin: where they outnumber the cores, that costs seconds a test.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # There are as many workers as cores: each has one thread, and so have the processes that it
     # starts. vLLM would bind all of them to the same core.

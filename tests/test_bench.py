@@ -1,5 +1,6 @@
 """Parts of `diffkv bench` that need no engine; tests/vllm_plugin has runs of the commands."""
 
+import contextlib
 import itertools
 import sys
 from dataclasses import replace
@@ -11,7 +12,17 @@ import torch
 from diffkv import ops
 from diffkv.cli import main
 from diffkv.lab import timing
-from diffkv.lab.bench import attention, fill, models, pages, pool, prompt, sweep, throughput
+from diffkv.lab.bench import (
+    attention,
+    fill,
+    models,
+    pages,
+    pool,
+    prompt,
+    serving,
+    sweep,
+    throughput,
+)
 from diffkv.lab.bench.attention import Grid, Point
 from diffkv.lab.bench.stock import Checked, dense_attention, stock_cases
 from diffkv.lab.page import Page
@@ -71,8 +82,10 @@ def test_attention_rows(capsys, monkeypatch):
     grid = Grid(["k8v4-k4v2", "k16v16"], ["high", "low"], [100], [2], [2], [True], 2, 64, repeats=2)
     rows, printed = run_of_a_grid(capsys, monkeypatch, grid)
     assert [(row["quant"], row["tiers"]) for row in rows] == [
-        ("k8v4-k4v2", "high"), ("k8v4-k4v2", "low"), ("k16v16", "high"),
-    ]  # fmt: skip
+        ("k8v4-k4v2", "high"),
+        ("k8v4-k4v2", "low"),
+        ("k16v16", "high"),
+    ]
     assert "no vLLM" in printed and printed.count("of read") == len(rows)
     high, low, exact = rows
     assert exact["bytes"] == 2 * (25 + 175) * 2 * 64 * 2
@@ -134,8 +147,11 @@ def test_kernels_of_a_gpu_are_named_where_they_are_missing(monkeypatch):
     found, missing = stock_cases(query, tokens, 0.125, "cuda")
     assert found == []
     assert [line.split(":")[0] for line in missing] == [
-        "stock bf16", "stock fp8", "stock turboquant_k8v4", "stock turboquant_4bit_nc",
-    ]  # fmt: skip
+        "stock bf16",
+        "stock fp8",
+        "stock turboquant_k8v4",
+        "stock turboquant_4bit_nc",
+    ]
     assert missing[0].endswith("not here (torch's dense attention needs requests of one length)")
     assert all("vllm" in line for line in missing[1:])
 
@@ -162,9 +178,15 @@ class FakeVllm:
     def modules(self):
         base = "vllm.model_executor.layers.quantization.turboquant"
         config = SimpleNamespace(
-            slot_size_aligned=208, slot_size=196, centroid_bits=1, key_packed_size=128,
-            effective_value_quant_bits=4, key_mse_bits=0, key_fp8=True, norm_correction=False,
-        )  # fmt: skip
+            slot_size_aligned=208,
+            slot_size=196,
+            centroid_bits=1,
+            key_packed_size=128,
+            effective_value_quant_bits=4,
+            key_mse_bits=0,
+            key_fp8=True,
+            norm_correction=False,
+        )
         return {
             "vllm.v1.attention.backends.fa_utils": {
                 "flash_attn_varlen_func": self.flash,
@@ -201,9 +223,13 @@ class FakeVllm:
         assert ("k_descale" in options) == (key.element_size() == 1)
         flat = (x.reshape(-1, *x.shape[2:]) for x in (key, value))
         self.attend(
-            query, *flat, options["block_table"], options["seqused_k"], options["softmax_scale"],
+            query,
+            *flat,
+            options["block_table"],
+            options["seqused_k"],
+            options["softmax_scale"],
             options["out"],
-        )  # fmt: skip
+        )
 
     def store(self, key, value, cache, slots, *_, **options):
         assert cache.shape[-1] == 208 and options == {"key_fp8": True}
@@ -268,8 +294,10 @@ def test_rows_of_settings_and_their_ratios():
     assert ours["prefill_vs_stock_bf16"] == 1.0
     assert "vs_stock_fp8" not in ours.measured
     assert [throughput.label(row) for row in writer.rows] == [
-        "stock bf16", "stock fp8", "diffkv k8v4",
-    ]  # fmt: skip
+        "stock bf16",
+        "stock fp8",
+        "diffkv k8v4",
+    ]
 
 
 def map_row(requests, ratio, ctx=1024, engine="diffkv", **more):
@@ -308,6 +336,121 @@ def test_a_map_leaves_out_what_does_not_fit():
     assert prompts[0][0] not in prompts[1]
 
 
+MEASURED = {
+    **figures(10.0, 20.0, 30.0),
+    **dict.fromkeys(("seconds", "max_running", "preemptions", "bytes_per_token"), 1.0),
+    "peak_memory_bytes": 10**9,
+}
+
+
+class FakeChild:
+    """An engine whose DiffKV is twice as fast, and whose fp8 does not start."""
+
+    def __init__(self, job):
+        self.job = job
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def run(self, cell):
+        if self.job.engine.get("kv_cache_dtype") == "fp8":
+            return {"error": "no fp8 here"}
+        factor = 1.0 if self.job.options is None else 2.0
+        return {name: value * factor for name, value in MEASURED.items()}
+
+
+def test_throughput_from_engines_to_rows(monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "Child", FakeChild)
+    writer = Writer(HERE)
+    workload = throughput.random_workload(3, 10, 4, 0.0, vocabulary=512)
+    compared = throughput.settings([{"quant": "k8v4"}])
+    throughput.run({"model": "m"}, workload, 1 << 20, compared, 2, writer, {"model": "m"})
+    stock, fp8, ours = writer.rows
+    assert stock.case == {
+        "model": "m",
+        "engine": "stock bf16",
+        "quant": "bf16",
+        "kv_bytes": 1 << 20,
+        "workload": "random 10 in, 4 out",
+        "requests": 3,
+        "repeats": 2,
+    }
+    assert (fp8.error, fp8.measured) == ("no fp8 here", {})
+    assert (ours["vs_stock_bf16"], ours["tokens_per_s_max"]) == (2.0, 20.0)
+    printed = capsys.readouterr().out
+    assert "1 of 2, diffkv k8v4: 20.0 tokens/s" in printed
+    assert "stock fp8              did not run: no fp8 here" in printed
+    assert "2.00x of bf16, decoding 2.00x, prefill 2.00x" in printed
+    with pytest.raises(ConfigError, match="no engine could run: no fp8 here"):
+        throughput.run({}, workload, 1 << 20, compared[1:2], 1, Writer(HERE), {})
+
+
+def test_a_map_from_engines_to_rows(monkeypatch, capsys):
+    def in_turn(jobs, say):
+        return [[FakeChild(job).run(cell) for cell in range(len(job.cells))] for job in jobs]
+
+    monkeypatch.setattr(sweep, "in_turn", in_turn)
+    config = models.find("bench-tiny")
+    wanted = sweep.Sweep([64, 256], [1, 4], [4, 10**7], 8)
+    compared = throughput.settings([{"quant": "k8v4"}])
+    rows = sweep.run({}, config, wanted, compared, Writer(HERE), {"model": "m"})
+    assert len(rows) == 2 * 2 * len(compared)
+    assert [(row["ctx"], row["requests"]) for row in rows[::3]] == [
+        (64, 1),
+        (64, 4),
+        (256, 1),
+        (256, 4),
+    ]
+    assert {row.error for row in rows if row["engine"] == "stock fp8"} == {"no fp8 here"}
+    assert all(row["decode_vs_stock_bf16"] == 2.0 for row in rows if row["engine"] == "diffkv")
+    printed = capsys.readouterr().out
+    assert "4 bytes of KV hold no request of the shortest context" in printed
+    assert "k8v4, decoding, of bf16, 10 MB: 64 tokens from 1 requests on (2.00, 2.00)" in printed
+    with pytest.raises(ConfigError, match="nothing was measured: no fp8 here"):
+        sweep.run({}, config, wanted, compared[1:2], Writer(HERE), {})
+
+
+def test_serving_from_servers_to_rows(monkeypatch, capsys):
+    @contextlib.contextmanager
+    def server(setting, *_):
+        if setting.name == "stock fp8":
+            raise ConfigError("the server ended with status 1: no fp8 here")
+        yield setting.name
+
+    def client(url, model, traffic, rate, is_ours, folder):
+        assert is_ours == (url in ("diffkv", "http://there"))
+        latencies = {f"p{p}_ttft_ms": p * rate for p in serving.PERCENTILES}
+        counts = {"completed": 4, "failed": 0, "request_goodput": rate}
+        return {"output_throughput": 7.0, "request_throughput": 1.0, **counts, **latencies}
+
+    monkeypatch.setattr(serving, "_server", server)
+    monkeypatch.setattr(serving, "_client", client)
+    traffic = serving.Traffic([0.5, 2.0], 4, 64, 8, ["ttft:1000"], {"vllm_xargs": {"a": 1}})
+    compared = throughput.settings([{"quant": "k8v4"}])
+    writer = Writer(HERE)
+    serving.run("m", traffic, compared, [], writer, {"model": "m"})
+    assert [(row["engine"], row.get("rate")) for row in writer.rows] == [
+        ("stock bf16", 0.5),
+        ("stock bf16", 2.0),
+        ("stock fp8", None),
+        ("diffkv", 0.5),
+        ("diffkv", 2.0),
+    ]
+    assert writer.rows[2].error.endswith("no fp8 here")
+    assert writer.rows[0]["extra_body"] is None
+    assert writer.rows[-1]["extra_body"] == traffic.extra_body
+    assert (writer.rows[-1]["p95_ttft_ms"], writer.rows[-1].get("p95_tpot_ms")) == (190.0, None)
+    assert "ttft 100/190/198, tpot -/-/-" in capsys.readouterr().out
+    url = throughput.Setting("url", None, None, {})
+    serving.run("m", traffic, [url], [], writer, {}, url="http://there")
+    assert writer.rows[-1]["engine"] == "url" and "quant" not in writer.rows[-1].case
+    with pytest.raises(ConfigError, match="no server could be measured: the server ended"):
+        serving.run("m", traffic, compared[1:2], [], writer, {})
+
+
 def test_share_of_a_prompt():
     mapped = [
         map_row(requests, 1.0, ctx=64, engine="stock bf16", prefill_tokens_per_s=speed)
@@ -316,8 +459,9 @@ def test_share_of_a_prompt():
     writer = Writer(HERE)
     prompt.add_shares(writer, mapped, models.find("bench-tiny"), ["k8v4-k4v2", "k8v4"])
     assert [row.case for row in writer.rows] == [
-        {"quant": "k8v4-k4v2", "ctx": 64}, {"quant": "k8v4", "ctx": 64},
-    ]  # fmt: skip
+        {"quant": "k8v4-k4v2", "ctx": 64},
+        {"quant": "k8v4", "ctx": 64},
+    ]
     for row in writer.rows:
         assert row["stock_prefill_ms"] == pytest.approx(64.0)
         assert row["share"] == pytest.approx((row["significance_ms"] + row["store_prompt_ms"]) / 64)
@@ -402,27 +546,15 @@ def test_sizes_of_known_models():
         ("throughput --paper", "--paper needs --kv-bytes"),
         ("throughput --alpha-high -1", "alpha_high"),
         ("throughput --workload /no/such/file", "is no file of JSON lines"),
+        ("attention --ctx 0", "diffkv: --ctx must be a whole number of at least 1, got '0'"),
+        ("attention --ctx 1GB", "diffkv: --ctx must be a number of tokens, as 32768 or 32K, got"),
+        ("map --kv-bytes 0K", "diffkv: --kv-bytes must be bytes or a number with a unit, as in"),
+        ("serving --rates 0", "diffkv: --rates must be above 0, got 0"),
+        ("serving --rates fast", "diffkv: --rates must be a number, got fast"),
     ],
-)  # fmt: skip
+)
 def test_refuses_in_one_line(capsys, command, message):
     assert main(["bench", *command.split()]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("attention --ctx 0", "--ctx must be at least 1, got 0"),
-        ("attention --ctx 1T", "--ctx must be a whole number, got 1T"),
-        ("map --kv-bytes 0K", "--kv-bytes must be above 0, got 0"),
-        ("serving --rates 0", "--rates must be above 0, got 0"),
-        ("serving --rates fast", "--rates must be a number, got fast"),
-    ],
-)
-def test_refuses_numbers_that_make_no_sense(capsys, command, message):
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", *command.split()])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith(f"diffkv: {message}\n")

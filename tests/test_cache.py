@@ -14,7 +14,7 @@ from diffkv.shape import PoolShape
 
 NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 2, 2, 8
 NUM_SLOTS, MAX_MODEL_LEN, WINDOW, PAGE_BYTES = 3, 40, 4, 160
-NUM_STEPS = 40
+NUM_STEPS = 12
 
 
 class Run:
@@ -82,7 +82,7 @@ class Run:
         self.counts.append(self.state.num_tokens.clone())
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0])
 @pytest.mark.parametrize(
     ("quant", "alpha_high", "alpha_low"), [("k8v4-k4v2", 2.0, 0.8), ("k8v4", 0.8, 0.8)]
 )

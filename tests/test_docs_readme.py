@@ -145,7 +145,7 @@ def test_every_option_is_known_to_somebody(present_page, known_options):
         )
     )  # fmt: skip
     sources += "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("benchmarks/*.py"))
-    sources += "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("training/*/*.py"))
+    sources += "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("training/**/*.py"))
     for option in rest:
         name = option.removeprefix("--")
         names = {name, name.removeprefix("no-")}

@@ -201,11 +201,13 @@ def test_refusals(capsys, llama, tmp_path):
     assert "leaves no KV cache" in refused(capsys, *model, "--gpu-memory", "16GiB")
     for memory in ("24", "2GiB"):
         line = refused(capsys, *model, "--gpu-memory", memory)
-        assert f"--gpu-memory {memory} is used up by the 2GiB of --reserve" in line
+        assert "is used up by the 2.00 GiB of --reserve" in line
     assert "must divide 32 query heads" in refused(
         capsys, *model, "--gpu-memory", "80GiB", "--tensor-parallel-size", "3"
     )
-    assert "unknown size 'much'" in refused(capsys, *model, "--gpu-memory", "much")
+    assert "--gpu-memory must be bytes or a number with a unit" in refused(
+        capsys, *model, "--gpu-memory", "much"
+    )
     assert "--high-share must be in 0 .. 1" in refused(
         capsys, *model, "--gpu-memory", "80GiB", "--high-share", "2"
     )

@@ -18,11 +18,13 @@ def parse_bytes(text: str) -> int:
     """Read `512MiB`, `80GB`, `1.5g`, `2G`, or a number of bytes.
 
     Raises:
-        ConfigError: not of that form, or less than one byte.
+        ConfigError: not of that form, or less than one byte; what the text must be.
     """
     num_bytes = _parse(text)
     if num_bytes is None or num_bytes < 1:
-        raise ConfigError(f"unknown size {text!r}: write bytes or a unit, as in 512MiB, 80GB or 2G")
+        raise ConfigError(
+            f"must be bytes or a number with a unit, as in 512MiB, 80GB or 2G, got {text!r}"
+        )
     return int(num_bytes)
 
 
@@ -34,9 +36,9 @@ def parse_tokens(text: str) -> int:
     """
     tokens = None if text.strip().lower().endswith("b") else _parse(text)
     if tokens is None:
-        raise ConfigError(f"unknown number of tokens {text!r}: write 32768 or 32K")
+        raise ConfigError(f"must be a number of tokens, as 32768 or 32K, got {text!r}")
     if tokens < 1 or tokens != int(tokens):
-        raise ConfigError(f"a number of tokens must be a whole number of at least 1, got {text!r}")
+        raise ConfigError(f"must be a whole number of at least 1, got {text!r}")
     return int(tokens)
 
 

@@ -1,290 +1,207 @@
-"""Attention over both tiers: near a float32 reference, and the same bits however it is batched."""
-
-import itertools
+"""Attention over both tiers: near float64, sums too, and the same bits however it is batched."""
 
 import pytest
 import torch
-from make import (
-    DTYPES,
-    FORMATS,
-    assert_same,
-    copy_of,
-    fill,
-    make_state,
-    make_sums,
-    make_tiers,
-    make_tokens,
-)
+from backends import CPU, Backend, ints, on_cpu
+from contents import read_head, sum_bytes
+from make import DTYPES, FORMATS, assert_same, copy_of, make_state
 from torch import Tensor
 
-from diffkv import reference
 from diffkv.kernels import cpu
-from diffkv.layout import PageLayout
-from diffkv.quant import ConfigError, QuantConfig
 from diffkv.state import PoolState
 
-
-def tensors_of(state: PoolState, slot: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a slot keeps in layer 0, read back in float32: key, value [H, n, D], kept [H, n]."""
-    most = max(1, int(state.num_tokens[slot, 0].sum(-1).max()))
-    key, value, positions, _ = cpu.gather(state, 0, slot, most)
-    return key, value, positions >= 0
-
-
-def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, kept: Tensor, scale: float
-) -> Tensor:
-    """Plain torch in the dtype of its arguments: query [Hq, D] to [Hq, D]."""
-    group = query.shape[0] // key.shape[0]
-    q = query.view(key.shape[0], group, -1)
-    scores = (q @ key.transpose(1, 2)) * scale
-    probs = scores.masked_fill(~kept[:, None], float("-inf")).softmax(-1)
-    return (probs @ value).reshape(query.shape)
+LAYOUTS = [
+    *((quant, 64, torch.float32, 4) for quant in FORMATS),
+    ("k8v4-k4v2", 64, torch.bfloat16, 4), ("k8v4g1x2-k4v2g2x4", 80, torch.float16, 3),
+    ("k16v16", 128, torch.bfloat16, 8), ("k16v16", 96, torch.float32, 1),
+    ("k16v16", 64, torch.float16, 2), ("k8v2-k2v1g1x4", 64, torch.float32, 16),
+    ("k8v8g2x4-k4v4g4x4", 96, torch.float32, 2), ("k4v1", 256, torch.bfloat16, 2),
+    ("k1v1g4x4", 128, torch.float32, 5), ("k16v8-k8v8", 64, torch.float32, 4),
+    ("k16v16-k16v8", 64, torch.bfloat16, 4),
+]  # fmt: skip
+"""(quant, head_dim, dtype, query heads of a KV head)."""
 
 
-def sums_of(state: PoolState) -> Tensor:
-    """The bytes of the sums of all pages, one tensor for every tier."""
-    parts = []
-    for tier in state.layout.tiers:
-        end = tier.sums + tier.tokens_per_page * 4
-        parts.append(state.pages[:, tier.sums : end].contiguous().view(torch.float32).flatten())
-    return torch.cat(parts)
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float):
+    """Plain torch in the dtype of its arguments, of one head: output [G, D], probabilities [G, n]."""
+    probs = ((query @ key.T) * scale).softmax(-1)
+    return probs @ value, probs
 
 
-def run(state: PoolState, slots: list[int], query: Tensor) -> Tensor:
+def used(state: PoolState) -> PoolState:
+    """The state, with pages that others have used before."""
+    state.pages.copy_(torch.randint(0, 256, state.pages.shape, dtype=torch.uint8))
+    return state
+
+
+def filled(backend: Backend, quant: str, lens: list[int], *args, shares=None, **options):
+    """A pool with random requests, on the CPU."""
+    state = used(make_state(quant, *args, max_tokens=max(lens) + 8, **options))
+    backend.fill(state, lens, **(shares or {}))
+    return state
+
+
+def attended(backend: Backend, state: PoolState, slots: list[int], query: Tensor) -> Tensor:
+    """Output of layer 0; the sums of a state on the backend's device change."""
     output = torch.empty_like(query)
-    ids = torch.tensor(slots, dtype=torch.int32)
-    cpu.attend(state, 0, ids, query, query.shape[-1] ** -0.5, output)
+    backend.attend(state, 0, ints(*slots), query, query.shape[-1] ** -0.5, output)
     return output
 
 
-def check(state: PoolState, slots: list[int], group: int) -> None:
-    """The FlashAttention rule against float64, and sums against the reference."""
-    head_dim, num_heads = state.layout.head_dim, state.num_kv_heads * group
-    query = torch.randn(len(slots), num_heads, head_dim).to(state.dtype)
-    expected, before = copy_of(state), copy_of(state)
-    scale = head_dim**-0.5
+def check_head(backend: Backend, before: PoolState, after: PoolState, row, query, output) -> None:
+    """One KV head by the FlashAttention rule; row is (slot, layer, head), query and output [G, D]."""
+    dtype, scale = query.dtype, query.shape[-1] ** -0.5
+    old, new = read_head(before, *row), read_head(after, *row)
+    if not len(old.key):
+        assert not output.any(), "a head without tokens has no output"
+        return
+    wide, probs = plain_attention(query.double(), old.key, old.value, scale)
+    plain, plain_probs = plain_attention(query, old.key.to(dtype), old.value.to(dtype), scale)
+    ours, theirs = (output - wide).abs().max(), (plain - wide).abs().max()
+    # Of the output in its dtype, and of summands in float32: a quantised value is added as a zero
+    # and a multiple of a scale, which may be twice as large; in Triton, of 1024 plus a code of at most
+    # 255, in values and in keys
+    summands = (24 if backend.name == "triton" else 2) * old.value.abs().max()
+    rounding = max(
+        wide.abs().max() * torch.finfo(dtype).eps, summands * torch.finfo(torch.float32).eps
+    )
+    assert ours <= 2 * theirs + rounding, f"{ours} against {theirs} of plain torch"
 
-    output = run(state, slots, query)
+    tracked = torch.tensor([tier.tracked for tier in before.layout.tiers])[old.tiers]
+    grown = torch.where(tracked, probs.amax(0), 0.0)
+    allowed = 1e-5
+    if (
+        backend.name == "triton" and dtype is not torch.float32
+    ):  # queries and probabilities in float16
+        allowed += 2 * float((plain_probs - probs).abs().max())
+    torch.testing.assert_close(
+        new.sums.double(), old.sums.double() + grown, rtol=1e-5, atol=allowed
+    )
 
-    ids = torch.tensor(slots, dtype=torch.int32)
-    reference.attend(expected, 0, ids, query, scale, torch.zeros_like(query))
-    after = sums_of(state)
-    finite = sums_of(before).isfinite() & after.isfinite()
-    grown = sums_of(expected) != sums_of(before)
-    assert finite[grown].all()
-    torch.testing.assert_close(after[grown], sums_of(expected)[grown], rtol=1e-5, atol=1e-5)
-    # Nothing but the sums of kept tokens has changed
-    changed = (state.pages != before.pages) & ~sum_bytes(state)
-    assert not changed.any()
 
-    for r, slot in enumerate(slots):
-        if slot < 0 or not state.num_tokens[slot, 0].any():
-            assert not output[r].any()
+def check(backend: Backend, state: PoolState, slots: list[int], group: int, spread=1.0) -> None:
+    """Output and sums of every head, and that nothing else has changed."""
+    head_dim, heads = state.layout.head_dim, state.num_kv_heads
+    query = spread * torch.randn(len(slots), heads * group, head_dim)
+    query = query.to(state.dtype)
+    placed = backend.place(copy_of(state))
+    output = attended(backend, placed, slots, query)
+    after = on_cpu(placed)
+    for slot, q, out in zip(slots, query, output, strict=True):
+        if slot < 0:
+            assert not out.any(), "a row that is no request is not 0"
             continue
-        key, value, kept = tensors_of(before, slot)
-        wide = plain_attention(query[r].double(), *exact(before, slot), scale)
-        plain = plain_attention(query[r], key, value, kept, scale)
-        ours, theirs = (output[r] - wide).abs().max(), (plain - wide).abs().max()
-        # Of the output in its dtype, and of summands in float32: a quantised value is added as a zero
-        # and a multiple of a scale, which may be twice as large
-        rounding = max(
-            wide.abs().max() * torch.finfo(state.dtype).eps,
-            2 * value.abs().max() * torch.finfo(torch.float32).eps,
-        )
-        assert ours <= 2 * theirs + rounding, f"{ours} against {theirs} of plain torch"
+        for head in range(heads):
+            of_head = slice(head * group, (head + 1) * group)
+            check_head(backend, state, after, (slot, 0, head), q[of_head], out[of_head])
+    changed = (after.pages != state.pages).any(0)
+    assert not (changed & ~sum_bytes(state)).any(), "bytes beside the sums have changed"
+    after.pages.copy_(state.pages)
+    assert_same(after, state)
 
 
-def exact(state: PoolState, slot: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Key and value as the codes say, in float64: the cache's vectors before any rounding."""
-    from diffkv.reference.decode import _tokens
-    from diffkv.reference.pages import read_token
-
-    heads = []
-    for head in range(state.num_kv_heads):
-        row = (slot, 0, head)
-        tokens = [
-            read_token(state, tier, place, torch.float32)
-            for tier in range(len(state.layout.tiers))
-            for place in _tokens(state, row, tier)
-        ]
-        heads.append([torch.stack([t[i] for t in tokens]) for i in range(2)] if tokens else None)
-    most = max(len(h[0]) for h in heads if h)
-    key, value = torch.zeros(2, len(heads), most, state.layout.head_dim, dtype=torch.float64)
-    kept = torch.zeros(len(heads), most, dtype=torch.bool)
-    for i, head in enumerate(heads):
-        if head:
-            key[i, : len(head[0])], value[i, : len(head[0])] = head
-            kept[i, : len(head[0])] = True
-    return key, value, kept
-
-
-def sum_bytes(state: PoolState) -> Tensor:
-    """Which bytes of a page may be sums, in one tier or the other."""
-    mask = torch.zeros(state.layout.page_bytes, dtype=torch.bool)
-    for tier in state.layout.tiers:
-        mask[tier.sums : tier.sums + tier.tokens_per_page * 4] = True
-    return mask
+@pytest.mark.parametrize("drops", [True, False])
+@pytest.mark.parametrize(("quant", "head_dim", "dtype", "group"), LAYOUTS)
+def test_layouts(kernels, quant, head_dim, dtype, group, drops):
+    if not drops and quant in FORMATS[1:]:
+        pytest.skip("one format without sums is like another")
+    state = filled(kernels, quant, [37, 17, 70], head_dim, dtype, drops=drops)
+    check(kernels, state, [2, -1, 0, 1], group)
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 9, 16])
-def test_groups(group):
-    state = make_state("k8v4-k4v2")
-    fill(cpu, state, [50, 21])
-    check(state, [1, 0], group)
+def test_groups(kernels, group):
+    check(kernels, filled(kernels, "k8v4-k4v2", [50, 21]), [1, 0], group)
 
 
 @pytest.mark.parametrize("head_dim", [8, 72, 80, 96, 128, 256])
 @pytest.mark.parametrize("quant", ["k8v4-k4v2", "k8v2g1x4-k2v1g4x2"])
-def test_head_dims(quant, head_dim):
-    state = make_state(quant, head_dim)
-    fill(cpu, state, [45])
-    check(state, [0, -1], 4)
+def test_head_dims(kernels, quant, head_dim):
+    check(kernels, filled(kernels, quant, [45], head_dim), [0, -1], 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quant", ["k16v16", "k16v4-k4v1", "k8v8"])
-def test_dtypes(quant, dtype):
-    state = make_state(quant, 80, dtype)
-    fill(cpu, state, [61, 3, 17])
-    check(state, [2, 0, 1], 3)
+def test_dtypes(backend, quant, dtype):
+    check(backend, filled(backend, quant, [61, 3, 17], 80, dtype), [2, 0, 1], 3)
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 @pytest.mark.parametrize("high", [0.0, 1.0])
-def test_page_boundary(extra, high):
-    state = make_state("k8v4-k4v2")
-    num = state.layout.tiers[0 if high else 1].tokens_per_page + extra
-    fill(cpu, state, [num], high=high, dropped=0.0)
-    check(state, [0], 2)
+def test_page_boundary(backend, extra, high):
+    num = make_state("k8v4-k4v2").layout.tiers[0 if high else 1].tokens_per_page + extra
+    shares = {"high": high, "dropped": 0.0}
+    check(backend, filled(backend, "k8v4-k4v2", [num], shares=shares), [0], 2)
 
 
-def test_one_token_and_none():
-    state = make_state("k8v4-k4v2")
-    fill(cpu, state, [1], high=1.0, dropped=0.0)
-    check(state, [0, 1, -1], 4)
+@pytest.mark.parametrize("num", [1, 15, 16, 17, 63, 64, 65, 128, 129])
+def test_tile_boundary(kernels, num):
+    """Tiles of 64 tokens, and pages of 16."""
+    state = filled(
+        kernels, "k16v16", [num], 64, torch.float16, num_slots=1, shares={"dropped": 0.0}
+    )
+    check(kernels, state, [0], 2)
 
 
-def test_large_scores():
-    state = make_state("k8v4-k4v2", dtype=torch.float32)
-    fill(cpu, state, [60])
-    query = torch.randn(1, 8, 64) * 300
-    expected, output = copy_of(state), torch.zeros(1, 8, 64)
-    reference.attend(expected, 0, torch.zeros(1, dtype=torch.int32), query, 0.125, output)
-
-    torch.testing.assert_close(run(state, [0], query), output, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(sums_of(state), sums_of(expected), rtol=0, atol=2e-3, equal_nan=True)
+@pytest.mark.parametrize("page_bytes", [1024, 2048, 6784])
+def test_any_number_of_tokens_per_page(kernels, page_bytes):
+    state = filled(kernels, "k8v4-k4v2", [75, 9], 128, page_bytes=page_bytes)
+    check(kernels, state, [0, 1], 4)
 
 
-def long_ragged_state() -> PoolState:
+def test_one_token_and_none(backend):
+    shares = {"high": 1.0, "dropped": 0.0}
+    check(backend, filled(backend, "k8v4-k4v2", [1, 0], shares=shares), [0, 1, -1, 2], 4)
+
+
+def test_large_scores(backend):
+    """Where almost all of the probability is on one token."""
+    state = filled(backend, "k8v4-k4v2", [60], 64, torch.float32)
+    check(backend, state, [0], 4, spread=30.0)
+
+
+def ragged(kernels: Backend) -> PoolState:
+    """Some requests short and one long, the same ones every time."""
     torch.manual_seed(5)
-    state = make_state("k8v4-k4v2", num_kv_heads=3, max_tokens=5000, num_slots=4)
-    fill(cpu, state, [4999, 1, 700, 2000])
-    return state
+    lens = [900, 1, 250, 400] if kernels.is_slow else [4999, 1, 700, 2000]
+    heads = 1 if kernels.is_slow else 3
+    return filled(kernels, "k8v4-k4v2", lens, num_kv_heads=heads, num_slots=4)
 
 
-def test_long_ragged():
-    state = long_ragged_state()
-    query = torch.randn(4, 12, 64).to(state.dtype)
-    before = copy_of(state)
-
-    output = run(state, [0, 1, 2, 3], query)
-
-    for slot in range(4):
-        key, value, kept = tensors_of(before, slot)
-        wide = plain_attention(query[slot].float(), key.float(), value.float(), kept, 0.125)
-        wide = wide.nan_to_num(0.0)  # heads that keep no token
-        assert (output[slot] - wide).abs().max() <= 0.01
-    # Each of a token's probabilities is counted once, for the largest of its group
-    grown = (sums_of(state) - sums_of(before)).nan_to_num(0).double().sum()
-    num_heads = int((state.num_tokens[:, 0].sum(-1) > 0).sum())
-    assert num_heads <= grown <= num_heads * 4
+def test_long_ragged(kernels):
+    check(kernels, ragged(kernels), [0, 1, 2, 3], 4)
 
 
-def test_a_request_alone_is_the_same_as_in_a_batch():
-    query = torch.randn(4, 12, 64).bfloat16()
-    together, alone = long_ragged_state(), long_ragged_state()
+def test_a_request_alone_is_the_same_as_in_a_batch(kernels):
+    together, alone = kernels.place(ragged(kernels)), kernels.place(ragged(kernels))
+    query = torch.randn(4, 4 * together.num_kv_heads, 64).bfloat16()
 
-    output = run(together, [2, 0, 3, 1], query)
+    output = attended(kernels, together, [2, 0, 3, 1], query)
 
     for row, slot in enumerate([2, 0, 3, 1]):
-        assert torch.equal(run(alone, [slot], query[row : row + 1])[0], output[row])
-    assert_same(alone, together)
-
-
-def test_threads_do_not_change_a_bit():
-    query = torch.randn(4, 12, 64).bfloat16()
-    outputs, states = [], []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        states.append(long_ragged_state())
-        outputs.append(run(states[-1], [0, 1, 2, 3], query))
-    for output, state in zip(outputs[1:], states[1:], strict=True):
-        assert torch.equal(output, outputs[0])
-        assert_same(state, states[0])
+        assert torch.equal(attended(kernels, alone, [slot], query[row : row + 1])[0], output[row])
+    assert_same(on_cpu(alone), on_cpu(together))
 
 
 def test_rows_of_query_and_output_may_be_apart():
-    state = make_state("k8v4-k4v2")
-    fill(cpu, state, [50, 21])
+    """Of the CPU's kernels: GPUs take them packed."""
+    state = filled(CPU, "k8v4-k4v2", [50, 21])
     wide = torch.randn(2, 24, 64).bfloat16()
     query, output = wide[:, 8:16], torch.zeros(2, 24, 64).bfloat16()
     other = copy_of(state)
-    slots = torch.tensor([0, 1], dtype=torch.int32)
 
-    cpu.attend(state, 0, slots, query, 0.125, output[:, :8])
+    cpu.attend(state, 0, ints(0, 1), query, 0.125, output[:, :8])
 
-    assert torch.equal(output[:, :8], run(other, [0, 1], query.contiguous()))
+    assert torch.equal(output[:, :8], attended(CPU, other, [0, 1], query.contiguous()))
     assert not output[:, 8:].any()
 
 
-def pairs() -> list[str]:
-    """Every high-low pair of the original's formats that is a configuration, and single ones."""
-    found = list(FORMATS)
-    for high, low in itertools.product(FORMATS, FORMATS):
-        try:
-            quant = QuantConfig.parse(f"{high}-{low}")
-            PageLayout.derive(quant, 64)
-        except ConfigError:
-            continue
-        found.append(str(quant))
-    return found
-
-
-@pytest.mark.parametrize("quant", pairs())
-def test_every_pair_from_store_to_release(quant):
-    state = make_state(quant, 64, window=4, max_tokens=96, num_slots=1)
-    tokens = make_tokens(state, [0], [48])
-    tiers, sums = make_tiers(state, 48), make_sums(state, 48)
-    expected = copy_of(state)
-    slots, seq_lens = torch.zeros(1, dtype=torch.int32), torch.tensor([49], dtype=torch.int32)
-    key, value = torch.randn(2, 1, 2, 64).bfloat16()
-    query = torch.randn(1, 4, 64).bfloat16()
-    outputs = []
-    for ops, each in ((cpu, state), (reference, expected)):
-        each.thresholds[0], each.prompt_lens[0] = torch.tensor([40.0, 2.0]), 48
-        ops.store_prompt(each, 0, tokens, tiers, sums)
-        plan = ops.plan_decode(each, slots, seq_lens)
-        ops.append(each, 0, plan, key, value)
-        outputs.append(torch.zeros_like(query))
-        ops.attend(each, 0, slots, query, 0.125, outputs[-1])
-
-    torch.testing.assert_close(*(x.float() for x in outputs), rtol=2**-7, atol=1e-3)
-    torch.testing.assert_close(sums_of(state), sums_of(expected), equal_nan=True)
-    assert not ((state.pages != expected.pages) & ~sum_bytes(state)).any()
-    for ops, each in ((cpu, state), (reference, expected)):
-        ops.release(each, slots, -1)
-    assert torch.equal(state.free_ring, expected.free_ring)
-    assert torch.equal(state.ring_ends, expected.ring_ends)
-    assert not state.num_tokens.any()
-
-
-def test_wrong_tensors_are_refused():
-    state = make_state("k8v4")
-    slots, query = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 4, 64).bfloat16()
-    with pytest.raises(ValueError, match=r"query must .* 3"):
-        cpu.attend(state, 0, slots, query[:, :3], 1.0, query)
-    with pytest.raises(ValueError, match="output"):
-        cpu.attend(state, 0, slots, query, 1.0, query.float())
-    with pytest.raises(ValueError, match="slots"):
-        cpu.attend(state, 0, slots.repeat(2), query, 1.0, query)
+def test_wrong_tensors_are_refused(kernels):
+    state = kernels.place(make_state("k8v4"))
+    slots, query = ints(0), torch.zeros(1, 4, 64).bfloat16()
+    with pytest.raises(ValueError, match=r"query must .* 2 heads"):
+        kernels.attend(state, 0, slots, query[:, :3], 1.0, query)
+    with pytest.raises(ValueError, match="output must be"):
+        kernels.attend(state, 0, slots, query, 1.0, query.float())
+    with pytest.raises(ValueError, match="slots must be"):
+        kernels.attend(state, 0, slots.repeat(2), query, 1.0, query)

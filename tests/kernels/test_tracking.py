@@ -3,63 +3,62 @@
 import pytest
 import torch
 import tracking
-from make import assert_same, copy_of, fill, make_state
-
-from diffkv import reference
-from diffkv.kernels import cpu
+from backends import Pair, ints
+from make import make_state
+from test_attend import check, filled
 
 QUANTS = ("k8v4-k4v2", "k8v4", "k16v16-k4v1g4x4")
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
-def test_nothing_differs_without_them(ops, quant):
-    steps = 30 if ops is cpu else 8
-    state = tracking.run(ops, quant, 64, torch.bfloat16, steps)
+def test_nothing_differs_without_them(backend, quant):
+    steps = {"reference": 8, "triton": 6, "cpu": 30}[backend.name]
+    state = tracking.run(backend, quant, 64, torch.bfloat16, steps)
     assert [tier.tracked for tier in state.layout.tiers] == (
         [True, False] if "-" in quant else [False]
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_in_every_dtype(dtype):
-    tracking.run(cpu, "k8v4g1x2-k4v2g2x4", 80, dtype, 12)
+@pytest.mark.parametrize(
+    ("quant", "head_dim", "dtype"),
+    [("k8v4g1x2-k4v2g2x4", 80, torch.float32), ("k8v4g1x2-k4v2g2x4", 80, torch.float16),
+     ("k8v4", 64, torch.float32), ("k16v16-k4v1g4x4", 64, torch.float16)],
+)  # fmt: skip
+def test_in_every_dtype(kernels, quant, head_dim, dtype):
+    tracking.run(kernels, quant, head_dim, dtype, 2 if kernels.is_slow else 12)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_pages_are_those_of_the_reference(quant):
-    """Store, plan and append, byte for byte, and attention beside the sums."""
+def test_pages_are_those_of_the_reference(kernels, quant):
+    """Store, plan, append and gather, byte for byte; attention has tests of its own."""
     state = make_state(quant, 64, num_layers=2, window=6, max_tokens=120, drops=False)
-    fill(cpu, state, [61, 9])
     state.thresholds[:2], state.prompt_lens[:2] = torch.tensor([1e6, 0.0]), 61
-    expected = copy_of(state)
-    slots = torch.tensor([1, -1, 0], dtype=torch.int32)
-    for step in range(20):
-        seq_lens = torch.tensor([10, 1, 62], dtype=torch.int32) + step
-        plans = [ops.plan_decode(each, slots, seq_lens)
-                 for ops, each in ((cpu, state), (reference, expected))]  # fmt: skip
-        assert torch.equal(plans[0].places, plans[1].places)
-        for layer in range(2):
-            key, value = torch.randn(2, 3, 2, 64).to(state.dtype)
-            cpu.append(state, layer, plans[0], key, value)
-            reference.append(expected, layer, plans[1], key, value)
-        assert_same(state, expected)
+    pair = Pair(kernels, state)
+    for layer in range(2):
+        pair.store([0, 1], [61, 9], layer)
+    for step in range(4 if kernels.is_slow else 20):
+        pair.step([1, -1, 0], [10 + step, 1, 62 + step])
+    pair.gather(1, 0, 90)
+    pair.release([0, 1])
 
 
-def test_many_items_of_attention_without_sums():
+def test_many_items_of_attention_without_sums_change_only_sums_of_high_tokens(kernels):
     """More than one item of work of either tier, on as many threads as there are."""
-    state = make_state("k8v4-k4v2", num_kv_heads=1, max_tokens=5000, num_slots=2, drops=False)
-    fill(cpu, state, [5000, 2100], dropped=0.0)
-    query, slots = torch.randn(2, 4, 64).to(state.dtype), torch.tensor([1, 0], dtype=torch.int32)
-    expected, before = copy_of(state), state.pages.clone()
-    output, wanted = torch.empty_like(query), torch.empty_like(query)
-    cpu.attend(state, 0, slots, query, 0.125, output)
-    reference.attend(expected, 0, slots, query, 0.125, wanted)
-    torch.testing.assert_close(output.float(), wanted.float(), rtol=2**-7, atol=1e-3)
-    high = state.layout.high
-    changed = (state.pages != before).any(0).nonzero().flatten()
-    assert high.sums <= int(changed.min()) and int(changed.max()) < high.positions
-    torch.testing.assert_close(
-        *(x[:, high.sums : high.positions].contiguous().view(torch.float32).nan_to_num(0)
-          for x in (state.pages, expected.pages)), rtol=1e-5, atol=1e-5,
-    )  # fmt: skip
+    lens = [1100, 600] if kernels.is_slow else [5000, 2100]
+    shares = {"dropped": 0.0}
+    state = filled(
+        kernels, "k8v4-k4v2", lens, num_kv_heads=1, num_slots=2, drops=False, shares=shares
+    )
+    check(kernels, state, [1, 0], 4)
+
+
+def test_no_probabilities_are_kept_without_sums(triton):
+    from diffkv.kernels.triton.workspace import workspace
+
+    state = make_state("k8v4", 64, torch.float32, drops=False)
+    triton.fill(state, [70, 30])
+    state = triton.place(state)
+    before, query = state.pages.clone(), torch.randn(1, 4, 64)
+    triton.attend(state, 0, ints(0), query, 0.125, torch.empty_like(query))
+    assert torch.equal(state.pages, before)
+    assert workspace(state).buffers["probs"].numel() == 1

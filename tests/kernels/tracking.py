@@ -1,6 +1,7 @@
 """The same requests on pools with and without sums that no decision reads: nothing else may differ."""
 
 import torch
+from backends import Backend, ints
 from make import make_state, make_sums, make_tiers, make_tokens
 from torch import Tensor
 
@@ -11,7 +12,7 @@ GROUP, SLOTS = 2, (0, 2)
 ALPHA_HIGH = 3.0
 
 
-def _store(ops, pools: list[PoolState], slot: int, num: int) -> None:
+def _store(ops: Backend, pools: list[PoolState], slot: int, num: int) -> None:
     """A prompt of random tiers, some of its tokens dropped, as a policy may do."""
     state = pools[0]
     for layer in range(state.num_layers):
@@ -25,13 +26,15 @@ def _store(ops, pools: list[PoolState], slot: int, num: int) -> None:
         each.prompt_lens[slot] = num
 
 
-def _decode(ops, pools: list[PoolState], slots: list[int], lens: list[int]) -> list[list[Tensor]]:
+def _decode(
+    ops: Backend, pools: list[PoolState], slots: list[int], lens: list[int]
+) -> list[list[Tensor]]:
     """One step of all layers; outputs by pool and layer."""
     state = pools[0]
     heads, head_dim = state.num_kv_heads, state.layout.head_dim
-    rows = torch.tensor(slots, dtype=torch.int32)
+    rows = ints(*slots)
     outputs: list[list[Tensor]] = [[] for _ in pools]
-    plans = [ops.plan_decode(each, rows, torch.tensor(lens, dtype=torch.int32)) for each in pools]
+    plans = [ops.plan_decode(each, rows, ints(*lens)) for each in pools]
     for layer in range(state.num_layers):
         key, value = torch.randn(2, len(slots), heads, head_dim).to(state.dtype)
         # Queries like few keys make means that differ, so that some tokens are demoted
@@ -43,7 +46,7 @@ def _decode(ops, pools: list[PoolState], slots: list[int], lens: list[int]) -> l
     return outputs
 
 
-def _assert_alike(ops, state: PoolState, tracked: PoolState, slots: list[int]) -> None:
+def _assert_alike(ops: Backend, state: PoolState, tracked: PoolState, slots: list[int]) -> None:
     assert torch.equal(state.num_tokens, tracked.num_tokens)
     most = max(1, int(state.num_tokens.sum(-1).max()))
     for slot in slots:
@@ -59,26 +62,28 @@ def _assert_alike(ops, state: PoolState, tracked: PoolState, slots: list[int]) -
             assert (positions[~known] == -1).all()
 
 
-def run(ops, quant: str, head_dim: int, dtype: torch.dtype, steps: int) -> PoolState:
+def run(ops: Backend, quant: str, head_dim: int, dtype: torch.dtype, steps: int) -> PoolState:
     """Prompts and steps with alpha_low 0 on both; checks each step, returns the one without sums."""
     shape = {"num_layers": 2, "window": 4, "max_tokens": 160}
-    state = make_state(quant, head_dim, dtype, drops=False, **shape)
-    tracked = make_state(quant, head_dim, dtype, drops=True, **shape)
-    pools, lens = [state, tracked], [70, 33]
+    pools = [
+        ops.place(make_state(quant, head_dim, dtype, drops=drops, **shape))
+        for drops in (False, True)
+    ]
+    state, lens = pools[0], [70, 33]
     for slot, num in zip(SLOTS, lens, strict=True):
         _store(ops, pools, slot, num)
     before = state.num_tokens.clone()
     for step in range(steps):
         if step == steps // 2:  # one request ends, another takes its slot
             for each in pools:
-                ops.release(each, torch.tensor(SLOTS[1:], dtype=torch.int32), -1)
+                ops.release(each, ints(*SLOTS[1:]), -1)
             lens[1] = 50 - step
             _store(ops, pools, SLOTS[1], 50)
         rows = [SLOTS[1], -1, SLOTS[0]]
         seq_lens = [lens[1] + step + 1, 1, lens[0] + step + 1]
         outputs = _decode(ops, pools, rows, seq_lens)
         assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True)), "other attention"
-        _assert_alike(ops, state, tracked, list(SLOTS))
+        _assert_alike(ops, *pools, list(SLOTS))
         for each in pools:
             check_invariants(each)
     grown = (state.num_tokens - before)[SLOTS[0]]

@@ -49,8 +49,9 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        # "argument --limit: must be ..." of the types in `arguments`
-        message = re.sub(r"^argument (\S+): (?=must be )", r"\1 ", message)
+        refused = re.fullmatch(r"argument (\S+): (must be .*)", message)
+        if refused:  # by a type of `arguments`
+            raise ConfigError(" ".join(refused.groups()))
         self.exit(USER_ERROR, f"diffkv: {message}\nTry '{self.prog} --help'.\n")
 
 
@@ -88,12 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f"diffkv.cli.{name}")
     parser = _Parser(f"diffkv {name}", COMMANDS[name])
     command.add_arguments(parser)
-    if getattr(command, "PASSES_FLAGS_ON", False):
-        args, flags = parser.parse_known_args(arguments[1:])
-        args.flags = flags
-    else:
-        args = parser.parse_args(arguments[1:])
     try:
+        if getattr(command, "PASSES_FLAGS_ON", False):
+            args, flags = parser.parse_known_args(arguments[1:])
+            args.flags = flags
+        else:
+            args = parser.parse_args(arguments[1:])
         status: int = command.run(args)
     except ConfigError as error:
         print(f"diffkv: {error}", file=sys.stderr)

@@ -7,18 +7,25 @@ from typing import Any
 from diffkv.quant import ConfigError
 from diffkv.sizes import parse_bytes, parse_tokens
 
-__all__ = ["Joined", "Listed", "above_zero", "num_bytes", "num_tokens", "positive"]
+__all__ = ["Joined", "Listed", "above_zero", "at_least", "num_bytes", "num_tokens", "positive"]
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise ArgumentTypeError(f"must be a whole number, got {text}") from None
-    if value < 1:
-        raise ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number that is not below another one."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ArgumentTypeError(f"must be a whole number, got {text}") from None
+        if value < least:
+            raise ArgumentTypeError(f"must be at least {least}, got {text}")
+        return value
+
+    return parse
+
+
+positive = at_least(1)
 
 
 def above_zero(text: str) -> float:

@@ -41,43 +41,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     prompts.add_engine_options(parser)
     parser.add_argument(
-        "--data", required=True, metavar="FILE",
+        "--data",
+        required=True,
+        metavar="FILE",
         help=f'prompts: JSON lines with "prompt" and, if known, "answer", or one text a line; or '
         f"{SYNTH}: questions about facts in the context, made for the model",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--max-loss", type=_share, required=True, metavar="SHARE",
+        "--max-loss",
+        type=_share,
+        required=True,
+        metavar="SHARE",
         help="the loss to stay within, as 1%% or 0.01: of right words where answers are known, else of "
         "the tokens that full precision answers",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE", default=DEFAULT_OUT,
-                        help="the file to write (default: %(default)s)")  # fmt: skip
+    )
     parser.add_argument(
-        "--samples", type=int, metavar="N",
-        help=f"so many of the prompts, at random (default: all; {SYNTH_SAMPLES} of {SYNTH})",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    parser.add_argument("--prompt-tokens", type=num_tokens, default=1024, metavar="N",
-                        help=f"length of the prompts of {SYNTH} (default: %(default)s)")  # fmt: skip
+        "--out",
+        type=Path,
+        metavar="FILE",
+        default=DEFAULT_OUT,
+        help="the file to write (default: %(default)s)",
+    )
+    _add_question_options(parser)
     parser.add_argument(
-        "--match", choices=("place", "anywhere"), default="place",
-        help="how answers of a FILE are scored: each word at its place, or the whole answer anywhere "
-        "in what the model says (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--max-tokens", type=int, metavar="N",
-                        help="new tokens for each prompt of a FILE (default: 64)")  # fmt: skip
-    parser.add_argument("--quant", default=DEFAULT_QUANT,
-                        help="formats of the tiers (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--window", type=int, default=WINDOW,
-                        help="recent tokens that stay high (default: %(default)s)")  # fmt: skip
+        "--quant", default=DEFAULT_QUANT, help="formats of the tiers (default: %(default)s)"
+    )
     parser.add_argument(
-        "--search", action=Joined, default="alpha_high,alpha_low", metavar="WHAT",
+        "--window",
+        type=int,
+        default=WINDOW,
+        help="recent tokens that stay high (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--search",
+        action=Joined,
+        default="alpha_high,alpha_low",
+        metavar="WHAT",
         help="what is searched, separated by commas: alpha_high, alpha_low, and distinct, the share of "
         "a prompt that stays because its keys are unlike others (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.epilog = (
         "A run that was stopped goes on from FILE.partial. Any other option is passed on to vLLM's "
         "engine: --dtype, --max-model-len, …"
+    )
+
+
+def _add_question_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what is taken of the data, and how answers are scored."""
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help=f"so many of the prompts, at random (default: all; {SYNTH_SAMPLES} of {SYNTH})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument(
+        "--prompt-tokens",
+        type=num_tokens,
+        default=1024,
+        metavar="N",
+        help=f"length of the prompts of {SYNTH} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--match",
+        choices=("place", "anywhere"),
+        default="place",
+        help="how answers of a FILE are scored: each word at its place, or the whole answer anywhere "
+        "in what the model says (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="new tokens for each prompt of a FILE (default: 64)",
     )
 
 
@@ -136,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
     """Search, write the file, and print what was chosen."""
     if not args.verbose:
         prompts.silence_engine()
-    prompts.check_least(args, max_tokens=1, kv_memory=1, samples=1, prompt_tokens=1)
+    prompts.check_least(args, max_tokens=1, samples=1)
     options = _options(args)
     steps = _steps(args, options)
     if not args.out.parent.is_dir():
@@ -156,9 +192,12 @@ def run(args: argparse.Namespace) -> int:
         metric=questions.metric(asked),
     )
     identity = {
-        "model": model.model_dump(), "data": data.model_dump(), "flags": args.flags,
-        "quant": options.quant, "window": options.window,
-    }  # fmt: skip
+        "model": model.model_dump(),
+        "data": data.model_dump(),
+        "flags": args.flags,
+        "quant": options.quant,
+        "window": options.window,
+    }
     journal = Journal(args.out.with_name(args.out.name + PARTIAL), identity)
     if journal.num_found:
         print(f"diffkv: going on from {args.out}{PARTIAL}", file=sys.stderr)
@@ -167,9 +206,13 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(_nothing_fits(args, options, curve[0]))
     chosen = file.Choice.of(choice, quant=options.quant, window=options.window)
     calibration = file.Calibration(
-        max_loss=args.max_loss, model=model, data=data, choice=chosen, source=_source(),
+        max_loss=args.max_loss,
+        model=model,
+        data=data,
+        choice=chosen,
+        source=_source(),
         curve=[file.CurvePoint.of(point) for point in curve],
-    )  # fmt: skip
+    )
     calibration.write(args.out)
     journal.remove()
     _print(args, calibration)
@@ -216,9 +259,13 @@ def _progress(console: "Console") -> "Progress":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console, transient=True,
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
 
 
 def _line(point: "Point") -> str:

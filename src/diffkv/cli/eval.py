@@ -44,42 +44,66 @@ DEFAULT_BATCH = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "--suite", choices=SUITES, default=SUITES[0],
+        "--suite",
+        choices=SUITES,
+        default=SUITES[0],
         help="synth: generated tasks; kld: distances of next-token distributions; lm-eval: real "
         "benchmarks in vLLM (default: synth)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--model", default=REFERENCE, help="a folder or a model id (default: the shipped model)"
     )
     parser.add_argument(
-        "--engine", choices=("hf", "vllm"), default="hf",
+        "--engine",
+        choices=("hf", "vllm"),
+        default="hf",
         help="vllm: policies with thresholds and none, questions at the end of the prompt (default: hf)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--seed", type=int, nargs="+", action=Listed, default=[0], metavar="N",
+        "--seed",
+        type=int,
+        nargs="+",
+        action=Listed,
+        default=[0],
+        metavar="N",
         help="of the samples; each is a run of its own (default: 0)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--methods", type=Path, metavar="FILE",
+        "--methods",
+        type=Path,
+        metavar="FILE",
         help="caches to compare, options of the group cache below, one cache a line; what a line leaves "
         "out is as on the command line",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"),
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
         help="of the model (default: float32 on a CPU, bfloat16 on a GPU)",
-    )  # fmt: skip
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="of the model (default: the GPU)")
     parser.add_argument(
-        "--threads", type=int,
+        "--threads",
+        type=int,
         help="CPU threads of --engine hf (default: 1 for the shipped model, which is too small to share "
         "out; torch's own choice for others)",
-    )  # fmt: skip
+    )
     parser.add_argument("--batch-size", type=int, default=DEFAULT_BATCH, help="samples at once")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON lines there too")
     parser.add_argument(
         "--resume", action="store_true", help="keep the lines of --out, and run what is missing"
     )
     parser.add_argument("--json", action="store_true", help="only JSON lines, no tables")
+    _add_suite_options(parser)
+    eval_lm.add_arguments(parser)
+    add_cache_options(
+        parser,
+        "what decides: paper, paper-uniform, or a baseline (docs/evaluation.md); with settings as in "
+        "topk:keep=0.25,sinks=4 or paper:distinct=0.75 (default: paper)",
+    )
+
+
+def _add_suite_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what is asked in the suites synth and kld."""
     group = parser.add_argument_group("suite synth")
     group.add_argument(
         "--tasks", action=Joined, help="names, separated by commas (default: all of the language)"
@@ -104,26 +128,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("suite kld")
     group.add_argument(
-        "--texts", type=Path, metavar="FILE",
+        "--texts",
+        type=Path,
+        metavar="FILE",
         help='one text a line, or JSON lines with "text" (default: the shipped prompts)',
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--steps", type=int, default=DEFAULT_STEPS,
+        "--steps",
+        type=int,
+        default=DEFAULT_STEPS,
         help="most compared steps of a text (default: %(default)s)",
-    )  # fmt: skip
-    eval_lm.add_arguments(parser)
-    add_cache_options(
-        parser,
-        "what decides: paper, paper-uniform, or a baseline (docs/evaluation.md); with settings as in "
-        "topk:keep=0.25,sinks=4 or paper:distinct=0.75 (default: paper)",
     )
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse before anything is loaded."""
-    for package in ("transformers", "pydantic"):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"diffkv eval needs {package}: pip install 'diffkv[eval]'")
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError("diffkv eval needs transformers: pip install 'diffkv[eval]'")
     prompts.check_least(args, n=2, tokens=256, steps=1, batch_size=1, threads=1)
     if min(args.seed) < 0:
         raise ConfigError(f"--seed must be at least 0, got {min(args.seed)}")
@@ -186,10 +207,14 @@ def _cache(args: argparse.Namespace) -> "CacheSpec":
     if not policy.uses_thresholds and (args.alpha_high, args.alpha_low) != (None, None):
         raise ConfigError(f"policy {policy} has no thresholds: leave out --alpha-high, --alpha-low")
     return CacheSpec(
-        options.quant_config(), policy,
+        options.quant_config(),
+        policy,
         options.thresholds() if policy.uses_thresholds else Thresholds(),
-        options.window, options.page_bytes, options.kernels, options.rotation(),
-    )  # fmt: skip
+        options.window,
+        options.page_bytes,
+        options.kernels,
+        options.rotation(),
+    )
 
 
 def _device_and_dtype(args: argparse.Namespace) -> "tuple[str, torch.dtype]":

@@ -35,13 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=int, metavar="N", help="the first N samples of each task (default: all)"
     )
     group.add_argument(
-        "--thinking", action="store_true",
+        "--thinking",
+        action="store_true",
         help="the model thinks before it answers: chat template, sampling and lengths for that",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--run-code", action="store_true",
+        "--run-code",
+        action="store_true",
         help="execute programs that the model writes, as HumanEval and MBPP need: not in a sandbox",
-    )  # fmt: skip
+    )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -75,27 +77,43 @@ def evaluate(args: argparse.Namespace) -> "Iterator[Row]":
 
     thresholds = options.thresholds()
     method = Method(
-        args.model, "vllm", str(options.quant_config()), args.policy or options.policy,
-        thresholds.alpha_high, thresholds.alpha_low, options.window, options.rotation(),
-    )  # fmt: skip
+        args.model,
+        "vllm",
+        str(options.quant_config()),
+        args.policy or options.policy,
+        thresholds.alpha_high,
+        thresholds.alpha_low,
+        options.window,
+        options.rotation(),
+    )
     writer = Writer(collect(prompts.device()), args.out, resume=args.resume)
     for seed in args.seed:
         case = {
-            **asdict(method), "suite": SUITE, "tasks": [each.name for each in found],
-            "settings": [lm_eval.SETTING], "samples": args.limit, "thinking": args.thinking,
-            "harness": importlib.metadata.version("lm_eval"), "seed": seed,
-        }  # fmt: skip
+            **asdict(method),
+            "suite": SUITE,
+            "tasks": [each.name for each in found],
+            "settings": [lm_eval.SETTING],
+            "samples": args.limit,
+            "thinking": args.thinking,
+            "harness": importlib.metadata.version("lm_eval"),
+            "seed": seed,
+        }
         row = writer.find(TASKS, case)
         if row is None:
             start = time.perf_counter()
             arguments = prompts.engine_arguments(args, seed=seed, dtype=args.dtype or "auto")
             full, ours = (
                 lm_eval.run(
-                    found, arguments, cache, limit=args.limit, thinking=args.thinking,
-                    run_code=args.run_code, progress=functools.partial(_say, args, words),
+                    found,
+                    arguments,
+                    cache,
+                    limit=args.limit,
+                    thinking=args.thinking,
+                    run_code=args.run_code,
+                    progress=functools.partial(_say, args, words),
                 )
                 for words, cache in (("vLLM's own cache", None), ("DiffKV", options))
-            )  # fmt: skip
+            )
             scores = lm_eval.paired(found, full, ours)
             seconds = round(time.perf_counter() - start, 1)
             row = writer.add(TASKS, case, {**figures(TASKS, scores), "seconds": seconds})

@@ -9,9 +9,7 @@ from diffkv.lab.rows import Row
 __all__ = ["print_row"]
 
 TASK = ("task", "setting", "n", "accuracy", "full precision", "difference, 95 %")
-MODE = (
-    "mode", "texts", "steps", "KLD mean", "median", "99.9 %", "same top 1", "first divergence"
-)  # fmt: skip
+MODE = ("mode", "texts", "steps", "KLD mean", "median", "99.9 %", "same top 1", "first divergence")
 SPENT = ("bytes / token", "vs bf16 (bits alone)", "high / low / dropped")
 
 

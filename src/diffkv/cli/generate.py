@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         prompts.silence_engine()
     options = cache_options(args)
     questions = prompts.questions(args)
-    prompts.check_least(args, max_tokens=1, kv_memory=1)
+    prompts.check_least(args, max_tokens=1)
     from diffkv.vllm_plugin.front.offline import generate
 
     engine = prompts.engine_arguments(args)

@@ -27,9 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_engine_options(parser)
     prompts.add_prompt_options(parser)
     parser.add_argument(
-        "--max-tokens", type=int, default=1, metavar="N",
+        "--max-tokens",
+        type=int,
+        default=1,
+        metavar="N",
         help="new tokens of each prompt; 1 shows what the prompt left (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help=f"write {PNG}, {HTML} and {JSON} to a folder"
     )
@@ -45,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse before an engine starts what would fail after it."""
-    prompts.check_least(args, max_tokens=1, kv_memory=1)
+    prompts.check_least(args, max_tokens=1)
     model = load_config(model_folder(args.model))
     for name, num in (("layer", model.num_layers), ("head", model.num_kv_heads)):
         if not 0 <= getattr(args, name) < num:
@@ -76,10 +79,15 @@ def run(args: argparse.Namespace) -> int:
     insights = inspect(texts, prompts.engine_arguments(args), options, args.max_tokens)
     thresholds = options.thresholds()
     case = {
-        "model": args.model, "quant": options.quant, "policy": options.policy,
-        "alpha_high": thresholds.alpha_high, "alpha_low": thresholds.alpha_low,
-        "window": options.window, "rotate": options.rotation(), "max_tokens": args.max_tokens,
-    }  # fmt: skip
+        "model": args.model,
+        "quant": options.quant,
+        "policy": options.policy,
+        "alpha_high": thresholds.alpha_high,
+        "alpha_low": thresholds.alpha_low,
+        "window": options.window,
+        "rotate": options.rotation(),
+        "max_tokens": args.max_tokens,
+    }
     row = Row(HEADS, case, summarize(insights), collect(prompts.device()))
     if args.json:
         print(row.to_json())

@@ -53,11 +53,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--model", default=REFERENCE, help="a folder or a model id (default: the shipped model)"
     )
     parser.add_argument(
-        "--kv-memory", type=num_bytes, metavar="SIZE",
+        "--kv-memory",
+        type=num_bytes,
+        metavar="SIZE",
         help="KV budget, tables included: 512MiB, 2G, bytes … (vLLM: --kv-cache-memory-bytes; default: "
         "on a CPU what the prompts need at once, at most 4 GiB or one request of --max-model-len; on a "
         "GPU vLLM's own choice)",
-    )  # fmt: skip
+    )
     parser.add_argument("--verbose", action="store_true", help="show the engine's log")
 
 
@@ -66,9 +68,11 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", nargs="+", action=Listed, metavar="TEXT", help="prompts")
     source.add_argument(
-        "--prompts", type=Path, metavar="FILE",
+        "--prompts",
+        type=Path,
+        metavar="FILE",
         help='a file of prompts: one a line, or JSON lines with "prompt" (default: shipped ones)',
-    )  # fmt: skip
+    )
 
 
 def check_least(args: argparse.Namespace, **least: int) -> None:

@@ -11,10 +11,13 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE",
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
         help="JSON lines that diffkv eval or diffkv inspect --json printed; runs that differ in their "
         "seed alone are averaged",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for report.md and plots"
     )

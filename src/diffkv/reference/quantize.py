@@ -77,11 +77,12 @@ def dequantize(codes: Tensor, meta: Tensor, bits: int, dtype: torch.dtype) -> Te
     Returns:
         [num_vectors, head_dim] of `dtype`.
     """
-    num_vectors = codes.shape[0]
+    num_vectors, code_bytes = codes.shape
     if bits == 16:
-        return codes.contiguous().view(dtype).view(num_vectors, -1)
+        return codes.contiguous().view(dtype)
+    head_dim, groups = code_bytes * 8 // bits, meta.shape[1]
     shifts = torch.arange(8 // bits, device=codes.device, dtype=torch.int32) * bits
     planes = (codes.to(torch.int32)[:, None, :] >> shifts[:, None]) & (2**bits - 1)
-    grouped = planes.float().view(num_vectors, meta.shape[1], -1)
+    grouped = planes.float().view(num_vectors, groups, head_dim // groups)
     scale, zero = meta.float().unbind(-1)
-    return (grouped * scale[..., None] + zero[..., None]).view(num_vectors, -1).to(dtype)
+    return (grouped * scale[..., None] + zero[..., None]).view(num_vectors, head_dim).to(dtype)

@@ -120,7 +120,7 @@ def store_vectors(x, code_ptr, meta_ptr, mask, S: tl.constexpr, DTYPE: tl.conste
             # div_rn, not /: codes must match the reference bit for bit
             scale = tl.div_rn(most - least, tl.full(least.shape, LEVELS, tl.float32))
             scale = tl.minimum(tl.maximum(scale, _MIN_SCALE), _MAX).to(tl.float16)
-            zero = least.to(tl.float16)
+            zero = (least + 0.0).to(tl.float16)  # -0.0 becomes 0.0: equal values, equal bytes
             tl.store(meta_ptr + 2 * group, scale, mask=mask)
             tl.store(meta_ptr + 2 * group + 1, zero, mask=mask)
             scales = tl.where(inside, scale.to(tl.float32)[:, None, None], scales)

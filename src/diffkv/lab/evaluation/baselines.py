@@ -70,9 +70,14 @@ def _random(seed: int) -> Choose:
 
 
 def _tiers(
-    choose: Choose, keep: float, sinks: int, tier: int,
-    means: Tensor, thresholds: Thresholds, window: int,
-) -> Tensor:  # fmt: skip
+    choose: Choose,
+    keep: float,
+    sinks: int,
+    tier: int,
+    means: Tensor,
+    thresholds: Thresholds,
+    window: int,
+) -> Tensor:
     """Tiers of a prompt of which a budget stays in one tier; the window is part of it, and high."""
     num_tokens = means.shape[1]
     before = max(0, num_tokens - window)
@@ -93,9 +98,14 @@ BUDGET = {"keep": read_share, "sinks": read_whole, "survivors": _read_survivors}
 
 
 def _budget(
-    text: str, choose: Choose, *, keep: float = 0.25, sinks: int = 0, survivors: str = "high",
+    text: str,
+    choose: Choose,
+    *,
+    keep: float = 0.25,
+    sinks: int = 0,
+    survivors: str = "high",
     queries: int = SCORED_QUERIES,
-) -> Policy:  # fmt: skip
+) -> Policy:
     tiers = partial(_tiers, choose, keep, sinks, LOW if survivors == "low" else HIGH)
     return Policy(text, tiers, scored_queries=queries, needs_low=survivors == "low")
 
@@ -111,7 +121,8 @@ def _all_high(means: Tensor, thresholds: Thresholds, window: int) -> Tensor:
 BASELINES = {
     "none": Kind(
         "every token in the high tier: uniform quantisation",
-        {}, partial(Policy, tiers=_all_high, keeps_all=True),
+        {},
+        partial(Policy, tiers=_all_high, keeps_all=True),
     ),
     "window": Kind(
         "StreamingLLM: the first and the latest tokens", BUDGET, partial(_budget, choose=_window)
@@ -130,7 +141,7 @@ BASELINES = {
         {**BUDGET, "seed": read_whole},
         lambda text, seed=0, **settings: _budget(text, _random(seed), **settings),
     ),
-}  # fmt: skip
+}
 """The baselines by name."""
 
 ALL_POLICIES = {**policies.POLICIES, **BASELINES}

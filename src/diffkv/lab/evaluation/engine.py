@@ -44,9 +44,15 @@ class CacheSpec:
         """The cache, a model and an engine as rows name them."""
         alphas = self.thresholds
         return Method(
-            model, engine, str(self.quant), str(self.policy), alphas.alpha_high, alphas.alpha_low,
-            self.window, self.rotate,
-        )  # fmt: skip
+            model,
+            engine,
+            str(self.quant),
+            str(self.policy),
+            alphas.alpha_high,
+            alphas.alpha_low,
+            self.window,
+            self.rotate,
+        )
 
 
 class Engine(Protocol):

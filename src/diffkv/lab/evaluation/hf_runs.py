@@ -159,10 +159,15 @@ class HFModel:
     def make_cache(self, cache: CacheSpec, max_tokens: int) -> DiffKVHFCache:
         """Attach the model, and make an empty cache for so many tokens a sequence."""
         return DiffKVHFCache(
-            hf.attach(self.model), cache.quant, baselines.parse(cache.policy.text),
-            cache.thresholds, cache.window, max_tokens, cache.rotate,
+            hf.attach(self.model),
+            cache.quant,
+            baselines.parse(cache.policy.text),
+            cache.thresholds,
+            cache.window,
+            max_tokens,
+            cache.rotate,
             hf.PoolOptions(cache.page_bytes, cache.kernels),
-        )  # fmt: skip
+        )
 
     def full_cache(self) -> DynamicCache:
         """Detach the model, and make an empty cache of transformers, in the model's dtype."""

@@ -76,9 +76,11 @@ def run_tasks(
         if row is None:
             start = time.perf_counter()
             found = synth.task_scores(
-                plan, lambda samples, num, cache=cache: engine.answer(samples, num, cache),
-                full[plan], report,
-            )  # fmt: skip
+                plan,
+                lambda samples, num, cache=cache: engine.answer(samples, num, cache),
+                full[plan],
+                report,
+            )
             seconds = round(time.perf_counter() - start, 1)
             row = writer.add(TASKS, case, {**figures(TASKS, found), "seconds": seconds})
         yield row
@@ -100,8 +102,11 @@ def run_kld(
     for cache in caches:
         case = {
             **asdict(cache.method(model, engine.name)),
-            "suite": "kld", "texts": len(texts), "max_steps": max_steps, "modes": list(kld.MODES),
-        }  # fmt: skip
+            "suite": "kld",
+            "texts": len(texts),
+            "max_steps": max_steps,
+            "modes": list(kld.MODES),
+        }
         row = writer.find(KLD, case)
         if row is None:
             start = time.perf_counter()

@@ -72,26 +72,37 @@ class Plan:
             if name not in SETTINGS:
                 raise ConfigError(f"unknown setting {name!r}: there are {', '.join(SETTINGS)}")
         return cls(
-            language, chosen, tuple(name for name in SETTINGS if name in asked),
-            num_tokens, num_samples, seed,
-        )  # fmt: skip
+            language,
+            chosen,
+            tuple(name for name in SETTINGS if name in asked),
+            num_tokens,
+            num_samples,
+            seed,
+        )
 
     def case(self) -> dict[str, Any]:
         """The plan as rows name it."""
         return {
-            "suite": "synth", "language": self.language.name, "tasks": list(self.tasks),
-            "settings": list(self.settings), "tokens": self.num_tokens,
-            "samples": self.num_samples, "seed": self.seed,
-        }  # fmt: skip
+            "suite": "synth",
+            "language": self.language.name,
+            "tasks": list(self.tasks),
+            "settings": list(self.settings),
+            "tokens": self.num_tokens,
+            "samples": self.num_samples,
+            "seed": self.seed,
+        }
 
     def cells(self) -> Iterator[tuple[str, Setting, list[Sample]]]:
         """Every task in every setting, with its samples."""
         for task in self.tasks:
             for setting in self.settings:
                 yield (
-                    task, setting,
-                    draw(task, self.language, setting, self.num_tokens, self.num_samples, self.seed),
-                )  # fmt: skip
+                    task,
+                    setting,
+                    draw(
+                        task, self.language, setting, self.num_tokens, self.num_samples, self.seed
+                    ),
+                )
 
     def num_answer_tokens(self, samples: Sequence[Sample]) -> int:
         """New tokens: as many as the longest answer has, or the language's own limit."""

@@ -138,9 +138,13 @@ def _draw_pareto(folder: Path, place: Place, group: Sequence[Summary[TaskScore]]
         points.append(plots.Point(label, score.bytes_per_token, y, low, high, marker))
     full = 100 * max(row.score.accuracy_full for row in overall(group))
     plots.pareto(
-        folder / name, ", ".join(place), "bytes of a token, whole pages and tables", "accuracy, %",
-        points, full,
-    )  # fmt: skip
+        folder / name,
+        ", ".join(place),
+        "bytes of a token, whole pages and tables",
+        "accuracy, %",
+        points,
+        full,
+    )
     return name
 
 

@@ -259,9 +259,13 @@ def generate(
         ranks = llm.collective_rpc("diffkv_summary")
         totals = [rank["totals"] for rank in ranks]
         return Result(
-            answers, cache_use(ranks), _preemptions(llm), ranks[0]["pool"]["page_bytes"],
-            sum(each["pages_peak"] for each in totals), totals[0]["running_peak"],
-        )  # fmt: skip
+            answers,
+            cache_use(ranks),
+            _preemptions(llm),
+            ranks[0]["pool"]["page_bytes"],
+            sum(each["pages_peak"] for each in totals),
+            totals[0]["running_peak"],
+        )
 
 
 def expected_lengths(prompts: Sequence[str], sampling: Sequence[dict[str, Any]]) -> list[int]:
@@ -360,7 +364,11 @@ def cache_use(ranks: list[dict[str, Any]]) -> CacheUse:
     )
     bf16 = sum(rank["pool"]["bf16_bytes_per_token"] for rank in ranks)
     return CacheUse(
-        tokens, high, low, pages=sum(each["num_pages"] for each in totals),
-        num_bytes=sum(each["num_bytes"] for each in totals), bf16_bytes=tokens * bf16,
+        tokens,
+        high,
+        low,
+        pages=sum(each["num_pages"] for each in totals),
+        num_bytes=sum(each["num_bytes"] for each in totals),
+        bf16_bytes=tokens * bf16,
         nominal_bytes=bf16 * nominal_bits / 16,
-    )  # fmt: skip
+    )

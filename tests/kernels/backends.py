@@ -1,0 +1,170 @@
+"""The operations as contract tests call them: with tensors on the CPU, whatever the device is."""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from make import assert_same, copy_of, fill, make_sums, make_tiers, make_tokens
+from torch import Tensor
+
+from diffkv import reference
+from diffkv.kernels import cpu
+from diffkv.state import DecodePlan, PoolState
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def import_triton() -> Any:
+    """The Triton kernels, for a GPU or for the interpreter: Triton asks when kernels are defined."""
+    if INTERPRETED:
+        os.environ["TRITON_INTERPRET"] = "1"
+    from diffkv.kernels import triton
+    from diffkv.kernels.triton import facts
+
+    assert facts.INTERPRETED == INTERPRETED, "Triton was imported before TRITON_INTERPRET was set"
+    return triton
+
+
+def ints(*values: int) -> Tensor:
+    """Slots or lengths: [R] int32."""
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """The operations of one backend, as attributes.
+
+    Tensor arguments move to its device for the call, and come back with what it has written into them;
+    a state that `place` has put there stays there, for kernels keep scratch memory for it.
+
+    Attributes:
+        name: "reference", "cpu" or "triton".
+        module: where the operations are.
+        device: "cpu" or "cuda".
+    """
+
+    name: str
+    module: Any
+    device: str
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a call takes milliseconds a token or a program: fewer and smaller cases, then."""
+        return self.name == "reference" or (self.name == "triton" and INTERPRETED)
+
+    def place(self, value: Any) -> Any:
+        """A tensor, or tensors of a dataclass, on the device; strides stay. Itself if it is there."""
+        if isinstance(value, Tensor):
+            if value.device.type == self.device:
+                return value
+            if value.is_contiguous():
+                return value.to(self.device)
+            assert value._base is not None, "neither contiguous nor a view"
+            return value._base.to(self.device).as_strided(
+                value.shape, value.stride(), value.storage_offset()
+            )
+        if not dataclasses.is_dataclass(value):
+            return value
+        moved = {f.name: self.place(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if all(moved[name] is getattr(value, name) for name in moved):
+            return value
+        return dataclasses.replace(value, **moved)
+
+    def __getattr__(self, operation: str) -> Callable[..., Any]:
+        call = getattr(self.module, operation)
+
+        def called(*args: Any) -> Any:
+            placed = [self.place(arg) for arg in args]
+            result = call(*placed)
+            for arg, moved in zip(args, placed, strict=True):
+                if isinstance(arg, Tensor) and moved is not arg:
+                    arg.copy_(moved)
+            return on_cpu(result)
+
+        return called
+
+    def fill(self, state: PoolState, lens: list[int], **shares: float) -> None:
+        """Store random tokens, by kernels that are fast: `store_prompt` has tests of its own."""
+        fill(cpu if self.device == "cpu" else self, state, lens, **shares)
+
+
+def on_cpu(value: Any) -> Any:
+    """Like `Backend.place`, on the CPU; of a tuple, each."""
+    if isinstance(value, tuple):
+        return tuple(map(on_cpu, value))
+    return CPU.place(value)
+
+
+REFERENCE = Backend("reference", reference, "cpu")
+CPU = Backend("cpu", cpu, "cpu")
+
+
+class Pair:
+    """A pool of a backend and one of the reference: every call goes to both, and they stay the same.
+
+    Attributes:
+        state: the backend's, on its device.
+        expected: the reference's.
+    """
+
+    def __init__(self, kernels: Backend, state: PoolState):
+        self.kernels, self.expected = kernels, state
+        self.state = kernels.place(copy_of(state))
+
+    def both(self, operation: str, *args: Any) -> tuple[Any, Any]:
+        """What each returns."""
+        got = getattr(self.kernels, operation)(self.state, *args)
+        wanted = getattr(reference, operation)(self.expected, *args)
+        self.check()
+        return got, wanted
+
+    def check(self) -> None:
+        """All tables and every byte of every page agree."""
+        assert_same(on_cpu(self.state), self.expected)
+
+    def store(
+        self, slots: list[int], lens: list[int], layer: int = 0, tiers: Tensor | None = None,
+        sums: Tensor | None = None, starts: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Store random tokens; tiers and sums are random too unless they are given."""
+        tokens, num = make_tokens(self.expected, slots, lens, starts), sum(lens)
+        tiers = make_tiers(self.expected, num) if tiers is None else tiers
+        sums = make_sums(self.expected, num) if sums is None else sums
+        self.both("store_prompt", layer, tokens, tiers, sums)
+
+    def gather(self, layer: int, slot: int, max_tokens: int) -> None:
+        """Read a request back."""
+        for got, wanted in zip(*self.both("gather", layer, slot, max_tokens), strict=True):
+            assert got.dtype == wanted.dtype
+            assert torch.equal(got, wanted)
+
+    def plan(self, slots: Tensor, seq_lens: Tensor) -> tuple[DecodePlan, DecodePlan]:
+        """Plan a decode step."""
+        plans = self.both("plan_decode", slots, seq_lens)
+        for name in ("slots", "positions", "places"):
+            assert torch.equal(*(getattr(plan, name) for plan in plans)), name
+        return plans
+
+    def append(self, plans: tuple[DecodePlan, DecodePlan], layer: int) -> None:
+        """Append random tokens."""
+        state = self.expected
+        shape = (2, len(plans[0].slots), state.num_kv_heads, state.layout.head_dim)
+        key, value = torch.randn(shape).to(state.dtype)
+        self.kernels.append(self.state, layer, plans[0], key, value)
+        reference.append(state, layer, plans[1], key, value)
+        self.check()
+
+    def step(self, slots: list[int], seq_lens: list[int]) -> DecodePlan:
+        """Plan and append, all layers."""
+        plans = self.plan(ints(*slots), ints(*seq_lens))
+        for layer in range(self.expected.num_layers):
+            self.append(plans, layer)
+        return dataclasses.replace(plans[1], places=plans[1].places.clone())
+
+    def release(self, slots: list[int], layer: int = -1) -> None:
+        """Release requests."""
+        self.both("release", ints(*slots), layer)

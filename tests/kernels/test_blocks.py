@@ -1,0 +1,86 @@
+"""Triton's launches where there is more than one program or kept tile takes at a time."""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+from backends import Pair, ints
+from make import make_state
+from test_attend import attended, check, filled
+
+from diffkv import pool
+
+
+def set_blocks(monkeypatch, **modules: dict[str, int]) -> None:
+    """Smaller blocks, by module and name."""
+    for module, sizes in modules.items():
+        for name, size in sizes.items():
+            path = importlib.import_module(f"diffkv.kernels.triton.{module}")
+            monkeypatch.setattr(path, name, size)
+
+
+def test_many_programs_and_blocks(triton, monkeypatch):
+    """As when there are more heads, requests and pages than one program takes at a time."""
+    set_blocks(
+        monkeypatch,
+        plan={"APPLY_HEADS": 4, "COUNT_BLOCK": 8, "SEARCH_TOKENS": 16},
+        store={"COUNT_BLOCK": 16, "SCAN_BLOCK": 4, "PAGE_BLOCK": 2},
+        release={"SCAN_BLOCK": 2, "PAGE_BLOCK": 2},
+    )
+    state = make_state("k8v4-k4v2", num_layers=2, num_kv_heads=3, max_tokens=96)
+    state.prompt_lens.copy_(ints(40, 33, 5))
+    state.thresholds.copy_(torch.tensor([3.0, 1.0]).expand(3, 2))
+    pair = Pair(triton, state)
+    for layer in range(2):
+        pair.store([1, 2, 0], [33, 5, 80], layer)
+    for i in range(2):
+        pair.step([0, 1, 2], [81 + i, 34 + i, 6 + i])
+    pair.release([1, 0, 2])
+    pool.check_invariants(pair.state)
+
+
+def test_every_head_wants_a_page(triton, monkeypatch):
+    set_blocks(monkeypatch, plan={"APPLY_HEADS": 4, "COUNT_BLOCK": 8})
+    pair = Pair(triton, make_state("k16v16", num_layers=2, num_kv_heads=3, max_tokens=48))
+    for layer in range(2):
+        pair.store([0, 1, 2], [16, 16, 32], layer, tiers=torch.zeros(3, 64, dtype=torch.int8))
+    pair.step([2, 0, 1], [33, 17, 17])
+
+
+@pytest.mark.parametrize("alphas", [(1e6, 0.0), (1e6, 1e6)])
+def test_equal_means_in_several_blocks_go_by_position(triton, monkeypatch, alphas):
+    set_blocks(monkeypatch, plan={"SEARCH_TOKENS": 16})
+    state = make_state("k8v4-k4v2", window=2)
+    state.thresholds[0], state.prompt_lens[0] = torch.tensor(alphas), 40
+    tiers = torch.zeros(2, 40, dtype=torch.int8)
+    tiers[:, ::3] = 1
+    pair = Pair(triton, state)
+    pair.store([0], [40], tiers=tiers, sums=torch.zeros(2, 40))
+    for i in range(4):
+        pair.step([0], [41 + i])
+
+
+@pytest.mark.parametrize("score_tiles", [0, 3])
+def test_significance_where_probabilities_are_not_kept(triton, monkeypatch, score_tiles):
+    from diffkv.kernels.triton import workspace
+
+    tuning = workspace.Tuning
+    monkeypatch.setattr(
+        workspace, "Tuning", lambda **kw: dataclasses.replace(tuning(**kw), score_tiles=score_tiles)
+    )
+    check(triton, filled(triton, "k8v4-k4v2", [150, 90, 33], 64, torch.float32), [0, 2, 1], 4)
+
+
+def test_a_long_request_is_split(triton):
+    from diffkv.kernels.triton.workspace import workspace
+
+    state = triton.place(filled(triton, "k8v4-k4v2", [3, 1200], 64, torch.float32, num_slots=2))
+    attended(triton, state, [1, 0], torch.randn(2, 8, 64))
+    assert int(workspace(state).buffers["num_items"][0]) > 6, "the work was not split"
+
+
+def test_a_work_list_of_many_programs(triton, monkeypatch):
+    set_blocks(monkeypatch, attend={"LIST_ROWS": 2, "LIST_COUNT": 4})
+    state = filled(triton, "k8v4-k4v2", [40, 0, 90, 1], 64, torch.float32, num_slots=4)
+    check(triton, state, [3, 0, 1, -1, 2], 2)

@@ -1,0 +1,60 @@
+"""Machine code for GPUs that are not there: no spills, few enough registers, wide loads."""
+
+import multiprocessing
+import re
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+pytest.importorskip("triton")
+import compiling
+
+NAMES = tuple(compiling.cases("k8v4-k4v2", 128, 4))
+
+WITH_SUMS = ("attend", "finish", "recompute", "list", "decide", "append", "write", "gather")
+"""Kernels that differ where sums of low tokens are kept."""
+
+
+@pytest.fixture(scope="module")
+def code_of():
+    """`compiling.code_of`, called where Triton compiles: here it may interpret."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        process.submit(compiling.code_of, "finish plan", "k8v4-k4v2", 128, 4).result()
+    with process:
+        yield lambda *args, **kwargs: process.submit(compiling.code_of, *args, **kwargs).result()
+
+
+@pytest.mark.parametrize("arch", [89, 90])
+@pytest.mark.parametrize(
+    ("name", "drops"), [*((name, False) for name in NAMES), *((name, True) for name in WITH_SUMS)]
+)
+def test_nothing_spills(code_of, name, drops, arch):
+    code = code_of(name, "k8v4-k4v2", 128, 4, drops, arch=arch)
+    print(f"\n| {name} | sm_{arch} | {code.registers} | {code.shared_bytes} | {code.stack_bytes} |")
+    assert code.stack_bytes == 0 and not re.search(r"\b(LDL|STL)\b", code.sass), "registers spill"
+    assert code.registers <= 255
+    assert code.shared_bytes <= 48 << 10, "more shared memory than every GPU gives a block"
+
+
+@pytest.mark.parametrize("quant", ["k8v4-k4v2", "k8v4g1x2-k4v2g2x4", "k8v8", "k4v1", "k16v16"])
+def test_attention_loads_codes_16_bytes_at_a_time(code_of, quant):
+    code = code_of("attend", quant, 128, 8)
+    print(f"\n| attend {quant} | sm_90 | {code.registers} | {code.shared_bytes} |")
+    assert code.stack_bytes == 0, "registers are spilled"
+    wide = re.findall(r"LDGSTS\.E\.(?:BYPASS\.)?128|LDG\.E\.128", code.sass)
+    assert len(wide) >= 2, "codes are not loaded 16 bytes at a time"
+    assert "HMMA" in code.sass or "HGMMA" in code.sass, "no tensor-core products"
+    assert quant == "k16v16" or "PRMT" in code.sass
+
+
+@pytest.mark.parametrize(
+    ("quant", "head_dim", "dtype"),
+    [("k8v2-k2v1g1x4", 64, "fp16"), ("k8v4-k4v2", 80, "bf16"), ("k4v4", 256, "bf16"),
+     ("k8v4-k4v2", 96, "fp32"), ("k16v16", 128, "fp32")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["attend", "append", "write", "gather"])
+def test_every_kind_of_layout_compiles(code_of, quant, head_dim, dtype, name):
+    code = code_of(name, quant, head_dim, 16, dtype=dtype)
+    assert code.shared_bytes <= 99 << 10, "more shared memory than Ada has"
