@@ -111,6 +111,10 @@ class DiffKVCache:
         """Whether a prompt's tokens are sorted into tiers with this chunk."""
         return self._prompts.compresses(chunk)
 
+    def range_problem(self) -> str | None:
+        """What the formats cannot hold of the first prompts, in a line, or None; once, after a step."""
+        return self._prompts.value_range.problem()
+
     def over_limit(self, slot: int) -> bool:
         """Whether a request's prompt needed more pages than it may take."""
         return self._prompts.over_limit(slot)

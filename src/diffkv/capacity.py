@@ -3,7 +3,6 @@
 Arithmetic on sizes only: nothing is loaded or measured. A rank of tensor parallelism is one GPU.
 """
 
-import re
 from dataclasses import dataclass
 
 from diffkv.layout import PageLayout, bf16_bytes_per_token
@@ -19,8 +18,6 @@ __all__ = [
     "Mix",
     "Rank",
     "Verdict",
-    "parse_bytes",
-    "parse_tokens",
     "plan_dense",
     "plan_format",
     "rank_of",
@@ -40,38 +37,6 @@ KV_BOUND = 0.5
 
 PAYS, PAYS_LITTLE = 1.3, 1.1
 """Ratios of bytes read for a generated token, from which compression pays, or pays a little."""
-
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-_BINARY_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
-
-
-def parse_bytes(text: str) -> int:
-    """Read `141GiB`, `80G` or `80GB` (powers of 1000), or a number of bytes.
-
-    Raises:
-        ConfigError: not of that form.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or (match[3] and not match[2]) or float(match[1]) <= 0:
-        raise ConfigError(f"unknown size {text!r}: write a number and a unit, as in 141GiB or 80GB")
-    units = _BINARY_UNITS if match[3] else _UNITS
-    return int(float(match[1]) * units[match[2].lower()])
-
-
-def parse_tokens(text: str) -> int:
-    """Read `32K` (32 * 1024, as contexts are named) or a number of tokens.
-
-    Raises:
-        ConfigError: not of that form.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or match[3] or match[4] or match[2].lower() not in ("", "k", "m"):
-        raise ConfigError(f"unknown number of tokens {text!r}: write 32768 or 32K")
-    tokens = float(match[1]) * _BINARY_UNITS[match[2].lower()]
-    if tokens < 1 or tokens != int(tokens):
-        raise ConfigError(f"a number of tokens must be a whole number of at least 1, got {text!r}")
-    return int(tokens)
 
 
 @dataclass(frozen=True)

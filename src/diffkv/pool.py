@@ -4,6 +4,8 @@ What changes a pool is in the operations; here is only how it begins, what it ho
 be true of it.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,12 @@ from diffkv.tier import align
 
 __all__ = [
     "check_invariants",
+    "contents",
     "create",
     "held_pages",
     "page_growth",
     "prompt_pages",
+    "restore",
 ]
 
 
@@ -64,6 +68,29 @@ def _begin(tensor: Tensor, spec: TensorSpec, shape: PoolShape) -> None:
 def held_pages(state: PoolState, slots: Tensor) -> Tensor:
     """Pages that each of some slots holds: [R] int64."""
     return state.num_pages_held[slots].sum((1, 2, 3))
+
+
+def contents(state: PoolState) -> dict[str, Tensor]:
+    """A copy of all that a pool holds: every table, and of its pages those that are not free.
+
+    Returns:
+        Tensors by their name in `PoolState`; `pages` only of the ids in `page_ids`.
+    """
+    head, tail = state.ring_ends.tolist()
+    ring = torch.arange(head, tail, device=state.pages.device) % state.num_pages
+    is_held = torch.ones(state.num_pages, dtype=torch.bool, device=state.pages.device)
+    is_held[state.free_ring[ring].long()] = False
+    held = is_held.nonzero().flatten()
+    tables = {name: getattr(state, name).clone() for name in TENSORS if name != "pages"}
+    return {**tables, "page_ids": held, "pages": state.pages[held]}
+
+
+def restore(state: PoolState, copied: Mapping[str, Tensor]) -> None:
+    """Make a pool hold what `contents` copied from another one of its shape."""
+    for name in TENSORS:
+        if name != "pages":
+            getattr(state, name).copy_(copied[name])
+    state.pages[copied["page_ids"].to(state.pages.device)] = copied["pages"].to(state.pages.device)
 
 
 def prompt_pages(layout: PageLayout, tiers: Tensor) -> int:

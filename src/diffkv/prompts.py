@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffkv import pool
+from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.policies import Policy
 from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds
@@ -18,8 +19,15 @@ from diffkv.prefill import Prefill
 from diffkv.rotator import Rotator
 from diffkv.state import PoolState, PromptTokens
 from diffkv.steps import Packing, PromptChunk, PromptPlan, Scoring, joined, on_device
+from diffkv.value_range import ValueRange
 
 __all__ = ["PromptPath"]
+
+
+def _fewest_bits(layout: PageLayout) -> tuple[int, int]:
+    """Bits of keys and of values, in the tiers that have fewest."""
+    formats = [tier.format for tier in layout.tiers]
+    return min(f.k_bits for f in formats), min(f.v_bits for f in formats)
 
 
 class PromptPath:
@@ -48,6 +56,7 @@ class PromptPath:
         self._limits: dict[int, int] = {}
         self._over_limit: set[int] = set()
         self._carried_queries: dict[tuple[int, int], Tensor] = {}
+        self.value_range = ValueRange(state.num_layers, self._device, *_fewest_bits(state.layout))
 
     def __contains__(self, slot: int) -> bool:
         """Whether a slot has a request."""
@@ -110,6 +119,7 @@ class PromptPath:
         rows = plan.rows
         query, key, value = query[rows], key[rows], value[rows]
         rotated_key, rotated_value = self._rotator.rotate(key), self._rotator.rotate(value)
+        self.value_range.look(layer, rotated_key, rotated_value)
         whole = self._with_stored(layer, plan, rotated_key, rotated_value)
         out = output[rows]
         if whole:

@@ -30,8 +30,9 @@ DEFAULT_QUANT = "k8v4-k4v2"
 FLOAT16_MAX = 65504.0
 """Largest finite float16: scale and zero are stored in it, and values beyond it saturate."""
 
-MIN_SCALE = 2.0**-14
-"""Smallest normal float16, so that a constant vector has a scale to divide by."""
+MIN_SCALE = 2.0**-24
+"""Smallest float16 above 0, so that a constant vector has a scale to divide by, and a vector of small
+elements one that fits them."""
 
 _CUTS = {1: (0, 0, 9, 14, 17, 19, 21, 22, 23), 2: (0, 0, 1, 4, 6, 9, 11, 13, 14)}
 """64ths of a group's range that are cut off at each end, by bits and log2 of the group's elements.

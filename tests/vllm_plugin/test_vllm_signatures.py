@@ -65,6 +65,7 @@ ATTRIBUTES = {
     "vllm.v1.attention.backend:AttentionCGSupport": "NEVER UNIFORM_SINGLE_TOKEN_DECODE",
     "vllm.usage.usage_lib:UsageContext": "OPENAI_API_SERVER",
     "vllm.exceptions:VLLMClientError": "",
+    "vllm.v1.request:RequestStatus": "RUNNING",
     "vllm.config:VllmConfig": (
         "model_config parallel_config cache_config scheduler_config device_config "
         "speculative_config kv_transfer_config compilation_config max_concurrent_batches "
@@ -78,7 +79,10 @@ ATTRIBUTES = {
         "pipeline_parallel_size decode_context_parallel_size prefill_context_parallel_size "
         "use_ubatching enable_expert_parallel"
     ),
-    "vllm.config:CacheConfig": "cache_dtype kv_cache_memory_bytes enable_prefix_caching",
+    "vllm.config:CacheConfig": (
+        "cache_dtype kv_cache_memory_bytes enable_prefix_caching gpu_memory_utilization "
+        "block_size num_gpu_blocks kv_cache_size_tokens DEFAULT_BLOCK_SIZE"
+    ),
     "vllm.config:SchedulerConfig": (
         "max_num_seqs max_num_batched_tokens long_prefill_token_threshold policy "
         "scheduler_reserve_full_isl"
@@ -87,7 +91,8 @@ ATTRIBUTES = {
     "vllm.config:KVTransferConfig": "kv_connector kv_role kv_connector_extra_config",
     "vllm.engine.arg_utils:EngineArgs": (
         "kv_transfer_config worker_extension_cls logits_processors enable_prefix_caching "
-        "attention_backend kv_cache_memory_bytes use_tqdm_on_load disable_log_stats enforce_eager"
+        "attention_backend kv_cache_memory_bytes gpu_memory_utilization use_tqdm_on_load "
+        "disable_log_stats enforce_eager"
     ),
     "vllm:SamplingParams": "extra_args",
     "vllm.v1.core.sched.output:SchedulerOutput": (
@@ -127,7 +132,9 @@ ASSIGNED = {
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "coordinator",
     "vllm.config:ModelConfig": "runner_type",
-    "vllm.v1.request:Request": "request_id sampling_params num_tokens",
+    "vllm.v1.request:Request": (
+        "request_id sampling_params num_tokens num_computed_tokens status resumable"
+    ),
     f"{CONNECTOR}.base:KVConnectorBase_V1": "_vllm_config _kv_cache_config",
     f"{CONNECTOR}.metrics:KVConnectorPromMetrics": "_gauge_cls _counter_cls _histogram_cls",
 }

@@ -1,18 +1,13 @@
-"""Types of options that several commands have."""
+"""Types and actions of options that several commands have."""
 
-from argparse import ArgumentTypeError
-from collections.abc import Callable
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
 
-__all__ = ["above_zero", "at_least", "positive", "size"]
+from diffkv.quant import ConfigError
+from diffkv.sizes import parse_bytes, parse_tokens
 
-SUFFIXES = {
-    "KiB": 1 << 10,
-    "MiB": 1 << 20,
-    "GiB": 1 << 30,
-    "K": 1 << 10,
-    "M": 1 << 20,
-    "G": 1 << 30,
-}
+__all__ = ["Joined", "Listed", "above_zero", "at_least", "num_bytes", "num_tokens", "positive"]
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -33,14 +28,6 @@ def at_least(least: int) -> Callable[[str], int]:
 positive = at_least(1)
 
 
-def size(text: str) -> int:
-    """A whole number of at least 1, or a number above 0 and K, M, G, KiB, MiB or GiB."""
-    for suffix, factor in SUFFIXES.items():
-        if text.endswith(suffix):
-            return int(above_zero(text.removesuffix(suffix)) * factor)
-    return positive(text)
-
-
 def above_zero(text: str) -> float:
     """A number above 0."""
     try:
@@ -50,3 +37,51 @@ def above_zero(text: str) -> float:
     if not value > 0:
         raise ArgumentTypeError(f"must be above 0, got {text}")
     return value
+
+
+def num_bytes(text: str) -> int:
+    """An option in bytes, see `diffkv.sizes`."""
+    return _read(parse_bytes, text)
+
+
+def num_tokens(text: str) -> int:
+    """An option in tokens, likewise."""
+    return _read(parse_tokens, text)
+
+
+def _read(parse: Callable[[str], int], text: str) -> int:
+    try:
+        return parse(text)
+    except ConfigError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+class Listed(Action):
+    """Of an option that takes several values: one given twice takes all of them."""
+
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        namespace: Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Begin with the first occurrence, in place of the default; go on with the others."""
+        assert isinstance(values, list), "for options with nargs"
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
+
+
+class Joined(Action):
+    """Of an option that takes names, separated by commas: one given twice takes all of them."""
+
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        namespace: Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """As `Listed`."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else f"{before},{values}")

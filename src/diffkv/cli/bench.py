@@ -11,8 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffkv.cli.arguments import above_zero, positive, size
+from diffkv.cli.arguments import Listed, above_zero, num_bytes, num_tokens, positive
 from diffkv.cli.engine_options import model_folder
+from diffkv.cli.models import check_hub
 from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 
 if TYPE_CHECKING:
@@ -53,14 +54,25 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
-        "--quant", nargs="+", default=["k8v4", DEFAULT_QUANT, "k16v16"], help="formats"
+        "--quant",
+        nargs="+",
+        action=Listed,
+        default=["k8v4", DEFAULT_QUANT, "k16v16"],
+        help="formats",
     )
-    parser.add_argument("--tiers", nargs="+", choices=TIER_MIXES, default=["low", "mix"],
+    parser.add_argument("--tiers", nargs="+", action=Listed, choices=TIER_MIXES, default=["low", "mix"],
                         help="all tokens high, all low, or 20 %% high (default: low mix)")  # fmt: skip
-    parser.add_argument("--ctx", nargs="+", type=size, default=[KIB, 4 * KIB, 16 * KIB])
-    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 8])
     parser.add_argument(
-        "--group", nargs="+", type=positive, default=[4], help="query heads a KV head"
+        "--ctx", nargs="+", action=Listed, type=num_tokens, default=[KIB, 4 * KIB, 16 * KIB]
+    )
+    parser.add_argument("--batch", nargs="+", action=Listed, type=positive, default=[1, 8])
+    parser.add_argument(
+        "--group",
+        nargs="+",
+        action=Listed,
+        type=positive,
+        default=[4],
+        help="query heads a KV head",
     )
     parser.add_argument("--kv-heads", type=positive, default=8)
     parser.add_argument("--head-dim", type=positive, default=128)
@@ -93,7 +105,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="a folder, a model id, or 'reference'")
     source.add_argument("--random-weights", metavar="NAME", help="sizes of a known model")
-    parser.add_argument("--quant", nargs="+", default=[DEFAULT_QUANT])
+    parser.add_argument("--quant", nargs="+", action=Listed, default=[DEFAULT_QUANT])
     parser.add_argument("--alpha-high", type=float)
     parser.add_argument("--alpha-low", type=float)
     parser.add_argument("--window", type=positive, help="most recent tokens that stay high")
@@ -102,9 +114,11 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
-    parser.add_argument("--kv-bytes", type=size, help="KV budget (default: four requests in bf16)")
-    parser.add_argument("--input-len", type=positive, default=1024)
-    parser.add_argument("--output-len", type=positive, default=128)
+    parser.add_argument(
+        "--kv-bytes", type=num_bytes, help="KV budget (default: four requests in bf16)"
+    )
+    parser.add_argument("--input-len", type=num_tokens, default=1024)
+    parser.add_argument("--output-len", type=num_tokens, default=128)
     parser.add_argument("--num-prompts", type=positive, default=16)
 
 
@@ -120,13 +134,13 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
 
 def _add_map(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
-    parser.add_argument("--ctx", nargs="+", type=size, default=[256, KIB, 4 * KIB],
+    parser.add_argument("--ctx", nargs="+", action=Listed, type=num_tokens, default=[256, KIB, 4 * KIB],
                         help="tokens of a prompt (default: 256 1K 4K)")  # fmt: skip
-    parser.add_argument("--requests", nargs="+", type=positive, default=[1, 4, 12],
+    parser.add_argument("--requests", nargs="+", action=Listed, type=positive, default=[1, 4, 12],
                         help="all there at the start (default: 1 4 12)")  # fmt: skip
-    parser.add_argument("--kv-bytes", nargs="+", type=size,
+    parser.add_argument("--kv-bytes", nargs="+", action=Listed, type=num_bytes,
                         help="KV budgets (default: 2 and 16 of the longest in bf16)")  # fmt: skip
-    parser.add_argument("--output-len", type=positive, default=64)
+    parser.add_argument("--output-len", type=num_tokens, default=64)
     parser.add_argument("--repeats", type=positive, default=1)
     parser.add_argument("--apart", action="store_true",
                         help="one engine at a time, where memory does not hold all")  # fmt: skip
@@ -136,9 +150,9 @@ def _add_map(parser: argparse.ArgumentParser) -> None:
 def _add_serving(parser: argparse.ArgumentParser) -> None:
     _add_engine_options(parser)
     parser.add_argument("--url", help="of a running server, instead of starting some")
-    parser.add_argument("--rates", nargs="+", type=above_zero, default=[0.5, 1.0, 2.0],
+    parser.add_argument("--rates", nargs="+", action=Listed, type=above_zero, default=[0.5, 1.0, 2.0],
                         help="requests a second")  # fmt: skip
-    parser.add_argument("--goodput", nargs="+", default=[], metavar="METRIC:MS",
+    parser.add_argument("--goodput", nargs="+", action=Listed, default=[], metavar="METRIC:MS",
                         help="what a good answer keeps to, such as ttft:5000 tpot:200")  # fmt: skip
     parser.add_argument("--request-alpha-high", type=float, help="sent with every request")
     parser.add_argument("--request-alpha-low", type=float, help="likewise")
@@ -246,6 +260,7 @@ def _model(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any],
 
     model = model_folder(args.model)
     check_model(model)
+    check_hub(model)
     config = Path(model) / "config.json"
     return model, {}, json.loads(config.read_text()) if config.is_file() else {}
 

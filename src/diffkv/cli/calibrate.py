@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffkv import policies
 from diffkv.cli import prompts
-from diffkv.cli.arguments import positive
+from diffkv.cli.arguments import Joined, num_tokens, positive
 from diffkv.cli.engine_options import DEFAULT_QUANT, REFERENCE, model_folder
 from diffkv.cli.models import config_file
 from diffkv.policy import WINDOW, Thresholds
@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--search",
+        action=Joined,
         default="alpha_high,alpha_low",
         metavar="WHAT",
         help="what is searched, separated by commas: alpha_high, alpha_low, and distinct, the share of "
@@ -96,7 +97,7 @@ def _add_question_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument(
         "--prompt-tokens",
-        type=positive,
+        type=num_tokens,
         default=1024,
         metavar="N",
         help=f"length of the prompts of {SYNTH} (default: %(default)s)",

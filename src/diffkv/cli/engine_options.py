@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkv import presets
+from diffkv.cli.arguments import num_bytes
 from diffkv.cli.models import config_file, load_config
 from diffkv.policies import PAPER
 from diffkv.presets import Preset
@@ -69,7 +70,9 @@ def add_cache_options(parser: argparse.ArgumentParser, policy_help: str = POLICY
     )  # fmt: skip
     group.add_argument("--policy", help=policy_help)
     group.add_argument("--window", type=int, help="most recent tokens that always stay high")
-    group.add_argument("--page-bytes", type=int, help="bytes of a page (default: least waste)")
+    group.add_argument(
+        "--page-bytes", type=num_bytes, help="bytes of a page (default: least waste)"
+    )
     group.add_argument(
         "--rotate", choices=ROTATIONS,
         help="hadamard spreads outliers of keys and values before they are quantised (default: wherever "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from diffkv.cli import eval_lm, prompts
-from diffkv.cli.arguments import at_least, positive
+from diffkv.cli.arguments import Joined, Listed, at_least, num_tokens, positive
 from diffkv.cli.engine_options import (
     REFERENCE,
     SHIPPED,
@@ -17,6 +17,7 @@ from diffkv.cli.engine_options import (
     cache_options,
     model_folder,
 )
+from diffkv.cli.models import check_hub
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
 
@@ -35,7 +36,7 @@ PASSES_FLAGS_ON = True
 
 SUITES = ("synth", "kld", eval_lm.SUITE)
 DEFAULT_NUM_SAMPLES = 16
-DEFAULT_TOKENS = 1024
+DEFAULT_TOKENS, LEAST_TOKENS = 1024, 256
 DEFAULT_STEPS = 128
 DEFAULT_BATCH = 16
 
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=at_least(0),
         nargs="+",
+        action=Listed,
         default=[0],
         metavar="N",
         help="of the samples; each is a run of its own (default: 0)",
@@ -105,8 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_suite_options(parser: argparse.ArgumentParser) -> None:
     """Declare what is asked in the suites synth and kld."""
     group = parser.add_argument_group("suite synth")
-    group.add_argument("--tasks", help="names, separated by commas (default: all of the language)")
-    group.add_argument("--settings", help="easy, hard or easy,hard (default: what the engine can)")
+    group.add_argument(
+        "--tasks", action=Joined, help="names, separated by commas (default: all of the language)"
+    )
+    group.add_argument(
+        "--settings", action=Joined, help="easy, hard or easy,hard (default: what the engine can)"
+    )
     group.add_argument(
         "--language", help="of the tasks: reference, reference-128, english (default: by the model)"
     )
@@ -118,7 +124,7 @@ def _add_suite_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--tokens",
-        type=at_least(256),
+        type=num_tokens,
         default=DEFAULT_TOKENS,
         help="of a prompt (default: %(default)s)",
     )
@@ -141,6 +147,8 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse before anything is loaded."""
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("diffkv eval needs transformers: pip install 'diffkv[eval]'")
+    if args.tokens < LEAST_TOKENS:
+        raise ConfigError(f"--tokens must be at least {LEAST_TOKENS}, got {args.tokens}")
     if args.suite != eval_lm.SUITE:
         if args.flags:
             raise ConfigError(
@@ -158,6 +166,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} is for --engine hf: vLLM chooses for itself")
     if args.engine == "vllm" and args.suite != "synth":
         raise ConfigError("--engine vllm runs --suite synth only: leave it out for kld")
+    check_hub(model_folder(args.model))
     if args.resume and args.out is None:
         raise ConfigError("--resume goes on with a file: give --out")
     if args.out is not None and not args.out.parent.is_dir():

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from diffkv.cli.arguments import num_bytes
 from diffkv.layout import PageLayout, bf16_bytes_per_token
 from diffkv.quant import DEFAULT_QUANT, QuantConfig
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="elements of a key or value vector (default: %(default)s)",
     )
     parser.add_argument(
-        "--page-bytes", type=int, help="bytes of a page (default: the size that wastes least)"
+        "--page-bytes", type=num_bytes, help="bytes of a page (default: the size that wastes least)"
     )
     parser.add_argument(
         "--dtype",

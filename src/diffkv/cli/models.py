@@ -1,7 +1,9 @@
 """A model by name, for commands that need its sizes and no engine: a folder, or an id of the Hub."""
 
+import contextlib
 import importlib.util
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 from diffkv.model_config import ModelConfig, stored_weight_bytes
 from diffkv.quant import ConfigError
 
-__all__ = ["Weights", "config_file", "load_config", "weights_of"]
+__all__ = ["Weights", "check_hub", "config_file", "load_config", "weights_of"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -35,15 +37,59 @@ def _hub_file(model: str, file: str) -> Path:
             f"{model} is no folder, and reading a model id needs huggingface_hub: give a folder, or "
             f"pip install huggingface_hub"
         )
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of its retries
+    try:
+        return _download(model, file)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise _not_had(model, file, error) from None
+
+
+def _download(model: str, file: str) -> Path:
+    """Get a file, without a line for each retry."""
+    from huggingface_hub import hf_hub_download
+
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         return Path(hf_hub_download(model, file))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise ConfigError(f"cannot get {file} of {model} from the Hub: {reason}") from None
+    finally:
+        logger.setLevel(before)
+
+
+def _not_had(model: str, file: str, error: Exception) -> ConfigError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+    return ConfigError(f"cannot get {file} of {model} from the Hub: {reason}")
+
+
+def check_hub(model: str) -> None:
+    """Refuse the id of a model that is neither in the local cache nor within reach.
+
+    For engines that load models themselves, and would try, retry and fail at length. What else may be
+    wrong with an id is left to them: they know more places, and files of other names.
+
+    Raises:
+        ConfigError: says what could not be had.
+    """
+    if HUB_ID.fullmatch(model) is None or Path(model).exists():
+        return
+    if importlib.util.find_spec("huggingface_hub") is None or "VLLM_USE_MODELSCOPE" in os.environ:
+        return
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+    )
+
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return
+    with contextlib.suppress(HfHubHTTPError, EntryNotFoundError):
+        try:
+            _download(model, "config.json")
+        except LocalEntryNotFoundError as error:
+            raise _not_had(model, "config.json", error) from None
 
 
 def config_file(model: str) -> Path:

@@ -8,14 +8,12 @@ from typing import Any
 from diffkv.capacity import (
     HIGH_SHARE,
     Mix,
-    parse_bytes,
-    parse_tokens,
     plan_dense,
     plan_format,
     rank_of,
     verdict,
 )
-from diffkv.cli.arguments import positive
+from diffkv.cli.arguments import Listed, num_bytes, num_tokens, positive
 from diffkv.cli.models import load_config, weights_of
 from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 
@@ -31,10 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--model", required=True, help="a folder, a config.json or a model id")
     parser.add_argument(
-        "--gpu-memory", required=True, metavar="SIZE", help="of one GPU: 141GiB, 80GB …"
+        "--gpu-memory",
+        type=num_bytes,
+        required=True,
+        metavar="SIZE",
+        help="of one GPU: 141GiB, 80GB …",
     )
     parser.add_argument(
-        "--context", default=DEFAULT_CONTEXT, metavar="TOKENS",
+        "--context", type=num_tokens, default=DEFAULT_CONTEXT, metavar="TOKENS",
         help="tokens of a request when it ends: 32768, 32K … (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -42,14 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as vLLM's (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--reserve", default=DEFAULT_RESERVE, metavar="SIZE",
+        "--reserve", type=num_bytes, default=DEFAULT_RESERVE, metavar="SIZE",
         help="activations and CUDA graphs of one GPU; an assumption (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs (default: 1)"
     )
     parser.add_argument(
-        "--quant", nargs="+", metavar="FORMAT", default=list(DEFAULT_FORMATS),
+        "--quant", nargs="+", action=Listed, metavar="FORMAT", default=list(DEFAULT_FORMATS),
         help=f"formats to plan (default: {' '.join(DEFAULT_FORMATS)}); the verdict is on the first "
         f"pair, {DEFAULT_QUANT} by default",
     )  # fmt: skip
@@ -83,8 +85,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--gpu-memory-utilization must be in 0 .. 1, got {args.gpu_memory_utilization}"
         )
-    context = parse_tokens(args.context)
-    memory, reserve = parse_bytes(args.gpu_memory), parse_bytes(args.reserve)
+    context, memory, reserve = args.context, args.gpu_memory, args.reserve
     quants = [QuantConfig.parse(text) for text in args.quant]
     mix = Mix(args.high_share, args.dropped_share)
     folder = model_folder(args.model)
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     usable = int(memory * args.gpu_memory_utilization) - reserve
     if usable <= 0:
         raise ConfigError(
-            f"--gpu-memory {args.gpu_memory} is used up by the {args.reserve} of --reserve: more of it, "
+            f"--gpu-memory {_size(memory)} is used up by the {_size(reserve)} of --reserve: more of it, "
             f"with a unit as in 24GiB, or a smaller --reserve"
         )
     rank = rank_of(model, weights.num_bytes, args.tensor_parallel_size, usable)

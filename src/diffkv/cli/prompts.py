@@ -10,8 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from diffkv.cli.arguments import positive
+from diffkv.cli.arguments import Listed, num_bytes
 from diffkv.cli.engine_options import REFERENCE, SHIPPED, model_folder
+from diffkv.cli.models import check_hub
 from diffkv.quant import ConfigError
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "silence_engine",
 ]
 
-REFERENCE_KV_MEMORY_BYTES = 256 << 20
 DEFAULT_MAX_TOKENS = 64
 
 
@@ -53,10 +53,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kv-memory",
-        type=positive,
-        metavar="BYTES",
-        help="KV budget, tables included (vLLM: --kv-cache-memory-bytes; default: 256 MiB for the "
-        "shipped model, vLLM's own choice for others)",
+        type=num_bytes,
+        metavar="SIZE",
+        help="KV budget, tables included: 512MiB, 2G, bytes … (vLLM: --kv-cache-memory-bytes; default: "
+        "on a CPU what the prompts need at once, at most 4 GiB or one request of --max-model-len; on a "
+        "GPU vLLM's own choice)",
     )
     parser.add_argument("--verbose", action="store_true", help="show the engine's log")
 
@@ -64,7 +65,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """Declare where prompts come from."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
+    source.add_argument("--prompt", nargs="+", action=Listed, metavar="TEXT", help="prompts")
     source.add_argument(
         "--prompts",
         type=Path,
@@ -150,20 +151,26 @@ def engine_arguments(args: argparse.Namespace, **defaults: Any) -> dict[str, Any
         defaults: of the command, by vLLM's names; flags override them.
 
     Raises:
-        ConfigError: a folder that holds no model, or a flag that vLLM does not know.
+        ConfigError: a model that cannot be had, a flag that vLLM does not know, or memory given twice.
     """
     from diffkv.vllm_plugin.front.offline import check_model, engine_flags
 
     model = model_folder(args.model)
     check_model(model)
-    default_memory = REFERENCE_KV_MEMORY_BYTES if args.model in SHIPPED else None
+    check_hub(model)
+    flags, kv_memory = engine_flags(args.flags), getattr(args, "kv_memory", None)
+    memory = {} if kv_memory is None else {"kv_cache_memory_bytes": kv_memory}
+    if memory.keys() & flags.keys():
+        raise ConfigError(
+            "--kv-memory and --kv-cache-memory-bytes are one option: give one of them"
+        )
     return {
         "model": model,
         "enforce_eager": True,
-        "kv_cache_memory_bytes": getattr(args, "kv_memory", None) or default_memory,
         "use_tqdm_on_load": getattr(args, "verbose", False),
+        **memory,
         **defaults,
-        **engine_flags(args.flags),
+        **flags,
     }
 
 

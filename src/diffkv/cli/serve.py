@@ -3,6 +3,7 @@
 import argparse
 
 from diffkv.cli.engine_options import add_cache_options, cache_options, model_folder
+from diffkv.cli.models import check_hub
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
 
@@ -24,8 +25,6 @@ def run(args: argparse.Namespace) -> int:
     from diffkv.vllm_plugin.front.server import serve
 
     model = model_folder(args.model)
-    flags = args.flags
-    if model != args.model and not any(f.startswith("--served-model-name") for f in flags):
-        flags = [*flags, "--served-model-name", args.model]
-    serve(model, cache_options(args), flags)
+    check_hub(model)
+    serve(model, args.model, cache_options(args), args.flags)
     return 0

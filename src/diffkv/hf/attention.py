@@ -16,6 +16,16 @@ IMPLEMENTATION = "diffkv"
 UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 """Arguments of an attention function that change what it computes in a way that the pages cannot."""
 
+NOT_USED = (
+    "use_cache=False hands whole sequences over at every step, and a model attached to DiffKV keeps "
+    "them: leave it out, or call diffkv.hf.detach(model)"
+)
+NO_CACHE = (
+    "this model is attached to DiffKV, and a forward pass came without its cache: pass "
+    "past_key_values=DiffKVHFCache(model, ...), or call diffkv.hf.detach(model); guidance_scale is not "
+    "supported, because generate's second forward pass has a cache of its own"
+)
+
 _before_attach: "weakref.WeakKeyDictionary[PreTrainedModel, str]" = weakref.WeakKeyDictionary()
 
 
@@ -31,11 +41,11 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls; shapes are [batch, heads, tokens, head_dim]."""
     cache, layer = getattr(key, "diffkv", (None, 0))
+    uses_cache = kwargs.get("use_cache") is not False
     if cache is None:
-        raise ValueError(
-            "this model is attached to DiffKV: pass past_key_values=DiffKVHFCache(model, ...), "
-            "or call diffkv.hf.detach(model)"
-        )
+        raise ValueError(NO_CACHE if uses_cache else NOT_USED)
+    if not uses_cache and query.shape[2] > 1 and not cache.is_empty:
+        raise ValueError(NOT_USED)
     asked = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if asked or dropout:
         raise ValueError(

@@ -1,5 +1,7 @@
 """The cache itself: a pool for a batch, and its steps."""
 
+import copy
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from diffkv.hf.attention import IMPLEMENTATION
 from diffkv.layout import PageLayout
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
-from diffkv.pool import create
+from diffkv.pool import contents, create, restore
 from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 from diffkv.rotation import choose, signs_of
 from diffkv.shape import PoolShape
@@ -133,12 +135,45 @@ class DiffKVHFCache(Cache):
             self.thresholds.alpha_low > 0,
         )
         self._signs = signs_of(choose(rotate, self.quant), head_dim, self._device)
-        self._ops = ops.load(self._device.type, pool.kernels)
+        self._kernels, self._ops = pool.kernels, ops.load(self._device.type, pool.kernels)
         self._shape: PoolShape | None = None
         self._pages: DiffKVCache | None = None
         self._step: Step | None = None
         self._first: list[int] = []
+        self._scale = 0.0
         super().__init__(layers=[_Layer(self, i) for i in range(self._num_layers)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy (`copy.deepcopy`, pickle) is made of: tables and held pages, in new tensors."""
+        left_out = ("layers", "_ops", "_pages", "_step")
+        values = {name: value for name, value in vars(self).items() if name not in left_out}
+        copied = None if self._pages is None else contents(self._pages.state)
+        return {**values, "num_seen": self.get_seq_length(), "contents": copied}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        """Become a copy, with a pool of its own."""
+        num_seen, copied = values.pop("num_seen"), values.pop("contents")
+        self.__dict__.update(values)
+        self._ops = ops.load(self._device.type, self._kernels)
+        self._pages, self._step = None, None
+        self.layers = [_Layer(self, i) for i in range(self._num_layers)]
+        for layer in self.layers:
+            layer.num_seen = num_seen
+        if copied is None:
+            return
+        self._pages = self._make(len(self._first), self._scale)
+        for row, length in enumerate(copied["prompt_lens"].tolist()):
+            self._pages.open(row, length, self.thresholds)
+        restore(self._pages.state, copied)
+
+    def __copy__(self) -> "DiffKVHFCache":
+        """As `copy.deepcopy`: two caches never have pages in common."""
+        return copy.deepcopy(self)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is stored yet."""
+        return self._pages is None
 
     def use(self, row: int | None = None) -> CacheUse:
         """Use of all sequences, or of one of them.
@@ -231,7 +266,7 @@ class DiffKVHFCache(Cache):
         none = torch.empty(0, dtype=torch.int32, device=self._device)
         if self._pages is None:
             self._first = _paddings(mask, batch, num_tokens)
-            self._pages = self._make(batch, scale)
+            self._pages, self._scale = self._make(batch, scale), scale
             prompts = []
             for row, first in enumerate(self._first):
                 length = num_tokens - first
@@ -245,6 +280,11 @@ class DiffKVHFCache(Cache):
             raise ValueError(
                 f"after the prompt tokens come one at a time, got {num_tokens}: use diffkv.hf.feed"
             )
+        if mask is not None and _paddings(mask, batch, seen) != self._first:
+            raise ValueError("attention_mask differs from the prompt's in tokens that are stored")
+        problem = self._pages.range_problem()
+        if problem is not None:
+            warnings.warn(problem, stacklevel=2)
         slots = torch.arange(batch, dtype=torch.int32, device=self._device)
         lengths = torch.tensor([seen - first for first in self._first], dtype=torch.int32)
         return self._pages.plan((), slice(0, batch), slots, lengths.to(self._device))
@@ -286,13 +326,18 @@ def _paddings(mask: Tensor | None, batch: int, num_tokens: int) -> list[int]:
         num_tokens: tokens of a row, padding included.
 
     Raises:
-        ValueError: padding that is not on the left, or a row of nothing else.
+        ValueError: padding that is not on the left, a row of nothing else, or no mask of padding.
     """
     if mask is None:
         return [0] * batch
+    if mask.shape != (batch, num_tokens):
+        raise ValueError(
+            f"attention_mask must say of each token whether it is padding, [{batch}, {num_tokens}]: a "
+            f"mask for each query, as one of shape {list(mask.shape)}, is not supported"
+        )
     lengths = mask.sum(1)
     expected = torch.arange(num_tokens, device=mask.device) >= (num_tokens - lengths)[:, None]
-    if mask.shape != (batch, num_tokens) or not torch.equal(mask, expected) or lengths.min() < 1:
+    if not torch.equal(mask, expected) or lengths.min() < 1:
         raise ValueError(
             "pad prompts on the left (padding_side='left'), each with at least one token"
         )

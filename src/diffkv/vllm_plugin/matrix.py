@@ -198,6 +198,14 @@ _FEATURES = (
         ),
     ),
     Row(
+        "features", "prompts that come in parts (streaming input)", WORKS,
+        "each part is computed with all before it", "",
+        (
+            f"{TESTS}test_sessions.py::test_sessions_are_answered_and_the_engine_lives",
+            f"{TESTS}test_sessions.py::test_each_part_is_an_admission_of_its_own",
+        ),
+    ),
+    Row(
         "features", "thresholds of a request", WORKS,
         "bad values are answered with HTTP 400; alpha_low takes an engine with --drops", "",
         (

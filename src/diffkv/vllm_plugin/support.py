@@ -10,7 +10,7 @@ from diffkv.shape import PoolShape
 from diffkv.vllm_plugin import matrix
 from diffkv.vllm_plugin.options import Options
 
-__all__ = ["SUPPORTED_VLLM", "check_config", "check_layer", "check_version"]
+__all__ = ["SUPPORTED_VLLM", "check_config", "check_layer", "check_version", "least_budget"]
 
 SUPPORTED_VLLM = "0.32"
 """The one minor version whose internals the plugin was written against."""
@@ -52,7 +52,7 @@ def _check_budget(vllm_config: Any, options: Options) -> None:
     budget = vllm_config.cache_config.kv_cache_memory_bytes
     if budget is None:
         return
-    needed = _least_budget(
+    needed = least_budget(
         layout,
         model.get_num_layers(parallel),
         model.get_num_kv_heads(parallel),
@@ -67,7 +67,7 @@ def _check_budget(vllm_config: Any, options: Options) -> None:
         )
 
 
-def _least_budget(
+def least_budget(
     layout: PageLayout, num_layers: int, num_kv_heads: int, max_model_len: int, max_num_seqs: int
 ) -> int:
     """Bytes, in whole blocks of vLLM, that hold one longest request and the tables of all slots.

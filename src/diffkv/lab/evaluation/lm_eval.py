@@ -54,7 +54,7 @@ class Scores:
 def _model(arguments: dict[str, Any], options: Options | None, thinking: bool) -> Iterator[Any]:
     """The harness's own model class around an engine of ours, for a while."""
     args = engine_arguments(arguments, options)
-    with refusals_in_one_line(args):
+    with refusals_in_one_line(args) as args:
         from lm_eval.models.vllm_causallms import VLLM
 
         own = {"think_end_token": THINK_END, "enable_thinking": True} if thinking else {}

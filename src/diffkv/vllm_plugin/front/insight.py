@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffkv.vllm_plugin.front.offline import engine, engine_arguments, requests_in_one_line
+from diffkv.vllm_plugin.front.offline import (
+    engine,
+    engine_arguments,
+    expected_lengths,
+    requests_in_one_line,
+)
 from diffkv.vllm_plugin.options import Options
 
 __all__ = ["Insight", "inspect", "summarize"]
@@ -51,7 +56,8 @@ def inspect(
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     insights = []
-    with engine(args) as llm:
+    lengths = expected_lengths(prompts, [{"max_tokens": max_tokens}] * len(prompts))
+    with engine(args, [max(lengths)]) as llm:  # one prompt at a time
         tokenizer = llm.get_tokenizer()
         for prompt in prompts:
             with requests_in_one_line():

@@ -1,82 +1,54 @@
-"""Answers a request with bad settings with HTTP 400 before vLLM sees it.
+"""Answers a request with bad settings with HTTP 400, streams too.
 
-vLLM checks a request's settings through `admission` too, but for a stream it has sent the headers of a
-success by then. This looks at the body first, and only where it names a setting of ours.
+vLLM checks a request's settings through `admission`, but for a stream it has sent the headers of a
+success by then. So they are also checked where vLLM checks a request's form: behind its own gates, the
+key among them, in the JSON that it has parsed.
 """
 
-import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from diffkv.quant import ConfigError
-from diffkv.vllm_plugin.options import options_of
-from diffkv.vllm_plugin.requests import PREFIX, thresholds_of
+from fastapi import Request
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-__all__ = ["SettingsCheck"]
+from diffkv.vllm_plugin.options import options_of
+from diffkv.vllm_plugin.requests import thresholds_of
+
+__all__ = ["SettingsCheck", "check_settings"]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-_NAME = f'"{PREFIX}'.encode()
-
 
 class SettingsCheck:
-    """ASGI middleware that `diffkv serve` passes to vLLM as `--middleware`."""
+    """ASGI middleware that `diffkv serve` passes to vLLM as `--middleware`.
+
+    It stands before vLLM's gates, so it looks at no request. It is only how a plugin gets hold of the
+    application, to put `check_settings` in the place of the dependency that vLLM's JSON routes have.
+    """
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass a request on as it came, or refuse it."""
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self._app(scope, receive, send)
-            return
-        messages = [await receive()]
-        while messages[-1].get("more_body"):
-            messages.append(await receive())
-        body = b"".join(message.get("body", b"") for message in messages)
-        problem = _problem(body, scope["app"].state.vllm_config) if _NAME in body else None
-        if problem is not None:
-            await _refuse(send, problem)
-            return
-
-        # What was read is given again; then the client's hanging up still gets through.
-        read = iter(messages)
-
-        async def replay() -> Message:
-            message = next(read, None)
-            return await receive() if message is None else message
-
-        await self._app(scope, replay, send)
+        """Pass everything on as it came."""
+        scope["app"].dependency_overrides.setdefault(validate_json_request, check_settings)
+        await self._app(scope, receive, send)
 
 
-def _problem(body: bytes, vllm_config: Any) -> str | None:
-    """The fault in a body's settings; None if there is none, or if it is not for us to say."""
-    try:
-        request = json.loads(body)
-    except ValueError:
-        return None
-    settings = request.get("vllm_xargs") if isinstance(request, dict) else None
-    if not isinstance(settings, dict):
-        return None
-    options = options_of(vllm_config)
-    if options is None:
-        return None
-    try:
+async def check_settings(raw_request: Request) -> None:
+    """vLLM's own check, and then that of the settings.
+
+    Args:
+        raw_request: a request whose body has been read; its JSON is parsed once, for vLLM and for this.
+
+    Raises:
+        ConfigError: a ValueError, which vLLM answers with HTTP 400; it names the setting.
+    """
+    await validate_json_request(raw_request)
+    body = await raw_request.json()
+    settings = body.get("vllm_xargs") if isinstance(body, dict) else None
+    options = options_of(raw_request.app.state.vllm_config)
+    if isinstance(settings, dict) and options is not None:
         thresholds_of(settings, options)
-    except ConfigError as error:
-        return str(error)
-    return None
-
-
-async def _refuse(send: Send, message: str) -> None:
-    """The form that vLLM's own refusals have."""
-    error = {"message": message, "type": "BadRequestError", "param": "vllm_xargs", "code": 400}
-    body = json.dumps({"error": error}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-    ]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from diffkv.quant import ConfigError
 from diffkv.use import CacheUse
 from diffkv.vllm_plugin.arguments import arguments_of
+from diffkv.vllm_plugin.front.config_file import with_config_file
+from diffkv.vllm_plugin.front.memory import needed_bytes
 from diffkv.vllm_plugin.options import Options
 
 __all__ = [
@@ -25,11 +27,15 @@ __all__ = [
     "engine",
     "engine_arguments",
     "engine_flags",
+    "expected_lengths",
     "first_line",
     "generate",
     "refusals_in_one_line",
     "requests_in_one_line",
 ]
+
+LETTERS_A_TOKEN = 2
+"""Fewer than texts have, so that an estimate of their tokens is on the safe side."""
 
 PYDANTIC_PREFIX = "Value error, "
 """How pydantic begins the message of a check that failed."""
@@ -122,7 +128,8 @@ def engine_flags(flags: Sequence[str]) -> dict[str, Any]:
     """Read command-line flags that are vLLM's own, under its own names.
 
     Raises:
-        ConfigError: a flag that vLLM does not know, or a bad value.
+        ConfigError: a flag that vLLM does not know, a bad value, or a file of flags (`--config`) that
+            conflicts with the command.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -131,12 +138,15 @@ def engine_flags(flags: Sequence[str]) -> dict[str, Any]:
 
     refuse_in_one_line(parser, "vLLM's engine")
     defaults = vars(parser.parse_args([]))
-    given = vars(parser.parse_args(list(flags)))
+    given = vars(parser.parse_args(with_config_file(parser, flags)))
     return {name: value for name, value in given.items() if value != defaults[name]}
 
 
-def _check_before_workers(args: dict[str, Any]) -> None:
+def _checked(args: dict[str, Any], lengths: Sequence[int] | None) -> dict[str, Any]:
     """Refuse what DiffKV cannot do while a refusal is still one line, not a worker's traceback.
+
+    Returns:
+        The arguments; on a CPU with the KV memory that is needed, where they say nothing of memory.
 
     Raises:
         ConfigError: names what to change.
@@ -149,29 +159,42 @@ def _check_before_workers(args: dict[str, Any]) -> None:
     from diffkv.vllm_plugin.options import options_of
     from diffkv.vllm_plugin.support import check_config
 
-    transfer = args.get("kv_transfer_config")
-    if transfer is None or args.get("data_parallel_size", 1) > 1:  # the latter LLM refuses itself
-        return
+    if args.get("data_parallel_size", 1) > 1:  # LLM refuses it itself
+        return args
+    transfer, full = args.get("kv_transfer_config"), args
     if isinstance(transfer, dict):
-        args = {**args, "kv_transfer_config": KVTransferConfig(**transfer)}
-    config = EngineArgs(**args).create_engine_config(UsageContext.LLM_CLASS)
+        full = {**args, "kv_transfer_config": KVTransferConfig(**transfer)}
+    config = EngineArgs(**full).create_engine_config(UsageContext.LLM_CLASS)
     options = options_of(config)
-    if options is None:
-        refuse(config)
-    else:
+    if options is not None:
         check_config(config, options)
+    elif transfer is not None:
+        refuse(config)
+    named = [args.get(name) for name in ("kv_cache_memory_bytes", "gpu_memory_utilization")]
+    if named != [None, None] or config.device_config.device_type != "cpu":
+        return args
+    return {**args, "kv_cache_memory_bytes": needed_bytes(config, options, lengths)}
 
 
 @contextlib.contextmanager
-def refusals_in_one_line(args: dict[str, Any]) -> Iterator[None]:
+def refusals_in_one_line(
+    args: dict[str, Any], lengths: Sequence[int] | None = None
+) -> Iterator[dict[str, Any]]:
     """Start an engine inside: its failures to start are the user's to read, in one line.
+
+    Args:
+        args: arguments of vLLM's engine.
+        lengths: tokens of each request to come, prompt and answer, if they are known.
+
+    Yields:
+        The arguments to start it with; on a CPU with the KV memory that is needed, where they say
+        nothing of memory.
 
     Raises:
         ConfigError: what DiffKV or vLLM refuses of the engine's arguments.
     """
     try:
-        _check_before_workers(args)
-        yield
+        yield _checked(args, lengths)
     except ConfigError:
         raise
     except (ValueError, OSError, RuntimeError) as error:
@@ -194,12 +217,12 @@ def requests_in_one_line() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def engine(args: dict[str, Any]) -> Iterator[Any]:
-    """An engine for a while."""
+def engine(args: dict[str, Any], lengths: Sequence[int] | None = None) -> Iterator[Any]:
+    """An engine for a while; arguments as of `refusals_in_one_line`."""
     from vllm import LLM
 
-    with refusals_in_one_line(args):
-        llm = LLM(**args)
+    with refusals_in_one_line(args, lengths) as settled:
+        llm = LLM(**settled)
     try:
         yield llm
     finally:
@@ -229,7 +252,7 @@ def generate(
     """
     args = engine_arguments(arguments, options)
     _sampling_params(sampling)  # bad ones are refused before the engine takes its time to start
-    with engine(args) as llm:
+    with engine(args, expected_lengths(prompts, sampling)) as llm:
         answers = answer(llm, prompts, sampling, progress)
         if options is None:
             return Result(answers, None, _preemptions(llm))
@@ -243,6 +266,14 @@ def generate(
             sum(each["pages_peak"] for each in totals),
             totals[0]["running_peak"],
         )
+
+
+def expected_lengths(prompts: Sequence[str], sampling: Sequence[dict[str, Any]]) -> list[int]:
+    """Tokens of each request, answer included, as an estimate by its letters."""
+    return [
+        len(prompt) // LETTERS_A_TOKEN + each.get("max_tokens", 0)
+        for prompt, each in zip(prompts, sampling, strict=True)
+    ]
 
 
 def engine_arguments(arguments: dict[str, Any], options: Options | None) -> dict[str, Any]:

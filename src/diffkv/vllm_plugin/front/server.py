@@ -6,6 +6,7 @@ from typing import Any
 
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.arguments import arguments_of
+from diffkv.vllm_plugin.front.config_file import with_config_file
 from diffkv.vllm_plugin.front.offline import check_model, first_line, refuse_in_one_line
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.requests import admission_path
@@ -30,11 +31,12 @@ def serve_flags(options: Options) -> list[str]:
     return flags
 
 
-def serve(model: str, options: Options, flags: Sequence[str]) -> None:
+def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> None:
     """Run vLLM's OpenAI server until it is stopped.
 
     Args:
         model: a folder or a model id.
+        name: under which requests ask for it, unless a flag says another.
         options: DiffKV's.
         flags: flags of `vllm serve`, passed on as they are.
 
@@ -51,11 +53,14 @@ def serve(model: str, options: Options, flags: Sequence[str]) -> None:
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    _refuse_flags(flags)
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="diffkv serve", add_help=False))
     refuse_in_one_line(parser, "vllm serve")
-    args: Any = parser.parse_args(["--model", model, *serve_flags(options), *flags])
+    flags = with_config_file(parser, flags)
+    _refuse_flags(flags)
+    args: Any = parser.parse_args(
+        ["--model", model, "--served-model-name", name, *serve_flags(options), *flags]
+    )
     ours = [admission_path(options)]
     # a user's own replace what was given before them
     args.logits_processors = [*ours, *(p for p in args.logits_processors if p not in ours)]
@@ -78,6 +83,7 @@ def _refuse_flags(flags: Sequence[str]) -> None:
         ConfigError: names the flag.
     """
     refused = {
+        "--model": "the model is the first argument of the command: leave it out",
         "--kv-transfer-config": "DiffKV is the KV connector: give --quant and its other options",
         "--kv-offloading-size": "DiffKV is the KV connector, and vLLM has one: leave it out",
         "--attention-backend": "DiffKV is the attention backend: leave it out",

@@ -15,6 +15,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     register_all_kvcache_specs,
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import RequestStatus
 
 from diffkv.vllm_plugin.messages import PagesHeld
 from diffkv.vllm_plugin.scheduler.estimate import Prompt, PromptSizes
@@ -43,6 +44,8 @@ class DiffKVManager(FullAttentionManager):
         self._prompts: dict[str, Prompt] = {}
         self._given_up: set[str] = set()
         self._must_leave: set[str] = set()
+        self._requests: dict[str, Any] = {}
+        self._restarted: set[str] = set()
         self._epochs: dict[str, int] = {}
         self._num_epochs = 0
         self._reserve_tables(kv_cache_spec)
@@ -58,6 +61,10 @@ class DiffKVManager(FullAttentionManager):
         num_reserved = max(0, num_blocks - 1 - num_usable)
         self.block_pool.get_new_blocks(num_reserved)
         self.block_pool.num_gpu_blocks -= num_reserved
+
+    def know(self, request: Any) -> None:
+        """A request arrives."""
+        self._requests[request.request_id] = request
 
     def expect(self, request_id: str, prompt: Prompt | None) -> None:
         """Before a request is admitted: its prompt, or None if the worst case is to be set aside."""
@@ -77,8 +84,33 @@ class DiffKVManager(FullAttentionManager):
 
     def forget(self, request_id: str) -> None:
         """A request finished: it will not come back."""
+        self._requests.pop(request_id, None)
         self._prompts.pop(request_id, None)
         self._given_up.discard(request_id)
+
+    def take_restarted(self) -> set[str]:
+        """Requests that are computed anew, since this was last asked: their pages are to be released."""
+        restarted, self._restarted = self._restarted, set()
+        return restarted
+
+    def _goes_on(self, request_id: str) -> bool:
+        """Whether a request waits that was computed in part: more of its prompt has come (sessions)."""
+        request = self._requests.get(request_id)
+        return (
+            request is not None
+            and request.status != RequestStatus.RUNNING
+            and request.num_computed_tokens > 0
+        )
+
+    def _restart(self, request_id: str) -> None:
+        """Have a request computed from its first token.
+
+        What is stored was decided without the tokens that have come, and some of it is dropped, so they
+        cannot be added to it. vLLM asks for the request's admission anew, as after a preemption.
+        """
+        self._requests[request_id].num_computed_tokens = 0
+        self.free(request_id)
+        self._restarted.add(request_id)
 
     def limits(self, request_ids: list[str]) -> dict[str, int]:
         """Pages that prompts of the step that was just scheduled may take, where they might need more.
@@ -163,8 +195,12 @@ class DiffKVManager(FullAttentionManager):
     ) -> int:
         """Blocks that must be free for the request to grow to `num_tokens` tokens.
 
-        More than there are where a prompt was given up: the scheduler then preempts the request.
+        More than there are where a prompt was given up: the scheduler then preempts the request. And
+        where a session goes on, so that it is not scheduled before it has been restarted.
         """
+        if self._goes_on(request_id):
+            self._restart(request_id)
+            return self.block_pool.num_gpu_blocks
         if request_id in self._must_leave:
             return self.block_pool.num_gpu_blocks
         held, prompt = self._held(request_id), self._prompts.get(request_id)

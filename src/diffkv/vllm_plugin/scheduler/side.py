@@ -41,25 +41,32 @@ class SchedulerSide:
         self._started: list[Started] = []
         for line in banner(options, self._manager.shape, vllm_config):
             logger.info(line)
+        _report_capacity(vllm_config.cache_config)
 
     def arrive(self, request: Any) -> None:
-        """Read a request's settings, once.
+        """Take note of a request, and read its settings."""
+        self._manager.know(request)
+        self._thresholds[request.request_id] = self._read(request)
+
+    def _read(self, request: Any) -> Thresholds:
+        """A request's thresholds.
 
         A bad one gets here only if vLLM was started without our admission check.
         """
         extra_args = getattr(request.sampling_params, "extra_args", None)
         try:
-            thresholds = thresholds_of(extra_args, self._options)
+            return thresholds_of(extra_args, self._options)
         except ConfigError as error:
-            thresholds = self._options.thresholds()
             logger.error(
                 f"Request {request.request_id} runs with the engine's thresholds: {error}. Start vLLM "
                 f"with --logits-processors {admission_path(self._options)} to refuse such requests"
             )
-        self._thresholds[request.request_id] = thresholds
+            return self._options.thresholds()
 
     def expect(self, request: Any) -> None:
         """Describe a waiting request's prompt, before its quota is asked for."""
+        if request.resumable:  # each part of a session has settings of its own
+            self._thresholds[request.request_id] = self._read(request)
         prompt = None
         if request.num_tokens <= self._longest_expected:
             prompt = Prompt(request.num_tokens, self._thresholds[request.request_id])
@@ -77,6 +84,7 @@ class SchedulerSide:
         """Tell the workers what ended, and what starts with this step."""
         ended = set(scheduler_output.finished_req_ids)
         ended.update(scheduler_output.preempted_req_ids or ())
+        ended.update(self._manager.take_restarted())
         limits = self._manager.limits([start.request_id for start in self._started])
         started = [
             replace(start, max_pages=limits.get(start.request_id)) for start in self._started
@@ -93,6 +101,17 @@ class SchedulerSide:
         """Forget a request. The workers release its pages with the next step's message."""
         self._manager.forget(request_id)
         self._thresholds.pop(request_id, None)
+
+
+def _report_capacity(cache_config: Any) -> None:
+    """Make blocks times tokens of a block the capacity in tokens, as who reads them takes it to be.
+
+    Autoscalers and routers multiply these figures (`vllm:cache_config_info`). A real block is a page of
+    every layer, and its size in tokens is that of the longest request, so that a row of a block table
+    has one entry. The scheduler and the workers have read both by now.
+    """
+    cache_config.block_size = cache_config.DEFAULT_BLOCK_SIZE
+    cache_config.num_gpu_blocks = cache_config.kv_cache_size_tokens // cache_config.block_size
 
 
 def _only_manager(kv_cache_manager: Any) -> DiffKVManager:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 
 from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
@@ -24,6 +25,8 @@ from diffkv.vllm_plugin.worker.prefill import choose_prefill
 from diffkv.vllm_plugin.worker.snapshot import RunningRequest, Snapshot, Snapshots
 
 __all__ = ["BatchRows", "WorkerCache"]
+
+logger = init_logger("vllm.diffkv")
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,9 @@ class WorkerCache:
         if self._is_reported:
             return
         self._is_reported = True
+        problem = self.cache.range_problem()
+        if problem is not None:
+            logger.warning("DiffKV: %s", problem)
         for request in self._scheduled.values():
             request.given_up = self.cache.over_limit(request.slot)
         self.accounts.prompts_given_up(sum(r.given_up for r in self._scheduled.values()))

@@ -1,0 +1,56 @@
+"""Engines of commands ask for the KV memory that they need, and start beside other load."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.worker import cpu_worker
+
+from diffkv.cli.engine_options import model_folder
+from diffkv.vllm_plugin.front.memory import LEAST_BYTES, MOST_BYTES, SPARE, needed_bytes
+from diffkv.vllm_plugin.front.offline import generate
+from diffkv.vllm_plugin.options import Options
+from diffkv.vllm_plugin.support import check_config
+
+GIB = 1 << 30
+
+
+def config_of(max_model_len, max_num_seqs=256):
+    config = EngineArgs(model_folder("reference"), dtype="float32").create_engine_config()
+    config.model_config.max_model_len = max_model_len
+    config.scheduler_config.max_num_seqs = max_num_seqs
+    return config
+
+
+@pytest.mark.parametrize("options", [None, Options(), Options("k16v16")])
+def test_it_grows_with_the_requests_between_its_bounds(options):
+    config = config_of(2048, max_num_seqs=300)
+    assert needed_bytes(config, options, [100]) == LEAST_BYTES
+    few, more = (needed_bytes(config, options, [2048] * n) for n in (250, 300))
+    assert LEAST_BYTES < few < more < MOST_BYTES
+    assert needed_bytes(config, options, [2048] * 1000) == more, "300 run at once"
+    assert needed_bytes(config_of(2048, 10**6), options, [2048] * 10**5) == MOST_BYTES
+
+
+def test_it_holds_the_requests_uncompressed():
+    config = config_of(2048)
+    bytes_per_token = 2 * 3 * 2 * 64 * 4  # K and V, layers, heads, head_dim, float32
+    assert needed_bytes(config, None, [2048] * 200) == int(SPARE * bytes_per_token * 2048 * 200)
+
+
+def test_one_longest_request_always_fits():
+    config = config_of(1 << 21, max_num_seqs=1024)
+    num_bytes = needed_bytes(config, Options("k16v16"), [10])
+    assert num_bytes > MOST_BYTES
+    config.cache_config.kv_cache_memory_bytes = num_bytes
+    check_config(config, Options("k16v16"))
+
+
+@pytest.mark.parametrize("options", [None, Options()])
+def test_an_engine_starts_beside_other_load(monkeypatch, options):
+    busy = SimpleNamespace(total_memory=64 * GIB, available_memory=GIB)
+    monkeypatch.setattr(cpu_worker, "get_memory_node_info", lambda node: busy)
+    arguments = {"model": model_folder("reference"), "enforce_eager": True, "max_model_len": 512}
+    sampling = [{"temperature": 0.0, "max_tokens": 1}]
+    result = generate(["<bos> k1 v2 ; ? k1"], arguments, sampling, options, progress=False)
+    assert result.answers[0].text.strip() == "v2"
