@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffkv.cli import COMMANDS
+from diffkv.lab import rows
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "diffkv"
@@ -173,8 +173,8 @@ def test_readmes_figures_were_measured():
     measured = {
         tuple(f"{run[key]:,.0f}" for key in ("max_running", "tokens_per_s", "bytes_per_token"))
         for file in (ROOT / "docs" / "results" / "gpu").glob("*.jsonl")
-        for run in map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        if run.get("op") == "throughput"
+        for row in rows.read(file)
+        if (run := row.measured) and row.kind == "throughput"
     }
     table = TEXTS["README.md"].split("| KV cache |")[1].split("\n\n")[0].splitlines()[2:]
     figures = [tuple(cell.strip(" *") for cell in row.split("|")[2:5]) for row in table]

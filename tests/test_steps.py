@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from diffkv.lab.evaluation import baselines
 from diffkv.policies import parse
 from diffkv.policy import SCORED_QUERIES, Thresholds, num_queries_seen, paper_tiers
 from diffkv.steps import PromptChunk, PromptPlan, spans_of
@@ -55,7 +56,7 @@ def test_means_are_divided_by_the_queries_that_saw_a_token():
 
 def test_a_policy_that_looks_at_keys_has_no_bounds():
     for text in ("paper:distinct=0.5", "topk", "paper-uniform"):
-        plan = PromptPlan.of(whole([70]), [Thresholds(1, 0)], parse(text), WINDOW, CPU)
+        plan = PromptPlan.of(whole([70]), [Thresholds(1, 0)], baselines.parse(text), WINDOW, CPU)
         assert plan.complete.bounds is None
 
 

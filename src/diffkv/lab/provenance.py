@@ -104,9 +104,9 @@ def collect(device: str = "cpu") -> Provenance:
     Args:
         device: what it measures on, "cpu", "cuda" or "cuda:1".
     """
-    on_gpu = device.startswith("cuda")
+    on_gpu, program = device.startswith("cuda"), Path(sys.argv[0]).name
     return Provenance(
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=shlex.join([program.replace("__main__.py", "diffkv"), *sys.argv[1:]]),
         device=torch.cuda.get_device_name(device) if on_gpu else _processor(),
         diffkv=diffkv.__version__,
         torch=torch.__version__,
