@@ -54,13 +54,13 @@ class Policy:
 
     Attributes:
         text: the text form.
-        tiers: of a prompt's tokens, see `diffkv.policy.PromptPolicy`.
+        tiers: decides a prompt's tokens, see `diffkv.policy.PromptPolicy`.
         uses_thresholds: whether alpha_high and alpha_low count, for generated tokens too; else they
             are both 0.
         scored_queries: a prompt is scored by so many of its last queries.
         needs_low: whether it puts tokens in the low tier whatever the thresholds are.
         keeps_all: whether every token stays high, so that there is nothing to decide.
-        distinct: of the tokens before the window this share stays, those of the most unusual keys;
+        distinct: share of the tokens before the window that stays, those of the most unusual keys;
             a token that the thresholds call high stays anyway.
     """
 
@@ -93,7 +93,7 @@ class Policy:
         Args:
             means: [num_kv_heads, N] float32, mean significance.
             key: [N, num_kv_heads, head_dim], as attention reads them.
-            thresholds: of the request.
+            thresholds: the request's.
             window: recent tokens that stay high.
         """
         tiers = self.tiers(means, thresholds, window)

@@ -10,7 +10,7 @@ class CacheUse:
     """What some sequences hold, measured on the pool; uses of several add up.
 
     Attributes:
-        tokens: of all sequences, padding not among them.
+        tokens: tokens of all sequences, padding not among them.
         high: tokens in the high tier, mean over layers and heads.
         low: likewise in the low tier.
         pages: held.

@@ -57,7 +57,7 @@ def _read(parse: Callable[[str], int], text: str) -> int:
 
 
 class Listed(Action):
-    """Of an option that takes several values: one given twice takes all of them."""
+    """Action of an option that takes several values: given twice, it takes all of them."""
 
     def __call__(
         self,
@@ -73,7 +73,7 @@ class Listed(Action):
 
 
 class Joined(Action):
-    """Of an option that takes names, separated by commas: one given twice takes all of them."""
+    """Action of an option that takes names, separated by commas: given twice, it takes all of them."""
 
     def __call__(
         self,

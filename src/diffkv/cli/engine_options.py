@@ -92,7 +92,7 @@ def cache_options(args: argparse.Namespace, takes_policy: bool = True) -> Option
     """Read them back; say on standard error which preset or calibration was taken, if one was named.
 
     Args:
-        args: of the command line.
+        args: the command line's.
         takes_policy: whether --policy is among the options; else the command reads it itself.
 
     Raises:

@@ -77,10 +77,10 @@ def tokens_html(row: Row, layer: int, head: int, texts: list[str], tiers: str) -
     """A page that needs nothing else: each token of a prompt, coloured by its tier in one head.
 
     Args:
-        row: of the kind that `inspect` writes.
-        layer: of the head.
+        row: a row that `inspect` wrote.
+        layer: the head's.
         head: the KV head.
-        texts: of the tokens.
+        texts: the tokens'.
         tiers: a digit for each token: 0 high, 1 low, 2 dropped.
     """
     counts = [tiers.count(str(tier)) for tier in range(len(TIERS))]

@@ -148,7 +148,7 @@ def engine_arguments(args: argparse.Namespace, **defaults: Any) -> dict[str, Any
 
     Args:
         args: with `model` and `flags`; `kv_memory` and `verbose` where the command has them.
-        defaults: of the command, by vLLM's names; flags override them.
+        defaults: the command's, by vLLM's names; flags override them.
 
     Raises:
         ConfigError: a model that cannot be had, a flag that vLLM does not know, or memory given twice.

@@ -26,7 +26,7 @@ def engines(arguments: dict[str, Any], options: Options) -> Iterator[Engine]:
     are those of the choice.
 
     Args:
-        arguments: of vLLM's engine, the model among them.
+        arguments: arguments of vLLM's engine, the model among them.
         options: DiffKV's, but for thresholds and drops.
     """
     running: dict[tuple[float, bool], Session] = {}
@@ -64,7 +64,7 @@ def full_precision(
     """Answers through vLLM's own cache, by an engine of their own.
 
     Args:
-        arguments: of vLLM's engine, the model among them.
+        arguments: arguments of vLLM's engine, the model among them.
         questions: what is asked.
         metric: how it is scored.
 

@@ -28,7 +28,7 @@ HEADER = """\
 """
 
 IGNORED_KEYS = ("_name_or_path", "transformers_version")
-"""Of config.json: they say where a model lies and who wrote the file, not what the model is."""
+"""Fields of config.json that say where a model lies and who wrote the file, not what the model is."""
 
 
 class _Table(BaseModel):

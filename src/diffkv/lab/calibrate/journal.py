@@ -17,7 +17,7 @@ class Journal:
     """A file of JSON lines: what the run is, then one line for each thing that it has found.
 
     Args:
-        path: of the file; made if it is not there.
+        path: the file; made if it is not there.
         identity: everything that the findings depend on.
 
     Raises:

@@ -43,7 +43,7 @@ class Question:
         prompt: the text.
         answer: the right answer; None if none is known, and then the full-precision one counts.
         max_tokens: new tokens.
-        language: of `diffkv.lab.evaluation.languages`; scores the answer.
+        language: one of `diffkv.lab.evaluation.languages`; scores the answer.
     """
 
     prompt: str
@@ -71,9 +71,9 @@ def synthetic(language: str, num_tokens: int, num_samples: int, seed: int) -> li
 
     Args:
         language: name in `diffkv.lab.evaluation.languages.LANGUAGES`.
-        num_tokens: of a prompt.
-        num_samples: of all tasks together, the same number of each or one less.
-        seed: of all choices.
+        num_tokens: length of a prompt.
+        num_samples: samples of all tasks together, the same number of each or one less.
+        seed: draws all choices.
     """
     spoken = LANGUAGES[language]
     questions = []

@@ -57,7 +57,7 @@ class Setting:
     """What is measured.
 
     Attributes:
-        thresholds: of the requests.
+        thresholds: the requests'.
         distinct: share of a prompt that stays, see `diffkv.policies`.
     """
 
@@ -76,7 +76,7 @@ class Part:
     """One setting on some samples.
 
     Attributes:
-        losses: of each sample, against full precision.
+        losses: each sample's, against full precision.
         use: what all of them held.
     """
 
@@ -138,7 +138,7 @@ def search(
         num_samples: how many there are.
         max_loss: the limit.
         has_low: whether there is a low tier; without one alpha_low is the only threshold.
-        steps: of `STEPS`, what is searched; the others stay at their mildest value.
+        steps: those of `STEPS` that are searched; the others stay at their mildest value.
         measured: is told of each point.
 
     Returns:

@@ -25,7 +25,7 @@ class Benchmark:
         task: the harness's name of a task or a group, or a task's own configuration.
         metric: (metric, filter) of the sample's score; None takes the only one that the task has.
         num_fewshot: examples in the prompt.
-        max_tokens: of an answer.
+        max_tokens: longest answer.
         sampling: arguments of vLLM's SamplingParams; greedy if empty.
         chat: whether the model's chat template is applied.
         rounds: how often each question is asked.

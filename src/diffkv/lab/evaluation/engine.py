@@ -21,9 +21,9 @@ class CacheSpec:
     Attributes:
         quant: formats.
         policy: decides prompts.
-        thresholds: of the policy; both 0 for one that has none.
+        thresholds: the policy's; both 0 for one that has none.
         window: recent tokens that stay high.
-        page_bytes: of a page; None: the size that wastes least.
+        page_bytes: size of a page; None: the size that wastes least.
         kernels: "reference", or None for the device's own.
         rotate: "hadamard" or "none".
     """

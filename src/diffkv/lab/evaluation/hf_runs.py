@@ -24,7 +24,7 @@ class Batch:
     """Samples whose questions have the same number of tokens.
 
     Attributes:
-        numbers: of the samples.
+        numbers: indices of the samples.
         prompts: [batch, longest], padded on the left.
         is_token: [batch, longest] bool, False for padding.
         questions: [batch, num_question_tokens].
@@ -41,7 +41,7 @@ class HFModel:
 
     Args:
         model: a causal language model.
-        tokenizer: of it.
+        tokenizer: the model's.
         batch_size: most samples at once.
     """
 

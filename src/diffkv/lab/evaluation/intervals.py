@@ -15,7 +15,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     It cannot be wider than the values seen: of ten samples without a loss it is 0 to 0.
 
     Args:
-        values: of samples, at least one.
+        values: one a sample, at least one.
         confidence: share of intervals that hold the mean of all samples there could be.
     """
     array = np.asarray(values, dtype=float)

@@ -20,10 +20,10 @@ __all__ = ["MODES", "Text", "read_texts", "score"]
 MODES = ("forced", "free")
 
 FORCED_SHARE = 0.25
-"""Of a text: so much of its end is read token by token, the rest is the prompt."""
+"""Share of a text, at its end, that is read token by token; the rest is the prompt."""
 
 MIN_TOKENS = 32
-"""Of a text that can be compared."""
+"""Fewest tokens of a text that can be compared."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def score(
         model: reads them.
         texts: to read.
         cache: the compressed one.
-        mode: of `MODES`.
+        mode: one of `MODES`.
         max_steps: most compared steps of a text.
 
     Raises:

@@ -39,11 +39,11 @@ Key = tuple[str, int, int]
 
 @dataclass
 class Scores:
-    """Of one benchmark with one cache.
+    """Scores of one benchmark with one cache.
 
     Attributes:
         items: score of each sample.
-        use: of the cache; None with vLLM's own.
+        use: use of the cache; None with vLLM's own.
     """
 
     items: dict[Key, float] = field(default_factory=dict)
@@ -82,7 +82,7 @@ def run(
 
     Args:
         benchmarks: what to run.
-        arguments: of vLLM's engine, the model among them.
+        arguments: arguments of vLLM's engine, the model among them.
         options: DiffKV's; None runs vLLM with its own cache.
         limit: samples of each task; None takes all.
         thinking: whether the model thinks before it answers.

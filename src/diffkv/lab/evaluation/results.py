@@ -167,7 +167,7 @@ def figures(kind: str, found: Sequence[Score]) -> dict[str, Any]:
     """Figures of all cells by name, in six digits, as a row has them.
 
     Args:
-        kind: of the row.
+        kind: the row's.
         found: a score for each cell, in the order of the case.
     """
     score, cells = CELLS[kind]

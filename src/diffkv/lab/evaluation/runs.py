@@ -20,7 +20,7 @@ def language_of(vocabulary: Collection[str], name: str | None) -> ReferenceWords
 
     Args:
         vocabulary: texts of its tokens.
-        name: of the language asked for; None: whichever fits.
+        name: the language asked for; None: whichever fits.
 
     Raises:
         ConfigError: there is no such language, or the model has not its words.
@@ -53,7 +53,7 @@ def run_tasks(
         model: its name.
         caches: to compare with the full one.
         plans: what is asked.
-        writer: of the rows; those that it has already are not measured again.
+        writer: takes the rows; those that it has already are not measured again.
         report: is told of each task.
 
     Raises:

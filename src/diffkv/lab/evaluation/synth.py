@@ -33,9 +33,9 @@ class Plan:
         language: member of `languages.LANGUAGES`.
         tasks: names.
         settings: easy, hard.
-        num_tokens: of a prompt.
-        num_samples: of a task and setting.
-        seed: of the samples.
+        num_tokens: length of a prompt.
+        num_samples: samples for each task and setting.
+        seed: draws the samples.
     """
 
     language: Any
@@ -138,7 +138,7 @@ def paired_score(
 
     Args:
         task: its name.
-        setting: of the task.
+        setting: the task's.
         after: share of right words of each sample, through the compressed cache.
         before: the same through the full one.
         use: what the compressed cache held.
@@ -170,7 +170,7 @@ def task_scores(
     Args:
         plan: what is asked.
         answer: the engine with the compressed cache.
-        full: of the same plan.
+        full: full precision's answers to the same plan.
         report: is told of each score.
     """
     found = []

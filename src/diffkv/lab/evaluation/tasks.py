@@ -65,10 +65,10 @@ class Parts:
     """What a task makes: facts in their order, and the question with its answer.
 
     Attributes:
-        facts: of the context.
+        facts: the context's.
         question: about them.
         answer: to it.
-        places: of the facts in the filler, 0 .. 1; None: anywhere between it.
+        places: where the facts are in the filler, 0 .. 1; None: anywhere between it.
     """
 
     facts: list[str]
@@ -296,9 +296,9 @@ def draw(
         task: name in `TASKS`.
         language: member of `diffkv.lab.evaluation.languages.LANGUAGES`.
         setting: easy or hard.
-        num_tokens: of context and question together, or of context and filler.
+        num_tokens: length of context and question together, or of context and filler.
         num_samples: how many.
-        seed: of all choices.
+        seed: draws all choices.
 
     Raises:
         ConfigError: an unknown task, or one that the language has no words for.

@@ -42,7 +42,7 @@ class VLLMModel(contextlib.ExitStack):
     """One engine at a time, with the cache that was asked for last; close it to end the last one.
 
     Args:
-        arguments: of vLLM's engine, the model among them.
+        arguments: arguments of vLLM's engine, the model among them.
     """
 
     name = "vllm"

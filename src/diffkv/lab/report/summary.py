@@ -25,7 +25,7 @@ class Summary(Generic[S]):
 
     Attributes:
         method: which.
-        suite: of the runs.
+        suite: the runs'.
         seeds: how many runs.
         score: means of their figures; `n` adds up. Of one seed the interval is its own bootstrap, of
             several Student's over their means.
@@ -103,7 +103,7 @@ def overall(
     """One summary for each method and place, over the tasks that all methods there have.
 
     Args:
-        found: of every task.
+        found: scores of every task.
         pick: makes one score of several; the mean has the mean of the tasks' intervals, which is wider
             than the interval of the mean.
     """

@@ -22,7 +22,7 @@ def with_config_file(parser: Any, flags: Sequence[str]) -> list[str]:
 
     Args:
         parser: vLLM's, which knows how a line becomes a flag.
-        flags: of the command line.
+        flags: the command line's.
 
     Raises:
         ConfigError: a file that cannot be read, a line that stands there twice, or one that is set by

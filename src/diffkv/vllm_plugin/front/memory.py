@@ -29,7 +29,7 @@ def needed_bytes(
     """KV memory of one rank that holds some requests at once, uncompressed.
 
     Args:
-        vllm_config: of the engine.
+        vllm_config: vLLM's configuration.
         options: DiffKV's; None for vLLM's own cache.
         lengths: tokens of each request, prompt and answer; None: not known.
     """
