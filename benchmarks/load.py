@@ -74,11 +74,29 @@ async def server(args: argparse.Namespace) -> AsyncIterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "diffkv", "serve", MODEL, "--quant", args.quant,
-        "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager",
-        "--max-model-len", "1024", "--max-num-seqs", str(args.clients),
-        "--kv-cache-memory-bytes", str(args.kv_memory), "--disable-uvicorn-access-log", *args.flags,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "diffkv",
+        "serve",
+        MODEL,
+        "--quant",
+        args.quant,
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "1024",
+        "--max-num-seqs",
+        str(args.clients),
+        "--kv-cache-memory-bytes",
+        str(args.kv_memory),
+        "--disable-uvicorn-access-log",
+        *args.flags,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ})
     url = f"http://127.0.0.1:{port}"
     try:
@@ -138,9 +156,14 @@ async def metric(url: str, name: str) -> float:
 
 
 async def run_client(
-    number: int, url: str, jobs: list[Job], alone: list[str], until: float, abort_share: float,
+    number: int,
+    url: str,
+    jobs: list[Job],
+    alone: list[str],
+    until: float,
+    abort_share: float,
     outcome: Outcome,
-) -> None:  # fmt: skip
+) -> None:
     """Send jobs one after the other until the time is up."""
     rng = random.Random(number)
     async with httpx.AsyncClient(timeout=600) as client:
@@ -179,12 +202,20 @@ async def run(args: argparse.Namespace) -> int:
         held = await _held_at_last(url)
     lossless = args.quant == "k16v16"
     result = {
-        "quant": args.quant, "flags": args.flags, "clients": args.clients, "seconds": args.seconds,
-        "kv_memory": args.kv_memory, "finished": outcome.finished, "hung_up": outcome.hung_up,
-        "equal_to_alone": outcome.equal, "preemptions": preemptions,
-        "prompts_given_up": given_up, "pages_held_at_end": held, "errors": outcome.errors[:5],
+        "quant": args.quant,
+        "flags": args.flags,
+        "clients": args.clients,
+        "seconds": args.seconds,
+        "kv_memory": args.kv_memory,
+        "finished": outcome.finished,
+        "hung_up": outcome.hung_up,
+        "equal_to_alone": outcome.equal,
+        "preemptions": preemptions,
+        "prompts_given_up": given_up,
+        "pages_held_at_end": held,
+        "errors": outcome.errors[:5],
         "num_errors": len(outcome.errors),
-    }  # fmt: skip
+    }
     passed = not outcome.errors and held == 0 and outcome.finished > 0
     passed &= outcome.equal == outcome.finished or not lossless
     print(json.dumps({**result, "passed": passed}))

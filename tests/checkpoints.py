@@ -54,21 +54,24 @@ FAMILIES = {
     "llama_head256": Family("LlamaConfig", 1, 256),
     "mistral": Family("MistralConfig", 2, 64, {"sliding_window": None}),
     "mistral_window": Family("MistralConfig", 2, 64, {"sliding_window": 128}),
-    "mixtral": Family(
-        "MixtralConfig", 2, 64, {"num_local_experts": 4, "num_experts_per_tok": 2}
-    ),
+    "mixtral": Family("MixtralConfig", 2, 64, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_5": Family(
         "Qwen2Config", 2, 64, {"tie_word_embeddings": True, "use_sliding_window": False}
     ),
     "qwen3": Family("Qwen3Config", 2, 96),
     "qwen3_moe": Family(
-        "Qwen3MoeConfig", 2, 64,
+        "Qwen3MoeConfig",
+        2,
+        64,
         {
-            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
-            "decoder_sparse_step": 1, "norm_topk_prob": True,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": True,
         },
     ),
-}  # fmt: skip
+}
 """Every family that DiffKV promises, by the name that tests give it."""
 
 
@@ -87,11 +90,19 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     config_class = getattr(transformers, shape.config)
     settings = {"hidden_act": "silu", "tie_word_embeddings": False, **shape.settings}
     config = config_class(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, **settings,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **settings,
+    )
     model = getattr(transformers, shape.config.replace("Config", "ForCausalLM"))(config)
     generator = torch.Generator().manual_seed(20240)
     tied = config.tie_word_embeddings
@@ -225,13 +236,16 @@ FORMATS = {
     "awq": Format(
         _awq,
         {
-            "quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True,
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": GROUP,
+            "zero_point": True,
             "version": "gemm",
         },
     ),
     "fp8": Format(_fp8, _compressed_tensors("float", "float-quantized")),
     "int8": Format(_int8, _compressed_tensors("int", "int-quantized")),
-}  # fmt: skip
+}
 """Every weight format that DiffKV promises, by the name that tests give it."""
 
 

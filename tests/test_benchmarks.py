@@ -88,7 +88,7 @@ def test_names():
         (("--tasks", "gsm8k", "--limit", "0"), "--limit must be at least 1"),
         (("--tasks", "gsm8k", "--settings", "hard"), "--settings does not go with"),
     ],
-)  # fmt: skip
+)
 def test_refusals(capsys, arguments, message):
     assert main(["eval", "--suite", "lm-eval", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()

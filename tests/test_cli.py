@@ -39,8 +39,11 @@ def test_layout_json_is_one_object_with_every_fact():
     facts = json.loads(result.stdout)
     assert list(facts) == ["quant", "head_dim", "page_bytes", "element_bytes", "drops", "tiers"]
     assert [facts[k] for k in ("quant", "head_dim", "page_bytes", "element_bytes")] == [
-        "k8v4-k4v2", 128, 3584, 2,
-    ]  # fmt: skip
+        "k8v4-k4v2",
+        128,
+        3584,
+        2,
+    ]
     high, low = facts["tiers"]
     segments = {
         "k_codes": {"offset": 0, "bytes": 2048},

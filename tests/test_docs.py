@@ -18,9 +18,17 @@ BLOCKS = [(match["command"], match["output"]) for match in BLOCK.finditer(PAGE_F
 
 # (high, low) tokens of a 6,784-byte page at head_dim 128 in the released DiffKV.
 ORIGINAL = [
-    (24, 24), (32, 32), (32, 32), (37, 37), (32, 52),
-    (32, 60), (46, 46), (52, 52), (60, 60), (69, 69),
-]  # fmt: skip
+    (24, 24),
+    (32, 32),
+    (32, 32),
+    (37, 37),
+    (32, 52),
+    (32, 60),
+    (46, 46),
+    (52, 52),
+    (60, 60),
+    (69, 69),
+]
 
 
 def table(header):

@@ -102,11 +102,12 @@ def test_files_exist(page):
 def test_files_of_vllm_exist():
     names = set(re.findall(r"`([\w.]+(?:/[\w.]+)*\.py)`", TEXTS["docs/vllm.md"]))
     outside = [
-        name for name in names
+        name
+        for name in names
         if name.split("/")[0] not in TOP
         and name not in OURS
         and not (PACKAGE / "vllm_plugin" / name).exists()
-    ]  # fmt: skip
+    ]
     assert len(outside) > 10
     for name in outside:
         assert vllm_path(name).exists(), name
@@ -140,10 +141,12 @@ def test_every_option_is_known_to_somebody(present_page, known_options):
     sources = "".join(
         vllm_path(name).read_text(encoding="utf-8")
         for name in (
-            "engine/arg_utils.py", "config/cache.py", "config/model.py",
+            "engine/arg_utils.py",
+            "config/cache.py",
+            "config/model.py",
             "entrypoints/launchers/cli_args.py",
         )
-    )  # fmt: skip
+    )
     sources += "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("benchmarks/*.py"))
     sources += "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("training/**/*.py"))
     for option in rest:

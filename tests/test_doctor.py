@@ -12,9 +12,18 @@ from diffkv import ops, selftest
 from diffkv.cli import doctor, main
 
 NAMES = [
-    "Python", "torch", "other builds", "vLLM", "plugin", "vllm command", "Triton", "GPU", "compiler",
-    "cache folder", "kernels",
-]  # fmt: skip
+    "Python",
+    "torch",
+    "other builds",
+    "vLLM",
+    "plugin",
+    "vllm command",
+    "Triton",
+    "GPU",
+    "compiler",
+    "cache folder",
+    "kernels",
+]
 
 
 @pytest.fixture
@@ -115,9 +124,11 @@ def test_no_vllm(quick, capsys, monkeypatch):
     status, checks = found(capsys)
     assert status == 1
     assert checks["vLLM"] == {
-        "name": "vLLM", "status": "fail", "found": "not installed",
+        "name": "vLLM",
+        "status": "fail",
+        "found": "not installed",
         "advice": "pip install 'diffkv[cpu]' or 'diffkv[gpu]' (diffkv layout and plan work without it)",
-    }  # fmt: skip
+    }
 
 
 def test_a_vllm_that_cannot_be_imported(quick, capsys):
@@ -130,10 +141,13 @@ def test_a_vllm_that_cannot_be_imported(quick, capsys):
 @pytest.mark.parametrize(
     ("text", "is_cuda"),
     [
-        ("cuda = '13.0'\n", True), ("cuda: Optional[str] = '13.0'\n", True), ("cuda = None\n", False),
-        ("cuda: Optional[str] = None\n", False), ("version = '1'\n", True),
+        ("cuda = '13.0'\n", True),
+        ("cuda: Optional[str] = '13.0'\n", True),
+        ("cuda = None\n", False),
+        ("cuda: Optional[str] = None\n", False),
+        ("version = '1'\n", True),
     ],
-)  # fmt: skip
+)
 def test_builds_for_cuda(monkeypatch, tmp_path, text, is_cuda):
     (tmp_path / "version.py").write_text(text)
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])

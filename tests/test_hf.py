@@ -35,9 +35,13 @@ def inputs():
 
 def generate(model, inputs, cache=None):
     return model.generate(
-        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, past_key_values=cache,
-        output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        **inputs,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        past_key_values=cache,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
 
 
 @pytest.fixture

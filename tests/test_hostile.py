@@ -15,8 +15,12 @@ from hostile import REWRITINGS, rewrite  # noqa: E402
 REFERENCE = Path(__file__).parents[1] / "src" / "diffkv" / "data" / "reference"
 # Differences of logits around 20. Powers of two change nothing; a bias is rounded.
 LARGEST_DIFFERENCE = {
-    "k-outliers": 0.0, "v-outliers": 0.0, "v-bias": 2e-3, "k-bias": 2e-2, "massive-tokens": 5e-5,
-}  # fmt: skip
+    "k-outliers": 0.0,
+    "v-outliers": 0.0,
+    "v-bias": 2e-3,
+    "k-bias": 2e-2,
+    "massive-tokens": 5e-5,
+}
 BOS, STOP = 1, 3  # of the shipped tokenizer: <bos> and ;
 
 

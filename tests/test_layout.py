@@ -186,9 +186,13 @@ def test_chosen_pages(text, drops):
 
 @pytest.mark.parametrize(
     ("text", "drops", "tracked"),
-    [("k8v4", False, [False]), ("k8v4", True, [True]),
-     ("k8v4-k4v2", False, [True, False]), ("k8v4-k4v2", True, [True, True])],
-)  # fmt: skip
+    [
+        ("k8v4", False, [False]),
+        ("k8v4", True, [True]),
+        ("k8v4-k4v2", False, [True, False]),
+        ("k8v4-k4v2", True, [True, True]),
+    ],
+)
 def test_a_tier_keeps_sums_only_for_victims(text, drops, tracked):
     """A high token may be demoted; a low one, or one of a single tier, only dropped."""
     layout, with_drops = derive(text, drops=drops), derive(text, drops=True)

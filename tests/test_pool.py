@@ -213,7 +213,7 @@ def test_held_pages_and_growth():
         ("plans wanted more", lambda s: s.overruns.add_(1)),
         ("page ids are free", lambda s: s.ring_ends[1].add_(100)),
     ],
-)  # fmt: skip
+)
 def test_a_broken_pool_is_noticed(name, break_it):
     state = make_state("k8v4-k4v2", 128, num_pages=20)
     store(reference, state, 0, [(0, range(4))], *all_high(4))

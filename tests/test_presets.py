@@ -34,15 +34,22 @@ SIZES = {  # architecture, layers, hidden size, query heads, KV heads, intermedi
 
 def config_json(name):
     names = (
-        "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
-        "intermediate_size", "vocab_size",
-    )  # fmt: skip
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+    )
     architecture, *sizes = SIZES[name]
     model_type = architecture.removesuffix("ForCausalLM").lower()
     return {
-        "architectures": [architecture], "model_type": model_type, "torch_dtype": "bfloat16",
-        "tie_word_embeddings": False, **dict(zip(names, sizes, strict=True)),
-    }  # fmt: skip
+        "architectures": [architecture],
+        "model_type": model_type,
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        **dict(zip(names, sizes, strict=True)),
+    }
 
 
 def folder(tmp_path, name):

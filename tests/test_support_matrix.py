@@ -17,20 +17,27 @@ def vllm_config(**changes):
     """A configuration that asks for nothing special, with `section.field` changed."""
     sections = {
         "model_config": {
-            "use_mla": False, "is_hybrid": False, "is_encoder_decoder": False,
-            "runner_type": "generate", "disable_sliding_window": False,
-            "hf_text_config": SimpleNamespace(sliding_window=None), "is_mm_prefix_lm": False,
-            "enable_sleep_mode": False, "is_attention_free": False,
+            "use_mla": False,
+            "is_hybrid": False,
+            "is_encoder_decoder": False,
+            "runner_type": "generate",
+            "disable_sliding_window": False,
+            "hf_text_config": SimpleNamespace(sliding_window=None),
+            "is_mm_prefix_lm": False,
+            "enable_sleep_mode": False,
+            "is_attention_free": False,
         },
         "parallel_config": {
-            "pipeline_parallel_size": 1, "decode_context_parallel_size": 1,
-            "prefill_context_parallel_size": 1, "use_ubatching": False,
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
+            "use_ubatching": False,
             "enable_expert_parallel": False,
         },
         "device_config": {"device_type": "cpu"},
         "cache_config": {"cache_dtype": "auto"},
         "kv_transfer_config": {"kv_connector": "DiffKVConnector"},
-    }  # fmt: skip
+    }
     speculative = changes.pop("speculative", None)
     for name, value in changes.items():
         section = next(fields for fields in sections.values() if name in fields)

@@ -38,9 +38,13 @@ RATIO = 0.4  # of the tokens is dropped
 def make_layer() -> tuple[LlamaAttention, LlamaRotaryEmbedding]:
     """An attention layer of random weights, and its rotary embedding."""
     config = LlamaConfig(
-        hidden_size=NUM_HEADS * HEAD_DIM, num_attention_heads=NUM_HEADS, head_dim=HEAD_DIM,
-        num_key_value_heads=NUM_HEADS, num_hidden_layers=1, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=NUM_HEADS * HEAD_DIM,
+        num_attention_heads=NUM_HEADS,
+        head_dim=HEAD_DIM,
+        num_key_value_heads=NUM_HEADS,
+        num_hidden_layers=1,
+        attn_implementation="eager",
+    )
     layer = LlamaAttention(config, layer_idx=0).eval()
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.4)  # attention that is not flat

@@ -223,9 +223,14 @@ def verdict(
         costs.append((weights + kv) / num if num else float("inf"))
     gain = costs[0] / costs[1] if batch else 0.0
     return Verdict(
-        ours.name, batch_bf16, batch, shares[0], shares[1], gain,
+        ours.name,
+        batch_bf16,
+        batch,
+        shares[0],
+        shares[1],
+        gain,
         _verdict_text(ours.name, batch_bf16, batch, shares[0], gain),
-    )  # fmt: skip
+    )
 
 
 def _verdict_text(name: str, batch_bf16: int, batch: int, kv_share: float, gain: float) -> str:

@@ -34,8 +34,11 @@ class Spans:
     ) -> "Spans":
         """Put together the spans of requests of given lengths."""
         return cls(
-            tuple(num_queries), tuple(num_keys), _starts(num_queries, device), _starts(num_keys, device)
-        )  # fmt: skip
+            tuple(num_queries),
+            tuple(num_keys),
+            _starts(num_queries, device),
+            _starts(num_keys, device),
+        )
 
 
 def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -74,8 +77,12 @@ def torch_prefill(
         if total > n:
             seen = torch.ones(n, total, dtype=torch.bool, device=q.device).tril(total - n)
         attended = scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None],
-            attn_mask=seen, is_causal=seen is None, scale=scale,
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            attn_mask=seen,
+            is_causal=seen is None,
+            scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+        )
         out.copy_(attended[0].transpose(0, 1))

@@ -89,61 +89,89 @@ _QWEN_32B = Sizes("Qwen2ForCausalLM", 64, 5120, _QWEN_2)
 
 PRESETS = (
     Preset(
-        "quality", "k8v4", 0.0, 0.0,
+        "quality",
+        "k8v4",
+        0.0,
+        0.0,
         "every token in high precision, nothing dropped",
         "DiffKV (SOSP 2025) figure 8: K8V4 alone scores like FP16 on every model there",
     ),
     Preset(
-        "balanced", DEFAULT_QUANT, DEFAULT_ALPHA_HIGH, 0.0,
+        "balanced",
+        DEFAULT_QUANT,
+        DEFAULT_ALPHA_HIGH,
+        0.0,
         "unimportant tokens in low precision, nothing dropped; the default",
         "DiffKV (SOSP 2025) section 4: the thresholds of its largest Qwen models",
     ),
     Preset(
-        "distinct", "k8v4-k4v2", 10.0, 0.0,
+        "distinct",
+        "k8v4-k4v2",
+        10.0,
+        0.0,
         "drops a quarter of a prompt, where keys are most alike: free on the shipped models, not "
         "measured on others",
         "docs/results/fidelity; KeyDiff (Park et al. 2025, arXiv 2504.15364)",
         policy="paper:distinct=0.75",
     ),
     Preset(
-        "max-compression", "k8v4-k4v2", 5.0, 0.04,
+        "max-compression",
+        "k8v4-k4v2",
+        5.0,
+        0.04,
         "drops what the prompt's end does not attend to: a later question about it gets a worse answer",
         "DiffKV (SOSP 2025) section 4: the end of its calibrated range of alpha_high (1 to 5), and the "
         "largest alpha_low that it chose for a model; not published together",
     ),
     Preset(
-        "llama-3-8b", "k8v4-k4v2", 1.0, 0.02,
+        "llama-3-8b",
+        "k8v4-k4v2",
+        1.0,
+        0.02,
         "Llama-3-8B and models of its sizes",
         "DiffKV (SOSP 2025) section 4; benchmarks/benchmark_throughput.sh: Llama-3-8B-Instruct",
         Sizes("LlamaForCausalLM", 32, 4096, _LLAMA_3),
     ),
     Preset(
-        "llama-3-70b", "k8v4-k4v2", 1.0, 0.0,
+        "llama-3-70b",
+        "k8v4-k4v2",
+        1.0,
+        0.0,
         "Llama-3-70B and models of its sizes",
         "DiffKV (SOSP 2025) section 4; benchmarks/benchmark_throughput.sh: Llama-3-70B-Instruct",
         Sizes("LlamaForCausalLM", 80, 8192, _LLAMA_3),
     ),
     Preset(
-        "qwen2.5-7b", "k8v4", 0.04, 0.04,
+        "qwen2.5-7b",
+        "k8v4",
+        0.04,
+        0.04,
         "Qwen2.5-7B and models of its sizes: a token is high or dropped, there is no low tier",
         "DiffKV (SOSP 2025) section 4; benchmarks/benchmark_throughput.sh: Qwen2.5-7B-Instruct "
         "(both thresholds 0.04, so the low tier of its K8V4-K4V2 stays empty)",
         Sizes("Qwen2ForCausalLM", 28, 3584, _QWEN_2),
     ),
     Preset(
-        "qwq-32b", "k8v4g1x2-k4v2g2x4", 3.0, 0.0,
+        "qwq-32b",
+        "k8v4g1x2-k4v2g2x4",
+        3.0,
+        0.0,
         "QwQ-32B; values, and low keys, in groups, as in the published accuracy runs",
         "DiffKV (SOSP 2025) section 4; try_qwq_32b.sh: thresholds and groups 1, 2, 2, 4 "
         "(its throughput runs had no groups)",
-        _QWEN_32B, ("qwq",),
+        _QWEN_32B,
+        ("qwq",),
     ),
     Preset(
-        "qwen2.5-32b", "k8v4-k4v2", 3.0, 0.0,
+        "qwen2.5-32b",
+        "k8v4-k4v2",
+        3.0,
+        0.0,
         "Qwen2.5-32B and models of its sizes",
         "DiffKV (SOSP 2025) section 4; benchmarks/benchmark_throughput.sh: Qwen2.5-32B-Instruct",
         _QWEN_32B,
     ),
-)  # fmt: skip
+)
 """Where two match a model, the first one is taken."""
 
 UNPUBLISHED = ("r1-distill",)

@@ -92,9 +92,19 @@ class TierLayout:
         positions = offset
         end = positions + (tokens * POSITION_BYTES if tracked else 0)
         return cls(
-            fmt, tracked, tokens, k_code_bytes, v_code_bytes,
-            k_codes, k_meta, v_codes, v_meta, sums, positions, end,
-        )  # fmt: skip
+            fmt,
+            tracked,
+            tokens,
+            k_code_bytes,
+            v_code_bytes,
+            k_codes,
+            k_meta,
+            v_codes,
+            v_meta,
+            sums,
+            positions,
+            end,
+        )
 
     @classmethod
     def fill(

@@ -139,9 +139,14 @@ class Pair:
         assert_same(on_cpu(self.state), self.expected)
 
     def store(
-        self, slots: list[int], lens: list[int], layer: int = 0, tiers: Tensor | None = None,
-        sums: Tensor | None = None, starts: list[int] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        slots: list[int],
+        lens: list[int],
+        layer: int = 0,
+        tiers: Tensor | None = None,
+        sums: Tensor | None = None,
+        starts: list[int] | None = None,
+    ) -> None:
         """Store random tokens; tiers and sums are random too unless they are given."""
         tokens, num = make_tokens(self.expected, slots, lens, starts), sum(lens)
         tiers = make_tiers(self.expected, num) if tiers is None else tiers

@@ -26,12 +26,25 @@ rotate, significance = (
 
 BYTES, INTS, FLOATS = "*u8", "*i32", "*fp32"
 TYPES = {
-    "pages_ptr": BYTES, "codes_ptr": BYTES, "meta_ptr": "*fp16", "probs_ptr": "*fp16",
-    "wants_ptr": "*i8", "tiers_ptr": "*i8", "first_ptr": "*i64", "ring_ends_ptr": "*i64",
-    "partial_ptr": FLOATS, "lse_ptr": FLOATS, "most_ptr": FLOATS, "total_ptr": FLOATS,
-    "sums_ptr": FLOATS, "leaf_ends_ptr": "*i64", "thresholds_ptr": FLOATS, "scale": "fp32",
-    "signs_ptr": FLOATS, "norm": "fp32",
-}  # fmt: skip
+    "pages_ptr": BYTES,
+    "codes_ptr": BYTES,
+    "meta_ptr": "*fp16",
+    "probs_ptr": "*fp16",
+    "wants_ptr": "*i8",
+    "tiers_ptr": "*i8",
+    "first_ptr": "*i64",
+    "ring_ends_ptr": "*i64",
+    "partial_ptr": FLOATS,
+    "lse_ptr": FLOATS,
+    "most_ptr": FLOATS,
+    "total_ptr": FLOATS,
+    "sums_ptr": FLOATS,
+    "leaf_ends_ptr": "*i64",
+    "thresholds_ptr": FLOATS,
+    "scale": "fp32",
+    "signs_ptr": FLOATS,
+    "norm": "fp32",
+}
 MODEL = ("q_ptr", "output_ptr", "key_ptr", "value_ptr", "query_ptr", "x_ptr")
 
 
@@ -99,21 +112,36 @@ def cases(
     tables, table = {"L": LAYERS, "H": HEADS}, constants.Table(33, 64)
     paged = {**tables, "TABLE": table, "TIERS": tiers, "PAGE": layout.page_bytes}
     grouped = {
-        "TIERS": tiers, "PAGE": layout.page_bytes, "G": group, "GROUP": max(8, group),
+        "TIERS": tiers,
+        "PAGE": layout.page_bytes,
+        "G": group,
+        "GROUP": max(8, group),
         "TILE": constants.tile_tokens(layout),
-    }  # fmt: skip
+    }
     attention = {**grouped, "RAW_DOT": tl.bfloat16, "CODE_DOT": tl.float16, "FAST": True}
     listed = {
-        **tables, "TABLE": table, "TIERS": tiers, "TILE": 64, "TOKENS": worklist.CHUNK_TOKENS,
+        **tables,
+        "TABLE": table,
+        "TIERS": tiers,
+        "TILE": 64,
+        "TOKENS": worklist.CHUNK_TOKENS,
         "MAX": worklist.MAX_CHUNKS,
-        "ROWS": 8, "COUNT": 1024,
-    }  # fmt: skip
+        "ROWS": 8,
+        "COUNT": 1024,
+    }
     dot = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[dtype]
     tokens, queries = significance.tile(padded, dot.primitive_bitwidth // 8)
     scored = {
-        "R_PADDED": 64, "H": HEADS, "G": group, "D": head_dim, "DP": padded, "DOT": dot,
-        "QUERIES": 64, "ROWS": queries, "B": tokens,
-    }  # fmt: skip
+        "R_PADDED": 64,
+        "H": HEADS,
+        "G": group,
+        "D": head_dim,
+        "DP": padded,
+        "DOT": dot,
+        "QUERIES": 64,
+        "ROWS": queries,
+        "B": tokens,
+    }
     merged = {
         "HEADS": HEADS * group,
         "ITEMS": 32,
@@ -123,10 +151,16 @@ def cases(
         "B": 128,
     }
     turned = {
-        "H": HEADS, "D": head_dim, "DP": padded, "BLOCK": head_dim & -head_dim, "INVERSE": True,
-        "DOT": dot, "PRECISION": "ieee", "B": 32,
+        "H": HEADS,
+        "D": head_dim,
+        "DP": padded,
+        "BLOCK": head_dim & -head_dim,
+        "INVERSE": True,
+        "DOT": dot,
+        "PRECISION": "ieee",
+        "B": 32,
         "K": rotate.matrix_rows(padded, dot.primitive_bitwidth // 8),
-    }  # fmt: skip
+    }
     ring = {**tables, "TABLE": table, "B": 128}
     exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}
     finish = {**grouped, "D": head_dim, "D_PADDED": padded, "MAX": worklist.MAX_CHUNKS}
@@ -135,9 +169,7 @@ def cases(
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
     counted = {**tables, "TABLE": table, "TIERS": tiers, "B": 2048}
     gathered = {**paged, "D": head_dim, "D_PADDED": padded, "B": vectors}
-    applied = {
-        "HEADS": LAYERS * HEADS, "TABLE": table, "TIERS": tiers, "B": 256, "COUNT": 4096
-    }  # fmt: skip
+    applied = {"HEADS": LAYERS * HEADS, "TABLE": table, "TIERS": tiers, "B": 256, "COUNT": 4096}
     decided = {**paged, "WINDOW": 64, "B": 512}
     released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS, "TABLE": table}
     appended = {**tables, "D": head_dim, "PAGE": layout.page_bytes, "TIERS": tiers}
@@ -145,7 +177,9 @@ def cases(
         "attend": (kernel("attend", "_attend_kernel"), attention, launch),
         "finish": (kernel("finish", "finish_kernel"), finish, {"num_stages": 2, "num_warps": 2}),
         "recompute": (
-            kernel("finish", "recompute_kernel"), recomputed, {"num_stages": 2, "num_warps": 1}
+            kernel("finish", "recompute_kernel"),
+            recomputed,
+            {"num_stages": 2, "num_warps": 1},
         ),
         "list": (kernel("worklist", "list_kernel"), listed, {}),
         "decide": (kernel("plan", "_decide_kernel"), decided, {}),
@@ -154,9 +188,7 @@ def cases(
         "append": (kernel("append", "_append_kernel"), appended, {**exact, **one_warp}),
         "count": (kernel("store", "_count_kernel"), counted, {"num_warps": 8}),
         "enter": (kernel("store", "_enter_kernel"), ring, one_warp),
-        "write": (
-            kernel("store", "_write_kernel"), {**paged, "D": head_dim, "B": vectors}, exact
-        ),
+        "write": (kernel("store", "_write_kernel"), {**paged, "D": head_dim, "B": vectors}, exact),
         "scan": (kernel("ring", "scan_kernel"), {"TAKE": True, "B": 2048}, {"num_warps": 8}),
         "count pages": (kernel("release", "_count_kernel"), released, one_warp),
         "give back": (kernel("release", "_give_back_kernel"), ring, one_warp),
@@ -167,4 +199,4 @@ def cases(
         "lse": (kernel("significance", "_lse_kernel"), scored, {"num_warps": 8}),
         "merge": (kernel("significance", "_merge_kernel"), merged, {}),
         "sum": (kernel("significance", "_sum_kernel"), scored, {"num_warps": 8}),
-    }  # fmt: skip
+    }

@@ -12,13 +12,18 @@ from diffkv.state import PoolState
 
 LAYOUTS = [
     *((quant, 64, torch.float32, 4) for quant in FORMATS),
-    ("k8v4-k4v2", 64, torch.bfloat16, 4), ("k8v4g1x2-k4v2g2x4", 80, torch.float16, 3),
-    ("k16v16", 128, torch.bfloat16, 8), ("k16v16", 96, torch.float32, 1),
-    ("k16v16", 64, torch.float16, 2), ("k8v2-k2v1g1x4", 64, torch.float32, 16),
-    ("k8v8g2x4-k4v4g4x4", 96, torch.float32, 2), ("k4v1", 256, torch.bfloat16, 2),
-    ("k1v1g4x4", 128, torch.float32, 5), ("k16v8-k8v8", 64, torch.float32, 4),
+    ("k8v4-k4v2", 64, torch.bfloat16, 4),
+    ("k8v4g1x2-k4v2g2x4", 80, torch.float16, 3),
+    ("k16v16", 128, torch.bfloat16, 8),
+    ("k16v16", 96, torch.float32, 1),
+    ("k16v16", 64, torch.float16, 2),
+    ("k8v2-k2v1g1x4", 64, torch.float32, 16),
+    ("k8v8g2x4-k4v4g4x4", 96, torch.float32, 2),
+    ("k4v1", 256, torch.bfloat16, 2),
+    ("k1v1g4x4", 128, torch.float32, 5),
+    ("k16v8-k8v8", 64, torch.float32, 4),
     ("k16v16-k16v8", 64, torch.bfloat16, 4),
-]  # fmt: skip
+]
 """(quant, head_dim, dtype, query heads of a KV head)."""
 
 GPU_ROUNDINGS, GPU_SUM_ERROR = 256, 1e-3

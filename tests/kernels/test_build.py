@@ -166,8 +166,20 @@ def test_rendered_header_is_the_layout():
     assert "HEAD_DIM = 64;" in text
     assert "DTYPE = 2;" in text
     row = (
-        1, low.tokens_per_page, 2, 1, 16, 1, 4, 8, 0, low.k_meta, low.v_codes, low.v_meta, low.sums,
-    )  # fmt: skip
+        1,
+        low.tokens_per_page,
+        2,
+        1,
+        16,
+        1,
+        4,
+        8,
+        0,
+        low.k_meta,
+        low.v_codes,
+        low.v_meta,
+        low.sums,
+    )
     assert f"{{{', '.join(map(str, row))}, {low.positions}}}" in text
 
 
@@ -213,8 +225,10 @@ def test_state_of_another_dtype_is_refused():
 def test_older_instruction_sets(tmp_path, without):
     """The kernels of a CPU that has less than this one, in a process of their own."""
     environment = {
-        **os.environ, "CXX": f"g++ -mno-{without}", "DIFFKV_CACHE_DIR": str(tmp_path / "cache"),
-    }  # fmt: skip
+        **os.environ,
+        "CXX": f"g++ -mno-{without}",
+        "DIFFKV_CACHE_DIR": str(tmp_path / "cache"),
+    }
     code = "from diffkv import selftest; assert selftest.run('cpu').passed"
     command = [sys.executable, "-c", code]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -51,9 +51,14 @@ def test_attention_loads_codes_16_bytes_at_a_time(code_of, quant):
 
 @pytest.mark.parametrize(
     ("quant", "head_dim", "dtype"),
-    [("k8v2-k2v1g1x4", 64, "fp16"), ("k8v4-k4v2", 80, "bf16"), ("k4v4", 256, "bf16"),
-     ("k8v4-k4v2", 96, "fp32"), ("k16v16", 128, "fp32")],
-)  # fmt: skip
+    [
+        ("k8v2-k2v1g1x4", 64, "fp16"),
+        ("k8v4-k4v2", 80, "bf16"),
+        ("k4v4", 256, "bf16"),
+        ("k8v4-k4v2", 96, "fp32"),
+        ("k16v16", 128, "fp32"),
+    ],
+)
 @pytest.mark.parametrize("name", ["attend", "append", "write", "gather"])
 def test_every_kind_of_layout_compiles(code_of, quant, head_dim, dtype, name):
     code = code_of(name, quant, head_dim, 16, dtype=dtype)

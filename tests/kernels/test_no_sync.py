@@ -56,9 +56,11 @@ def test_a_decode_step_is_only_launches(launches, num_requests):
     seq_lens = torch.full((num_requests,), 21, dtype=torch.int32)
     shape = (num_requests, 8, 64)
     tensors = (
-        torch.zeros(shape).bfloat16(), torch.zeros(num_requests, 2, 64).bfloat16(),
-        torch.zeros(num_requests, 2, 64).bfloat16(), torch.zeros(shape).bfloat16(),
-    )  # fmt: skip
+        torch.zeros(shape).bfloat16(),
+        torch.zeros(num_requests, 2, 64).bfloat16(),
+        torch.zeros(num_requests, 2, 64).bfloat16(),
+        torch.zeros(shape).bfloat16(),
+    )
     step(state, slots, seq_lens, tensors)
     launches.clear()
     with Recorder() as recorder:

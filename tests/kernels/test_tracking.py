@@ -21,9 +21,13 @@ def test_nothing_differs_without_them(backend, quant):
 
 @pytest.mark.parametrize(
     ("quant", "head_dim", "dtype"),
-    [("k8v4g1x2-k4v2g2x4", 80, torch.float32), ("k8v4g1x2-k4v2g2x4", 80, torch.float16),
-     ("k8v4", 64, torch.float32), ("k16v16-k4v1g4x4", 64, torch.float16)],
-)  # fmt: skip
+    [
+        ("k8v4g1x2-k4v2g2x4", 80, torch.float32),
+        ("k8v4g1x2-k4v2g2x4", 80, torch.float16),
+        ("k8v4", 64, torch.float32),
+        ("k16v16-k4v1g4x4", 64, torch.float16),
+    ],
+)
 def test_in_every_dtype(kernels, quant, head_dim, dtype):
     tracking.run(kernels, quant, head_dim, dtype, 2 if kernels.is_slow else 12)
 

@@ -27,10 +27,25 @@ def listed(layout, counts, table, directory):
     num_tokens = torch.tensor(counts, dtype=torch.int32).view(num, LAYERS, 1, 2)
     slots = torch.arange(num, dtype=torch.int32)
     worklist.list_kernel[(-(-num // 4),)](
-        slots, directory, num_tokens, items, row_items, num_items, 0, num, 3,
-        L=LAYERS, H=1, TABLE=constants.Table(*table), TIERS=constants.tiers_of(layout), TILE=32,
-        TOKENS=worklist.CHUNK_TOKENS, MAX=most, ROWS=4, COUNT=8,
-    )  # fmt: skip
+        slots,
+        directory,
+        num_tokens,
+        items,
+        row_items,
+        num_items,
+        0,
+        num,
+        3,
+        L=LAYERS,
+        H=1,
+        TABLE=constants.Table(*table),
+        TIERS=constants.tiers_of(layout),
+        TILE=32,
+        TOKENS=worklist.CHUNK_TOKENS,
+        MAX=most,
+        ROWS=4,
+        COUNT=8,
+    )
     return row_items, items[: num_items[0]]
 
 

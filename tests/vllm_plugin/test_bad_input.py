@@ -138,8 +138,10 @@ def test_a_pool_that_is_too_small_says_how_large_it_must_be(
     needed = int(line.split("raise it to ")[1].split()[0])
     assert refused(
         capsys, "serve", "reference", *few, "--kv-cache-memory-bytes", str(needed - 1)
-    ).endswith(f"raise it to {needed} (--kv-cache-memory-bytes), or lower --max-model-len or "
-               f"--max-num-seqs")  # fmt: skip
+    ).endswith(
+        f"raise it to {needed} (--kv-cache-memory-bytes), or lower --max-model-len or "
+        f"--max-num-seqs"
+    )
     # and that is enough, for a prompt that fills the model too
     prompt = "<bos> " + "w0 " * 1022
     assert (

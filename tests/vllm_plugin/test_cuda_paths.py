@@ -103,9 +103,12 @@ def test_reports_a_step_late(
     monkeypatch.setattr(Snapshots, "__init__", late)
     monkeypatch.setattr(DiffKVManager, "on_report", count)
     with engine(
-        "k16v16", {"admission": "worst-case"}, max_model_len=1152,
-        kv_cache_memory_bytes=14 << 20, max_num_batched_tokens=512,
-    ) as llm:  # fmt: skip
+        "k16v16",
+        {"admission": "worst-case"},
+        max_model_len=1152,
+        kv_cache_memory_bytes=14 << 20,
+        max_num_batched_tokens=512,
+    ) as llm:
         requests = {f"r{i}": Request(prompt, NEW_TOKENS) for i, prompt in enumerate(prompts)}
         driven = drive(llm, requests, lambda step: check_quotas(llm))
         gauges = worker().accounts.gauges()
@@ -115,9 +118,18 @@ def test_reports_a_step_late(
 
 
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, cu_seqlens_q: Tensor, max_seqlen_k: int,
-    cu_seqlens_k: Tensor, softmax_scale: float, causal: bool, out: Tensor, fa_version: int,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    max_seqlen_q: int,
+    cu_seqlens_q: Tensor,
+    max_seqlen_k: int,
+    cu_seqlens_k: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    out: Tensor,
+    fa_version: int,
+) -> Tensor:
     """Plain arithmetic behind flash-attention's signature: the mask is aligned at the end."""
     assert causal and fa_version == 3
     assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()

@@ -45,9 +45,13 @@ def make_adapter(folder: Path) -> Path:
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {
-        "peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["q_proj"],
-        "bias": "none", "task_type": "CAUSAL_LM",
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -67,11 +71,13 @@ STRUCTURED = {
     "regex": {"regex": r"[a-c]{3}-[0-9]{4}"},
     "json": {
         "json": {
-            "type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"],
+            "type": "object",
+            "properties": {"a": {"type": "boolean"}},
+            "required": ["a"],
             "additionalProperties": False,
         }
     },
-}  # fmt: skip
+}
 
 
 def outputs(llm: Any, adapter: Path) -> Outputs:
@@ -89,9 +95,10 @@ def outputs(llm: Any, adapter: Path) -> Outputs:
     structured = {}
     for name, constraint in STRUCTURED.items():
         params = SamplingParams(
-            temperature=0, max_tokens=4 * NEW_TOKENS,
+            temperature=0,
+            max_tokens=4 * NEW_TOKENS,
             structured_outputs=StructuredOutputsParams(**constraint),
-        )  # fmt: skip
+        )
         (output,) = llm.generate(PROMPTS[0], params, use_tqdm=False)
         structured[name] = output.outputs[0].text
     return Outputs(
@@ -109,9 +116,14 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Outputs, Ou
     model, adapter = make(FAMILY, folder / "model"), make_adapter(folder / "adapter")
     write_byte_tokenizer(model)
     arguments = {
-        "model": str(model), "max_model_len": 512, "max_num_seqs": 16, "enable_lora": True,
-        "max_lora_rank": RANK, "kv_cache_memory_bytes": 32 << 20, "max_logprobs": 8,
-    }  # fmt: skip
+        "model": str(model),
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "enable_lora": True,
+        "max_lora_rank": RANK,
+        "kv_cache_memory_bytes": 32 << 20,
+        "max_logprobs": 8,
+    }
     with engine(**arguments) as llm:
         stock = outputs(llm, adapter)
     with engine("k16v16", **arguments) as llm:

@@ -13,9 +13,20 @@ from diffkv.cli import main
 SHIPPED = Path(__file__).parents[2] / "src" / "diffkv" / "data" / "prompts.jsonl"
 OUTPUT_KEYS = {"prompt_tokens", "token_ids", "text", "finish_reason"}
 CACHE_KEYS = {
-    "quant", "alpha_high", "alpha_low", "tokens", "high", "low", "dropped", "pages_peak",
-    "page_bytes", "bytes_per_token", "bf16_bytes_per_token", "ratio_bf16", "nominal_ratio_bf16",
-}  # fmt: skip
+    "quant",
+    "alpha_high",
+    "alpha_low",
+    "tokens",
+    "high",
+    "low",
+    "dropped",
+    "pages_peak",
+    "page_bytes",
+    "bytes_per_token",
+    "bf16_bytes_per_token",
+    "ratio_bf16",
+    "nominal_ratio_bf16",
+}
 NUM_HEADS = 3 * 2
 WINDOW = 64
 BF16_BYTES = NUM_HEADS * 64 * 2 * 2
@@ -89,11 +100,24 @@ class TestDefaults:
 def test_prompt_and_flags_of_vllm(capsys: pytest.CaptureFixture[str]) -> None:
     words = " ".join(f"k{i} v{i} ;" for i in range(60))
     result = run(
-        capsys, "--prompt", f"<bos> {words} ? k17", f"<bos> {words} ? k3",
-        "--max-tokens", "40", "--ignore-eos", "--dtype", "float32",
-        "--max-num-batched-tokens", "64", "--max-model-len", "512", "--quant", "k8v8",
-        "--kv-memory", str(8 << 20),
-    )  # fmt: skip
+        capsys,
+        "--prompt",
+        f"<bos> {words} ? k17",
+        f"<bos> {words} ? k3",
+        "--max-tokens",
+        "40",
+        "--ignore-eos",
+        "--dtype",
+        "float32",
+        "--max-num-batched-tokens",
+        "64",
+        "--max-model-len",
+        "512",
+        "--quant",
+        "k8v8",
+        "--kv-memory",
+        str(8 << 20),
+    )
     assert [output["prompt_tokens"] for output in result["outputs"]] == [183, 183]
     assert all(len(output["token_ids"]) == 40 for output in result["outputs"])
     assert [output["text"].split()[0] for output in result["outputs"]] == ["v17", "v3"]

@@ -22,8 +22,18 @@ def result(tmp_path_factory):
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))
         patch.chdir(folder)  # the task's data is found beside the task
-        arguments = ["--tasks", str(TASK), "--limit", str(NUM), "--max-model-len", "1024",
-                     "--alpha-high", "5", "--alpha-low", "1"]  # fmt: skip
+        arguments = [
+            "--tasks",
+            str(TASK),
+            "--limit",
+            str(NUM),
+            "--max-model-len",
+            "1024",
+            "--alpha-high",
+            "5",
+            "--alpha-low",
+            "1",
+        ]
         out = folder / "result.json"
         assert main(["eval", "--suite", "lm-eval", *arguments, "--json", "--out", str(out)]) == 0
     return out

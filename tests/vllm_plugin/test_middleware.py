@@ -103,11 +103,19 @@ def test_bad_json_and_other_types_are_vllms_to_refuse() -> None:
 def test_nothing_of_a_body_is_read_without_the_key() -> None:
     sent: list[dict[str, Any]] = []
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
-        "scheme": "http", "path": "/v1/completions", "raw_path": b"/v1/completions",
-        "query_string": b"", "root_path": "", "server": ("here", 80), "client": ("there", 1),
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "root_path": "",
+        "server": ("here", 80),
+        "client": ("there", 1),
         "headers": [(b"content-type", b"application/json"), (b"host", b"here")],
-    }  # fmt: skip
+    }
 
     async def receive() -> dict[str, Any]:
         raise AssertionError("the body was read")

@@ -94,9 +94,17 @@ def test_other_parallelism_is_refused_in_process(argument: dict[str, Any], words
 
 def test_pipeline_parallelism_is_one_line_on_the_command_line() -> None:
     command = [
-        sys.executable, "-m", "diffkv", "generate", "--model", MODEL, "--prompt", "a",
-        "--pipeline-parallel-size", "2",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "diffkv",
+        "generate",
+        "--model",
+        MODEL,
+        "--prompt",
+        "a",
+        "--pipeline-parallel-size",
+        "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

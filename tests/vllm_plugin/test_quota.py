@@ -116,10 +116,12 @@ class TestOneEngine:
             known = {stepping.outside_name(k): r for k, r in scheduler(llm).requests.items()}
             request = known["victim"]
             state = (
-                "queued" if request.num_computed_tokens == 0
-                else "prefilling" if request.num_computed_tokens < request.num_prompt_tokens
+                "queued"
+                if request.num_computed_tokens == 0
+                else "prefilling"
+                if request.num_computed_tokens < request.num_prompt_tokens
                 else "decoding"
-            )  # fmt: skip
+            )
             if state == when and (when != "decoding" or request.num_output_tokens >= 5):
                 llm.llm_engine.abort_request(["victim"])
                 aborted_as.append(state)

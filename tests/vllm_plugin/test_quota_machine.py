@@ -59,9 +59,12 @@ class World:
         spec = DiffKVSpec.of(base, layout, LAYERS, MODEL_LEN, MAX_RUNNING)
         self.blocks = BlockPool(NUM_BLOCKS, False, 16)
         self.manager = DiffKVManager(
-            spec, block_pool=self.blocks, enable_caching=False, kv_cache_group_id=0,
+            spec,
+            block_pool=self.blocks,
+            enable_caching=False,
+            kv_cache_group_id=0,
             scheduler_block_size=16,
-        )  # fmt: skip
+        )
         self.usable = self.blocks.get_num_free_blocks()
         self.layout = layout
         self.rng = np.random.default_rng(seed)

@@ -19,21 +19,33 @@ from diffkv.cli import main
         ("BloomConfig", "BloomForCausalLM", {"n_layer": 2, "hidden_size": 64}, [], "ALiBi"),
         ("FalconConfig", "FalconForCausalLM", {"num_hidden_layers": 2, "alibi": True}, [], "ALiBi"),
         (
-            "Gemma2Config", "Gemma2ForCausalLM", {"num_hidden_layers": 2}, [],
+            "Gemma2Config",
+            "Gemma2ForCausalLM",
+            {"num_hidden_layers": 2},
+            [],
             "sliding-window layers: pass --disable-sliding-window",
         ),
         (
-            "Gemma2Config", "Gemma2ForCausalLM", {"num_hidden_layers": 2},
-            ["--disable-sliding-window"], "soft cap on attention scores",
+            "Gemma2Config",
+            "Gemma2ForCausalLM",
+            {"num_hidden_layers": 2},
+            ["--disable-sliding-window"],
+            "soft cap on attention scores",
         ),
-        ("GptOssConfig", "GptOssForCausalLM", {"num_hidden_layers": 2}, [], "sliding-window layers"),
+        (
+            "GptOssConfig",
+            "GptOssForCausalLM",
+            {"num_hidden_layers": 2},
+            [],
+            "sliding-window layers",
+        ),
         ("Llama4TextConfig", "Llama4ForCausalLM", {"num_hidden_layers": 4}, [], "chunked local"),
         ("JambaConfig", "JambaForCausalLM", {"num_hidden_layers": 8}, [], "a recurrent state"),
         ("MambaConfig", "MambaForCausalLM", {"num_hidden_layers": 2}, [], "a recurrent state"),
         ("WhisperConfig", "WhisperForConditionalGeneration", {}, [], "encoder-decoder models"),
         ("BertConfig", "BertModel", {}, [], "models that do not generate"),
     ],
-)  # fmt: skip
+)
 def test_refused_before_a_worker_starts(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

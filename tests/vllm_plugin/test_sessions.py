@@ -60,9 +60,14 @@ async def plain(llm: Any, name: str) -> str:
 async def run(options: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
     """Two sessions at once, and a plain request after each second."""
     arguments = AsyncEngineArgs(
-        model=MODEL, dtype="float32", enforce_eager=True, max_model_len=1024,
-        max_num_seqs=MAX_NUM_SEQS, kv_cache_memory_bytes=32 << 20, **options,
-    )  # fmt: skip
+        model=MODEL,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_seqs=MAX_NUM_SEQS,
+        kv_cache_memory_bytes=32 << 20,
+        **options,
+    )
     llm = AsyncLLM.from_engine_args(arguments)
     try:
         sessions = await asyncio.gather(session(llm, "a"), session(llm, "b"))
@@ -88,9 +93,13 @@ class Stepped:
         args = engine_args("k8v4-k4v2")
         args["kv_transfer_config"] = KVTransferConfig(**args["kv_transfer_config"])
         config = EngineArgs(
-            MODEL, dtype="float32", max_model_len=512, max_num_seqs=MAX_NUM_SEQS,
-            async_scheduling=False, **args,
-        ).create_engine_config()  # fmt: skip
+            MODEL,
+            dtype="float32",
+            max_model_len=512,
+            max_num_seqs=MAX_NUM_SEQS,
+            async_scheduling=False,
+            **args,
+        ).create_engine_config()
         base = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
         spec = DiffKVSpec.of(base, Options().layout(64, 4), 3, 512, MAX_NUM_SEQS)
         cache = config.cache_config
@@ -98,10 +107,13 @@ class Stepped:
         groups = [KVCacheGroupSpec(["a", "b", "c"], spec)]
         self.cache_config = cache
         self.scheduler = Scheduler(
-            vllm_config=config, kv_cache_config=KVCacheConfig(1000, [], groups),
-            structured_output_manager=StructuredOutputManager(config), block_size=512,
-            hash_block_size=512, log_stats=True,
-        )  # fmt: skip
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(1000, [], groups),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=512,
+            hash_block_size=512,
+            log_stats=True,
+        )
 
     def add(self, num_tokens: int, settings: dict[str, Any] | None = None) -> None:
         params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, extra_args=settings)

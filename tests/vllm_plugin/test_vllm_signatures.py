@@ -277,9 +277,17 @@ def test_flash_attention() -> None:
     )
     taken = {argument.arg for argument in function.args.args}
     assert taken >= {
-        "q", "k", "v", "max_seqlen_q", "cu_seqlens_q", "max_seqlen_k", "cu_seqlens_k",
-        "softmax_scale", "causal", "fa_version",
-    }  # fmt: skip
+        "q",
+        "k",
+        "v",
+        "max_seqlen_q",
+        "cu_seqlens_q",
+        "max_seqlen_k",
+        "cu_seqlens_k",
+        "softmax_scale",
+        "causal",
+        "fa_version",
+    }
 
 
 def test_leading_parameters_are_where_we_expect_them() -> None:
@@ -288,8 +296,10 @@ def test_leading_parameters_are_where_we_expect_them() -> None:
     for name in ("get_num_blocks_to_allocate", "allocate_new_blocks"):
         assert list(parameters(find(f"{base}.{name}")))[1:3] == ["request_id", "num_tokens"]
     assert list(parameters(find(f"{base}.find_longest_cache_hit")))[:3] == [
-        "block_hashes", "max_length", "kv_cache_group_ids",
-    ]  # fmt: skip
+        "block_hashes",
+        "max_length",
+        "kv_cache_group_ids",
+    ]
 
 
 @pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.33.0rc1", "1.32.0", "0.3.2", "0.320.1"])

@@ -295,8 +295,9 @@ class DiffKVHFCache(Cache):
         shape = PoolShape.fit(batch * request, *sizes, batch)
         buffer = torch.empty(
             shape.table_bytes + shape.num_pages * self._layout.page_bytes,
-            dtype=torch.uint8, device=self._device,
-        )  # fmt: skip
+            dtype=torch.uint8,
+            device=self._device,
+        )
         self._shape = shape
         state = create(shape, buffer, self._dtype, self._window)
         return DiffKVCache(state, self._ops, scale, self.policy, signs=self._signs)

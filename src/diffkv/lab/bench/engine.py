@@ -229,9 +229,13 @@ def serve(job: Job, wanted: Iterable[str]) -> None:
     ours = {} if job.options is None else engine_args(**job.options)
     on_cpu = current_platform.device_type == "cpu"
     arguments = {
-        "enforce_eager": on_cpu, "disable_log_stats": False, "enable_prefix_caching": False,
-        "kv_cache_memory_bytes": job.kv_bytes, **ours, **job.engine,
-    }  # fmt: skip
+        "enforce_eager": on_cpu,
+        "disable_log_stats": False,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": job.kv_bytes,
+        **ours,
+        **job.engine,
+    }
     prompts, _ = job.cells[0]
     warm = [prompts[0][:64]] if on_cpu else prompts[:WARM_PROMPTS]
     with offline.engine(arguments) as llm:
@@ -270,8 +274,9 @@ def _measured(llm: Any, job: Job, load: Load) -> dict[str, Any]:
         kept = spent["num_tokens"]
         result = {
             "bytes_per_token": spent["num_bytes"] / kept,
-            "high_share": spent["high"] / kept, "low_share": spent["low"] / kept,
-        }  # fmt: skip
+            "high_share": spent["high"] / kept,
+            "low_share": spent["low"] / kept,
+        }
     return {
         **result,
         "seconds": seconds,

@@ -98,9 +98,12 @@ def pack(tokens: Tokens, slots: Sequence[int], device: str = "cpu") -> PromptTok
     key, value = (torch.cat(part) if len(part) > 1 else part[0] for part in parts)
     positions = torch.cat([torch.arange(n, dtype=torch.int32, device=device) for n in lengths])
     return PromptTokens(
-        torch.tensor(slots, dtype=torch.int32, device=device), starts.to(device), key, value,
+        torch.tensor(slots, dtype=torch.int32, device=device),
+        starts.to(device),
+        key,
+        value,
         positions,
-    )  # fmt: skip
+    )
 
 
 def fill(

@@ -31,13 +31,25 @@ def _llama(
     layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
 ) -> dict[str, Any]:
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers,
-        "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": 128, "vocab_size": vocabulary,
-        "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-        "rope_theta": 500000.0, "tie_word_embeddings": False, "dtype": "bfloat16",
-        "bos_token_id": 1, "eos_token_id": 2, **more,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 128,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
 
 
 def _qwen2(
@@ -104,12 +116,16 @@ def _weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
     layer = {
-        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-        "self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, q),
-        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
-    }  # fmt: skip
+    }
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config["vocab_size"], hidden),
         "model.norm.weight": (hidden,),

@@ -72,9 +72,14 @@ def _command(setting: Setting, model: str, port: int, flags: Sequence[str]) -> l
     for name, value in setting.engine.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     return [
-        *command, "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log",
+        *command,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--disable-uvicorn-access-log",
         *flags,
-    ]  # fmt: skip
+    ]
 
 
 @contextlib.contextmanager
@@ -126,14 +131,45 @@ def _client(
     """
     result = folder / f"{rate:g}.json"
     command = [
-        *VLLM, "bench", "serve", "--backend", "openai", "--base-url", url, "--model", model,
-        "--dataset-name", "random", "--random-input-len", str(traffic.input_len),
-        "--random-output-len", str(traffic.output_len), "--num-prompts", str(traffic.num_prompts),
-        "--request-rate", f"{rate:g}", "--burstiness", "1", "--seed", "0", "--ignore-eos",
-        "--temperature", "0", "--percentile-metrics", ",".join(METRICS),
-        "--metric-percentiles", ",".join(map(str, PERCENTILES)), "--disable-tqdm", "--save-result",
-        "--num-warmups", "1", "--result-dir", str(folder), "--result-filename", result.name,
-    ]  # fmt: skip
+        *VLLM,
+        "bench",
+        "serve",
+        "--backend",
+        "openai",
+        "--base-url",
+        url,
+        "--model",
+        model,
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        str(traffic.input_len),
+        "--random-output-len",
+        str(traffic.output_len),
+        "--num-prompts",
+        str(traffic.num_prompts),
+        "--request-rate",
+        f"{rate:g}",
+        "--burstiness",
+        "1",
+        "--seed",
+        "0",
+        "--ignore-eos",
+        "--temperature",
+        "0",
+        "--percentile-metrics",
+        ",".join(METRICS),
+        "--metric-percentiles",
+        ",".join(map(str, PERCENTILES)),
+        "--disable-tqdm",
+        "--save-result",
+        "--num-warmups",
+        "1",
+        "--result-dir",
+        str(folder),
+        "--result-filename",
+        result.name,
+    ]
     if traffic.goodput:
         command += ["--goodput", *traffic.goodput]
     if traffic.extra_body and is_ours:

@@ -130,9 +130,11 @@ class Calibration(_Table):
         """What an engine is started with, by the names of its options."""
         choice = self.choice
         values = {
-            "quant": choice.quant, "alpha_low": choice.alpha_low, "window": choice.window,
+            "quant": choice.quant,
+            "alpha_low": choice.alpha_low,
+            "window": choice.window,
             "policy": with_distinct(PAPER.text, choice.distinct),
-        }  # fmt: skip
+        }
         has_low = QuantConfig.parse(choice.quant).has_low
         return {**values, "alpha_high": choice.alpha_high} if has_low else values
 

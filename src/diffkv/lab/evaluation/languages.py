@@ -111,13 +111,47 @@ class English:
     values = tuple(str(i) for i in range(1000, 10000))
     _tokens_per_word = 1.5
     _first = (
-        "amber", "bitter", "copper", "dusty", "early", "frozen", "gentle", "hidden", "ivory", "jolly",
-        "kind", "loud", "misty", "noble", "orange", "proud", "quiet", "rapid", "silver", "tidy",
-    )  # fmt: skip
+        "amber",
+        "bitter",
+        "copper",
+        "dusty",
+        "early",
+        "frozen",
+        "gentle",
+        "hidden",
+        "ivory",
+        "jolly",
+        "kind",
+        "loud",
+        "misty",
+        "noble",
+        "orange",
+        "proud",
+        "quiet",
+        "rapid",
+        "silver",
+        "tidy",
+    )
     _second = (
-        "anchor", "basket", "candle", "dragon", "engine", "falcon", "garden", "hammer", "island",
-        "jacket", "kettle", "lantern", "marble", "needle", "otter", "pepper", "rocket", "saddle",
-    )  # fmt: skip
+        "anchor",
+        "basket",
+        "candle",
+        "dragon",
+        "engine",
+        "falcon",
+        "garden",
+        "hammer",
+        "island",
+        "jacket",
+        "kettle",
+        "lantern",
+        "marble",
+        "needle",
+        "otter",
+        "pepper",
+        "rocket",
+        "saddle",
+    )
     keys = tuple(" ".join(pair) for pair in product(_first, _second))
     _filler = (
         "The road was long and the weather stayed calm.",

@@ -19,13 +19,18 @@ def serve_flags(options: Options) -> list[str]:
     """The flags that turn DiffKV on in a plain `vllm serve`."""
     args = arguments_of(options)
     flags = [
-        "--kv-transfer-config", json.dumps(args["kv_transfer_config"]),
-        "--worker-extension-cls", args["worker_extension_cls"],
-        "--logits-processors", *args["logits_processors"],
-        "--middleware", "diffkv.vllm_plugin.front.middleware.SettingsCheck",
+        "--kv-transfer-config",
+        json.dumps(args["kv_transfer_config"]),
+        "--worker-extension-cls",
+        args["worker_extension_cls"],
+        "--logits-processors",
+        *args["logits_processors"],
+        "--middleware",
+        "diffkv.vllm_plugin.front.middleware.SettingsCheck",
         "--no-enable-prefix-caching",
-        "--watermark", str(args["watermark"]),
-    ]  # fmt: skip
+        "--watermark",
+        str(args["watermark"]),
+    ]
     if "attention_backend" in args:
         flags += ["--attention-backend", args["attention_backend"]]
     return flags

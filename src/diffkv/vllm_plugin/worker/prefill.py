@@ -85,9 +85,20 @@ def _cpu_prefill(dtype: torch.dtype, head_dim: int) -> Prefill:
             table = torch.arange(num_blocks, dtype=torch.int32)[None]
             attended = torch.empty(q.shape, dtype=dtype)
             ops.cpu_attention_with_kv_cache(
-                q, *caches, attended, starts, lengths, scale, True, None, -1, table, 0.0, metadata,
+                q,
+                *caches,
+                attended,
+                starts,
+                lengths,
+                scale,
+                True,
                 None,
-            )  # fmt: skip
+                -1,
+                table,
+                0.0,
+                metadata,
+                None,
+            )
             out.copy_(attended)
 
     return cpu_prefill

@@ -126,10 +126,13 @@ class Snapshots:
         kept = state.num_tokens.sum((0, 1, 2))
         numbers = torch.cat(
             [
-                state.overruns.long(), state.ring_ends, kept, self._demotions,
+                state.overruns.long(),
+                state.ring_ends,
+                kept,
+                self._demotions,
                 torch.cat([held[:, None], growth], 1).flatten(),
             ]
-        )  # fmt: skip
+        )
         copied = None
         if device.type == "cuda":
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
