@@ -10,7 +10,7 @@ from test_attend import check, filled
 QUANTS = ("k16v16-k4v1g4x4", "k8v4-k4v2", "k8v4")
 
 
-@pytest.mark.parametrize(("quant", "dtype"), zip(QUANTS, DTYPES[::-1], strict=True))
+@pytest.mark.parametrize(("quant", "dtype"), list(zip(QUANTS, DTYPES[::-1], strict=True)))
 def test_nothing_differs_without_them(backend, quant, dtype):
     steps = {"reference": 8, "triton": 3, "cpu": 30}[backend.name]
     state = tracking.run(backend, quant, 64, dtype, steps)
