@@ -4,32 +4,24 @@ import pytest
 import torch
 import tracking
 from backends import Pair, ints
-from make import make_state
+from make import DTYPES, make_state
 from test_attend import check, filled
 
-QUANTS = ("k8v4-k4v2", "k8v4", "k16v16-k4v1g4x4")
+QUANTS = ("k16v16-k4v1g4x4", "k8v4-k4v2", "k8v4")
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-def test_nothing_differs_without_them(backend, quant):
+@pytest.mark.parametrize(("quant", "dtype"), list(zip(QUANTS, DTYPES[::-1], strict=True)))
+def test_nothing_differs_without_them(backend, quant, dtype):
     steps = {"reference": 8, "triton": 3, "cpu": 30}[backend.name]
-    state = tracking.run(backend, quant, 64, torch.bfloat16, steps)
+    state = tracking.run(backend, quant, 64, dtype, steps)
     assert [tier.tracked for tier in state.layout.tiers] == (
         [True, False] if "-" in quant else [False]
     )
 
 
-@pytest.mark.parametrize(
-    ("quant", "head_dim", "dtype"),
-    [
-        ("k8v4g1x2-k4v2g2x4", 80, torch.float32),
-        ("k8v4g1x2-k4v2g2x4", 80, torch.float16),
-        ("k8v4", 64, torch.float32),
-        ("k16v16-k4v1g4x4", 64, torch.float16),
-    ],
-)
-def test_in_every_dtype(kernels, quant, head_dim, dtype):
-    tracking.run(kernels, quant, head_dim, dtype, 2 if kernels.is_slow else 12)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_every_dtype(kernels, dtype):
+    tracking.run(kernels, "k8v4g1x2-k4v2g2x4", 80, dtype, 2 if kernels.is_slow else 12)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
