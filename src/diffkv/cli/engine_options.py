@@ -7,6 +7,7 @@ from typing import Any
 
 from diffkv import presets
 from diffkv.cli.models import config_file, load_config
+from diffkv.fetch import MODELS, fetch
 from diffkv.policies import PAPER
 from diffkv.presets import Preset
 from diffkv.quant import ConfigError, LayerQuant
@@ -175,7 +176,13 @@ def _override(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_folder(name: str) -> str:
-    """The folder of a shipped model for its name; any other name as it is."""
+    """The folder of a model that ships or is fetched, for its name; any other name as it is.
+
+    Raises:
+        ConfigError: a model that is fetched is not there yet, and cannot be had.
+    """
     from importlib.resources import files
 
+    if name in MODELS:
+        return str(fetch(MODELS[name]))
     return str(files("diffkv") / "data" / name) if name in SHIPPED else name
