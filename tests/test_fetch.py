@@ -28,11 +28,19 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o")]
 
 CONFIG = LlamaConfig(
-    vocab_size=len(SPECIAL) + 256 + len(MERGES), hidden_size=96, intermediate_size=128,
-    num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, head_dim=32,
-    max_position_embeddings=512, rope_parameters={"rope_theta": 5000.0, "rope_type": "default"},
-    tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=len(SPECIAL) + 256 + len(MERGES),
+    hidden_size=96,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    head_dim=32,
+    max_position_embeddings=512,
+    rope_parameters={"rope_theta": 5000.0, "rope_type": "default"},
+    tie_word_embeddings=True,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 def _side_by_side(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -44,11 +52,16 @@ def _side_by_side(weight: np.ndarray, num_heads: int) -> np.ndarray:
 def _write_gguf(path: Path, model: LlamaForCausalLM) -> dict[str, np.ndarray]:
     """Write a model in 4 bits; what its tensors are after that, under transformers' names."""
     names = {
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
         "ffn_norm": "post_attention_layernorm",
-    }  # fmt: skip
+    }
     tensors = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"} | {
         f"blk.{i}.{ours}": f"model.layers.{i}.{theirs}"
         for i in range(CONFIG.num_hidden_layers)
@@ -84,9 +97,7 @@ def _write_gguf(path: Path, model: LlamaForCausalLM) -> dict[str, np.ndarray]:
             value = _side_by_side(value, heads[kind])
         if "norm" not in kind:
             codes = quantize(value, gguf.GGMLQuantizationType.Q4_1)
-            writer.add_tensor(
-                ours + ".weight", codes, raw_dtype=gguf.GGMLQuantizationType.Q4_1
-            )  # fmt: skip
+            writer.add_tensor(ours + ".weight", codes, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
             kept = state[theirs + ".weight"].float().numpy()
             # A row is quantised by itself, so that the order of rows is no part of it
             codes = quantize(kept, gguf.GGMLQuantizationType.Q4_1)

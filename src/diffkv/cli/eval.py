@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffkv import policies
-from diffkv.cli import eval_lm
+from diffkv.cli import eval_kld, eval_lm
 from diffkv.cli.engine_options import (
     REFERENCE,
     SHIPPED,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from diffkv.lab.evaluation.runs import CacheSpec
     from diffkv.lab.evaluation.synth import Plan
 
-__all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
+__all__ = ["PASSES_FLAGS_ON", "add_arguments", "read_content", "run"]
 
 PASSES_FLAGS_ON = True
 """With the suite lm-eval: options that are not listed here are those of vLLM's engine."""
@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--engine", choices=("hf", "vllm"), default="hf",
-        help="vllm: policies with thresholds and none, questions at the end of the prompt (default: hf)",
+        help="vllm: policies with thresholds and none; synth asks at the end of the prompt; kld "
+        "compares vLLM's own caches too (default: hf)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument(
@@ -91,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, default=DEFAULT_STEPS,
         help="most compared steps of a text (default: %(default)s)",
     )  # fmt: skip
+    eval_kld.add_arguments(parser)
     eval_lm.add_arguments(parser)
     add_cache_options(
         parser,
@@ -129,8 +131,11 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("device", "threads"):
         if args.engine == "vllm" and getattr(args, name) is not None:
             raise ConfigError(f"--{name} is for --engine hf: vLLM chooses for itself")
-    if args.engine == "vllm" and args.suite != "synth":
-        raise ConfigError("--engine vllm runs --suite synth only: leave it out for kld")
+    if (args.suite, args.engine) != ("kld", "vllm"):
+        for name in ("against", "contexts", "num_texts"):
+            if getattr(args, name) is not None:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} is for --suite kld --engine vllm")
     if args.out is not None and not args.out.parent.is_dir():
         raise ConfigError(f"cannot write --out {args.out}: there is no folder {args.out.parent}")
 
@@ -161,7 +166,8 @@ def _device_and_dtype(args: argparse.Namespace) -> "tuple[str, torch.dtype]":
     return device, dtype
 
 
-def _texts(args: argparse.Namespace) -> str:
+def read_content(args: argparse.Namespace) -> str:
+    """What --texts names, or the shipped prompts."""
     if args.texts is None:
         if args.model != REFERENCE:
             raise ConfigError("give --texts: the shipped prompts are for the shipped model")
@@ -192,7 +198,7 @@ def _hf(args: argparse.Namespace, spec: "CacheSpec") -> "Run":
     from diffkv.lab.evaluation.kld import read_texts
     from diffkv.lab.evaluation.runs import HFRun
 
-    texts = read_texts(_texts(args)) if args.suite == "kld" else []
+    texts = read_texts(read_content(args)) if args.suite == "kld" else []
     device, dtype = _device_and_dtype(args)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or (1 if args.model == REFERENCE else before))
@@ -236,6 +242,8 @@ def _vllm(args: argparse.Namespace, spec: "CacheSpec") -> "Run":
 def run(args: argparse.Namespace) -> int:
     """Evaluate, and print a table and one JSON object."""
     _check(args)
+    if (args.suite, args.engine) == ("kld", "vllm"):
+        return eval_kld.evaluate(args)
     if args.suite == eval_lm.SUITE:
         result = eval_lm.evaluate(args)
     else:

@@ -1,11 +1,14 @@
 """What `eval` prints for people."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
 from diffkv.lab.evaluation.results import Run, Use
+from diffkv.lab.evaluation.vllm_kld import CacheDistances, Distance
 
-__all__ = ["print_run"]
+__all__ = ["print_distances", "print_run"]
 
 
 def _bytes(row: Use) -> tuple[str, ...]:
@@ -42,4 +45,46 @@ def print_run(run: Run) -> None:
                 f"{kld.kld_p999:.2e}", f"{kld.same_top1:.1%}",
                 f"{kld.first_divergence:.1f} ({kld.diverged:.0%} of texts)", *_bytes(kld),
             )  # fmt: skip
+    Console().print(table)
+
+
+def print_distances(rows: Sequence[CacheDistances]) -> None:
+    """Print a row for each cache; where texts have several lengths, a table for each length too."""
+    if not rows:
+        return
+    _print_distances([(row, row.all_texts) for row in rows], "all texts")
+    if len(rows[0].by_context) > 1:
+        for number, example in enumerate(rows[0].by_context):
+            title = f"texts of {example.context} tokens"
+            _print_distances([(row, row.by_context[number]) for row in rows], title)
+
+
+def _print_distances(rows: Sequence[tuple[CacheDistances, Distance]], title: str) -> None:
+    first = rows[0][1]
+    table = Table(
+        "cache",
+        "bytes / token",
+        "vs bf16",
+        "mean KL",
+        "median",
+        "99 %",
+        "99.9 %",
+        "same first choice",
+        f"perplexity ({first.perplexity_full:.2f})",
+        "tokens until one differs",
+        title=f"{rows[0][0].model}, {title}: n {first.n}, {first.steps} steps; full precision: float32",
+    )
+    for row, distance in rows:
+        table.add_row(
+            row.cache,
+            f"{row.bytes_per_token:.0f}",
+            f"{row.ratio_bf16:.2f}x",
+            f"{distance.kld_mean:.4f}",
+            f"{distance.kld_median:.4f}",
+            f"{distance.kld_p99:.3f}",
+            f"{distance.kld_p999:.3f}",
+            f"{distance.same_top1:.1%}",
+            f"{distance.perplexity:.2f}",
+            f"{distance.first_divergence:.0f} of {distance.steps // distance.n}",
+        )
     Console().print(table)

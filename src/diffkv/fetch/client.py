@@ -90,9 +90,15 @@ def download(package: Package, folder: Path) -> None:
     requirements = scratch / "requirements.txt"
     requirements.write_text(package.requirement + "\n")
     command += [
-        "--no-deps", "--only-binary", ":all:", "--require-hashes",
-        "--target", str(scratch / "package"), "-r", str(requirements),
-    ]  # fmt: skip
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--require-hashes",
+        "--target",
+        str(scratch / "package"),
+        "-r",
+        str(requirements),
+    ]
     with _progress(package, lambda: _size(scratch)):
         result = subprocess.run(
             command, env=_environment(scratch), capture_output=True, text=True, check=False

@@ -1,0 +1,111 @@
+"""`diffkv eval --suite kld --engine vllm`, and the answers that `diffkv demo` shows."""
+
+import json
+
+import pytest
+
+from diffkv.cli import demo, main
+from diffkv.cli.engine_options import model_folder
+from diffkv.lab.evaluation.side_by_side import QUESTIONS, answer
+from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.options import Options
+
+COMMAND = ["eval", "--suite", "kld", "--engine", "vllm", "--steps", "16", "--num-texts", "3"]
+CACHES = ["--against", "bf16,fp8,k16v16,int8_per_token_head", "--batch-size", "4", "--json"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return tmp_path_factory.mktemp("results") / "kld.jsonl"
+
+
+@pytest.fixture(scope="module")
+def rows(results):
+    """The first run, by the names of the caches."""
+    assert main([*COMMAND, *CACHES, "--quant", "k4v2", "--out", str(results)]) == 0
+    return {row["cache"]: row for row in map(json.loads, results.read_text().splitlines())}
+
+
+def test_caches_are_compared_on_the_same_texts(rows):
+    assert list(rows) == ["bf16", "fp8", "k16v16", "k4v2"]
+    assert {row["all_texts"]["steps"] for row in rows.values()} == {48}
+    kld = {name: row["all_texts"]["kld_mean"] for name, row in rows.items()}
+    assert kld["k16v16"] <= 1e-6 < kld["bf16"] < kld["k4v2"]
+    assert rows["k16v16"]["all_texts"]["first_divergence"] == 16
+    assert rows["k16v16"]["all_texts"]["diverged"] == 0
+    ratio = {
+        name: row["bf16_bytes_per_token"] / row["bytes_per_token"] for name, row in rows.items()
+    }
+    assert 0.4 < ratio["k16v16"] < 0.5 < ratio["bf16"] <= 1 < ratio["fp8"] <= 2 < ratio["k4v2"]
+
+
+def test_a_second_run_measures_nothing_twice(rows, results, capsys, monkeypatch):
+    monkeypatch.setattr("diffkv.lab.evaluation.vllm_kld._read", None)
+    monkeypatch.setattr("diffkv.lab.evaluation.vllm_kld._read_full", None)
+    before = results.read_text()
+
+    known = ["--against", "bf16,fp8,k16v16", "--batch-size", "4", "--json", "--quant", "k4v2"]
+    assert main([*COMMAND, *known, "--out", str(results)]) == 0
+
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["cache"] for row in printed["rows"]] == list(rows)
+    assert results.read_text() == before
+
+
+def test_a_cache_that_the_device_has_not_is_named(capsys, tmp_path):
+    command = [*COMMAND, "--against", "int8_per_token_head", "--quant", "k8v8", "--json"]
+    assert main(command) == 0
+
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert [row["cache"] for row in result["rows"]] == ["k8v8"]
+    assert result["not_there"] == [
+        "int8_per_token_head is not there: vLLM has no such cache on a CPU: there are fp8, fp8_e4m3, "
+        "fp8_e5m2"
+    ]
+    assert result["not_there"][0] in err
+
+
+def test_other_results_are_not_overwritten(tmp_path, capsys):
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    assert main([*COMMAND, "--out", str(tmp_path / "other.jsonl")]) == 2
+    assert "holds other results: name another file" in capsys.readouterr().err
+
+
+def test_an_answer_is_followed_and_given_by_each_cache():
+    arguments = demo.engine_arguments(model_folder("reference"))
+    others = {
+        "lossless": ({}, Options(quant="k16v16")),
+        "lossy": ({}, Options(quant="k2v1")),
+        "absent": ({"kv_cache_dtype": "int4_per_token_head"}, None),
+    }
+    told = []
+
+    sides = answer(arguments, others, QUESTIONS[:2], 12, lambda *report: told.append(report))
+
+    lossless, lossy = sides.caches
+    assert lossless.same_tokens == sides.num_tokens and lossless.same_top1 == 1
+    assert lossless.texts == sides.texts and lossless.kld_mean < 1e-6
+    assert (
+        lossy.kld_mean > 1e-4 and lossy.spent.bytes_per_token < lossless.spent.bytes_per_token / 4
+    )
+    assert len(sides.missing) == 1 and sides.missing[0].startswith("absent: vLLM has no such cache")
+    assert told[0] == ("full precision", 0, 2) and ("lossless", 4, 4) in told
+
+
+def test_without_network_the_shipped_model_answers(monkeypatch, capsys):
+    def unreachable(name):
+        raise ConfigError("pip cannot get it (no network)")
+
+    asked = []
+    monkeypatch.setattr(demo, "model_folder", unreachable)
+    monkeypatch.setattr(demo.generate, "run", lambda args: asked.append(args) or 0)
+
+    assert main(["demo", "--quant", "k8v8"]) == 0
+
+    assert asked[0].model == "reference" and asked[0].compare and asked[0].quant == "k8v8"
+    err = capsys.readouterr().err.splitlines()
+    assert err == [
+        "diffkv: pip cannot get it (no network)",
+        "diffkv: the toy model that ships with the package answers instead",
+    ]
