@@ -47,6 +47,7 @@ def convert(file: Path, folder: Path) -> None:
     Raises:
         ConfigError: another architecture, or a tensor that a Llama has not.
     """
+    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
@@ -55,9 +56,10 @@ def convert(file: Path, folder: Path) -> None:
     config = AutoConfig.from_pretrained(**source)
     if config.model_type != ARCHITECTURE:
         raise ConfigError(f"{file} holds a {config.model_type}: only {ARCHITECTURE} is converted")
-    config.name_or_path = ""  # of the file's author, no path
+    vars(config).pop("_model_name_or_path", None)  # the name that the file gives itself: no path
     config.dtype = torch.bfloat16
-    weights = _weights(file, config)
+    reader = GGUFReader(file)
+    weights = _weights(reader, config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
@@ -69,24 +71,32 @@ def convert(file: Path, folder: Path) -> None:
         raise ConfigError(f"{file} is no whole model: missing {missing}, unexpected {unexpected}")
     model.tie_weights()
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    special = _special_tokens(reader)
+    for name, number in special.items():  # releases of transformers read them in several ways
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
+        setattr(config, f"{name}_id", number)
+    model.generation_config = GenerationConfig(**{f"{name}_id": n for name, n in special.items()})
     model.save_pretrained(folder)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
 
 
-def _weights(file: Path, config: Any) -> dict[str, Tensor]:
+def _special_tokens(reader: Any) -> dict[str, int]:
+    """Token ids that open a text, end one, and fill up a batch."""
+    keys = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
+    fields = {
+        name: reader.fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()
+    }
+    return {name: int(field.contents()) for name, field in fields.items() if field is not None}
+
+
+def _weights(reader: Any, config: Any) -> dict[str, Tensor]:
     """All tensors in bfloat16, under the names of transformers."""
-    from gguf import GGUFReader
     from gguf.quants import dequantize
 
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     weights = {}
-    for tensor in GGUFReader(file).tensors:
+    for tensor in reader.tensors:
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         name, kind = _name(tensor.name)
         if kind in heads:
