@@ -23,9 +23,9 @@ __all__ = ["add_arguments", "engine_arguments", "run"]
 DEFAULT_MAX_TOKENS = 96
 MAX_MODEL_LEN = 4096
 REQUEST_TOKENS = 2048
-FP8 = "vLLM fp8"
+FP8, DIFFKV = "vLLM fp8", "DiffKV"
 GIB = 1 << 30
-SHOWN_CHARACTERS = 150
+SHOWN_CHARACTERS = 110
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,16 +64,15 @@ def run(args: argparse.Namespace) -> int:
     from diffkv.vllm_plugin.front.offline import check_model
 
     check_model(folder)
-    ours = f"DiffKV {options.quant}"
     others: dict[str, tuple[dict[str, Any], Options | None]] = {
         FP8: ({"kv_cache_dtype": "fp8"}, None),
-        ours: ({}, options),
+        DIFFKV: ({}, options),
     }
     with _progress() as report:
         sides = side_by_side.answer(
             engine_arguments(folder), others, side_by_side.QUESTIONS, args.max_tokens, report
         )
-    _print(args.model, sides)
+    _print(args.model, sides, options)
     return 0
 
 
@@ -127,13 +126,14 @@ def _progress() -> "Iterator[Report]":
         yield report
 
 
-def _print(model: str, sides: "Sides") -> None:
+def _print(model: str, sides: "Sides", options: "Options") -> None:
     from rich.console import Console
 
     console = Console()
     console.print(
         f"\n{model} answers {len(sides.texts)} questions, each about a page of Python's documentation "
-        f"that precedes it ({min(sides.prompt_tokens):,} to {max(sides.prompt_tokens):,} tokens).\n"
+        f"that precedes it ({min(sides.prompt_tokens):,} to {max(sides.prompt_tokens):,} tokens): with "
+        f"its KV cache in full precision, in vLLM's fp8, and in DiffKV's {options.quant}.\n"
     )
     console.print(_answers(sides))
     console.print(_costs(sides))
@@ -143,7 +143,8 @@ def _print(model: str, sides: "Sides") -> None:
     console.print(
         f"Full precision: the model and its cache in float32. KL: how far the probabilities of the "
         f"next token are from full precision's, in nats, at each of the {steps} tokens of its answers; "
-        f"0 is no difference. Bytes count whole pages or blocks; requests have {REQUEST_TOKENS:,} tokens"
+        f"0 is no difference. Bytes count whole pages and blocks. A request has {REQUEST_TOKENS:,} "
+        f"tokens."
     )
 
 
@@ -153,15 +154,14 @@ def _short(text: str) -> str:
 
 
 def _answers(sides: "Sides") -> "Table":
+    """Each question, DiffKV's answer, and how long each cache says what full precision says."""
     from rich.table import Table
 
     from diffkv.lab.evaluation.side_by_side import QUESTIONS
 
-    table = Table(
-        "question", "answer with DiffKV", title="tokens as in full precision, until one differs"
-    )
+    table = Table("question", "answer with DiffKV")
     for cache in sides.caches:
-        table.add_column(cache.name, justify="right")
+        table.add_column(f"same tokens:\n{cache.name}", justify="right")
     own = next(cache.texts for cache in sides.caches if cache.texts)
     for row, question in enumerate(QUESTIONS):
         same = [f"{cache.same_tokens[row]} of {sides.num_tokens[row]}" for cache in sides.caches]
@@ -174,9 +174,9 @@ def _costs(sides: "Sides") -> "Table":
 
     bf16 = sides.caches[0].spent.bf16_bytes_per_token
     sizes = [float(bf16), *(cache.spent.bytes_per_token for cache in sides.caches)]
-    table = Table("the KV cache", "bf16")
-    for cache in sides.caches:
-        table.add_column(cache.name, justify="right")
+    table = Table("the KV cache")
+    for name in ("bf16", *(cache.name for cache in sides.caches)):
+        table.add_column(name, justify="right")
     table.add_row("bytes a token, all layers", *(f"{size:,.0f}" for size in sizes))
     table.add_row("smaller than bf16", *(f"{bf16 / size:.2f}x" for size in sizes))
     table.add_row("smaller than fp8", *(f"{bf16 / 2 / size:.2f}x" for size in sizes))

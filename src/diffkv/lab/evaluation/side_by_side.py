@@ -32,7 +32,6 @@ class Question:
 
 QUESTIONS = (
     Question("with", "When is the __exit__() method invoked?"),
-    Question("try", "What does the finally clause do, and when is it executed?"),
     Question("import", "What are the two steps of the basic import statement?"),
     Question("execmodel", "What is a code block? Give examples."),
 )
