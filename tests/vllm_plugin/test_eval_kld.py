@@ -6,8 +6,9 @@ import pytest
 
 from diffkv.cli import demo, main
 from diffkv.cli.engine_options import model_folder
-from diffkv.lab.evaluation.side_by_side import QUESTIONS, answer
+from diffkv.lab.evaluation.side_by_side import QUESTIONS, Answered, Sides, answer
 from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.front.forcing import Spent
 from diffkv.vllm_plugin.options import Options
 
 COMMAND = ["eval", "--suite", "kld", "--engine", "vllm", "--steps", "16", "--num-texts", "3"]
@@ -109,3 +110,24 @@ def test_without_network_the_shipped_model_answers(monkeypatch, capsys):
         "diffkv: pip cannot get it (no network)",
         "diffkv: the toy model that ships with the package answers instead",
     ]
+
+
+def test_the_screen_says_what_was_measured(capsys):
+    full = Spent(12_000, 24_000)
+    caches = [
+        Answered("vLLM fp8", full, [3, 0], 0.02, 0.9, []),
+        Answered("DiffKV", Spent(6_000, 24_000, 0.1, 0.9), [5, 9], 0.01, 0.95, ["one", "two"]),
+    ]
+    sides = Sides([900, 2_000], [5, 12], ["one", "three"], caches, ["absent: no such cache"])
+
+    demo.print_sides("smollm2", sides, Options())
+
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert cells[0][1:] == ["one", "3 of 5", "5 of 5"]
+    assert ["bytes a token, all layers", "24,000", "12,000", "6,000"] in cells
+    assert ["smaller than bf16", "1.00x", "2.00x", "4.00x"] in cells
+    assert ["smaller than fp8", "0.50x", "1.00x", "2.00x"] in cells
+    assert ["requests in 1 GiB", "22", "44", "87"] in cells
+    assert ["mean KL from full precision", "", "0.0200", "0.0100"] in cells
+    assert ["same first choice", "", "90.0%", "95.0%"] in cells

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffkv.lab.evaluation.side_by_side import Report, Sides
     from diffkv.vllm_plugin.options import Options
 
-__all__ = ["add_arguments", "engine_arguments", "run"]
+__all__ = ["add_arguments", "engine_arguments", "print_sides", "run"]
 
 DEFAULT_MAX_TOKENS = 96
 MAX_MODEL_LEN = 4096
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         sides = side_by_side.answer(
             engine_arguments(folder), others, side_by_side.QUESTIONS, args.max_tokens, report
         )
-    _print(args.model, sides, options)
+    print_sides(args.model, sides, options)
     return 0
 
 
@@ -126,7 +126,8 @@ def _progress() -> "Iterator[Report]":
         yield report
 
 
-def _print(model: str, sides: "Sides", options: "Options") -> None:
+def print_sides(model: str, sides: "Sides", options: "Options") -> None:
+    """Print what was asked and answered, and what each cache costs."""
     from rich.console import Console
 
     console = Console()
@@ -163,9 +164,9 @@ def _answers(sides: "Sides") -> "Table":
     for cache in sides.caches:
         table.add_column(f"same tokens:\n{cache.name}", justify="right")
     own = next(cache.texts for cache in sides.caches if cache.texts)
-    for row, question in enumerate(QUESTIONS):
-        same = [f"{cache.same_tokens[row]} of {sides.num_tokens[row]}" for cache in sides.caches]
-        table.add_row(question.question, _short(own[row]), *same)
+    for row, num_tokens in enumerate(sides.num_tokens):
+        same = [f"{cache.same_tokens[row]} of {num_tokens}" for cache in sides.caches]
+        table.add_row(QUESTIONS[row].question, _short(own[row]), *same)
     return table
 
 
