@@ -45,6 +45,10 @@ def test_texts_follow_each_other_and_have_their_lengths():
         (["--engine", "vllm", "--contexts", "200"], "--contexts must be at least 258"),
         (["--engine", "vllm", "--num-texts", "0"], "--num-texts must be at least 1, got 0"),
         (["--engine", "vllm", "--steps", "1"], "--steps must be at least 2, got 1"),
+        (
+            ["--engine", "vllm", "--against", "fp9"],
+            "--against fp9: neither bf16, nor a cache of vLLM's",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(arguments, message, capsys):

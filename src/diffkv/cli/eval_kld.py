@@ -153,7 +153,14 @@ def _caches(args: argparse.Namespace, options: "Options") -> "list[ComparedCache
         elif name in cache_dtypes():
             caches.append(ComparedCache(name, {"kv_cache_dtype": name}))
         else:
-            ours = replace(options, quant=name, alpha_high=None)
+            try:
+                ours = replace(options, quant=name, alpha_high=None)
+            except ConfigError as error:
+                names = ", ".join(cache_dtypes())
+                raise ConfigError(
+                    f"--against {name}: neither {BF16}, nor a cache of vLLM's ({names}), nor formats of "
+                    f"ours ({error})"
+                ) from None
             caches.append(ComparedCache(name, {}, ours))
     words = _words(options)
     return [*(cache for cache in caches if cache.name != words), ComparedCache(words, {}, options)]
