@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from diffkv.lab.evaluation.results import Run, Use
 from diffkv.lab.evaluation.vllm_kld import CacheDistances, Distance
@@ -61,28 +61,21 @@ def print_distances(rows: Sequence[CacheDistances]) -> None:
 
 def _print_distances(rows: Sequence[tuple[CacheDistances, Distance]], title: str) -> None:
     first = rows[0][1]
+    full = f"full precision (float32) has perplexity {first.perplexity_full:.2f}"
     table = Table(
-        "cache",
-        "bytes / token",
-        "vs bf16",
-        "mean KL",
-        "median",
-        "99 %",
-        "99.9 %",
-        "same first choice",
-        f"perplexity ({first.perplexity_full:.2f})",
-        "tokens until one differs",
-        title=f"{rows[0][0].model}, {title}: n {first.n}, {first.steps} steps; full precision: float32",
+        Column("cache", overflow="fold"),
+        *("bytes", "vs bf16", "mean KL", "99 %", "same", "ppl", "differs at"),
+        title=f"{rows[0][0].model}, {title}: {first.n}, {first.steps} steps; {full}",
+        caption="bytes: of a token, all layers; same: first choice of the next token; ppl: perplexity; "
+        "differs at: tokens of an answer until one differs",
     )
     for row, distance in rows:
         table.add_row(
             row.cache,
-            f"{row.bytes_per_token:.0f}",
+            f"{row.bytes_per_token:,.0f}",
             f"{row.ratio_bf16:.2f}x",
             f"{distance.kld_mean:.4f}",
-            f"{distance.kld_median:.4f}",
             f"{distance.kld_p99:.3f}",
-            f"{distance.kld_p999:.3f}",
             f"{distance.same_top1:.1%}",
             f"{distance.perplexity:.2f}",
             f"{distance.first_divergence:.0f} of {distance.steps // distance.n}",
