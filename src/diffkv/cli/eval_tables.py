@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from diffkv.lab.evaluation.results import (
     ALL_TEXTS,
@@ -20,7 +20,7 @@ __all__ = ["print_distances", "print_row"]
 
 TASK = ("task", "setting", "n", "accuracy", "full precision", "difference, 95 %")
 MODE = ("mode", "texts", "steps", "KLD mean", "median", "99.9 %", "same top 1", "first divergence")
-DISTANCE = ("mean KL", "median", "99 %", "99.9 %", "same first choice")
+DISTANCE = ("bytes", "vs bf16", "mean KL", "99 %", "same", "ppl", "differs at")
 SPENT = ("bytes / token", "vs bf16 (bits alone)", "high / low / dropped")
 
 
@@ -59,12 +59,10 @@ def print_row(row: Row) -> None:
 def _distance(cache: str, score: DistanceScore) -> tuple[str, ...]:
     return (
         cache,
-        f"{score.bytes_per_token:.0f}",
+        f"{score.bytes_per_token:,.0f}",
         f"{score.ratio_bf16:.2f}x",
         f"{score.kld_mean:.4f}",
-        f"{score.kld_median:.4f}",
         f"{score.kld_p99:.3f}",
-        f"{score.kld_p999:.3f}",
         f"{score.same_top1:.1%}",
         f"{score.perplexity:.2f}",
         f"{score.first_divergence:.0f} of {score.steps // score.n}",
@@ -81,18 +79,13 @@ def print_distances(rows: Sequence[Row]) -> None:
     for column in zip(*(scores(row) for row in rows), strict=True):
         first = column[0]
         texts = "all texts" if first.context == ALL_TEXTS else f"texts of {first.context} tokens"
-        perplexity = f"perplexity ({first.perplexity_full:.2f})"
-        counts = f"n {first.n}, {first.steps} steps; full precision: float32"
+        full = f"full precision (float32) has perplexity {first.perplexity_full:.2f}"
         table = Table(
-            *(
-                "cache",
-                "bytes / token",
-                "vs bf16",
-                *DISTANCE,
-                perplexity,
-                "tokens until one differs",
-            ),
-            title=f"{rows[0]['model']}, {texts}: {counts}",
+            Column("cache", overflow="fold"),
+            *DISTANCE,
+            title=f"{rows[0]['model']}, {texts}: {first.n}, {first.steps} steps; {full}",
+            caption="bytes: of a token, all layers; same: first choice of the next token; "
+            "ppl: perplexity; differs at: tokens of an answer until one differs",
         )
         for cache, score in zip(caches, column, strict=True):
             table.add_row(*_distance(cache, score))

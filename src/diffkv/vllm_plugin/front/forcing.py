@@ -48,7 +48,8 @@ class ForcedEngine:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the tokenizer's own opening."""
-        ids: list[int] = self._llm.get_tokenizer().encode(text)
+        # verbose: a text may be longer than the model's context before it is cut
+        ids: list[int] = self._llm.get_tokenizer().encode(text, verbose=False)
         return ids
 
     def encode_chat(self, text: str) -> list[int]:
