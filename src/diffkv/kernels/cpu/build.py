@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffkv.cache_folder import cache_folder
 from diffkv.quant import ConfigError
 
 __all__ = ["FLAGS", "Settings", "load_library", "openmp_runtime", "settings"]
@@ -47,16 +48,9 @@ class Settings:
 
 
 def settings() -> Settings:
-    """Read the environment; the only place in the kernels that does.
-
-    `$CXX` names the compiler. Libraries are kept in `$DIFFKV_CACHE_DIR`, else in
-    `$XDG_CACHE_HOME/diffkv`, else in `~/.cache/diffkv`.
-    """
+    """Read the environment; the only place in the kernels that does. `$CXX` names the compiler."""
     compiler = tuple(shlex.split(os.environ.get("CXX", ""))) or ("g++",)
-    if own := os.environ.get("DIFFKV_CACHE_DIR"):
-        return Settings(compiler, Path(own))
-    user = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Settings(compiler, Path(user) / "diffkv")
+    return Settings(compiler, cache_folder())
 
 
 def openmp_runtime() -> Path | None:

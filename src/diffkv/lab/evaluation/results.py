@@ -3,6 +3,9 @@
 A row of kind `TASKS` or `KLD` is one method with one seed. Its case has the names of `Method`, and the
 cells that were asked: `tasks` and `settings`, or `modes`. A figure is measured as a list with a value
 for each cell, in that order, or as one value that all of them have.
+
+A row of kind `DISTANCES` is one cache of vLLM's engine, its own or ours: its case has the cache's name
+and settings in place of a method, and its cells are `contexts`.
 """
 
 from collections.abc import Sequence
@@ -12,10 +15,26 @@ from typing import Any
 
 from diffkv.lab.rows import Row
 
-__all__ = ["HEADS", "KLD", "TASKS", "KldScore", "Method", "Score", "TaskScore", "figures", "scores"]
+__all__ = [
+    "ALL_TEXTS",
+    "DISTANCES",
+    "HEADS",
+    "KLD",
+    "TASKS",
+    "DistanceScore",
+    "KldScore",
+    "Method",
+    "Score",
+    "TaskScore",
+    "figures",
+    "scores",
+]
 
-TASKS, KLD, HEADS = "tasks", "kld", "heads"
-"""Kinds of rows: of `diffkv eval`, of its suite kld, and of `diffkv inspect`."""
+TASKS, KLD, DISTANCES, HEADS = "tasks", "kld", "distances", "heads"
+"""Kinds of rows: of `diffkv eval`, of its suite kld (in transformers, in vLLM), of `diffkv inspect`."""
+
+ALL_TEXTS = "all"
+"""The cell of `DISTANCES` that has texts of every length."""
 
 DIGITS = 6
 SHARES = ("accuracy", "accuracy_full", "exact", "exact_full", "same_top1", "high", "low", "dropped")
@@ -152,9 +171,42 @@ class KldScore(Score):
     diverged: float
 
 
+@dataclass(frozen=True)
+class DistanceScore(Score):
+    """Distance of a cache in an engine from full precision, over all texts or those of one length.
+
+    Attributes:
+        context: tokens of the texts, or `ALL_TEXTS`.
+        steps: compared steps of all texts, on the texts' own tokens.
+        kld_mean: mean of KL(full || cache) over those steps, in nats.
+        kld_median: its median.
+        kld_p99: its 99 % quantile.
+        kld_p999: its 99.9 % quantile.
+        same_top1: share of steps with the same most likely token.
+        perplexity: of the texts' tokens.
+        perplexity_full: the same in full precision.
+        first_divergence: tokens of an answer before the first one that full precision would not have
+            chosen, mean over answers of as many tokens as a text has steps.
+        diverged: share of answers with such a token.
+    """
+
+    context: int | str
+    steps: int
+    kld_mean: float
+    kld_median: float
+    kld_p99: float
+    kld_p999: float
+    same_top1: float
+    perplexity: float
+    perplexity_full: float
+    first_divergence: float
+    diverged: float
+
+
 CELLS: dict[str, tuple[type[Score], dict[str, str]]] = {
     TASKS: (TaskScore, {"tasks": "task", "settings": "setting"}),
     KLD: (KldScore, {"modes": "mode"}),
+    DISTANCES: (DistanceScore, {"contexts": "context"}),
 }
 """For each kind: what a cell is, and the lists of the case that name it, with the fields they fill."""
 
@@ -180,7 +232,7 @@ def figures(kind: str, found: Sequence[Score]) -> dict[str, Any]:
 
 
 def scores(row: Row) -> list[Any]:
-    """The cells of a row: TaskScore or KldScore by its kind.
+    """The cells of a row: TaskScore, KldScore or DistanceScore by its kind.
 
     Raises:
         ValueError: a figure is missing, of the wrong number of cells, or no share where it must be one.

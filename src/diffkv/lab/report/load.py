@@ -71,11 +71,11 @@ def _add(loaded: Loaded, row: Row) -> str:
             raise ValueError("a row of heads needs shares and quant")
         loaded.heads.append(row)
         return f"heads of {row.case.get('model')}"
+    if row.kind not in (TASKS, KLD):
+        raise ValueError(f"a row of kind {row.kind}")
     name = f"{Method.of(row).label()} with seed {row.get('seed', 0)}"
     if row.kind == TASKS:
         loaded.tasks.append((row, scores(row)))
-    elif row.kind == KLD:
-        loaded.kld.append((row, scores(row)))
     else:
-        raise ValueError(f"a row of kind {row.kind}")
+        loaded.kld.append((row, scores(row)))
     return name
