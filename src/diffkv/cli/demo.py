@@ -139,12 +139,12 @@ def print_sides(model: str, sides: "Sides", options: "Options") -> None:
     console.print(_costs(sides))
     for line in sides.missing:
         console.print(f"Not on this machine: {line}")
-    steps = sum(sides.num_tokens)
+    steps = sum(sides.num_tokens) - len(sides.num_tokens)
     console.print(
         f"Full precision: the model and its cache in float32. KL: how far the probabilities of the "
-        f"next token are from full precision's, in nats, at each of the {steps} tokens of its answers; "
-        f"0 is no difference. Bytes count whole pages and blocks. A request has {REQUEST_TOKENS:,} "
-        f"tokens."
+        f"next token are from full precision's, in nats, at each of the {steps} tokens of its answers "
+        f"after their first; 0 is no difference. Bytes count whole pages and blocks. "
+        f"A request has {REQUEST_TOKENS:,} tokens."
     )
 
 

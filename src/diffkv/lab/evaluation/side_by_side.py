@@ -46,7 +46,8 @@ class Answered:
         name: of the cache.
         use: what it held when the requests ended.
         same_tokens: for each question, tokens until the first that differs.
-        kld_mean: KL(full || cache), mean over the tokens of all answers.
+        kld_mean: KL(full || cache), mean over the tokens of all answers but their first, which
+            comes from exact attention.
         same_top1: share of those tokens that would be this cache's first choice too.
         texts: its own answers; empty where they were not asked for.
     """
