@@ -43,7 +43,15 @@ class Row:
             raise ValueError(f"{min(twice)} is both in case and in measured")
 
     def __getitem__(self, name: str) -> Any:
-        return self.case[name] if name in self.case else self.measured[name]
+        """A setting or figure.
+
+        Raises:
+            ConfigError: the row, which a file may hold, has none of that name.
+        """
+        for values in (self.case, self.measured):
+            if name in values:
+                return values[name]
+        raise ConfigError(f"a row of kind {self.kind} has no {name}")
 
     def get(self, name: str, default: Any = None) -> Any:
         """A setting or figure, or a default if the row has none of that name."""
