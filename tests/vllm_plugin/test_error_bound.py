@@ -21,7 +21,7 @@ from conftest import MODEL, engine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache
 
-from diffkv.cli.generate import _read_questions
+from diffkv.cli.prompts import read_questions
 from diffkv.quant import Format
 from diffkv.reference import quantize
 
@@ -88,7 +88,7 @@ def test_logits_within_bound(quant: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    questions = _read_questions(PROMPTS.read_text())
+    questions = read_questions(PROMPTS)
     prompts = [tokenizer(q.prompt).input_ids for q in questions]
     with engine(quant, {"rotate": "none"}, max_logprobs=512) as llm:
         params = SamplingParams(temperature=0, max_tokens=2, logprobs=512)
