@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffkv.cli import prompts
 from diffkv.cli.arguments import Listed, above_zero, num_bytes, num_tokens, positive
 from diffkv.cli.engine_options import model_folder
 from diffkv.cli.models import check_hub
@@ -284,7 +285,7 @@ def _throughput(args: argparse.Namespace) -> None:
         vars(args).update(num_prompts=6, input_len=260, output_len=8, repeats=1)
         if args.model is None:
             args.random_weights = "bench-tiny"
-    writer = _writer(args, _engine_device())
+    writer = _writer(args, prompts.device())
     if args.paper and args.kv_bytes is None:
         raise ConfigError("--paper needs --kv-bytes: what a GPU has left beside the weights")
     for model in PAPER_MODELS if args.paper else [args.model]:
@@ -310,7 +311,7 @@ def _map(args: argparse.Namespace) -> None:
         vars(args).update(ctx=[64, 260], requests=[1, 6], output_len=8, repeats=1)
         if args.model is None:
             args.random_weights = "bench-tiny"
-    writer = _writer(args, _engine_device())
+    writer = _writer(args, prompts.device())
     with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
         name, engine, config = _model(args, Path(folder))
         if not config:
@@ -328,13 +329,6 @@ def _map(args: argparse.Namespace) -> None:
     prompt.add_shares(writer, mapped, config, args.quant)
     if args.plot:
         pages.draw_map(mapped, args.plot)
-
-
-def _engine_device() -> str:
-    """Where vLLM's engine runs."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _compared(
@@ -384,16 +378,13 @@ def _serving(args: argparse.Namespace) -> None:
             args.random_weights = "bench-tiny"
     if args.url:
         compared = [Setting("url", None, None, {})]
-    given = {
-        "diffkv_alpha_high": args.request_alpha_high,
-        "diffkv_alpha_low": args.request_alpha_low,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    alphas = (("high", args.request_alpha_high), ("low", args.request_alpha_low))
+    given = {f"diffkv_alpha_{name}": value for name, value in alphas if value is not None}
     traffic = serving.Traffic(
         args.rates, args.num_prompts, args.input_len, args.output_len, args.goodput,
         {"vllm_xargs": given} if given else None,
     )  # fmt: skip
-    writer = _writer(args, _engine_device())
+    writer = _writer(args, prompts.device())
     with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
         model, engine, config = _model(args, Path(folder))
         longest = args.input_len + args.output_len

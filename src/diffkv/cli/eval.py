@@ -60,6 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vllm: policies with thresholds and none; synth asks at the end of the prompt; kld "
         "compares vLLM's own caches too (default: hf)",
     )
+    _add_run_options(parser)
+    _add_suite_options(parser)
+    eval_kld.add_arguments(parser)
+    eval_lm.add_arguments(parser)
+    add_cache_options(
+        parser,
+        "what decides: paper, paper-uniform, or a baseline (docs/evaluation.md); with settings as in "
+        "topk:keep=0.25,sinks=4 or paper:distinct=0.75 (default: paper)",
+    )
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Declare how often, where and into which file."""
     parser.add_argument(
         "--seed",
         type=at_least(0),
@@ -96,14 +109,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="keep the lines of --out, and run what is missing"
     )
     parser.add_argument("--json", action="store_true", help="only JSON lines, no tables")
-    _add_suite_options(parser)
-    eval_kld.add_arguments(parser)
-    eval_lm.add_arguments(parser)
-    add_cache_options(
-        parser,
-        "what decides: paper, paper-uniform, or a baseline (docs/evaluation.md); with settings as in "
-        "topk:keep=0.25,sinks=4 or paper:distinct=0.75 (default: paper)",
-    )
 
 
 def _add_suite_options(parser: argparse.ArgumentParser) -> None:
