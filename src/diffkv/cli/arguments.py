@@ -67,21 +67,22 @@ class Listed(Action):
         option_string: str | None = None,
     ) -> None:
         """Begin with the first occurrence, in place of the default; go on with the others."""
-        assert isinstance(values, list), "for options with nargs"
         before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
+        setattr(
+            namespace, self.dest, values if before is self.default else self.both(before, values)
+        )
+
+    @staticmethod
+    def both(before: Any, values: Any) -> Any:
+        """The values of two occurrences."""
+        assert isinstance(values, list), "for options with nargs"
+        return [*before, *values]
 
 
-class Joined(Action):
+class Joined(Listed):
     """Action of an option that takes names, separated by commas: given twice, it takes all of them."""
 
-    def __call__(
-        self,
-        parser: ArgumentParser,
-        namespace: Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        """As `Listed`."""
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if before is self.default else f"{before},{values}")
+    @staticmethod
+    def both(before: Any, values: Any) -> Any:
+        """The names of two occurrences."""
+        return f"{before},{values}"

@@ -17,7 +17,9 @@ from diffkv.cli.engine_options import cache_options
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
+    from diffkv.lab.evaluation.results import Method
     from diffkv.lab.rows import Row
+    from diffkv.vllm_plugin.options import Options
 
 __all__ = ["SUITE", "add_arguments", "evaluate"]
 
@@ -74,21 +76,11 @@ def evaluate(args: argparse.Namespace) -> "Iterator[Row]":
 
     found = benchmarks.find(args.tasks.split(","), args.thinking)
     from diffkv.lab.evaluation import lm_eval
-    from diffkv.lab.evaluation.results import TASKS, Method, figures
+    from diffkv.lab.evaluation.results import TASKS, figures
     from diffkv.lab.provenance import collect
     from diffkv.lab.rows import Writer
 
-    thresholds = options.thresholds()
-    method = Method(
-        args.model,
-        "vllm",
-        str(options.quant_config()),
-        args.policy or options.policy,
-        thresholds.alpha_high,
-        thresholds.alpha_low,
-        options.window,
-        options.rotation(),
-    )
+    method = _method(args, options)
     writer = Writer(collect(prompts.device()), args.out, resume=args.resume)
     for seed in args.seed:
         case = {
@@ -121,6 +113,23 @@ def evaluate(args: argparse.Namespace) -> "Iterator[Row]":
             seconds = round(time.perf_counter() - start, 1)
             row = writer.add(TASKS, case, {**figures(TASKS, scores), "seconds": seconds})
         yield row
+
+
+def _method(args: argparse.Namespace, options: "Options") -> "Method":
+    """The compressed cache as rows name it."""
+    from diffkv.lab.evaluation.results import Method
+
+    thresholds = options.thresholds()
+    return Method(
+        args.model,
+        "vllm",
+        str(options.quant_config()),
+        args.policy or options.policy,
+        thresholds.alpha_high,
+        thresholds.alpha_low,
+        options.window,
+        options.rotation(),
+    )
 
 
 def _say(args: argparse.Namespace, cache: str, task: str) -> None:
