@@ -24,6 +24,9 @@ MAX_PAGE_BYTES = 1 << 20
 
 BF16_BYTES = 2
 
+EXACT = QuantConfig.parse("k16v16")
+"""The formats of prompt tokens that wait for the rest of their segment."""
+
 
 @dataclass(frozen=True)
 class PageLayout:
@@ -94,6 +97,15 @@ class PageLayout:
     def low(self) -> TierLayout | None:
         """The low tier, if the configuration has one."""
         return self.tiers[1] if len(self.tiers) > 1 else None
+
+    @property
+    def centred(self) -> bool:
+        """Whether keys are stored as differences from their row's centre: wherever they are rounded."""
+        return all(tier.format.k_bits < 16 for tier in self.tiers)
+
+    def exact(self) -> "PageLayout":
+        """The same pages filled with tokens as the model made them, of one tier."""
+        return PageLayout.derive(EXACT, self.head_dim, self.page_bytes, self.element_bytes)
 
     @property
     def drops(self) -> bool:
@@ -183,6 +195,7 @@ def _least_waste(quant: QuantConfig, head_dim: int, element_bytes: int, drops: b
         unused = max(tier.unused_share(page_bytes) for tier in tiers)
         return unused + len(tiers) * page_bytes / 2 / context_bytes
 
-    smallest = max(tier.end for tier in placed(MIN_TOKENS_PER_PAGE))
+    exact = TierLayout.place(EXACT.high, head_dim, element_bytes, False, 1)
+    smallest = max(exact.end, *(tier.end for tier in placed(MIN_TOKENS_PER_PAGE)))
     start = align(smallest, PAGE_ALIGNMENT_BYTES)
     return min(range(start, 2 * start, PAGE_ALIGNMENT_BYTES), key=waste)

@@ -44,8 +44,15 @@ class Ops(Protocol):
         ...
 
     def gather(
-        self, state: PoolState, layer: int, slot: int, max_tokens: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self,
+        state: PoolState,
+        layer: int,
+        slots: Tensor,
+        starts: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tiers: Tensor,
+    ) -> None:
         """See `reference.gather`."""
         ...
 

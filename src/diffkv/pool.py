@@ -4,7 +4,7 @@ What changes a pool is in the operations; here is only how it begins, what it ho
 be true of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -124,12 +124,16 @@ def page_growth(state: PoolState, slots: Tensor, most: int) -> Tensor:
     return torch.stack(worst).sum((2, 3)).T
 
 
-def check_invariants(state: PoolState) -> None:
+def check_invariants(state: PoolState, waiting: Sequence[int] = ()) -> None:
     """Raise AssertionError, with its numbers, if a page is lost, owned twice, or held for nothing.
 
     The same of leaves.
+
+    Args:
+        state: the pool.
+        waiting: slots of rows whose tokens are as the model made them (`PoolState.exact`).
     """
-    _check_tables(state)
+    _check_tables(state, waiting)
     leaves = state.directory.flatten().cpu().long()
     _check_ring("leaf", state.free_leaves, state.leaf_ends, leaves[leaves >= 0])
     pages = [
@@ -153,11 +157,14 @@ def _check_ring(name: str, ring: Tensor, ends: Tensor, held: Tensor) -> None:
     )
 
 
-def _check_tables(state: PoolState) -> None:
+def _check_tables(state: PoolState, waiting: Sequence[int]) -> None:
     """Each head holds the pages that its tokens need, and the leaves that name them."""
     held = state.num_pages_held.cpu()
+    exact = state.layout.exact().high.tokens_per_page
     for tier, layout in enumerate(state.layout.tiers):
-        needed = -(-state.num_tokens[..., tier].cpu() // layout.tokens_per_page)
+        per_page = torch.full((state.num_slots, 1, 1), layout.tokens_per_page)
+        per_page[list(waiting)] = exact
+        needed = -(-state.num_tokens[..., tier].cpu() // per_page)
         assert torch.equal(needed, held[..., tier]), (
             f"heads hold other numbers of {layout.format} pages than their tokens need"
         )

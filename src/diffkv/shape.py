@@ -3,10 +3,13 @@
 A pool's tables are paid for out of the same bytes as its pages.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from diffkv.layout import PageLayout, bf16_bytes_per_token
 from diffkv.quant import ConfigError
+from diffkv.segments import longest_row
+from diffkv.state import TENSORS
 
 __all__ = [
     "ENTRY_BYTES",
@@ -20,11 +23,22 @@ TABLE_ALIGNMENT_BYTES = 64
 ENTRY_BYTES = 4
 """Bytes of an id, the entry of a ring, a leaf and the directory."""
 
-SLOT_FIXED_BYTES = 3 * 4
-"""Thresholds and prompt length of a slot."""
+SLOT_FIXED_BYTES = 4 * 4
+"""Thresholds, prompt length and length of the chain of a slot."""
 
-FIXED_BYTES = 13 * TABLE_ALIGNMENT_BYTES
+CENTRE_BYTES = TENSORS["centres"].dtype.itemsize
+
+FIXED_BYTES = (len(TENSORS) + 1) * TABLE_ALIGNMENT_BYTES
 """Ring ends, the overrun counter, and the rounding of the regions' starts."""
+
+HIGH_SHARE = 0.25
+"""Share of a prompt's tokens that must find room in the high tier before an engine starts."""
+
+MORE_ROWS = 8
+"""Closed rows of a request beyond twice its segments: each turn of a conversation may end in one."""
+
+SPARE_ROWS = 0.25
+"""Closed rows beyond those that would fill a pool: some are shorter than a segment."""
 
 
 def suitable_leaf_entries(max_pages: int) -> int:
@@ -49,10 +63,11 @@ class PoolShape:
         layout: layout of a page.
         num_layers: attention layers of the model.
         num_kv_heads: KV heads of a layer, on this rank.
-        num_slots: requests that can run at once.
+        num_slots: rows that there can be at once, open and closed.
         max_model_len: tokens of the longest request.
         num_pages: pages of the pool, which all layers share.
         leaf_entries: pages that a leaf names, a power of two; 0: what is suitable.
+        segment: tokens after which a row of a prompt is closed; 0: prompts are decided whole.
     """
 
     layout: PageLayout
@@ -62,6 +77,7 @@ class PoolShape:
     max_model_len: int
     num_pages: int
     leaf_entries: int = 0
+    segment: int = 0
 
     def __post_init__(self) -> None:
         if not self.leaf_entries:
@@ -76,35 +92,91 @@ class PoolShape:
         num_kv_heads: int,
         max_model_len: int,
         max_num_seqs: int,
+        segment: int = 0,
     ) -> "PoolShape":
         """Split `budget_bytes` so that pages and tables together fit it.
 
-        There is a slot for each of `max_num_seqs` requests, or fewer where the pool cannot hold that
-        many requests even of one token: a request holds at least one page for every layer and head.
+        There is an open row for each of `max_num_seqs` requests, or for fewer where the pool cannot hold
+        that many requests even of one token: a request holds at least one page for every layer and head.
+        There are closed rows for as many segments as the pool can hold, and some more.
 
         Raises:
             ConfigError: the budget does not hold one request of `max_model_len` tokens.
         """
         heads = num_layers * num_kv_heads
         slots = max(1, min(max_num_seqs, budget_bytes // (heads * layout.page_bytes)))
-        empty = cls(layout, num_layers, num_kv_heads, slots, max_model_len, 0)
+        if segment:
+            segment_bytes = (
+                heads * segment * min(map(layout.page_token_bytes, range(len(layout.tiers))))
+            )
+            slots += math.ceil((1 + SPARE_ROWS) * budget_bytes / segment_bytes)
+        empty = cls(layout, num_layers, num_kv_heads, slots, max_model_len, 0, segment=segment)
         num_pages = empty._pages_within(budget_bytes - empty.table_bytes)
-        if num_pages < heads * empty.max_pages:
-            needed = cls.request_bytes(layout, num_layers, num_kv_heads, max_model_len)
+        if num_pages < empty.request_pages(HIGH_SHARE):
+            needed = cls.request_bytes(layout, num_layers, num_kv_heads, max_model_len, segment)
             raise ConfigError(
                 f"a KV budget of {budget_bytes} bytes cannot hold one request of {max_model_len} "
-                f"tokens uncompressed ({needed} bytes and tables for {slots} requests): raise the "
-                f"budget, or lower max_model_len or max_num_seqs"
+                f"tokens, {HIGH_SHARE:.0%} of them high ({needed} bytes, and tables for {slots} rows): "
+                f"raise the budget, or lower max_model_len or max_num_seqs"
             )
         return replace(empty, num_pages=num_pages)
 
     @staticmethod
     def request_bytes(
-        layout: PageLayout, num_layers: int, num_kv_heads: int, max_model_len: int
+        layout: PageLayout,
+        num_layers: int,
+        num_kv_heads: int,
+        max_model_len: int,
+        segment: int = 0,
+        high_share: float = HIGH_SHARE,
     ) -> int:
-        """Bytes that one request of `max_model_len` tokens can need: pages, ring entries, tables."""
-        one = PoolShape(layout, num_layers, num_kv_heads, 1, max_model_len, 0)
-        return one.pages_bytes(one.num_heads * one.max_pages) + one.table_bytes
+        """Bytes that one request of `max_model_len` tokens needs: pages, ring entries, tables.
+
+        With `high_share` 1 it is the most that a request can need, however its tokens are tiered.
+        """
+        one = PoolShape(layout, num_layers, num_kv_heads, 1, max_model_len, 0, segment=segment)
+        one = replace(one, num_slots=1 + one.max_rows)
+        return one.pages_bytes(one.request_pages(high_share)) + one.table_bytes
+
+    def request_pages(self, high_share: float) -> int:
+        """Pages of one request of the longest length, with so many of its tokens high.
+
+        Among them are those of the tokens that wait for the rest of their segment, as they are.
+        """
+        waiting = min(self.max_model_len, self.longest_row)
+        kept = self.max_model_len - waiting
+        counts = (
+            (kept,) if self.layout.low is None else (kept * high_share, kept * (1 - high_share))
+        )
+        closed = sum(
+            math.ceil(count / tier.tokens_per_page) + self.max_rows
+            for count, tier in zip(counts, self.layout.tiers, strict=True)
+        )
+        return self.num_heads * (closed + self.waiting_pages(waiting))
+
+    def waiting_pages(self, num_tokens: int) -> int:
+        """Most pages of a head for waiting tokens of a prompt, as they are or once decided."""
+        return max(self.layout.max_pages(num_tokens), self.layout.exact().max_pages(num_tokens))
+
+    @property
+    def longest_row(self) -> int:
+        """Most tokens of a prompt that wait for the rest of their segment."""
+        return longest_row(self.segment) if self.segment else self.max_model_len
+
+    @property
+    def max_rows(self) -> int:
+        """Closed rows of the longest request, if none is shorter than a segment."""
+        return self.max_model_len // self.segment if self.segment else 0
+
+    @property
+    def chain_width(self) -> int:
+        """Closed rows that a request can have: some may be shorter than a segment."""
+        return 2 * self.max_rows + MORE_ROWS if self.segment else 0
+
+    @property
+    def centre_dim(self) -> int:
+        """Elements of a row's centre."""
+        return self.layout.head_dim if self.layout.centred else 0
 
     @property
     def page_bytes(self) -> int:
@@ -118,8 +190,9 @@ class PoolShape:
 
     @property
     def max_pages(self) -> int:
-        """Most pages of a head."""
-        return self.layout.max_pages(self.max_model_len)
+        """Most pages of a head in one row."""
+        waiting = self.waiting_pages(min(self.max_model_len, self.longest_row))
+        return max(waiting, self.layout.max_pages(self.max_model_len))
 
     @property
     def half_empty_leaves(self) -> int:
@@ -140,10 +213,11 @@ class PoolShape:
     def slot_bytes(self) -> int:
         """Bytes of the tables of one slot.
 
-        A row of the directory and two counts of two tiers for each head, leaves that need not be full,
-        thresholds, length.
+        A row of the directory, two counts of two tiers and a centre for each head, leaves that need not
+        be full, the chain, thresholds, lengths.
         """
-        rows = self.num_heads * ENTRY_BYTES * (self.directory_width + 4)
+        head_bytes = ENTRY_BYTES * (self.directory_width + 4) + CENTRE_BYTES * self.centre_dim
+        rows = self.num_heads * head_bytes + self.chain_width * ENTRY_BYTES
         return rows + self.half_empty_leaves * _leaf_bytes(self.leaf_entries) + SLOT_FIXED_BYTES
 
     @property

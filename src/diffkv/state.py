@@ -4,7 +4,7 @@ No logic lives here. Who creates them out of a memory budget: `pool`. Who change
 of `reference` and `kernels`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,13 +40,21 @@ def sizes_of(names: str, pool: object) -> tuple[int, ...]:
     return tuple(int(x) if x.isdigit() else getattr(pool, x) for x in names.split())
 
 
-_U8, _I32, _I64, _F32 = torch.uint8, torch.int32, torch.int64, torch.float32
+_U8, _I32, _I64 = torch.uint8, torch.int32, torch.int64
+_F32, _BF16 = torch.float32, torch.bfloat16
 _HEADS = "num_slots num_layers num_kv_heads"
 
 TENSORS = {
     "overruns": TensorSpec(_I32, "1", 0, "plans that wanted more pages than were free"),
-    "thresholds": TensorSpec(_F32, "num_slots 2", 0, "(alpha_high, alpha_low) of each request"),
-    "prompt_lens": TensorSpec(_I32, "num_slots", 0, "tokens of each request's prompt"),
+    "thresholds": TensorSpec(_F32, "num_slots 2", 0, "(alpha_high, alpha_low) of each open row"),
+    "prompt_lens": TensorSpec(
+        _I32, "num_slots", 0, "tokens of the prompt of each open row's request"
+    ),
+    "chains": TensorSpec(_I32, "num_slots chain_width", -1, "closed rows before each open row"),
+    "chain_lens": TensorSpec(_I32, "num_slots", 0, "how many there are"),
+    "centres": TensorSpec(
+        _BF16, f"{_HEADS} centre_dim", 0, "what was subtracted from a row's keys"
+    ),
     "directory": TensorSpec(_I32, f"{_HEADS} directory_width", -1, "ids of each head's leaves"),
     "num_tokens": TensorSpec(_I32, f"{_HEADS} 2", 0, "kept tokens by tier (high, low)"),
     "num_pages_held": TensorSpec(_I32, f"{_HEADS} 2", 0, "pages by tier (high, low)"),
@@ -67,7 +75,16 @@ Allocation, the kernels' checks, the struct of the C++ kernels and the tests are
 class PoolState:
     """A pool of pages and the tables of all layers of a model, on one device.
 
-    Its tensors are described in `TENSORS`. A head's page table has two levels, so that it is about as
+    Its tensors are described in `TENSORS`. Tables are of rows: a row is a range of tokens of one
+    sequence, and its slot says where its tables are. A request has one open row, and before it a chain
+    of closed ones, which never change and which other requests may share: row `chains[slot, k]` for k
+    below `chain_lens[slot]`, first tokens first.
+
+    Keys are stored as their difference from `centres` of their row, layer and head, where `centre_dim`
+    is not 0. No result knows: reading adds it, and to attend among a row's keys is to add the product
+    of query and centre to all of its scores.
+
+    A head's page table has two levels, so that it is about as
     large as what the head holds: its row of the directory names leaves, and a leaf names pages of one
     tier. Page `number` of a tier is entry `number % leaf_entries`, a power of two, of the tier's leaf
     `number // leaf_entries`. High leaves stand in a row from the left, low ones from the right (the k-th
@@ -92,6 +109,9 @@ class PoolState:
     overruns: Tensor
     thresholds: Tensor
     prompt_lens: Tensor
+    chains: Tensor
+    chain_lens: Tensor
+    centres: Tensor
     directory: Tensor
     num_tokens: Tensor
     num_pages_held: Tensor
@@ -114,7 +134,7 @@ class PoolState:
 
     @property
     def num_slots(self) -> int:
-        """Requests that can run at once."""
+        """Rows that there can be at once, open and closed."""
         return self.directory.shape[0]
 
     @property
@@ -131,6 +151,16 @@ class PoolState:
     def directory_width(self) -> int:
         """Leaves that a head can have."""
         return self.directory.shape[3]
+
+    @property
+    def chain_width(self) -> int:
+        """Closed rows that a request can have."""
+        return self.chains.shape[1]
+
+    @property
+    def centre_dim(self) -> int:
+        """Elements of a centre: head_dim, or 0 where there are none."""
+        return self.centres.shape[3]
 
     @property
     def num_leaves(self) -> int:
@@ -151,6 +181,13 @@ class PoolState:
     def max_pages(self) -> int:
         """Most pages that a head's leaves can name."""
         return self.directory_width * self.leaf_entries
+
+    def exact(self) -> "PoolState":
+        """The same tensors for rows whose tokens are as the model made them, all in the high tier.
+
+        Operations work on it as on any state, as long as they are only given such rows.
+        """
+        return replace(self, layout=self.layout.exact(), centres=self.centres[..., :0])
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from diffkv.policy import HIGH, LOW, decode_action, decode_candidates, num_queries_seen, threshold
-from diffkv.reference.pages import enter_page, page_id, read_token, segment, write_token
+from diffkv.reference.pages import (
+    centre_of,
+    centred,
+    enter_page,
+    page_id,
+    read_token,
+    segment,
+    write_token,
+)
 from diffkv.reference.ring import take
 from diffkv.state import DecodePlan, PoolState
 
@@ -141,22 +149,22 @@ def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: T
             if low_page >= 0:
                 k, v, total, position = read_token(state, HIGH, (page, index), torch.float32)
                 write_token(state, LOW, (low_page, low_index), (k, v), (total, position))
-            score = 0.0, int(plan.positions[r])
-            write_token(state, HIGH, (page, index), (key[r, head], value[r, head]), score)
+            vectors = centred(state, (slot, layer, head), key[r, head]), value[r, head]
+            write_token(state, HIGH, (page, index), vectors, (0.0, int(plan.positions[r])))
 
 
 def attend(
     state: PoolState, layer: int, slots: Tensor, query: Tensor, scale: float, output: Tensor
 ) -> None:
-    """Attention of one query token per request over all its kept tokens, both tiers.
+    """Attention of one query token per request over all its kept tokens, both tiers of all its rows.
 
-    Every kept token's sum grows by the max over the group's query heads of its probability, in the
-    tiers that are tracked.
+    Every kept token of the open row gets the max over the group's query heads of its probability added
+    to its sum, in the tiers that are tracked. Closed rows, which may be shared, do not change.
 
     Args:
-        state: the sums in the pages change.
+        state: the sums in the pages of open rows change.
         layer: number of the layer.
-        slots: [R] int32, -1 for a row that is no request; its output is 0.
+        slots: [R] int32, the open rows; -1 for a row that is no request, whose output is 0.
         query: [R, num_q_heads, head_dim], the model's dtype.
         scale: softmax scale.
         output: [R, num_q_heads, head_dim], the model's dtype, written.
@@ -165,20 +173,38 @@ def attend(
     output.zero_()
     for r, slot in enumerate(slots.tolist()):
         for head in range(state.num_kv_heads) if slot >= 0 else ():
-            places = [
-                (tier, place)
-                for tier in range(len(state.layout.tiers))
-                for place in _tokens(state, (slot, layer, head), tier)
-            ]
-            if not places:
+            rows = [*state.chains[slot, : int(state.chain_lens[slot])].tolist(), slot]
+            heads = slice(head * group, (head + 1) * group)
+            read = [_read_row(state, (row, layer, head)) for row in rows]
+            k, v = (torch.cat([vectors[i] for vectors in read]) for i in range(2))
+            if not len(k):
                 continue
-            read = [read_token(state, tier, place, torch.float32) for tier, place in places]
-            k = torch.stack([token[0] for token in read])
-            v = torch.stack([token[1] for token in read])
-            q = query[r, head * group : (head + 1) * group].float()
-            probs = ((q @ k.T) * scale).softmax(-1)  # [group, kept tokens]
-            output[r, head * group : (head + 1) * group] = (probs @ v).to(output.dtype)
-            for (tier, (page, index)), p in zip(places, probs.amax(0).tolist(), strict=True):
-                layout = state.layout.tiers[tier]
-                if layout.tracked:
-                    segment(state, page, layout.sums + index * 4, 1, torch.float32)[0] += p
+            probs = ((query[r, heads].float() @ k.T) * scale).softmax(-1)  # [group, kept tokens]
+            output[r, heads] = (probs @ v).to(output.dtype)
+            _add_sums(state, (slot, layer, head), probs.amax(0))
+
+
+def _read_row(state: PoolState, row: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Keys and values that (slot, layer, head) keeps: [n, head_dim] float32 each."""
+    read = [
+        read_token(state, tier, place, torch.float32)
+        for tier in range(len(state.layout.tiers))
+        for place in _tokens(state, row, tier)
+    ]
+    none = torch.zeros(0, state.layout.head_dim)
+    if not read:
+        return none, none
+    centre = centre_of(state, row)
+    return torch.stack([token[0] + centre for token in read]), torch.stack([t[1] for t in read])
+
+
+def _add_sums(state: PoolState, row: tuple[int, int, int], probs: Tensor) -> None:
+    """Add the last ones of some probabilities to the sums of the tokens of (slot, layer, head)."""
+    places = [
+        (layout, place)
+        for tier, layout in enumerate(state.layout.tiers)
+        for place in _tokens(state, row, tier)
+    ]
+    for (layout, (page, index)), p in zip(places, probs[len(probs) - len(places) :], strict=True):
+        if layout.tracked:
+            segment(state, page, layout.sums + index * 4, 1, torch.float32)[0] += p

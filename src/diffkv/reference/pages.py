@@ -11,6 +11,8 @@ from diffkv.state import PoolState
 from diffkv.tier import TierLayout
 
 __all__ = [
+    "centre_of",
+    "centred",
     "directory_column",
     "enter_page",
     "page_id",
@@ -45,6 +47,18 @@ def page_ids(state: PoolState, row: tuple[int, int, int], tier: int) -> Tensor:
     number = torch.arange(int(state.num_pages_held[(*row, tier)]), device=state.leaves.device)
     columns = directory_column(state, tier, number // state.leaf_entries)
     return state.leaves[state.directory[row][columns].long(), number % state.leaf_entries].long()
+
+
+def centre_of(state: PoolState, row: tuple[int, int, int]) -> Tensor:
+    """[head_dim] float32: what was subtracted from the keys of (slot, layer, head)."""
+    if state.centre_dim:
+        return state.centres[row].float()
+    return torch.zeros(state.layout.head_dim, device=state.centres.device)
+
+
+def centred(state: PoolState, row: tuple[int, int, int], key: Tensor) -> Tensor:
+    """A key of (slot, layer, head) less the centre in float32; where there is none, as it is."""
+    return key.float() - centre_of(state, row) if state.centre_dim else key
 
 
 def enter_page(state: PoolState, row: tuple[int, int, int], tier: int, page: int) -> None:

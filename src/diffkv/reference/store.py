@@ -5,6 +5,8 @@ from torch import Tensor
 
 from diffkv.policy import DROPPED, HIGH, LOW
 from diffkv.reference.pages import (
+    centre_of,
+    centred,
     directory_column,
     enter_page,
     page_id,
@@ -23,6 +25,7 @@ def store_prompt(
 ) -> None:
     """Append tokens to the pages of their slots, each to the tier that was chosen for it.
 
+    Keys are stored as their difference, in float32, from the centre of their row, where it has one.
     Pages are taken as needed, exactly: one plan for all heads of all requests, in the order (request,
     head, tier). Within a tier tokens keep their order. A slot of -1 is skipped. Too few free pages:
     counted in `overruns`, and nothing is stored.
@@ -59,7 +62,10 @@ def store_prompt(
                 tier = int(tiers[head, i])
                 if tier != DROPPED:
                     place = _next_place(state, (slot, layer, head, tier))
-                    vectors = tokens.key[i, head], tokens.value[i, head]
+                    vectors = (
+                        centred(state, (slot, layer, head), tokens.key[i, head]),
+                        tokens.value[i, head],
+                    )
                     score = float(sums[head, i]), int(tokens.positions[i])
                     write_token(state, tier, place, vectors, score)
 
@@ -73,40 +79,42 @@ def _next_place(state: PoolState, head: tuple[int, int, int, int]) -> tuple[int,
 
 
 def gather(
-    state: PoolState, layer: int, slot: int, max_tokens: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read back the tokens that one request keeps in one layer: high ones first, in page order.
+    state: PoolState,
+    layer: int,
+    slots: Tensor,
+    starts: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiers: Tensor,
+) -> None:
+    """Read back the tokens that some rows keep in one layer: of each, high ones first, in page order.
+
+    Centres are added in float32. A row's place may be longer than what a head keeps: what follows is 0.
 
     Args:
         state: not modified.
         layer: number of the layer.
-        slot: slot of the request.
-        max_tokens: at least as many as any head keeps.
-
-    Returns:
-        key: [num_kv_heads, max_tokens, head_dim], the model's dtype; 0 past a head's last token.
+        slots: [C] int32, the rows; none is -1.
+        starts: [C] int32, where the place of each row's tokens begins: it ends where the next one's
+            begins, and the last one at N. In order, none shorter than any head keeps.
+        key: [N, num_kv_heads, head_dim], the model's dtype, written from the first place on.
         value: likewise.
-        positions: [num_kv_heads, max_tokens] int32, -1 past a head's last token, and for tokens
-            of a tier that is not tracked. `tiers` says which tokens there are.
-        tiers: [num_kv_heads, max_tokens] int8, HIGH or LOW, DROPPED past a head's last token.
+        tiers: [num_kv_heads, N] int8, written: HIGH or LOW, and DROPPED past a head's last token.
     """
-    shape = (state.num_kv_heads, max_tokens)
-    device = state.pages.device
-    key = torch.zeros(*shape, state.layout.head_dim, dtype=state.dtype, device=device)
-    value = torch.zeros_like(key)
-    positions = torch.full(shape, -1, dtype=torch.int32, device=device)
-    tiers = torch.full(shape, DROPPED, dtype=torch.int8, device=device)
-    for head in range(state.num_kv_heads):
-        n = 0
-        for tier in (HIGH, LOW)[: len(state.layout.tiers)]:
-            per_page = state.layout.tiers[tier].tokens_per_page
-            for k in range(int(state.num_tokens[slot, layer, head, tier])):
-                place = page_id(state, (slot, layer, head), tier, k // per_page), k % per_page
-                k_vector, v_vector, _, position = read_token(state, tier, place, state.dtype)
-                key[head, n], value[head, n] = k_vector, v_vector
-                positions[head, n], tiers[head, n] = position, tier
-                n += 1
-    return key, value, positions, tiers
+    ends = [*starts.tolist()[1:], len(key)]
+    for slot, start, end in zip(slots.tolist(), starts.tolist(), ends, strict=True):
+        key[start:end], value[start:end], tiers[:, start:end] = 0, 0, DROPPED
+        for head in range(state.num_kv_heads):
+            n = start
+            for tier in (HIGH, LOW)[: len(state.layout.tiers)]:
+                per_page = state.layout.tiers[tier].tokens_per_page
+                for k in range(int(state.num_tokens[slot, layer, head, tier])):
+                    place = page_id(state, (slot, layer, head), tier, k // per_page), k % per_page
+                    k_vector, v_vector, _, _ = read_token(state, tier, place, torch.float32)
+                    k_vector = k_vector + centre_of(state, (slot, layer, head))
+                    key[n, head], value[n, head] = k_vector.to(key.dtype), v_vector.to(key.dtype)
+                    tiers[head, n] = tier
+                    n += 1
 
 
 def release(state: PoolState, slots: Tensor, layer: int) -> None:
