@@ -4,6 +4,7 @@ Knows requests only as slots and no engine at all.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class DiffKVCache:
         scale: softmax scale.
         policy: decides the tiers of prompts.
         prefill: exact attention of prompts.
+        segment: tokens after which a prompt is decided and its row closed; 0: prompts are decided whole.
         signs: signs of the rotation that spreads outliers of queries, keys and values
             (`diffkv.rotation`); None for none.
     """
@@ -41,6 +43,7 @@ class DiffKVCache:
         policy: Policy = PAPER,
         prefill: Prefill = torch_prefill,
         signs: Tensor | None = None,
+        segment: int = 0,
     ) -> None:
         self.state = state
         self._ops = ops
@@ -48,7 +51,7 @@ class DiffKVCache:
         self._policy = policy
         self._device = state.pages.device
         self._rotator = Rotator(ops, signs)
-        self._prompts = PromptPath(state, ops, scale, policy, prefill, self._rotator)
+        self._prompts = PromptPath(state, ops, scale, policy, prefill, self._rotator, segment)
 
     def warm_up(self, num_q_heads: int) -> None:
         """Run every operation once on nothing, so that compiling does not delay the first request.
@@ -70,20 +73,29 @@ class DiffKVCache:
         plan = self._ops.plan_decode(state, nobody, torch.ones_like(nobody))
         self._ops.append(state, 0, plan, key, key)
         self._ops.attend(state, 0, nobody, query, self._scale, torch.empty_like(query))
-        self._ops.gather(state, 0, 0, 1)
+        exact = replace(tokens, slots=nobody)
+        self._ops.store_prompt(self._prompts.exact, 0, exact, tiers, sums)
+        for each in (state, self._prompts.exact):
+            first = self._slot_tensor([0])
+            self._ops.gather(each, 0, first, first, key, torch.empty_like(key), tiers.clone())
         self._ops.release(state, nobody, -1)
 
     def open(
-        self, slot: int, prompt_len: int, thresholds: Thresholds, max_pages: int | None = None
+        self,
+        slot: int,
+        prompt_len: int,
+        thresholds: Thresholds,
+        chain: Sequence[int] = (),
+        starts: Sequence[int] = (0,),
     ) -> None:
         """Begin a request in an empty slot. A policy without thresholds lets go of them.
 
         Args:
-            slot: number of the slot.
-            prompt_len: tokens of the prompt.
+            slot: slot of its open row.
+            prompt_len: tokens of the prompt, those of closed rows included.
             thresholds: the request's thresholds.
-            max_pages: most pages that the prompt may take in all layers. One that needs more is over
-                its limit: it attends as ever, but keeps no page. None: as many as it needs.
+            chain: closed rows that hold its first tokens.
+            starts: where the tokens of each of them begin, and where the open row's do.
 
         Raises:
             ValueError: the slot is not empty, or alpha_low is above 0 and the layout does not drop.
@@ -94,17 +106,21 @@ class DiffKVCache:
             thresholds = Thresholds()
         if thresholds.alpha_low > 0 and not self.state.layout.drops:
             raise ValueError(f"alpha_low must be 0 without drops, got {thresholds.alpha_low}")
-        self._prompts.open(slot, thresholds, max_pages)
+        self._prompts.open(slot, thresholds, chain, starts)
         self.state.prompt_lens[slot] = prompt_len
         self.state.thresholds[slot, 0] = thresholds.alpha_high
         self.state.thresholds[slot, 1] = thresholds.alpha_low
 
-    def close(self, slots: Sequence[int]) -> None:
-        """End requests: all their pages are free again."""
+    def end(self, slots: Sequence[int]) -> None:
+        """End requests; their rows stay as they are until they are released."""
+        for slot in slots:
+            self._prompts.end(slot)
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Give up rows, closed ones or those of requests that ended: all their pages are free again."""
         if not slots:
             return
-        for slot in slots:
-            self._prompts.close(slot)
+        self.end(slots)
         self._ops.release(self.state, self._slot_tensor(slots), -1)
 
     def compresses(self, chunk: PromptChunk) -> bool:
@@ -114,10 +130,6 @@ class DiffKVCache:
     def range_problem(self) -> str | None:
         """What the formats cannot hold of the first prompts, in a line, or None; once, after a step."""
         return self._prompts.value_range.problem()
-
-    def over_limit(self, slot: int) -> bool:
-        """Whether a request's prompt needed more pages than it may take."""
-        return self._prompts.over_limit(slot)
 
     def plan(
         self,
@@ -129,7 +141,8 @@ class DiffKVCache:
         """Plan a step: decide for all layers what the generated tokens replace.
 
         Args:
-            prompts: chunks of prompts in this step.
+            prompts: chunks of prompts in this step; of those that complete segments, the closed rows
+                are part of their requests' chains from here on.
             decode_rows: rows of the batch that are generated tokens.
             slots: [R] int32, request of each of those rows; -1 for padding.
             seq_lens: [R] int32, tokens of each request with the new one.

@@ -93,6 +93,11 @@ class Thresholds:
             )
         return cls(low, low)
 
+    def of_part(self, num_tokens: int, of: int) -> "Thresholds":
+        """The thresholds that `num_tokens` tokens are decided by as if they were `of`."""
+        share = num_tokens / of
+        return Thresholds(self.alpha_high * share, self.alpha_low * share)
+
     def for_tiers(self, has_low: bool) -> "Thresholds":
         """The thresholds with, or without, a low tier.
 

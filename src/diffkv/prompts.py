@@ -1,24 +1,38 @@
 """The way of prompts into the cache: exact attention, then tiers by the attention received.
 
-Prompts may come in chunks: earlier chunks are stored all high, undecided; the last one decides for the
-whole prompt, as if it had come at once. The queries that score a prompt wait for it here.
+A prompt is decided segment by segment. What is complete becomes a closed row, and later segments read
+it as it is stored, so that it makes no difference who computed it, and when. Tokens of a segment that is
+not complete wait for the rest of it as the model made them, in pages of the open row; so do the queries
+that score it.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
+from itertools import accumulate, zip_longest
 
 import torch
 from torch import Tensor
 
-from diffkv import pool
 from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.policies import Policy
 from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds
 from diffkv.prefill import Prefill
+from diffkv.reading import HeadPacking, Seen
 from diffkv.rotator import Rotator
-from diffkv.state import PoolState, PromptTokens
-from diffkv.steps import Packing, PromptChunk, PromptPlan, Scoring, joined, on_device
+from diffkv.segments import cuts, next_end
+from diffkv.state import PoolState
+from diffkv.steps import (
+    Completion,
+    Part,
+    PromptChunk,
+    PromptPlan,
+    RowPlaces,
+    Scoring,
+    Wave,
+    joined,
+    spans_of,
+)
 from diffkv.value_range import ValueRange
 
 __all__ = ["PromptPath"]
@@ -28,6 +42,23 @@ def _fewest_bits(layout: PageLayout) -> tuple[int, int]:
     """Bits of keys and of values, in the tiers that have fewest."""
     formats = [tier.format for tier in layout.tiers]
     return min(f.k_bits for f in formats), min(f.v_bits for f in formats)
+
+
+@dataclass
+class _Request:
+    """A request with an open row.
+
+    Attributes:
+        thresholds: as they are with the tiers that there are.
+        chain: its closed rows.
+        starts: where the tokens of each begin, and where those of the open row do.
+        queries: by layer, the rotated queries of early chunks that score the segment.
+    """
+
+    thresholds: Thresholds
+    chain: tuple[int, ...]
+    starts: tuple[int, ...]
+    queries: dict[int, Tensor] = field(default_factory=dict)
 
 
 class PromptPath:
@@ -44,58 +75,118 @@ class PromptPath:
         policy: Policy,
         prefill: Prefill,
         rotator: Rotator,
+        segment: int,
     ) -> None:
         self._state = state
+        self.exact = state.exact()
         self._ops = ops
         self._scale = scale
         self._policy = policy
         self._prefill = prefill
         self._rotator = rotator
+        self._segment = segment
         self._device = state.pages.device
-        self._thresholds: dict[int, Thresholds] = {}
-        self._limits: dict[int, int] = {}
-        self._over_limit: set[int] = set()
-        self._carried_queries: dict[tuple[int, int], Tensor] = {}
-        self.value_range = ValueRange(state.num_layers, self._device, *_fewest_bits(state.layout))
+        self._requests: dict[int, _Request] = {}
+        bits = _fewest_bits(state.layout)
+        self.value_range = ValueRange(state.num_layers, self._device, *bits, bool(state.centre_dim))
 
     def __contains__(self, slot: int) -> bool:
         """Whether a slot has a request."""
-        return slot in self._thresholds
+        return slot in self._requests
 
-    def open(self, slot: int, thresholds: Thresholds, max_pages: int | None) -> None:
+    def open(
+        self, slot: int, thresholds: Thresholds, chain: Sequence[int], starts: Sequence[int]
+    ) -> None:
         """Begin a request, see `DiffKVCache.open`."""
-        self._thresholds[slot] = thresholds
-        if max_pages is not None:
-            self._limits[slot] = max_pages
+        tiers = thresholds.for_tiers(self._state.layout.low is not None)
+        self._requests[slot] = _Request(tiers, (), (0,))
+        self._extend(slot, chain, starts[1:])
 
-    def close(self, slot: int) -> None:
+    def end(self, slot: int) -> None:
         """Forget a request."""
-        del self._thresholds[slot]
-        self._limits.pop(slot, None)
-        self._over_limit.discard(slot)
-        for layer in range(self._state.num_layers):
-            self._carried_queries.pop((slot, layer), None)
+        self._requests.pop(slot, None)
 
-    def over_limit(self, slot: int) -> bool:
-        """Whether a request's prompt needed more pages than it may take."""
-        return slot in self._over_limit
+    def _extend(self, slot: int, rows: Sequence[int], ends: Sequence[int]) -> None:
+        """Add closed rows to a request's chain."""
+        request, state = self._requests[slot], self._state
+        request.chain = (*request.chain, *rows)
+        request.starts = (*request.starts, *ends)
+        num = len(request.chain)
+        if num > state.chain_width:
+            raise ValueError(f"a request can have {state.chain_width} closed rows, got {num}")
+        if rows:
+            new = torch.tensor(rows, dtype=torch.int32).to(self._device, non_blocking=True)
+            state.chains[slot, num - len(rows) : num] = new
+        state.chain_lens[slot] = num
 
     def compresses(self, chunk: PromptChunk) -> bool:
-        """Whether a prompt's tokens are sorted into tiers with this chunk."""
-        return chunk.is_last and self._decides(chunk)
-
-    def _decides(self, chunk: PromptChunk) -> bool:
-        """Whether a prompt's tokens are sorted into tiers."""
-        return self._policy.decides(self._thresholds_of(chunk.slot))
-
-    def _thresholds_of(self, slot: int) -> Thresholds:
-        """A request's thresholds as they are with the tiers that there are."""
-        return self._thresholds[slot].for_tiers(self._state.layout.low is not None)
+        """Whether a prompt is complete with this chunk, and its tokens are sorted into tiers."""
+        return chunk.is_last and self._policy.decides(self._requests[chunk.slot].thresholds)
 
     def plan(self, chunks: Sequence[PromptChunk]) -> PromptPlan:
-        """Plan some chunks for all layers. A prompt over its limit is decided, and not stored."""
-        decided = [self._thresholds_of(c.slot) if self.compresses(c) else None for c in chunks]
-        return PromptPlan.of(chunks, decided, self._policy, self._state.window, self._device)
+        """Plan some chunks for all layers; chains grow by the rows that they complete.
+
+        Raises:
+            ValueError: a chunk does not name a slot for each row that it completes.
+        """
+        starts = [0, *accumulate(chunk.num_new for chunk in chunks)]
+        by_chunk = [self._parts(c, s) for c, s in zip(chunks, starts, strict=False)]
+        waves = (
+            Wave.of(
+                [part for part in parts if part is not None],
+                self._policy,
+                self._state.window,
+                bool(self._state.centre_dim),
+                self._device,
+            )
+            for parts in zip_longest(*by_chunk)
+        )
+        return PromptPlan(spans_of([c.span for c in chunks], self._device), tuple(waves))
+
+    def _parts(self, chunk: PromptChunk, start: int) -> list[Part]:
+        """A chunk's parts; `start` is where its tokens are among those of the plan."""
+        request, parts = self._requests[chunk.slot], []
+        bounds = cuts(request.starts[-1], chunk.num_stored, chunk.end, self._segment)
+        if sum(closes for *_, closes in bounds) != len(chunk.closing):
+            raise ValueError(
+                f"the rows {chunk.closing} are not as many as are complete in {bounds}"
+            )
+        decides = self._policy.decides(request.thresholds)
+        closing = iter(chunk.closing)
+        for first, stop, closes in bounds:
+            target = next(closing) if closes else None
+            if not closes and stop == chunk.prompt_len:
+                target = chunk.slot
+            row_end = next_end(request.starts[-1], self._segment) or chunk.prompt_len
+            parts.append(
+                Part(
+                    chunk.slot,
+                    request.chain,
+                    request.starts,
+                    first,
+                    stop,
+                    chunk.end,
+                    min(row_end, chunk.prompt_len),
+                    target,
+                    stop == chunk.prompt_len,
+                    request.thresholds if decides else None,
+                    slice(start + first - chunk.num_stored, start + stop - chunk.num_stored),
+                    self._places(request.chain, request.starts) if first else None,
+                    self._places([chunk.slot], [request.starts[-1], first])
+                    if first > request.starts[-1]
+                    else None,
+                    self._places([target], [request.starts[-1], stop])
+                    if target is not None and stop < chunk.end
+                    else None,
+                )
+            )
+            if closes:
+                assert target is not None
+                self._extend(chunk.slot, [target], [stop])
+        return parts
+
+    def _places(self, slots: Sequence[int], bounds: Sequence[int]) -> RowPlaces | None:
+        return RowPlaces.of(slots, bounds, self._device)
 
     def attend(
         self,
@@ -117,174 +208,210 @@ class PromptPath:
             output: [num_rows, num_q_heads, head_dim], written for the prompts' rows.
         """
         rows = plan.rows
-        query, key, value = query[rows], key[rows], value[rows]
-        rotated_key, rotated_value = self._rotator.rotate(key), self._rotator.rotate(value)
-        self.value_range.look(layer, rotated_key, rotated_value)
-        whole = self._with_stored(layer, plan, rotated_key, rotated_value)
+        vectors = query[rows], key[rows], value[rows]
+        stored = self._rotator.rotate(vectors[1]), self._rotator.rotate(vectors[2])
+        self.value_range.look(layer, *stored)
         out = output[rows]
-        if whole:
-            self._attend_chunks(plan, query, key, value, whole, out)
-        else:
-            self._prefill(query, key, value, plan.spans, self._scale, out)
+        seen: dict[int, Seen] = {}
+        for wave in plan.waves:
+            self._read(layer, wave, seen, stored)
+            self._attend_wave(wave, seen, vectors, out)
+            for completion in wave.complete:
+                self._complete(layer, completion, seen, vectors[0], stored)
+            self._wait(layer, wave, vectors[0], stored)
+            for part in wave.parts:
+                if part.end > part.stop:
+                    self._seen(layer, part, seen).close(part)
         if not isinstance(rows, slice):
             output[rows] = out
-        if plan.undecided is not None:
-            self._carry_queries(layer, plan, plan.undecided.chunks, query)
-            self._store_high(layer, plan.undecided, rotated_key, rotated_value)
-        if plan.complete is not None:
-            if plan.complete.stored_slots is None:
-                new = plan.complete.packing.rows
-                rotated_key, rotated_value = rotated_key[new], rotated_value[new]
-            else:
-                rotated_key, rotated_value = self._whole(
-                    plan, plan.complete, rotated_key, rotated_value, whole
-                )
-            queries = self._scored_queries(layer, plan, plan.complete, query)
-            self._store_decided(layer, plan.complete, queries, rotated_key, rotated_value)
 
-    def _with_stored(
-        self, layer: int, plan: PromptPlan, key: Tensor, value: Tensor
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Rotated keys and values up to its end of each chunk with earlier ones, which are read back."""
-        whole = {}
-        for chunk, span in plan.parts:
-            if chunk.num_stored:
-                k, v, _, _ = self._ops.gather(self._state, layer, chunk.slot, chunk.num_stored)
-                whole[chunk.slot] = (
-                    torch.cat([k.transpose(0, 1), key[span]]),
-                    torch.cat([v.transpose(0, 1), value[span]]),
-                )
-        return whole
+    def _read(
+        self, layer: int, wave: Wave, seen: dict[int, Seen], stored: tuple[Tensor, Tensor]
+    ) -> None:
+        """Read what parts see of earlier tokens, and add their own."""
+        for part in wave.parts:
+            if part.first:
+                earlier = self._seen(layer, part, seen)
+                earlier.add(part, stored[0][part.rows], stored[1][part.rows])
 
-    def _attend_chunks(
+    def _seen(self, layer: int, part: Part, seen: dict[int, Seen]) -> Seen:
+        """What a request's parts see in a layer; made by the first of them that asks."""
+        if part.slot not in seen:
+            seen[part.slot] = Seen(self._state, self.exact, self._ops, layer, part)
+        return seen[part.slot]
+
+    def _may_drop(self, part: Part) -> bool:
+        """Whether heads may keep different tokens of a request's closed rows."""
+        if not part.chain or part.thresholds is None:
+            return False
+        return part.thresholds.alpha_low > 0 or not self._policy.by_token
+
+    def _attend_wave(
         self,
-        plan: PromptPlan,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        whole: dict[int, tuple[Tensor, Tensor]],
+        wave: Wave,
+        seen: dict[int, Seen],
+        vectors: tuple[Tensor, Tensor, Tensor],
         output: Tensor,
     ) -> None:
-        """Attend where some chunks have earlier ones."""
+        if not any(part.first for part in wave.parts):
+            out, rows = output[wave.rows], wave.rows
+            query, key, value = (x[rows] for x in vectors)
+            self._prefill(query, key, value, wave.spans, self._scale, out)
+            if not isinstance(rows, slice):
+                output[rows] = out
+            return
+        if any(self._may_drop(part) for part in wave.parts):
+            self._attend_by_head(wave, seen, vectors, output)
+            return
         queries, keys, values = [], [], []
-        for chunk, span in plan.parts:
-            stored = whole.get(chunk.slot)
-            queries.append(query[span] if stored is None else self._rotator.rotate(query[span]))
-            keys.append(key[span] if stored is None else stored[0])
-            values.append(value[span] if stored is None else stored[1])
-        packed = joined(queries), joined(keys), joined(values)
-        self._prefill(*packed, plan.spans, self._scale, output)
-        for chunk, span in plan.parts:
-            if chunk.slot in whole:
-                self._rotator.unrotate(output[span])
+        for part in wave.parts:
+            query, key, value = (x[part.rows] for x in vectors)
+            if part.first:
+                query = self._rotator.rotate(query)
+                key, value = (x[: part.stop] for x in (seen[part.slot].key, seen[part.slot].value))
+            queries.append(query)
+            keys.append(key)
+            values.append(value)
+        packed = joined(queries)
+        out = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+        self._prefill(packed, joined(keys), joined(values), wave.spans, self._scale, out)
+        for part, attended in zip(wave.parts, out.split(wave.spans.num_queries), strict=True):
+            if part.first:
+                self._rotator.unrotate(attended)
+            output[part.rows] = attended
+
+    def _attend_by_head(
+        self,
+        wave: Wave,
+        seen: dict[int, Seen],
+        vectors: tuple[Tensor, Tensor, Tensor],
+        output: Tensor,
+    ) -> None:
+        """Attend where heads may keep different tokens: one part after the other."""
+        for part in wave.parts:
+            query, key, value = (x[part.rows] for x in vectors)
+            if not part.first:
+                alone = Wave.of([part], self._policy, self._state.window, False, self._device)
+                self._prefill(query, key, value, alone.spans, self._scale, output[part.rows])
+                continue
+            out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+            packed = HeadPacking.of(part, seen[part.slot])
+            packed.attend(self._prefill, self._rotator.rotate(query), self._scale, out)
+            self._rotator.unrotate(out)
+            output[part.rows] = out
+
+    def _complete(
+        self,
+        layer: int,
+        completion: Completion,
+        seen: dict[int, Seen],
+        query: Tensor,
+        stored: tuple[Tensor, Tensor],
+    ) -> None:
+        """Decide rows and store them, in place of what has waited."""
+        own = [self._own(part, seen, stored) for part in completion.parts]
+        key, value = joined([k for k, _ in own]), joined([v for _, v in own])
+        packing, state = completion.packing, self._state
+        if completion.scoring is None:
+            shape = (state.num_kv_heads, len(key))
+            tiers = torch.full(shape, HIGH, dtype=torch.int8, device=self._device)
+            sums = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        else:
+            queries = [self._scoring_queries(layer, part, query) for part in completion.parts]
+            sums, tiers = self._score(completion, completion.scoring, seen, stored, queries)
+        if completion.waited is not None:
+            self._ops.release(state, completion.waited, layer)
+        if completion.centring is not None:
+            completion.centring.centre(key, state.centres[:, layer])
+        self._ops.store_prompt(state, layer, packing.tokens(key, value), tiers, sums)
 
     @staticmethod
-    def _whole(
-        plan: PromptPlan,
-        scoring: Scoring,
-        key: Tensor,
-        value: Tensor,
-        whole: dict[int, tuple[Tensor, Tensor]],
+    def _own(
+        part: Part, seen: dict[int, Seen], stored: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values of complete prompts, some of which have earlier chunks."""
-        spans = {chunk.slot: span for chunk, span in plan.parts}
-        slots = [chunk.slot for chunk in scoring.packing.chunks]
-        pairs = [whole.get(slot) or (key[spans[slot]], value[spans[slot]]) for slot in slots]
-        return joined([k for k, _ in pairs]), joined([v for _, v in pairs])
+        """Rotated keys and values of a part's row."""
+        if not part.first:
+            return stored[0][part.rows], stored[1][part.rows]
+        row = slice(part.start, part.stop)
+        return seen[part.slot].key[row], seen[part.slot].value[row]
 
-    def _carry_queries(
-        self, layer: int, plan: PromptPlan, chunks: Sequence[PromptChunk], query: Tensor
-    ) -> None:
-        """Keep those queries of early chunks that are among the ones that score their prompts."""
-        undecided = {chunk.slot for chunk in chunks}
-        for chunk, span in plan.parts:
-            first = max(chunk.num_stored, chunk.prompt_len - self._policy.scored_queries)
-            scored = chunk.end - first
-            if chunk.slot not in undecided or chunk.is_last or scored <= 0:
-                continue
-            if self._decides(chunk):
-                latest = self._rotator.rotate(query[span.stop - scored : span.stop])
-                earlier = self._carried_queries.get((chunk.slot, layer))
-                self._carried_queries[chunk.slot, layer] = (
-                    latest.clone() if earlier is None else torch.cat([earlier, latest])
-                )
-
-    def _scored_queries(
-        self, layer: int, plan: PromptPlan, scoring: Scoring, query: Tensor
-    ) -> Tensor:
-        """The rotated queries that score complete prompts, those of earlier chunks included."""
-        if scoring.query_rows is not None:
-            return self._rotator.rotate(query[scoring.query_rows])
-        spans = {chunk.slot: span for chunk, span in plan.parts}
-        queries = []
-        for chunk in scoring.packing.chunks:
-            scored, span = self._policy.scored_queries, spans[chunk.slot]
-            latest = self._rotator.rotate(query[max(span.start, span.stop - scored) : span.stop])
-            earlier = self._carried_queries.pop((chunk.slot, layer), None)
-            queries.append(latest if earlier is None else torch.cat([earlier, latest]))
-        return joined(queries)
-
-    def _store_high(self, layer: int, packing: Packing, key: Tensor, value: Tensor) -> None:
-        key, value = key[packing.rows], value[packing.rows]
-        shape = (self._state.num_kv_heads, len(key))
-        tiers = torch.full(shape, HIGH, dtype=torch.int8, device=self._device)
-        sums = torch.zeros(shape, dtype=torch.float32, device=self._device)
-        tokens = self._within_limit(packing, packing.tokens(key, value))
-        self._ops.store_prompt(self._state, layer, tokens, tiers, sums)
-
-    def _store_decided(
-        self, layer: int, scoring: Scoring, query: Tensor, key: Tensor, value: Tensor
-    ) -> None:
-        """Score whole prompts, choose their tiers and store them, in place of what was stored."""
-        packing = scoring.packing
-        sums = self._ops.significance(
-            query, key, scoring.query_starts, packing.starts, self._scale, scoring.max_queries
-        )
+    def _score(
+        self,
+        completion: Completion,
+        scoring: Scoring,
+        seen: dict[int, Seen],
+        stored: tuple[Tensor, Tensor],
+        queries: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Sums and tiers of complete rows: [num_kv_heads, N] each."""
+        parts, policy = completion.parts, self._policy
+        if any(part.first and self._may_drop(part) for part in parts):
+            sums = torch.cat(
+                [
+                    self._sums_by_head(part, seen, stored, q)
+                    for part, q in zip(parts, queries, strict=True)
+                ],
+                1,
+            )
+        else:
+            keys = [seen[p.slot].key[: p.stop] if p.first else stored[0][p.rows] for p in parts]
+            starts = scoring.query_starts, scoring.key_starts
+            every = self._ops.significance(
+                joined(queries), joined(keys), *starts, self._scale, scoring.max_queries
+            )
+            sums = every[:, scoring.own].contiguous()
         means = sums / scoring.num_scored
-        if self._policy.scored_queries != SCORED_QUERIES:
+        if policy.scored_queries != SCORED_QUERIES:
             # Decode divides by `num_seen`, whoever has scored the prompt
             sums = means * scoring.num_seen
         if scoring.bounds is not None:
-            tiers = scoring.bounds.tiers(means)
-        else:
-            tiers = self._tiers(packing, means, key)
-        self._keep_limits(packing, tiers)
-        tokens = self._within_limit(packing, packing.tokens(key, value))
-        if scoring.stored_slots is not None:
-            self._ops.release(self._state, scoring.stored_slots, layer)
-        self._ops.store_prompt(self._state, layer, tokens, tiers, sums)
+            return sums, scoring.bounds.tiers(means)
+        lengths = [part.length for part in parts]
+        keys = [self._own(part, seen, stored)[0] for part in parts]
+        tiers = [
+            policy.decide(mean, key, p.thresholds.of_part(p.length, p.stop), self._state.window)
+            for p, mean, key in zip(parts, means.split(lengths, 1), keys, strict=True)
+            if p.thresholds is not None
+        ]
+        return sums, torch.cat(tiers, 1)
 
-    def _tiers(self, packing: Packing, means: Tensor, key: Tensor) -> Tensor:
-        """Tiers by a policy that looks at one prompt at a time."""
-        tiers = torch.empty(means.shape, dtype=torch.int8, device=means.device)
-        start = 0
-        for chunk in packing.chunks:
-            span = slice(start, start + chunk.prompt_len)
-            thresholds = self._thresholds_of(chunk.slot)
-            tiers[:, span] = self._policy.decide(
-                means[:, span], key[span], thresholds, self._state.window
-            )
-            start = span.stop
-        return tiers
+    def _sums_by_head(
+        self, part: Part, seen: dict[int, Seen], stored: tuple[Tensor, Tensor], query: Tensor
+    ) -> Tensor:
+        most = self._policy.scored_queries
+        if part.first:
+            packed = HeadPacking.of(part, seen[part.slot])
+            return packed.significance(self._ops, part, query, self._scale, most)
+        alone = Scoring.of([part], self._policy, self._state.window, self._device)
+        starts = alone.query_starts, alone.key_starts
+        return self._ops.significance(
+            query, stored[0][part.rows], *starts, self._scale, alone.max_queries
+        )
 
-    def _keep_limits(self, packing: Packing, tiers: Tensor) -> None:
-        """Take their pages from prompts that this layer would bring over their limits."""
-        start = 0
-        for chunk in packing.chunks:
-            span = slice(start, start + chunk.prompt_len)
-            start = span.stop
-            limit = self._limits.get(chunk.slot)
-            if limit is None or self.over_limit(chunk.slot):
+    def _scoring_queries(self, layer: int, part: Part, query: Tensor) -> Tensor:
+        """The rotated queries that score a complete row, those of earlier chunks included."""
+        rows = slice(
+            max(part.rows.start, part.rows.stop - self._policy.scored_queries), part.rows.stop
+        )
+        latest = self._rotator.rotate(query[rows])
+        earlier = self._requests[part.slot].queries.pop(layer, None)
+        return latest if earlier is None else torch.cat([earlier, latest])
+
+    def _wait(self, layer: int, wave: Wave, query: Tensor, stored: tuple[Tensor, Tensor]) -> None:
+        """Keep tokens for the rest of their segment, and those queries that will score it."""
+        if wave.waiting is None:
+            return
+        parts = [part for part in wave.parts if part.target is None]
+        key, value = (joined([x[part.rows] for part in parts]) for x in stored)
+        shape = (self._state.num_kv_heads, len(key))
+        tiers = torch.full(shape, HIGH, dtype=torch.int8, device=self._device)
+        sums = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        self._ops.store_prompt(self.exact, layer, wave.waiting.tokens(key, value), tiers, sums)
+        for part in parts:
+            num = part.stop - max(part.first, part.row_end - self._policy.scored_queries)
+            if part.thresholds is None or num <= 0:
                 continue
-            slot = on_device([chunk.slot], torch.int32, self._device)
-            held = int(pool.held_pages(self._state, slot))
-            if held + pool.prompt_pages(self._state.layout, tiers[:, span]) > limit:
-                self._over_limit.add(chunk.slot)
-                self._ops.release(self._state, slot, -1)
-
-    def _within_limit(self, packing: Packing, tokens: PromptTokens) -> PromptTokens:
-        """The tokens, but for those of prompts that are over their limits."""
-        if not any(self.over_limit(chunk.slot) for chunk in packing.chunks):
-            return tokens
-        kept = [-1 if self.over_limit(c.slot) else c.slot for c in packing.chunks]
-        return replace(tokens, slots=on_device(kept, torch.int32, self._device))
+            latest = self._rotator.rotate(query[part.rows.stop - num : part.rows.stop])
+            queries = self._requests[part.slot].queries
+            earlier = queries.get(layer)
+            queries[layer] = latest.clone() if earlier is None else torch.cat([earlier, latest])

@@ -6,6 +6,7 @@ All that the layers of a step have in common is put on the device once, without 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,15 @@ from diffkv.prefill import Spans
 from diffkv.state import DecodePlan, PromptTokens
 
 __all__ = [
+    "Completion",
     "Packing",
+    "Part",
     "PromptChunk",
     "PromptPlan",
+    "RowPlaces",
     "Scoring",
     "Step",
+    "Wave",
     "joined",
     "on_device",
     "spans_of",
@@ -32,16 +37,18 @@ class PromptChunk:
     """Some tokens of one request's prompt, as a span of a packed batch.
 
     Attributes:
-        slot: slot of the request.
+        slot: slot of the request's open row.
         span: rows of the batch.
-        num_stored: prompt tokens that came in earlier chunks.
+        num_stored: tokens of the request that came before, those of closed rows included.
         prompt_len: tokens of the whole prompt.
+        closing: slots for the rows whose segments are complete with this chunk.
     """
 
     slot: int
     span: slice
     num_stored: int
     prompt_len: int
+    closing: tuple[int, ...] = ()
 
     @property
     def num_new(self) -> int:
@@ -50,7 +57,7 @@ class PromptChunk:
 
     @property
     def end(self) -> int:
-        """Prompt tokens that are in the cache after this chunk."""
+        """Tokens of the request that are in the cache after this chunk."""
         return self.num_stored + self.num_new
 
     @property
@@ -60,22 +67,117 @@ class PromptChunk:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Tokens of R chunks that are stored together, N in all, one chunk after the other.
+class RowPlaces:
+    """Rows that are read back together, and where their tokens go.
 
     Attributes:
-        chunks: the chunks.
-        rows: rows of the chunks' new tokens among those of `PromptPlan`.
+        span: the place of all of them in their request.
+        slots: [C] int32.
+        starts: [C] int32, where each one's tokens begin, counted from the start of `span`.
+    """
+
+    span: slice
+    slots: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(
+        cls, slots: Sequence[int], bounds: Sequence[int], device: torch.device
+    ) -> "RowPlaces | None":
+        """Rows between neighbouring bounds; None if there are none."""
+        if not slots:
+            return None
+        places = [bound - bounds[0] for bound in bounds[:-1]]
+        return cls(
+            slice(bounds[0], bounds[-1]),
+            on_device(slots, torch.int32, device),
+            on_device(places, torch.int32, device),
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens of a chunk that belong to one segment.
+
+    Attributes:
+        slot: slot of the request's open row, where tokens wait for the rest of their segment.
+        chain: closed rows before it.
+        starts: where the tokens of each of them begin in the request, and where the open row's do.
+        first: index of the first token in its request.
+        stop: index after the last one.
+        end: index after the last token of the chunk.
+        row_end: index after the last token of the segment, or of the prompt if it ends before.
+        target: slot of the row that is complete with it; None if it has to wait.
+        is_last: whether the prompt is complete with it.
+        thresholds: those that decide the row; None if all of its tokens are high.
+        rows: where its tokens are among those of `PromptPlan`.
+        closed: the chain as it is read back, or None.
+        waited: likewise what has waited of the segment.
+        stored: likewise the row that is complete with it.
+    """
+
+    slot: int
+    chain: tuple[int, ...]
+    starts: tuple[int, ...]
+    first: int
+    stop: int
+    end: int
+    row_end: int
+    target: int | None
+    is_last: bool
+    thresholds: Thresholds | None
+    rows: slice
+    closed: RowPlaces | None
+    waited: RowPlaces | None
+    stored: RowPlaces | None
+
+    @property
+    def start(self) -> int:
+        """Index of the first token of the segment."""
+        return self.starts[-1]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the segment so far."""
+        return self.stop - self.start
+
+    @property
+    def has_waited(self) -> bool:
+        """Whether tokens of the segment came in earlier chunks."""
+        return self.first > self.start
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Tokens of R rows that are stored together, N in all, one row after the other.
+
+    Attributes:
         slots: [R] int32.
-        starts: [R + 1] int32, where each chunk's tokens start.
+        starts: [R + 1] int32, where each row's tokens start.
         positions: [N] int32, index of each token in its request.
     """
 
-    chunks: tuple[PromptChunk, ...]
-    rows: slice | Tensor
     slots: Tensor
     starts: Tensor
     positions: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        slots: Sequence[int],
+        firsts: Sequence[int],
+        lengths: Sequence[int],
+        device: torch.device,
+    ) -> "Packing":
+        """Pack the tokens from `firsts` on of some rows."""
+        starts = [0, *accumulate(lengths)]
+        offsets = [first - start for first, start in zip(firsts, starts, strict=False)]
+        each = torch.arange(starts[-1], dtype=torch.int32, device=device)
+        return cls(
+            on_device(slots, torch.int32, device),
+            on_device(starts, torch.int32, device),
+            each + _spread(offsets, torch.int32, lengths, device),
+        )
 
     def tokens(self, key: Tensor, value: Tensor) -> PromptTokens:
         """The argument of `store_prompt`: key and value are [N, num_kv_heads, head_dim]."""
@@ -84,28 +186,198 @@ class Packing:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Prompts that are complete, and what sorts their N tokens into tiers.
+    """What sorts the N tokens of complete rows into tiers.
 
     Attributes:
-        packing: whole prompts, earlier chunks included.
-        stored_slots: [.] int32, of the prompts that have earlier chunks; None if there are none.
-        query_rows: rows of the scoring queries among the tokens of `PromptPlan`; None where some came
-            in earlier chunks.
-        query_starts: [R + 1] int32, where each prompt's scoring queries start.
-        max_queries: most of one prompt.
+        query_starts: [R + 1] int32, where each row's scoring queries start.
+        key_starts: [R + 1] int32, where the tokens of each request start, those of its chain first.
+        own: where the rows' tokens are among those.
+        max_queries: most of one row.
         num_scored: [N] float32, scoring queries that saw each token.
         num_seen: [N] float32, by how many the rule divides when it decides for generated tokens.
         bounds: bounds of the means, where the policy just compares them.
     """
 
-    packing: Packing
-    stored_slots: Tensor | None
-    query_rows: slice | Tensor | None
     query_starts: Tensor
+    key_starts: Tensor
+    own: slice | Tensor
     max_queries: int
     num_scored: Tensor
     num_seen: Tensor
     bounds: TokenBounds | None
+
+    @classmethod
+    def of(
+        cls, parts: Sequence[Part], policy: Policy, window: int, device: torch.device
+    ) -> "Scoring":
+        """Put together what the rule asks of parts that complete their rows."""
+        lengths, ends = [p.length for p in parts], [p.stop for p in parts]
+        num_queries = [min(length, policy.scored_queries) for length in lengths]
+        key_ends = list(accumulate(ends))
+        own = [slice(end - length, end) for end, length in zip(key_ends, lengths, strict=True)]
+        each = torch.arange(sum(lengths), dtype=torch.int32, device=device)
+        from_end = _spread(list(accumulate(lengths)), torch.int32, lengths, device) - each
+        bounds = None
+        if policy.by_token:
+            alphas = [(t.alpha_high, t.alpha_low) for p in parts if (t := p.thresholds)]
+            least = [
+                threshold(torch.tensor(values), torch.tensor(ends)).tolist()
+                for values in zip(*alphas, strict=True)
+            ]
+            high, low = (_spread(values, torch.float32, lengths, device) for values in least)
+            bounds = TokenBounds(high, low, from_end <= window)
+        return cls(
+            on_device([0, *accumulate(num_queries)], torch.int32, device),
+            on_device([0, *key_ends], torch.int32, device),
+            spans_of(own, device),
+            max(num_queries),
+            from_end.clamp(max=policy.scored_queries).float(),
+            from_end.clamp(max=SCORED_QUERIES).float(),
+            bounds,
+        )
+
+
+@dataclass(frozen=True)
+class Centring:
+    """How the centres of complete rows follow from their keys.
+
+    Attributes:
+        slots: [R] int64.
+        lengths: [R] int64, tokens of each row.
+        starts: [R] int64, where they start.
+        left_out: [R, 1, 1] float32: 1 where a row's first token is a request's first, which attention
+            treats unlike others, so that it does not count; else 0.
+        copied: [R] int64: the closed row before one that is too short for a centre of its own, or -1.
+        copies: whether there is such a row.
+        heirs: [2, .] int64: open rows that begin empty, and those from which they have their centres.
+    """
+
+    slots: Tensor
+    lengths: Tensor
+    starts: Tensor
+    left_out: Tensor
+    copied: Tensor
+    copies: bool
+    heirs: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], window: int, device: torch.device) -> "Centring":
+        """Put together what the centres of complete rows are made from."""
+        lengths = [p.length for p in parts]
+        copied = [p.chain[-1] if p.chain and p.length < window else -1 for p in parts]
+        left_out = [float(p.start == 0 and p.length > 1) for p in parts]
+        heirs = [(p.slot, p.target or 0) for p in parts if p.is_last and p.target != p.slot]
+        return cls(
+            on_device([p.target or 0 for p in parts], torch.int64, device),
+            on_device(lengths, torch.int64, device),
+            on_device([0, *accumulate(lengths)][:-1], torch.int64, device),
+            on_device(left_out, torch.float32, device)[:, None, None],
+            on_device(copied, torch.int64, device),
+            max(copied) >= 0,
+            on_device(heirs, torch.int64, device).view(-1, 2).T,
+        )
+
+    def centre(self, key: Tensor, centres: Tensor) -> None:
+        """Note the mean key of each row as its centre.
+
+        Args:
+            key: [N, num_kv_heads, head_dim], the rows' keys as they would be stored.
+            centres: [num_slots, num_kv_heads, head_dim], of all rows in one layer; changes.
+        """
+        flat = key.flatten(1).float()
+        sums = torch.segment_reduce(flat, "sum", lengths=self.lengths, axis=0, unsafe=True)
+        sums = sums.view(-1, *key.shape[1:]) - key[self.starts].float() * self.left_out
+        means = sums / (self.lengths[:, None, None] - self.left_out)
+        if self.copies:
+            before = centres[self.copied.clamp(min=0)].float()
+            means = torch.where((self.copied >= 0)[:, None, None], before, means)
+        centres[self.slots] = means.to(centres.dtype)
+        if self.heirs.numel():
+            centres[self.heirs[0]] = centres[self.heirs[1]]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Rows of a wave that are complete, and decided in the same way.
+
+    Attributes:
+        parts: the parts that complete them.
+        packing: their tokens, earlier chunks included.
+        waited: [.] int32, open rows whose tokens have waited and are now elsewhere; None: none has.
+        centring: None where keys are stored as they are.
+        scoring: None where all tokens are high.
+    """
+
+    parts: tuple[Part, ...]
+    packing: Packing
+    waited: Tensor | None
+    centring: Centring | None
+    scoring: Scoring | None
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Parts that are attended to together: at most one of each request.
+
+    Attributes:
+        parts: the parts.
+        rows: rows of their tokens among those of `PromptPlan`.
+        spans: the parts as attention sees them where nothing is dropped.
+        waiting: tokens that have to wait; None if there are none.
+        complete: rows that are complete.
+    """
+
+    parts: tuple[Part, ...]
+    rows: slice | Tensor
+    spans: Spans
+    waiting: Packing | None
+    complete: tuple[Completion, ...]
+
+    @classmethod
+    def of(
+        cls,
+        parts: Sequence[Part],
+        policy: Policy,
+        window: int,
+        centred: bool,
+        device: torch.device,
+    ) -> "Wave":
+        """Put together what all layers ask of some parts."""
+        waiting = [p for p in parts if p.target is None]
+        decided = [p for p in parts if p.target is not None and p.thresholds is not None]
+        high = [p for p in parts if p.target is not None and p.thresholds is None]
+        packing = None
+        if waiting:
+            lengths = [p.stop - p.first for p in waiting]
+            packing = Packing.of(
+                [p.slot for p in waiting], [p.first for p in waiting], lengths, device
+            )
+        return cls(
+            tuple(parts),
+            spans_of([p.rows for p in parts], device),
+            Spans.of([p.stop - p.first for p in parts], [p.stop for p in parts], device),
+            packing,
+            tuple(
+                _completion(some, policy if some is decided else None, window, centred, device)
+                for some in (decided, high)
+                if some
+            ),
+        )
+
+
+def _completion(
+    parts: Sequence[Part], policy: Policy | None, window: int, centred: bool, device: torch.device
+) -> Completion:
+    """Rows that a policy decides, or that are all high."""
+    targets = [p.target for p in parts if p.target is not None]
+    waited = [p.slot for p in parts if p.has_waited]
+    return Completion(
+        tuple(parts),
+        Packing.of(targets, [p.start for p in parts], [p.length for p in parts], device),
+        on_device(waited, torch.int32, device) if waited else None,
+        Centring.of(parts, window, device) if centred else None,
+        Scoring.of(parts, policy, window, device) if policy is not None else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -113,57 +385,13 @@ class PromptPlan:
     """The chunks of prompts of a step; their tokens are packed one chunk after the other.
 
     Attributes:
-        chunks: the chunks.
         rows: rows of their tokens in the step's batch.
-        spans: the chunks as attention sees them, with all tokens stored before.
-        undecided: the chunks whose tokens are kept high; None if there are none.
-        complete: the prompts that are decided in this step; None if there are none.
+        waves: what is done one after the other, since a segment reads the ones before it as they are
+            stored.
     """
 
-    chunks: tuple[PromptChunk, ...]
     rows: slice | Tensor
-    spans: Spans
-    undecided: Packing | None
-    complete: Scoring | None
-
-    @property
-    def parts(self) -> list[tuple[PromptChunk, slice]]:
-        """Each chunk, and where its tokens are."""
-        ends = list(accumulate(self.spans.num_queries))
-        return [(c, slice(end - c.num_new, end)) for c, end in zip(self.chunks, ends, strict=True)]
-
-    @classmethod
-    def of(
-        cls,
-        chunks: Sequence[PromptChunk],
-        decided: Sequence[Thresholds | None],
-        policy: Policy,
-        window: int,
-        device: torch.device,
-    ) -> "PromptPlan":
-        """Put together what all layers ask of some chunks.
-
-        Args:
-            chunks: in any order of rows.
-            decided: for each chunk, the thresholds that decide the prompt; None where this chunk does
-                not complete it, or nothing is to be decided.
-            policy: policy of the cache.
-            window: recent tokens that stay high.
-            device: device of the cache.
-        """
-        spans = Spans.of([c.num_new for c in chunks], [c.end for c in chunks], device)
-        slots = [c.slot for c in chunks]
-        starts = dict(zip(slots, accumulate([0, *spans.num_queries]), strict=False))
-        pairs = list(zip(chunks, decided, strict=True))
-        early = [c for c, t in pairs if t is None]
-        complete = [(c, t) for c, t in pairs if t is not None]
-        return cls(
-            tuple(chunks),
-            spans_of([c.span for c in chunks], device),
-            spans,
-            _packing(early, starts, device, whole=False) if early else None,
-            _scoring(complete, starts, policy, window, device) if complete else None,
-        )
+    waves: tuple[Wave, ...]
 
 
 @dataclass(frozen=True)
@@ -179,66 +407,6 @@ class Step:
     prompts: PromptPlan | None
     decode_rows: slice | Tensor
     decode: DecodePlan | None
-
-
-def _packing(
-    chunks: Sequence[PromptChunk],
-    starts: dict[int, int],
-    device: torch.device,
-    whole: bool,
-) -> Packing:
-    """Pack the chunks' own tokens, or all tokens up to the chunks' ends."""
-    lengths = [c.end if whole else c.num_new for c in chunks]
-    firsts = [0 if whole else c.num_stored for c in chunks]
-    packed_starts = [0, *accumulate(lengths)]
-    offsets = [first - start for first, start in zip(firsts, packed_starts, strict=False)]
-    each = torch.arange(packed_starts[-1], dtype=torch.int32, device=device)
-    return Packing(
-        tuple(chunks),
-        spans_of([slice(starts[c.slot], starts[c.slot] + c.num_new) for c in chunks], device),
-        on_device([c.slot for c in chunks], torch.int32, device),
-        on_device(packed_starts, torch.int32, device),
-        each + _spread(offsets, torch.int32, lengths, device),
-    )
-
-
-def _scoring(
-    prompts: Sequence[tuple[PromptChunk, Thresholds]],
-    starts: dict[int, int],
-    policy: Policy,
-    window: int,
-    device: torch.device,
-) -> Scoring:
-    chunks = [c for c, _ in prompts]
-    packing = _packing(chunks, starts, device, whole=True)
-    lengths = [c.prompt_len for c in chunks]
-    num_queries = [min(length, policy.scored_queries) for length in lengths]
-    query_rows = None
-    if all(n <= c.num_new for c, n in zip(chunks, num_queries, strict=True)):
-        ends = [starts[c.slot] + c.num_new for c in chunks]
-        query_rows = spans_of(
-            [slice(end - n, end) for end, n in zip(ends, num_queries, strict=True)], device
-        )
-    stored = [c.slot for c in chunks if c.num_stored]
-    from_end = _spread(lengths, torch.int32, lengths, device) - packing.positions
-    bounds = None
-    if policy.by_token:
-        least = [
-            threshold(torch.tensor(alphas), torch.tensor(lengths)).tolist()
-            for alphas in zip(*((t.alpha_high, t.alpha_low) for _, t in prompts), strict=True)
-        ]
-        high, low = (_spread(values, torch.float32, lengths, device) for values in least)
-        bounds = TokenBounds(high, low, from_end <= window)
-    return Scoring(
-        packing,
-        on_device(stored, torch.int32, device) if stored else None,
-        query_rows,
-        on_device([0, *accumulate(num_queries)], torch.int32, device),
-        max(num_queries),
-        from_end.clamp(max=policy.scored_queries).float(),
-        from_end.clamp(max=SCORED_QUERIES).float(),
-        bounds,
-    )
 
 
 def _spread(
@@ -261,7 +429,7 @@ def spans_of(spans: Sequence[slice], device: torch.device) -> slice | Tensor:
     return each + _spread(offsets, torch.int64, lengths, device)
 
 
-def on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """[len(values)], copied without waiting for the device."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 

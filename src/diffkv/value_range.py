@@ -33,10 +33,13 @@ class ValueRange:
         device: the vectors' device.
         k_bits: fewest bits of a key in any tier.
         v_bits: fewest bits of a value in any tier.
+        centred: whether keys are stored as differences from their row's centre.
     """
 
-    def __init__(self, num_layers: int, device: torch.device, k_bits: int, v_bits: int) -> None:
-        self._k_bits, self._v_bits = k_bits, v_bits
+    def __init__(
+        self, num_layers: int, device: torch.device, k_bits: int, v_bits: int, centred: bool
+    ) -> None:
+        self._k_bits, self._v_bits, self._centred = k_bits, v_bits, centred
         self._largest = torch.zeros(num_layers, 3, device=device)
         self._looks = [0] * num_layers
         self._is_read = True
@@ -86,7 +89,7 @@ class ValueRange:
         )
 
     def _hidden(self, layer: int, common: float) -> str | None:
-        if self._k_bits == 16 or common <= COMMON * (2**self._k_bits - 1):
+        if self._k_bits == 16 or self._centred or common <= COMMON * (2**self._k_bits - 1):
             return None
         return (
             f"keys of layer {layer} have a part of norm {common:.0f} in common (a large bias, say), "
