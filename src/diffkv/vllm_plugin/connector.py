@@ -97,6 +97,10 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(message, StepMessage), f"not a message of DiffKV: {message!r}"
         self.worker.before_step(message)
 
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Requests that vLLM has to end with an error, by the blocks that are their identities."""
+        return self.worker.load_errors()
+
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Last call of a step."""
         return ReportMessage(self.worker.report())

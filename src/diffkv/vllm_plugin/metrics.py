@@ -26,13 +26,13 @@ PREFIX = "diffkv_"
 
 GAUGES = {
     "pages_total": "Pages of the pool, all ranks.",
-    "pages_free": "Pages that no request holds, all ranks.",
-    "pages_held": "Pages that running requests hold, all ranks.",
-    "tokens_high": "Tokens of running requests kept in high precision, mean over heads.",
-    "tokens_low": "Tokens of running requests kept in low precision, mean over heads.",
-    "tokens_dropped": "Tokens of running requests that were dropped, mean over heads.",
-    "bytes_per_token": "Bytes of the KV budget per token of running requests, all layers, heads "
-    "and ranks; pages, half-empty ones included, and tables.",
+    "pages_free": "Pages that hold nothing, all ranks.",
+    "pages_held": "Pages of running requests and of rows kept for later ones, all ranks.",
+    "tokens_high": "Tokens in these pages kept in high precision, mean over heads.",
+    "tokens_low": "Tokens in these pages kept in low precision, mean over heads.",
+    "tokens_dropped": "Tokens of the same rows that were dropped, mean over heads.",
+    "bytes_per_token": "Bytes of the KV budget per token of these rows, all layers, heads and "
+    "ranks; pages, half-empty ones included, and tables. A shared row counts once.",
     "compression_ratio": "Bytes of the same tokens in bf16 over those bytes.",
 }
 
@@ -42,12 +42,10 @@ _SUMMED = ("pages_total", "pages_free", "pages_held", "bytes_per_token")
 COUNTERS = {
     "demotions": "Tokens requantised from high to low precision while generating, over all heads.",
     "prompts_compressed": "Prompts whose tokens were sorted into tiers.",
-    "prompts_given_up": "Prompts that were larger than expected in a full pool, and are computed "
-    "again, all ranks.",
     "manager_seconds": "Time spent planning, releasing and reporting pages, first rank.",
 }
 
-_BY_RANK = ("demotions", "prompts_given_up")
+_BY_RANK = ("demotions",)
 """Counts of a rank's own heads; the others are counted by the first rank, for all."""
 
 HISTOGRAM = "request_compression_ratio"

@@ -30,7 +30,6 @@ class Totals:
     num_pages: int = 0
     pages_peak: int = 0
     running_peak: int = 0
-    given_up: int = 0
 
 
 class Accounts:
@@ -70,11 +69,6 @@ class Accounts:
         """Count the prompts that are decided in a step."""
         self._counters["prompts_compressed"] += num_compressed
 
-    def prompts_given_up(self, num: int) -> None:
-        """Count prompts of a step that exceeded their limit."""
-        self._totals.given_up += num
-        self._counters["prompts_given_up"] += num
-
     def step_ended(self, snapshot: Snapshot) -> None:
         """Note the state of the pool; it holds most pages right after a step."""
         before = 0 if self._snapshot is None else self._snapshot.demotions
@@ -91,17 +85,20 @@ class Accounts:
             self._ratios.append(bf16 / spent)
 
     def _add(self, totals: Totals, request: RunningRequest) -> int:
-        """Add what a request keeps to some totals, and return its bytes: 0 if it has not run."""
-        num_heads = self._shape.num_heads
-        pages = int(self._state.num_pages_held[request.slot].sum())
+        """Add what a request keeps to some totals, and return its bytes: 0 if it has not run.
+
+        Rows that it shares count as its own.
+        """
+        num_heads, rows = self._shape.num_heads, request.rows
+        pages = int(self._state.num_pages_held[rows].sum())
         if not pages:
             return 0
-        high, low = self._state.num_tokens[request.slot].sum((0, 1)).tolist()
+        high, low = self._state.num_tokens[rows].sum((0, 1, 2)).tolist()
         totals.high += high / num_heads
         totals.low += low / num_heads
         for count, tier in zip((high, low), self._state.layout.tiers, strict=False):
             totals.nominal_bits += count * tier.format.nominal_bits / num_heads
-        spent = self._shape.spent_bytes(pages, 1)
+        spent = self._shape.spent_bytes(pages, len(rows))
         totals.num_requests += 1
         totals.num_tokens += request.num_tokens
         totals.num_pages += pages
@@ -118,7 +115,7 @@ class Accounts:
             num_tokens = self._snapshot.num_tokens
             held = self._state.num_pages - self._snapshot.num_free
             if num_tokens:
-                spent = self._shape.spent_bytes(held, self._snapshot.num_requests)
+                spent = self._shape.spent_bytes(held, self._snapshot.num_rows)
                 per_token = spent / num_tokens
         return {
             "pages_total": self._state.num_pages,

@@ -3,7 +3,7 @@
 There is one in each worker process. It knows vLLM's data, not its engine.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.quant import ConfigError
 from diffkv.rotation import signs_of
+from diffkv.segments import cuts
 from diffkv.vllm_plugin.messages import PagesHeld, Started, StepMessage
 from diffkv.vllm_plugin.metrics import DiffKVStats
 from diffkv.vllm_plugin.options import Options
@@ -45,20 +46,27 @@ class BatchRows:
 
 
 @dataclass
-class _Slots:
-    """Tables of the running requests.
+class _Rows:
+    """The rows that there are, and the running requests.
 
     Attributes:
-        free: slots without a request.
-        of_block: [num_blocks] int32, each block's slot; -1 where it identifies no request.
-        prompt_lens: [num_slots + 1] int64 on the host; the last is for rows without a slot, -1.
+        of_block: [num_blocks] int32, slot of the open row of the request that it identifies,
+            or -1.
+        prompt_lens: [num_slots + 1] int64 on the host; the last is for no slot, -1.
         requests: the requests themselves, by vLLM's name.
+        lengths: tokens of each row that is closed, by its slot.
     """
 
-    free: list[int]
     of_block: Tensor
     prompt_lens: np.ndarray
     requests: dict[str, RunningRequest] = field(default_factory=dict)
+    lengths: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows, each counted once."""
+        open_rows = (request.num_tokens - request.start for request in self.requests.values())
+        return sum(open_rows) + sum(self.lengths.values())
 
 
 class WorkerCache:
@@ -104,10 +112,10 @@ class WorkerCache:
             options.prompt_policy(),
             choose_prefill(device.type, spec.dtype, spec.head_size),
             signs_of(options.rotation(), spec.head_size, device),
+            self.shape.segment,
         )
         self.accounts = Accounts(self.shape, self.state)
-        self._slots = _Slots(
-            list(range(self.shape.num_slots))[::-1],
+        self._rows = _Rows(
             torch.full((num_blocks,), -1, dtype=torch.int32, device=device),
             np.zeros(self.shape.num_slots + 1, dtype=np.int64),
         )
@@ -125,42 +133,55 @@ class WorkerCache:
         self.cache.warm_up(impls[0].num_heads)
 
     def before_step(self, message: StepMessage) -> None:
-        """Release the requests that ended, then open slots for those that start.
+        """Follow the scheduler: release rows, end requests, open rows for those that start.
 
         An ended request that never started here is ignored.
         """
         with self.accounts.managing():
-            self._end(message.ended)
+            self._end(message)
             self._start(message.started)
         self._scheduled = {}
         for name, count in message.num_tokens.items():
-            request = self._slots.requests[name]
+            request = self._rows.requests[name]
             request.num_tokens = count
+            request.closing = message.closing.get(name, ())
+            request.failed = name in message.failed
+            if request.failed:
+                self._rows.of_block[request.block_id] = -1
             self._scheduled[name] = request
         self._is_reported = False
-        self.accounts.step_began(len(self._slots.requests))
+        self.accounts.step_began(len(self._rows.requests))
         if self._plan_later is not None:
             self._plan_later()
 
-    def _end(self, ended: Iterable[str]) -> None:
-        slots = []
-        for request_id in ended:
-            request = self._slots.requests.pop(request_id, None)
+    def _end(self, message: StepMessage) -> None:
+        """Forget requests and release rows; the open rows of requests that are kept are closed now."""
+        rows = self._rows
+        for request_id in message.ended:
+            request = rows.requests.pop(request_id, None)
             if request is not None:
                 self.accounts.request_ended(request)
-                self._slots.of_block[request.block_id] = -1
-                slots.append(request.slot)
-        self.cache.close(slots)
-        self._slots.free.extend(slots)
+                rows.of_block[request.block_id] = -1
+                self.cache.end([request.slot])
+                rows.lengths[request.slot] = request.num_tokens - request.start
+        self.cache.release(message.released)
+        for slot in message.released:
+            rows.lengths.pop(slot, None)
 
     def _start(self, started: Iterable[Started]) -> None:
+        rows = self._rows
         for start in started:
-            slot = self._slots.free.pop()
-            self.cache.open(slot, start.prompt_len, start.thresholds, start.max_pages)
-            self._slots.of_block[start.block_id] = slot
-            self._slots.prompt_lens[slot] = start.prompt_len
-            request = RunningRequest(slot, start.block_id, start.prompt_len, start.epoch)
-            self._slots.requests[start.request_id] = request
+            slot, prompt_len = start.slot, start.prompt_len
+            self.cache.open(slot, prompt_len, start.thresholds, start.chain, start.starts)
+            rows.of_block[start.block_id] = slot
+            rows.prompt_lens[slot] = prompt_len
+            rows.requests[start.request_id] = RunningRequest(
+                slot, start.block_id, prompt_len, start.epoch, start.chain, start.starts[-1]
+            )
+
+    def load_errors(self) -> set[int]:
+        """Blocks of the step's requests that are too large for the whole pool."""
+        return {request.block_id for request in self._scheduled.values() if request.failed}
 
     def plan_after_message(self, plan: Callable[[], object]) -> None:
         """Have `before_step` call `plan`, unless the step is planned before a message comes."""
@@ -177,6 +198,7 @@ class WorkerCache:
         generated_rows: slice | Tensor = slice(0, len(slots))
         if any(request.is_prompt for request in self._scheduled.values()):
             prompts, generated, generated_rows = self._split(slots, rows.query_starts, seq_lens)
+            self._close(prompts)
             slots, seq_lens = slots[generated], seq_lens[generated]
         with self.accounts.managing():
             step = self.cache.plan(prompts, generated_rows, slots, seq_lens.int())
@@ -185,6 +207,17 @@ class WorkerCache:
         self.accounts.step_planned(sum(map(self.cache.compresses, prompts)))
         return step
 
+    def _close(self, prompts: Sequence[PromptChunk]) -> None:
+        """Note the rows that chunks complete, as the cache is about to."""
+        requests = {request.slot: request for request in self._scheduled.values()}
+        for chunk in prompts:
+            request = requests[chunk.slot]
+            parts = cuts(request.start, chunk.num_stored, chunk.end, self.shape.segment)
+            ends = [stop for _, stop, closes in parts if closes]
+            for slot, end in zip(chunk.closing, ends, strict=True):
+                self._rows.lengths[slot] = end - request.start
+                request.chain, request.start = (*request.chain, slot), end
+
     def _slots_of(self, block_ids: Tensor) -> Tensor:
         """[num_rows] int32 at an address that stays: a CUDA graph of a step reads it again."""
         num = len(block_ids)
@@ -192,7 +225,7 @@ class WorkerCache:
             # a shorter one may be part of a graph, and is kept
             self._row_slots.append(torch.empty(num, dtype=torch.int32, device=block_ids.device))
         slots = self._row_slots[-1][:num]
-        return torch.index_select(self._slots.of_block, 0, block_ids, out=slots)
+        return torch.index_select(self._rows.of_block, 0, block_ids, out=slots)
 
     def _split(
         self, row_slots: Tensor, query_starts: np.ndarray, seq_lens: Tensor
@@ -201,12 +234,14 @@ class WorkerCache:
         slots, lengths = row_slots.cpu().numpy(), seq_lens.cpu().numpy()
         num_new = np.diff(query_starts)
         used = (slots >= 0) & (num_new > 0)
-        generated = used & (lengths > self._slots.prompt_lens[slots])
+        generated = used & (lengths > self._rows.prompt_lens[slots])
+        closing = {request.slot: request.closing for request in self._scheduled.values()}
         prompts = []
         for row in np.nonzero(used & ~generated)[0].tolist():
             span = slice(int(query_starts[row]), int(query_starts[row + 1]))
             slot, num_stored = int(slots[row]), int(lengths[row] - num_new[row])
-            prompts.append(PromptChunk(slot, span, num_stored, int(self._slots.prompt_lens[slot])))
+            prompt_len = int(self._rows.prompt_lens[slot])
+            prompts.append(PromptChunk(slot, span, num_stored, prompt_len, closing[slot]))
         rows = np.nonzero(generated)[0]
         assert (num_new[rows] == 1).all(), "a request cannot generate several tokens in a step"
         starts = query_starts[:-1][rows].astype(np.int64)
@@ -247,15 +282,17 @@ class WorkerCache:
         problem = self.cache.range_problem()
         if problem is not None:
             logger.warning("DiffKV: %s", problem)
-        for request in self._scheduled.values():
-            request.given_up = self.cache.over_limit(request.slot)
-        self.accounts.prompts_given_up(sum(r.given_up for r in self._scheduled.values()))
-        running = self._slots.requests.values()
-        self._snapshots.take(self._scheduled, len(running), sum(r.num_tokens for r in running))
+        running, rows = len(self._rows.requests), self._rows
+        self._snapshots.take(self._scheduled, running, running + len(rows.lengths), rows.num_tokens)
         self._due = self._snapshots.give()
         if self._due:
             self.accounts.step_ended(self._due[-1])
 
+    @property
+    def requests(self) -> Mapping[str, RunningRequest]:
+        """The running requests, and those that ended with the latest step, by vLLM's name."""
+        return self._rows.requests
+
     def summary(self) -> dict[str, Any]:
         """Totals of all requests so far, running ones included, and the pool's shape."""
-        return self.accounts.summary(list(self._slots.requests.values()))
+        return self.accounts.summary(list(self._rows.requests.values()))

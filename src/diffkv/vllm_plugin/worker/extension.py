@@ -18,4 +18,6 @@ class WorkerExtension:
 
     def diffkv_insight(self) -> list[dict[str, Any]]:
         """Every token of the requests that have not been released yet, see `pages.read_pool`."""
-        return read_pool(get_kv_transfer_group().worker.state)
+        worker = get_kv_transfer_group().worker
+        requests = ((r.rows, r.num_tokens) for r in worker.requests.values())
+        return read_pool(worker.state, requests)

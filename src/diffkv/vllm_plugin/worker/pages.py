@@ -3,6 +3,7 @@
 It copies counts and positions to the host, and is no part of a step.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,17 @@ from diffkv.state import PoolState
 __all__ = ["read_pool", "token_tiers"]
 
 
-def read_pool(state: PoolState) -> list[dict[str, Any]]:
-    """Every request that holds tokens, by slot.
+def read_pool(
+    state: PoolState, requests: Iterable[tuple[Sequence[int], int]]
+) -> list[dict[str, Any]]:
+    """Every token of some requests.
+
+    Args:
+        state: the pool's, which is only read.
+        requests: slots of the rows of each, and its tokens so far.
 
     Returns:
-        For each: `num_tokens`, tokens of the request so far (its newest token is always kept); `high`
+        For each: `num_tokens`, tokens of the request so far; `high`
         and `low`, [num_layers][num_kv_heads] counts; `tiers`, [num_layers][num_kv_heads] strings of one
         digit a token: 0 high, 1 low, 2 dropped.
 
@@ -29,11 +36,10 @@ def read_pool(state: PoolState) -> list[dict[str, Any]]:
     """
     if not state.layout.drops:
         raise ConfigError("this engine keeps no positions of low tokens: start it with drops")
-    requests = []
-    for slot in torch.nonzero(state.num_tokens.sum((1, 2, 3)) > 0)[:, 0].tolist():
-        num_tokens = int(_positions(state, (slot, 0, 0), HIGH).max()) + 1
-        tiers, counts = token_tiers(state, slot, num_tokens), state.num_tokens[slot].cpu()
-        requests.append(
+    read = []
+    for rows, num_tokens in requests:
+        tiers, counts = token_tiers(state, rows, num_tokens), state.num_tokens[rows].sum(0).cpu()
+        read.append(
             {
                 "num_tokens": num_tokens,
                 "high": counts[..., HIGH].tolist(),
@@ -41,15 +47,15 @@ def read_pool(state: PoolState) -> list[dict[str, Any]]:
                 "tiers": [["".join(map(str, row)) for row in rows] for rows in tiers.tolist()],
             }
         )
-    return requests
+    return read
 
 
-def token_tiers(state: PoolState, slot: int, num_tokens: int) -> Tensor:
+def token_tiers(state: PoolState, rows: Sequence[int], num_tokens: int) -> Tensor:
     """The tier of every token of a request, for every layer and head.
 
     Args:
         state: the pool's, which is only read.
-        slot: the request's slot.
+        rows: slots of the request's rows.
         num_tokens: tokens of the request so far.
 
     Returns:
@@ -61,7 +67,8 @@ def token_tiers(state: PoolState, slot: int, num_tokens: int) -> Tensor:
     for tier in (HIGH, LOW)[: len(state.layout.tiers)]:
         for layer in range(state.num_layers):
             for head in range(state.num_kv_heads):
-                tiers[layer, head, _positions(state, (slot, layer, head), tier)] = tier
+                for slot in rows:
+                    tiers[layer, head, _positions(state, (slot, layer, head), tier)] = tier
     return tiers
 
 

@@ -22,20 +22,31 @@ class RunningRequest:
     """A running request.
 
     Attributes:
-        slot: its slot of the pool.
+        slot: slot of its open row.
         block_id: the vLLM block that identifies it.
         prompt_len: tokens that are prefilled.
         epoch: the admission of the request that this is.
-        num_tokens: tokens of it that the pool covers after the current step.
-        given_up: whether its prompt was given up.
+        chain: slots of its closed rows.
+        start: tokens of those, after which the open row begins.
+        num_tokens: tokens of it that its rows cover after the current step.
+        closing: slots of the rows that the current step closes, the last ones of the chain.
+        failed: whether it is too large for the whole pool, so that the current step stores nothing.
     """
 
     slot: int
     block_id: int
     prompt_len: int
     epoch: int
+    chain: tuple[int, ...] = ()
+    start: int = 0
     num_tokens: int = 0
-    given_up: bool = False
+    closing: tuple[int, ...] = ()
+    failed: bool = False
+
+    @property
+    def rows(self) -> list[int]:
+        """Slots of all of its rows."""
+        return [*self.chain, self.slot]
 
     @property
     def is_prompt(self) -> bool:
@@ -50,13 +61,16 @@ class Snapshot:
     Attributes:
         requests: the step's requests, as they were after it.
         num_requests: requests that were running, in the step or not.
-        num_tokens: tokens of all of them.
-        numbers: [NUM_TOTALS + R * (1 + MAX_IN_FLIGHT)] int64 on the host, once `copied` has happened.
+        num_rows: rows that there were, closed ones included.
+        num_tokens: tokens of all rows, each counted once.
+        numbers: [NUM_TOTALS + R * (1 + MAX_IN_FLIGHT) + C] int64 on the host, once `copied` has
+            happened; C rows were closed.
         copied: a CUDA event; None where nothing had to be copied.
     """
 
     requests: Mapping[str, RunningRequest]
     num_requests: int
+    num_rows: int
     num_tokens: int
     numbers: Tensor
     copied: torch.cuda.Event | None
@@ -88,10 +102,18 @@ class Snapshot:
 
     def reports(self) -> dict[str, PagesHeld]:
         """The step's requests, as the scheduler is told of them."""
-        rows = self.numbers[NUM_TOTALS:].view(len(self.requests), 1 + MAX_IN_FLIGHT).tolist()
+        end = NUM_TOTALS + len(self.requests) * (1 + MAX_IN_FLIGHT)
+        rows = self.numbers[NUM_TOTALS:end].view(-1, 1 + MAX_IN_FLIGHT).tolist()
+        closed = iter(self.numbers[end:].tolist())
         return {
-            name: PagesHeld(held, tuple(growth), r.num_tokens, r.given_up, r.epoch)
-            for (name, r), (held, *growth) in zip(self.requests.items(), rows, strict=True)
+            name: PagesHeld(
+                held,
+                tuple(growth),
+                request.num_tokens,
+                request.epoch,
+                {slot: next(closed) for slot in request.closing},
+            )
+            for (name, request), (held, *growth) in zip(self.requests.items(), rows, strict=True)
         }
 
 
@@ -115,14 +137,19 @@ class Snapshots:
         self._demotions += (places[..., 2] >= 0).sum()
 
     def take(
-        self, requests: Mapping[str, RunningRequest], num_requests: int, num_tokens: int
+        self,
+        requests: Mapping[str, RunningRequest],
+        num_requests: int,
+        num_rows: int,
+        num_tokens: int,
     ) -> None:
         """Begin to copy what the pool holds now."""
         state, device = self._state, self._demotions.device
-        slots = torch.tensor([r.slot for r in requests.values()], dtype=torch.int64)
-        slots = slots.to(device, non_blocking=True)
+        opened = [r.slot for r in requests.values()]
+        closed = [slot for r in requests.values() for slot in r.closing]
+        slots = torch.tensor(opened + closed, dtype=torch.int64).to(device, non_blocking=True)
         held = pool.held_pages(state, slots)
-        growth = pool.page_growth(state, slots, MAX_IN_FLIGHT)
+        growth = pool.page_growth(state, slots[: len(opened)], MAX_IN_FLIGHT)
         kept = state.num_tokens.sum((0, 1, 2))
         numbers = torch.cat(
             [
@@ -130,7 +157,8 @@ class Snapshots:
                 state.ring_ends,
                 kept,
                 self._demotions,
-                torch.cat([held[:, None], growth], 1).flatten(),
+                torch.cat([held[: len(opened), None], growth], 1).flatten(),
+                held[len(opened) :],
             ]
         )
         copied = None
@@ -140,7 +168,7 @@ class Snapshots:
             copied = torch.cuda.Event()
             copied.record()
         then = {name: replace(request) for name, request in requests.items()}
-        self._taken.append(Snapshot(then, num_requests, num_tokens, numbers, copied))
+        self._taken.append(Snapshot(then, num_requests, num_rows, num_tokens, numbers, copied))
 
     def give(self) -> list[Snapshot]:
         """Those that are due, in their order; asked after each `take`.
