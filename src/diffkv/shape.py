@@ -171,7 +171,7 @@ class PoolShape:
     @property
     def chain_width(self) -> int:
         """Closed rows that a request can have: some may be shorter than a segment."""
-        return 2 * self.max_rows + MORE_ROWS if self.segment else 0
+        return 2 * self.max_rows + MORE_ROWS
 
     @property
     def centre_dim(self) -> int:

@@ -4,7 +4,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,16 +13,19 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from diffkv import ops
-from diffkv.cache import DiffKVCache, PromptChunk, Step
+from diffkv.cache import DiffKVCache, Step
 from diffkv.hf.attention import IMPLEMENTATION
+from diffkv.hf.rows import SequenceRows
 from diffkv.layout import PageLayout
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.pool import contents, create, restore
 from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 from diffkv.rotation import choose, signs_of
+from diffkv.segments import SEGMENT
 from diffkv.shape import PoolShape
 from diffkv.state import PoolState
+from diffkv.steps import on_device
 from diffkv.use import CacheUse
 
 __all__ = ["DiffKVHFCache", "PoolOptions", "feed"]
@@ -67,15 +70,18 @@ class _Layer(CacheLayerMixin):
 
 @dataclass(frozen=True)
 class PoolOptions:
-    """Size of a page, and kernels.
+    """Size of a page and of a segment, and kernels.
 
     Attributes:
         page_bytes: bytes of a page; None: the size that wastes least.
         kernels: "reference" for the plain torch operations; None for the device's kernels.
+        segment: tokens after which a prompt is decided, see `diffkv.segments`; 0: prompts are decided
+            whole.
     """
 
     page_bytes: int | None = None
     kernels: str | None = None
+    segment: int = SEGMENT
 
 
 DEFAULT_POOL = PoolOptions()
@@ -94,7 +100,7 @@ class DiffKVHFCache(Cache):
         max_tokens: most tokens of a sequence, answer included; None: the model's limit, at most 4096.
         rotate: "hadamard" rotates keys and values before they are quantised, "none" does not; None
             takes what goes with the formats.
-        pool: size of a page, and kernels.
+        pool: size of a page and of a segment, and kernels.
 
     Raises:
         ConfigError: formats, a policy or a model that cannot be combined.
@@ -135,11 +141,13 @@ class DiffKVHFCache(Cache):
             self.thresholds.alpha_low > 0,
         )
         self._signs = signs_of(choose(rotate, self.quant), head_dim, self._device)
+        self._segment = pool.segment
         self._kernels, self._ops = pool.kernels, ops.load(self._device.type, pool.kernels)
         self._shape: PoolShape | None = None
         self._pages: DiffKVCache | None = None
         self._step: Step | None = None
         self._first: list[int] = []
+        self._rows: list[SequenceRows] = []
         self._scale = 0.0
         super().__init__(layers=[_Layer(self, i) for i in range(self._num_layers)])
 
@@ -162,8 +170,8 @@ class DiffKVHFCache(Cache):
         if copied is None:
             return
         self._pages = self._make(len(self._first), self._scale)
-        for row, length in enumerate(copied["prompt_lens"].tolist()):
-            self._pages.open(row, length, self.thresholds)
+        for rows in self._rows:
+            rows.reopen(self._pages, int(copied["prompt_lens"][rows.slot]), self.thresholds)
         restore(self._pages.state, copied)
 
     def __copy__(self) -> "DiffKVHFCache":
@@ -184,8 +192,9 @@ class DiffKVHFCache(Cache):
         if self._pages is None or self._shape is None:
             raise ValueError("the cache is empty: nothing has been stored yet")
         state = self._pages.state
-        rows = slice(None) if row is None else slice(row, row + 1)
-        lengths = [self.get_seq_length() - first for first in self._first[rows]]
+        some = slice(None) if row is None else slice(row, row + 1)
+        lengths = [self.get_seq_length() - first for first in self._first[some]]
+        rows = [slot for sequence in self._rows[some] for slot in sequence.rows]
         num_heads = self._shape.num_heads
         high, low = state.num_tokens[rows].sum((0, 1, 2)).tolist()
         num_pages = int(state.num_pages_held[rows].sum())
@@ -199,7 +208,7 @@ class DiffKVHFCache(Cache):
             high=high / num_heads,
             low=low / num_heads,
             pages=num_pages,
-            num_bytes=self._shape.spent_bytes(num_pages, len(lengths)),
+            num_bytes=self._shape.spent_bytes(num_pages, len(rows)),
             bf16_bytes=sum(lengths) * self._shape.bf16_bytes_per_token,
             nominal_bytes=bits * elements / 8,
         )
@@ -211,7 +220,8 @@ class DiffKVHFCache(Cache):
 
     def reset(self) -> None:
         """Forget all sequences and give their memory back."""
-        self._pages, self._shape, self._step, self._first = None, None, None, []
+        self._pages, self._shape, self._step = None, None, None
+        self._first, self._rows = [], []
         for layer in self.layers:
             layer.num_seen = 0
 
@@ -263,44 +273,58 @@ class DiffKVHFCache(Cache):
             raise ValueError(
                 f"the cache is for {self.max_tokens} tokens a sequence, got {seen}: raise max_tokens"
             )
-        none = torch.empty(0, dtype=torch.int32, device=self._device)
         if self._pages is None:
             self._first = _paddings(mask, batch, num_tokens)
             self._pages, self._scale = self._make(batch, scale), scale
-            prompts = []
-            for row, first in enumerate(self._first):
-                length = num_tokens - first
-                self._pages.open(row, length, self.thresholds)
-                span = slice(row * num_tokens + first, (row + 1) * num_tokens)
-                prompts.append(PromptChunk(row, span, 0, length))
-            return self._pages.plan(prompts, none.long(), none, none)
+            for rows, first in zip(self._rows, self._first, strict=True):
+                rows.open(self._pages, seen - first, self.thresholds)
+            return self._plan_prompts(num_tokens, seen)
         if batch != len(self._first):
             raise ValueError(f"the cache holds {len(self._first)} sequences, got {batch}")
-        if num_tokens != 1:
-            raise ValueError(
-                f"after the prompt tokens come one at a time, got {num_tokens}: use diffkv.hf.feed"
-            )
         if mask is not None and _paddings(mask, batch, seen) != self._first:
             raise ValueError("attention_mask differs from the prompt's in tokens that are stored")
+        if num_tokens > 1:
+            for rows, first in zip(self._rows, self._first, strict=True):
+                stored = seen - num_tokens - first
+                rows.turn(self._pages, stored, seen - first, self.thresholds)
+            return self._plan_prompts(num_tokens, seen)
         problem = self._pages.range_problem()
         if problem is not None:
             warnings.warn(problem, stacklevel=2)
-        slots = torch.arange(batch, dtype=torch.int32, device=self._device)
+        slots = on_device([rows.slot for rows in self._rows], torch.int32, self._device)
         lengths = torch.tensor([seen - first for first in self._first], dtype=torch.int32)
         return self._pages.plan((), slice(0, batch), slots, lengths.to(self._device))
 
+    def _plan_prompts(self, num_tokens: int, seen: int) -> Step:
+        """Plan the latest `num_tokens` tokens of all sequences as prompts, but for padding."""
+        assert self._pages is not None
+        prompts = []
+        for row, (rows, first) in enumerate(zip(self._rows, self._first, strict=True)):
+            padding = max(0, num_tokens - (seen - first))
+            span = slice(row * num_tokens + padding, (row + 1) * num_tokens)
+            stored = max(0, seen - num_tokens - first)
+            prompts.append(rows.chunk(span, stored, seen - first, self._segment))
+        none = torch.empty(0, dtype=torch.int32, device=self._device)
+        return self._pages.plan(prompts, none.long(), none, none)
+
     def _make(self, batch: int, scale: float) -> DiffKVCache:
-        sizes = self._layout, self._num_layers, self._num_kv_heads, self.max_tokens
-        request = PoolShape.request_bytes(*sizes)
-        shape = PoolShape.fit(batch * request, *sizes, batch)
+        """A pool that holds the longest sequences, however their tokens are tiered."""
+        sizes = self._layout, self._num_layers, self._num_kv_heads
+        one = PoolShape(*sizes, 1, self.max_tokens, 0, segment=self._segment)
+        most = 1 + one.chain_width
+        shape = replace(one, num_slots=batch * most, num_pages=batch * one.request_pages(1.0))
         buffer = torch.empty(
             shape.table_bytes + shape.num_pages * self._layout.page_bytes,
             dtype=torch.uint8,
             device=self._device,
         )
+        if not self._rows:
+            self._rows = [SequenceRows(list(range(i * most, (i + 1) * most))) for i in range(batch)]
         self._shape = shape
         state = create(shape, buffer, self._dtype, self._window)
-        return DiffKVCache(state, self._ops, scale, self.policy, signs=self._signs)
+        return DiffKVCache(
+            state, self._ops, scale, self.policy, signs=self._signs, segment=self._segment
+        )
 
 
 def _check(model: PreTrainedModel, config: Any, window: int) -> None:
