@@ -9,6 +9,7 @@ from diffkv.layout import PageLayout, bf16_bytes_per_token
 from diffkv.model_config import ModelConfig
 from diffkv.policy import WINDOW
 from diffkv.quant import ConfigError, QuantConfig
+from diffkv.segments import SEGMENT
 from diffkv.shape import FIXED_BYTES, PoolShape
 
 __all__ = [
@@ -156,17 +157,20 @@ def plan_format(
 ) -> FormatPlan:
     """Plan a pool of ours, its tables paid out of the budget.
 
-    All heads are taken to keep the same numbers of tokens; a prompt on its way in needs its all-high
-    size for the steps of its prefill, which is not set aside. `drops` is that of `PageLayout.derive`.
+    All heads are taken to keep the same numbers of tokens; the latest segment of a prompt on its way in
+    needs its full size until it is complete, which is not set aside. `drops` is that of
+    `PageLayout.derive`.
     """
     model = rank.model
     layout = PageLayout.derive(quant, model.head_dim, None, model.element_bytes, drops)
-    one = PoolShape(layout, model.num_layers, rank.num_kv_heads, 1, context, 0)
+    one = PoolShape(layout, model.num_layers, rank.num_kv_heads, 1, context, 0, segment=SEGMENT)
+    rows = [SEGMENT] * one.max_rows + [context - one.max_rows * SEGMENT]
     pages = one.num_heads * sum(
         -(-num // tier.tokens_per_page)
-        for num, tier in zip(mix.tokens(quant, context), layout.tiers, strict=True)
+        for length in rows
+        for num, tier in zip(mix.tokens(quant, length), layout.tiers, strict=True)
     )
-    request = one.spent_bytes(pages, 1)
+    request = one.spent_bytes(pages, len(rows))
     num_requests = max(0, rank.kv_bytes - FIXED_BYTES) // request
     try:
         shape = PoolShape.fit(
@@ -176,6 +180,7 @@ def plan_format(
             rank.num_kv_heads,
             context,
             max(1, num_requests),
+            SEGMENT,
         )
     except ConfigError:
         return FormatPlan(str(quant), request / context, 0, layout.page_bytes, starts=False)

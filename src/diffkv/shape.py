@@ -103,23 +103,38 @@ class PoolShape:
         Raises:
             ConfigError: the budget does not hold one request of `max_model_len` tokens.
         """
-        heads = num_layers * num_kv_heads
-        slots = max(1, min(max_num_seqs, budget_bytes // (heads * layout.page_bytes)))
-        if segment:
-            segment_bytes = (
-                heads * segment * min(map(layout.page_token_bytes, range(len(layout.tiers))))
-            )
-            slots += math.ceil((1 + SPARE_ROWS) * budget_bytes / segment_bytes)
-        empty = cls(layout, num_layers, num_kv_heads, slots, max_model_len, 0, segment=segment)
+        empty = cls(
+            layout,
+            num_layers,
+            num_kv_heads,
+            cls.slots_within(
+                budget_bytes, layout, num_layers * num_kv_heads, max_num_seqs, segment
+            ),
+            max_model_len,
+            0,
+            segment=segment,
+        )
         num_pages = empty._pages_within(budget_bytes - empty.table_bytes)
         if num_pages < empty.request_pages(HIGH_SHARE):
             needed = cls.request_bytes(layout, num_layers, num_kv_heads, max_model_len, segment)
             raise ConfigError(
                 f"a KV budget of {budget_bytes} bytes cannot hold one request of {max_model_len} "
-                f"tokens, {HIGH_SHARE:.0%} of them high ({needed} bytes, and tables for {slots} rows): "
-                f"raise the budget, or lower max_model_len or max_num_seqs"
+                f"tokens, {HIGH_SHARE:.0%} of them high ({needed} bytes, and tables for "
+                f"{empty.num_slots} rows): raise the budget, or lower max_model_len or max_num_seqs"
             )
         return replace(empty, num_pages=num_pages)
+
+    @staticmethod
+    def slots_within(
+        budget_bytes: int, layout: PageLayout, num_heads: int, max_num_seqs: int, segment: int
+    ) -> int:
+        """Rows that a pool of so many bytes has slots for."""
+        slots = max(1, min(max_num_seqs, budget_bytes // (num_heads * layout.page_bytes)))
+        if not segment:
+            return slots
+        token_bytes = min(map(layout.page_token_bytes, range(len(layout.tiers))))
+        segment_bytes = num_heads * segment * token_bytes
+        return slots + math.ceil((1 + SPARE_ROWS) * budget_bytes / segment_bytes)
 
     @staticmethod
     def request_bytes(

@@ -13,6 +13,7 @@ from diffkv.policies import PAPER
 from diffkv.presets import Preset
 from diffkv.quant import ConfigError, QuantConfig
 from diffkv.rotation import ROTATIONS
+from diffkv.segments import SEGMENT
 from diffkv.vllm_plugin.options import ADMISSIONS, DEFAULT_QUANT, Options
 
 __all__ = [
@@ -72,6 +73,11 @@ def add_cache_options(parser: argparse.ArgumentParser, policy_help: str = POLICY
     group.add_argument("--policy", help=policy_help)
     group.add_argument("--window", type=int, help="most recent tokens that always stay high")
     group.add_argument(
+        "--segment", type=int,
+        help=f"tokens after which a prompt is decided, so that others can share them (default: "
+        f"{SEGMENT}; 0: prompts are decided whole, nothing is shared)",
+    )  # fmt: skip
+    group.add_argument(
         "--page-bytes", type=num_bytes, help="bytes of a page (default: least waste)"
     )
     group.add_argument(
@@ -101,8 +107,8 @@ def cache_options(args: argparse.Namespace, takes_policy: bool = True) -> Option
             model or with an option that it sets, or a bad value.
     """
     names = (
-        "policy", "quant", "alpha_high", "alpha_low", "drops", "window", "page_bytes", "rotate",
-        "kernels", "admission",
+        "policy", "quant", "alpha_high", "alpha_low", "drops", "window", "segment", "page_bytes",
+        "rotate", "kernels", "admission",
     )  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if not takes_policy:

@@ -225,6 +225,7 @@ def _cache(args: argparse.Namespace) -> "CacheSpec":
         options.page_bytes,
         options.kernels,
         options.rotation(),
+        options.segment if policy.uses_thresholds else 0,
     )
 
 

@@ -129,6 +129,7 @@ def _method(args: argparse.Namespace, options: "Options") -> "Method":
         thresholds.alpha_low,
         options.window,
         options.rotation(),
+        options.segment,
     )
 
 

@@ -76,12 +76,12 @@ class PoolOptions:
         page_bytes: bytes of a page; None: the size that wastes least.
         kernels: "reference" for the plain torch operations; None for the device's kernels.
         segment: tokens after which a prompt is decided, see `diffkv.segments`; 0: prompts are decided
-            whole.
+            whole; None: that of `diffkv.segments`, where the policy goes by thresholds.
     """
 
     page_bytes: int | None = None
     kernels: str | None = None
-    segment: int = SEGMENT
+    segment: int | None = None
 
 
 DEFAULT_POOL = PoolOptions()
@@ -141,7 +141,8 @@ class DiffKVHFCache(Cache):
             self.thresholds.alpha_low > 0,
         )
         self._signs = signs_of(choose(rotate, self.quant), head_dim, self._device)
-        self._segment = pool.segment
+        chosen = SEGMENT if self.policy.uses_thresholds else 0
+        self._segment = chosen if pool.segment is None else pool.segment
         self._kernels, self._ops = pool.kernels, ops.load(self._device.type, pool.kernels)
         self._shape: PoolShape | None = None
         self._pages: DiffKVCache | None = None

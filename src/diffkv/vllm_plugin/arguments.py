@@ -25,7 +25,6 @@ def arguments_of(options: Options) -> dict[str, Any]:
         },
         "worker_extension_cls": "diffkv.vllm_plugin.worker.extension.WorkerExtension",
         "logits_processors": [admission_path(options)],
-        "enable_prefix_caching": False,
         "watermark": WATERMARK,
     }
     if not current_platform.is_cpu():

@@ -8,6 +8,7 @@ from diffkv import policies, rotation
 from diffkv.layout import PageLayout
 from diffkv.policy import WINDOW, Thresholds
 from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
+from diffkv.segments import SEGMENT
 from diffkv.vllm_plugin.matrix import CONNECTOR
 
 __all__ = ["ADMISSIONS", "DEFAULT_QUANT", "EXPECTED", "WORST_CASE", "Options", "options_of"]
@@ -27,6 +28,8 @@ class Options:
         drops: whether the pool keeps sums and positions of every token, which dropping generated
             tokens takes, so that requests may set alpha_low; None: if the engine's own is above 0.
         window: most recent tokens that always stay high.
+        segment: tokens after which a prompt is decided and its row closed, see `diffkv.segments`; 0:
+            prompts are decided whole, and nothing is shared.
         policy: text form of the policy that decides prompts by these thresholds (`diffkv.policies`).
         page_bytes: bytes of a page; None takes the size that wastes least.
         rotate: "hadamard" rotates keys and values before they are quantised, "none" does not; None
@@ -41,6 +44,7 @@ class Options:
     alpha_low: float | None = None
     drops: bool | None = None
     window: int = WINDOW
+    segment: int = SEGMENT
     policy: str = policies.PAPER.text
     page_bytes: int | None = None
     rotate: str | None = None
@@ -53,6 +57,7 @@ class Options:
             ("alpha_high", (int, float, type(None))),
             ("alpha_low", (int, float, type(None))),
             ("window", (int,)),
+            ("segment", (int,)),
             ("page_bytes", (int, type(None))),
         ):
             value = getattr(self, name)
@@ -60,6 +65,10 @@ class Options:
                 raise ConfigError(f"{name} must be a number, got {value!r}")
         if self.window < 1:
             raise ConfigError(f"window must be at least 1 token, got {self.window}")
+        if self.segment and self.segment < self.window:
+            raise ConfigError(
+                f"segment must be 0, or at least the window ({self.window} tokens), got {self.segment}"
+            )
         if self.drops not in (None, False, True):
             raise ConfigError(f"drops must be true or false, got {self.drops!r}")
         if self.kernels not in (None, "reference"):

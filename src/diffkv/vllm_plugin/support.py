@@ -58,34 +58,42 @@ def _check_budget(vllm_config: Any, options: Options) -> None:
         model.get_num_kv_heads(parallel),
         model.max_model_len,
         vllm_config.scheduler_config.max_num_seqs,
+        options.segment,
     )
     if budget < needed:
         raise ConfigError(
-            f"a KV budget of {budget} bytes cannot hold one request of {model.max_model_len} tokens "
-            f"uncompressed: raise it to {needed} (--kv-cache-memory-bytes), or lower --max-model-len "
-            f"or --max-num-seqs"
+            f"a KV budget of {budget} bytes cannot hold one request of {model.max_model_len} tokens: "
+            f"raise it to {needed} (--kv-cache-memory-bytes), or lower --max-model-len or "
+            f"--max-num-seqs"
         )
 
 
 def least_budget(
-    layout: PageLayout, num_layers: int, num_kv_heads: int, max_model_len: int, max_num_seqs: int
+    layout: PageLayout,
+    num_layers: int,
+    num_kv_heads: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    segment: int,
 ) -> int:
     """Bytes, in whole blocks of vLLM, that hold one longest request and the tables of all slots.
 
     More bytes make more slots (`PoolShape.fit`), each with tables of its own, so the two are raised
     in turn until they agree.
     """
-    block_bytes = num_layers * layout.page_bytes
-    one_request = PoolShape.request_bytes(layout, num_layers, num_kv_heads, max_model_len)
-    slot_bytes = PoolShape(layout, num_layers, num_kv_heads, 1, max_model_len, 0).slot_bytes
-    slots = 1
+    heads, block_bytes = num_layers * num_kv_heads, num_layers * layout.page_bytes
+    sizes = layout, num_layers, num_kv_heads
+    one = PoolShape(*sizes, 1, max_model_len, 0, segment=segment)
+    request = PoolShape.request_bytes(*sizes, max_model_len, segment)
+    slots = budget = 0
     while True:
+        others = max(0, slots - 1 - one.max_rows) * one.slot_bytes
         # vLLM gives its first block to nobody
-        budget = block_bytes * (1 + -(-(one_request + (slots - 1) * slot_bytes) // block_bytes))
-        fitting = min(max_num_seqs, budget // (num_kv_heads * block_bytes))
-        if fitting <= slots:
+        budget = block_bytes * (1 + -(-(request + others) // block_bytes))
+        within = PoolShape.slots_within(budget, layout, heads, max_num_seqs, segment)
+        if within <= slots:
             return budget
-        slots = fitting
+        slots = within
 
 
 def check_layer(**features: Any) -> None:

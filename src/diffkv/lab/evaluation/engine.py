@@ -26,6 +26,7 @@ class CacheSpec:
         page_bytes: size of a page; None: the size that wastes least.
         kernels: "reference", or None for the device's own.
         rotate: "hadamard" or "none".
+        segment: tokens after which a prompt is decided; 0: prompts are decided whole.
     """
 
     quant: QuantConfig
@@ -35,6 +36,7 @@ class CacheSpec:
     page_bytes: int | None = None
     kernels: str | None = None
     rotate: str = "none"
+    segment: int = 0
 
     def __post_init__(self) -> None:
         """Refuse formats that the policy cannot work with."""
@@ -52,6 +54,7 @@ class CacheSpec:
             alphas.alpha_low,
             self.window,
             self.rotate,
+            self.segment,
         )
 
 

@@ -166,7 +166,7 @@ class HFModel:
             cache.window,
             max_tokens,
             cache.rotate,
-            hf.PoolOptions(cache.page_bytes, cache.kernels),
+            hf.PoolOptions(cache.page_bytes, cache.kernels, cache.segment),
         )
 
     def full_cache(self) -> DynamicCache:

@@ -53,6 +53,8 @@ class Method:
         alpha_low: threshold.
         window: recent tokens that stay high.
         rotate: what keys and values are rotated by before they are quantised, or none.
+        segment: tokens after which a prompt is decided; 0, also where a row does not say: prompts are
+            decided whole.
     """
 
     model: str
@@ -63,6 +65,7 @@ class Method:
     alpha_low: float
     window: int
     rotate: str
+    segment: int = 0
 
     @classmethod
     def of(cls, row: Row) -> "Method":
@@ -72,9 +75,9 @@ class Method:
             ValueError: the row does not name all of it.
         """
         names = [field.name for field in fields(cls)]
-        if missing := [name for name in names if name not in row.case]:
+        if missing := [name for name in names if name not in row.case and name != "segment"]:
             raise ValueError(f"case lacks {', '.join(missing)}")
-        return cls(**{name: row.case[name] for name in names})
+        return cls(**{name: row.case[name] for name in names if name in row.case})
 
     def label(self) -> str:
         """The method in few words; thresholds only where the policy has them."""

@@ -31,6 +31,7 @@ def _options(cache: CacheSpec) -> Options:
         alpha_high=cache.thresholds.alpha_high if cache.quant.has_low else None,
         alpha_low=cache.thresholds.alpha_low,
         window=cache.window,
+        segment=cache.segment,
         policy=PAPER.text if cache.policy.keeps_all else cache.policy.text,
         page_bytes=cache.page_bytes,
         rotate=cache.rotate,

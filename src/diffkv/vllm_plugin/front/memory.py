@@ -45,9 +45,12 @@ def needed_bytes(
         one, together = dense * longest, dense * sum(running)
     else:
         layout = options.layout(head_dim, element_bytes)
-        one = least_budget(layout, num_layers, heads, longest, most)
+        one = least_budget(layout, num_layers, heads, longest, most, options.segment)
         requests = {
-            length: PoolShape.request_bytes(layout, num_layers, heads, length) for length in running
+            length: PoolShape.request_bytes(
+                layout, num_layers, heads, length, options.segment, high_share=1
+            )
+            for length in running
         }
         together = sum(requests[length] for length in running)
     return int(max(LEAST_BYTES, SPARE * one, min(SPARE * together, MOST_BYTES)))

@@ -279,7 +279,8 @@ def expected_lengths(prompts: Sequence[str], sampling: Sequence[dict[str, Any]])
 def engine_arguments(arguments: dict[str, Any], options: Options | None) -> dict[str, Any]:
     """Arguments of vLLM's engine for a run that is measured, with DiffKV or with vLLM's own cache.
 
-    Prefix caching is off in both: a prompt that is read from a cache is not compressed anew.
+    Unless asked for, prefix caching is off in both: a prompt that is read from a cache is not compressed
+    anew.
 
     Raises:
         ConfigError: an argument that DiffKV sets itself was given, or another vLLM is installed.
@@ -288,9 +289,9 @@ def engine_arguments(arguments: dict[str, Any], options: Options | None) -> dict
     from diffkv.vllm_plugin.support import check_version
 
     check_version()
-    args = {**arguments, "disable_log_stats": False}
+    args = {"enable_prefix_caching": False, **arguments, "disable_log_stats": False}
     if options is None:
-        return {**args, "enable_prefix_caching": False}
+        return args
     ours = arguments_of(options)
     for name in ours:
         if name in args and name != "watermark":

@@ -27,7 +27,6 @@ def serve_flags(options: Options) -> list[str]:
         *args["logits_processors"],
         "--middleware",
         "diffkv.vllm_plugin.front.middleware.SettingsCheck",
-        "--no-enable-prefix-caching",
         "--watermark",
         str(args["watermark"]),
     ]
@@ -92,7 +91,6 @@ def _refuse_flags(flags: Sequence[str]) -> None:
         "--kv-transfer-config": "DiffKV is the KV connector: give --quant and its other options",
         "--kv-offloading-size": "DiffKV is the KV connector, and vLLM has one: leave it out",
         "--attention-backend": "DiffKV is the attention backend: leave it out",
-        "--enable-prefix-caching": "prefix caching does not go with DiffKV: leave it out",
         **dict.fromkeys(
             ("--speculative-config", "-sc"),
             "speculative decoding does not go with DiffKV: leave it out",
