@@ -38,15 +38,17 @@ class Run:
         self.num_tokens = 0  # after each step, over all layers and heads: kept at most
         for _ in range(NUM_STEPS):
             self.step()
-        self.cache.close(list(self.requests))
+        self.cache.release(list(self.requests))
+        self.requests = {}
         self.check()
 
     def check(self):
-        pool.check_invariants(self.state)
+        waiting = [slot for slot, (prompt, n) in self.requests.items() if 0 < n < prompt]
+        pool.check_invariants(self.state, waiting)
 
     def step(self):
         ended = [s for s, (_, n) in self.requests.items() if n > 30 or self.rnd.random() < 0.03]
-        self.cache.close(ended)
+        self.cache.release(ended)
         for slot in ended:
             del self.requests[slot]
         self.check()
