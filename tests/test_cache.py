@@ -25,7 +25,7 @@ class Run:
             QuantConfig.parse(quant), HEAD_DIM, PAGE_BYTES, 4, thresholds.alpha_low > 0
         )
         heads = (NUM_LAYERS, NUM_KV_HEADS)
-        num_pages = NUM_SLOTS * NUM_LAYERS * NUM_KV_HEADS * layout.max_pages(MAX_MODEL_LEN)
+        num_pages = 3 * NUM_SLOTS * NUM_LAYERS * NUM_KV_HEADS * layout.max_pages(MAX_MODEL_LEN)
         shape = PoolShape(layout, *heads, NUM_SLOTS, MAX_MODEL_LEN, num_pages)
         buffer = torch.zeros(shape.table_bytes + num_pages * PAGE_BYTES, dtype=torch.uint8)
         self.state = pool.create(shape, buffer, torch.float32, WINDOW)

@@ -7,6 +7,7 @@ that score it.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from diffkv.chains import Chains
 from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.policies import Policy
-from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds
+from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds, fill_pages
 from diffkv.prefill import Prefill
 from diffkv.reading import HeadPacking, Seen
 from diffkv.rotator import Rotator
@@ -262,15 +263,37 @@ class PromptPath:
             # Decode divides by `num_seen`, whoever has scored the prompt
             sums = means * scoring.num_seen
         if scoring.bounds is not None:
-            return sums, scoring.bounds.tiers(means)
+            tiers = scoring.bounds.tiers(means)
+        else:
+            tiers = self._tiers(parts, means, seen, stored)
+        if self._state.layout.low is not None:
+            starts = accumulate((part.length for part in parts), initial=0)
+            for part, start in zip(parts, starts, strict=False):
+                if part.target != part.slot:
+                    row = slice(start, start + part.length)
+                    fill_pages(
+                        tiers[:, row], means[:, row], self._state.layout.high.tokens_per_page
+                    )
+        return sums, tiers
+
+    def _tiers(
+        self,
+        parts: Sequence[Part],
+        means: Tensor,
+        seen: dict[int, Seen],
+        stored: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Tiers by a policy that looks at one row at a time."""
         lengths = [part.length for part in parts]
         keys = [self._own(part, seen, stored)[0] for part in parts]
         tiers = [
-            policy.decide(mean, key, p.thresholds.of_part(p.length, p.stop), self._state.window)
+            self._policy.decide(
+                mean, key, p.thresholds.of_part(p.length, p.stop), self._state.window
+            )
             for p, mean, key in zip(parts, means.split(lengths, 1), keys, strict=True)
             if p.thresholds is not None
         ]
-        return sums, torch.cat(tiers, 1)
+        return torch.cat(tiers, 1)
 
     def _sums_by_head(
         self, part: Part, seen: dict[int, Seen], stored: tuple[Tensor, Tensor], query: Tensor
