@@ -1,9 +1,14 @@
 """The messages between scheduler and workers: everything that crosses from one process to the other.
 
-Down, before a step: which requests ended and which start. Up, after it: the pages that each request
-holds. Figures for /metrics go up beside these, see `metrics.DiffKVStats`.
+Down, before a step: which rows are gone, which requests ended and which start, and where the rows go
+that are closed in it. Up, after it: the pages of the rows that changed. Figures for /metrics go up
+beside these, see `metrics.DiffKVStats`.
+
+A slot is where the tables of a row are, on every rank. The scheduler hands slots out, and a worker does
+what it is told with them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -27,33 +32,49 @@ class Started:
     Attributes:
         request_id: vLLM's name of it.
         block_id: the block that is the request's identity in block tables.
-        prompt_len: tokens that are prefilled; after a preemption generated ones are among them.
+        slot: slot of its open row, which is empty.
+        chain: slots of the closed rows before it, first tokens first; they are there already.
+        num_closed: tokens of those rows; the request is computed from there on.
+        prompt_len: tokens that are prefilled, those of the chain included; after a preemption generated
+            ones are among them.
         thresholds: the request's own.
         epoch: number of this admission; reports of an earlier one may still come.
-        max_pages: most pages that the prompt may take on a rank; None: as many as it needs.
     """
 
     request_id: str
     block_id: int
+    slot: int
+    chain: tuple[int, ...]
+    num_closed: int
     prompt_len: int
     thresholds: Thresholds
     epoch: int
-    max_pages: int | None = None
 
 
 @dataclass
 class StepMessage(KVConnectorMetadata):
-    """From the scheduler to every worker, before a step.
+    """From the scheduler to every worker, before a step. Workers follow it in the order of the fields.
 
     Attributes:
-        ended: requests that finished or were preempted.
+        released: slots whose rows are gone: their pages are given back before anything else is done, and
+            the same message may use the slots again.
+        ended: requests that finished or were preempted. The slot of such a request's open row is in
+            `released`, unless the row is kept as a closed one.
         started: requests that start, or resume.
+        closing: for each request of which this step's tokens complete segments, the slots of the closed
+            rows that those become, in order. They follow the request's chain from then on.
         num_tokens: tokens of each scheduled request after the step.
+        failed: scheduled requests that are too large for the whole pool. Nothing of their tokens of this
+            step is stored, no row of theirs is closed, and their blocks are reported as load errors, so
+            that vLLM ends them.
     """
 
+    released: list[int] = field(default_factory=list)
     ended: set[str] = field(default_factory=set)
     started: list[Started] = field(default_factory=list)
+    closing: dict[str, tuple[int, ...]] = field(default_factory=dict)
     num_tokens: dict[str, int] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -61,18 +82,18 @@ class PagesHeld:
     """One request on one rank after a step.
 
     Attributes:
-        num_pages: pages it holds, over all layers and KV heads.
-        growth: most pages that 1, 2, … more tokens can add; see `pool.page_growth`.
-        num_tokens: tokens of the request that the pages cover.
-        given_up: whether it was a prompt that exceeded its limit, so that its pages are not kept.
+        num_pages: pages of its open row, over all layers and KV heads.
+        growth: most pages that 1, 2, … more generated tokens can add to it; see `pool.page_growth`.
+        num_tokens: tokens of the request that its rows cover, closed ones included.
         epoch: the admission of the request that this is about.
+        closed: pages of each row that the step closed, by its slot.
     """
 
     num_pages: int
     growth: tuple[int, ...]
     num_tokens: int
-    given_up: bool = False
     epoch: int = 0
+    closed: Mapping[int, int] = field(default_factory=dict)
 
     def fullest(self, other: "PagesHeld") -> "PagesHeld":
         """Two ranks in one: the fuller one decides."""
@@ -80,8 +101,11 @@ class PagesHeld:
             max(self.num_pages, other.num_pages),
             tuple(map(max, self.growth, other.growth)),
             min(self.num_tokens, other.num_tokens),
-            self.given_up or other.given_up,
             self.epoch,
+            {
+                slot: max(self.closed.get(slot, 0), other.closed.get(slot, 0))
+                for slot in {**self.closed, **other.closed}
+            },
         )
 
 
