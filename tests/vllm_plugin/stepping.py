@@ -1,11 +1,12 @@
 """Drives an in-process engine step by step, and looks at both sides of its accounting on the way."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from conftest import MODEL
 
 from diffkv import pool
@@ -21,11 +22,13 @@ class Request:
         prompt: token ids, or text.
         new_tokens: to generate, greedily.
         extra_args: DiffKV's settings.
+        cache_salt: requests with different ones share nothing.
     """
 
     prompt: list[int] | str
     new_tokens: int = 24
     extra_args: dict[str, Any] | None = None
+    cache_salt: str | None = None
 
 
 @dataclass
@@ -35,11 +38,15 @@ class Driven:
     Attributes:
         token_ids: generated.
         kept: (high, low) tokens over all layers and heads, after the last step in which it ran.
+        num_cached: tokens of its prompt that were found in the cache.
+        finish_reason: why it ended.
         running_peak: requests at once.
     """
 
     token_ids: dict[str, list[int]] = field(default_factory=dict)
     kept: dict[str, tuple[int, int]] = field(default_factory=dict)
+    num_cached: dict[str, int] = field(default_factory=dict)
+    finish_reason: dict[str, str | None] = field(default_factory=dict)
     running_peak: int = 0
 
 
@@ -80,10 +87,14 @@ def outside_name(request_id: str) -> str:
 def add(llm: Any, name: str, request: Request) -> None:
     from vllm import SamplingParams
 
-    prompt = request.prompt
+    prompt: Any = request.prompt
+    if not isinstance(prompt, str):
+        prompt = {"prompt_token_ids": prompt}
+        if request.cache_salt is not None:
+            prompt["cache_salt"] = request.cache_salt
     llm.llm_engine.add_request(
         name,
-        prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt},
+        prompt,
         SamplingParams(
             temperature=0,
             max_tokens=request.new_tokens,
@@ -108,10 +119,12 @@ def drive(
             break
         for output in llm.llm_engine.step():
             driven.token_ids[output.request_id] = list(output.outputs[0].token_ids)
+            driven.num_cached[output.request_id] = output.num_cached_tokens
+            driven.finish_reason[output.request_id] = output.outputs[0].finish_reason
         driven.running_peak = max(driven.running_peak, len(scheduler(llm).running))
         if ours:
-            for request_id, request in worker()._slots.requests.items():
-                high, low = worker().state.num_tokens[request.slot].sum((0, 1)).tolist()
+            for request_id, request in worker().requests.items():
+                high, low = worker().state.num_tokens[request.rows].sum((0, 1, 2)).tolist()
                 driven.kept[outside_name(request_id)] = (high, low)
         if after_step is not None:
             after_step(step)
@@ -119,32 +132,60 @@ def drive(
     return driven
 
 
-def check_empty(llm: Any) -> None:
-    """No request: no page is held, no block in use, and vLLM's gauge says so."""
-    pool.check_invariants(worker().state)
-    assert worker().accounts.num_held == 0
-    assert not worker()._slots.requests
-    assert len(set(worker()._slots.free)) == worker().shape.num_slots
-    assert int((worker()._slots.of_block >= 0).sum()) == 0
+def check_idle(llm: Any) -> None:
+    """No request: all rows are idle, no block is in use, and vLLM's gauge says so."""
+    ours, state, rows = manager(llm), worker().state, worker()._rows
+    pool.check_invariants(state)
+    ours.store.check()
+    assert not worker().requests
+    assert int((rows.of_block >= 0).sum()) == 0
+    assert set(rows.lengths) == set(ours.store._rows) == set(ours.store._idle)
+    assert worker().accounts.num_held == int(pool.held_pages(state, slots_of(rows.lengths)).sum())
     assert blocks_in_use(llm) == 0
     assert scheduler(llm).kv_cache_manager.usage == 0
-    ours = manager(llm)
-    assert not any((ours.req_to_blocks, ours._quotas, ours._reports, ours._num_tokens))
-    assert not any((ours._prompts, ours._given_up, ours._must_leave))
+    assert not any((ours.req_to_blocks, ours._running, ours._requests, ours._hits._of_hashes))
     assert not scheduler(llm).connector.scheduler._thresholds
 
 
+def check_empty(llm: Any) -> None:
+    """Like `check_idle`; and once rows that are kept are given up, no page is held."""
+    check_idle(llm)
+    assert llm.reset_prefix_cache()
+    drive(llm, {"last": Request([1, 2, 3], 1)})  # its message has the workers release them
+    check_idle(llm)
+    manager(llm).store.clear()
+    llm.llm_engine.engine_core.engine_core.scheduler.finished_req_ids.add("nobody")
+    llm.llm_engine.step()
+    assert worker().accounts.num_held == 0
+    assert not worker()._rows.lengths
+
+
+def slots_of(slots: Iterable[int]) -> Any:
+    return torch.tensor(list(slots), dtype=torch.int64)
+
+
 def check_quotas(llm: Any) -> None:
-    """Every running request's quota covers its pages, and the gauge is that of blocks in use."""
+    """Blocks cover the pages of open rows and of rows in use, and the gauge is that of blocks in use."""
     ours, state = manager(llm), worker().state
-    pool.check_invariants(state)
-    quotas = 0
+    running = ours._running
+    waiting = [
+        request.slot
+        for request in worker().requests.values()
+        if request.start < request.num_tokens < request.prompt_len
+    ]
+    pool.check_invariants(state, waiting)
+    ours.store.check()
+    layers, used = worker().shape.num_layers, 0
     for request in scheduler(llm).running:
-        slot = worker()._slots.requests[request.request_id].slot
-        held_pages = int(state.num_pages_held[slot].sum())
-        quota = ours._held(request.request_id)
-        quotas += quota
-        assert quota * worker().shape.num_layers >= held_pages
-    assert quotas == blocks_in_use(llm)
+        each = running[request.request_id]
+        used += len(each.blocks)
+        assert len(each.blocks) * layers >= int(state.num_pages_held[each.slot].sum())
+    idle = 0
+    for row in ours.store._rows.values():
+        assert len(row.blocks) * layers >= int(state.num_pages_held[row.slot].sum())
+        used += len(row.blocks) if row.users else 0
+        idle += 0 if row.users else len(row.blocks)
+    assert used == blocks_in_use(llm)
+    assert idle <= ours.block_pool.get_num_free_blocks()
     usage = scheduler(llm).kv_cache_manager.usage
-    assert usage == 1 - (usable_blocks(llm) - quotas) / usable_blocks(llm)
+    assert usage == 1 - (usable_blocks(llm) - used) / usable_blocks(llm)
