@@ -57,6 +57,12 @@ class Base:
     async def make(cls, n: int, /, *args: int, **kwargs) -> 'Base':
         return await n
 
+    @abstractmethod
+    def must(self): ...
+
+    @abstractmethod
+    def run(self): ...
+
     @property
     def name(self) -> str:
         return "x"
@@ -118,11 +124,17 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_what_is_under_a_name(surface, name):
-    assert surface.describe(name, surface.find(name), with_body=False) == EXPECTED[name]
+    assert surface.describe(name, surface.find(name), with_inside=False) == EXPECTED[name]
 
 
 def test_version(surface):
     assert surface.version() == "0.40.1"
+
+
+def test_members_of_a_class_and_its_bases(surface):
+    facts = surface.describe("vllm:LLM", surface.find("vllm:LLM"), with_inside=True)
+    assert facts["members"] == "make must name run size"
+    assert facts["abstract"] == "must"
 
 
 def digest(tmp_path: Path, text: str) -> str:
@@ -130,7 +142,7 @@ def digest(tmp_path: Path, text: str) -> str:
     (folder / "vllm").mkdir(parents=True)
     (folder / "vllm" / "__init__.py").write_text(text)
     surface = Surface(reader(folder))
-    return surface.describe("vllm:f", surface.find("vllm:f"), with_body=True)["body"]
+    return surface.describe("vllm:f", surface.find("vllm:f"), with_inside=True)["body"]
 
 
 def test_body_changes_with_what_a_function_does(tmp_path):
@@ -142,7 +154,7 @@ def test_body_changes_with_what_a_function_does(tmp_path):
 
 def test_a_moved_name_says_where_it_is(surface):
     """It is written under the name of the list."""
-    facts = surface.describe("vllm.new:fast", surface.find("vllm.base:fast"), with_body=False)
+    facts = surface.describe("vllm.new:fast", surface.find("vllm.base:fast"), with_inside=False)
     assert facts["at"] == "vllm.base.inner:fast"
 
 

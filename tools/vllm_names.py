@@ -7,7 +7,7 @@ The file is a table, and so longer than others.
 
 from dataclasses import dataclass, field
 
-__all__ = ["HOOKS", "MOVED", "Hook", "all_names", "body_names", "called_name", "moved", "table"]
+__all__ = ["HOOKS", "MOVED", "Hook", "all_names", "called_name", "inside_names", "moved", "table"]
 
 CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1"
 MANAGERS = "vllm.v1.core.single_type_kv_cache_manager"
@@ -434,9 +434,10 @@ def called_name(call: str) -> str:
     return call.partition("(")[0]
 
 
-def body_names() -> set[str]:
-    """Functions whose inside we count on."""
-    return {name for hook in HOOKS for name in hook.bodies}
+def inside_names() -> set[str]:
+    """Functions whose inside we count on, and classes that ours are made of."""
+    bases = {base for hook in HOOKS for _, base in hook.overrides}
+    return bases | {name for hook in HOOKS for name in hook.bodies}
 
 
 def all_names() -> list[str]:

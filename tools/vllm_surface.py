@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from zipfile import ZipFile
 
-from vllm_names import all_names, body_names, moved
+from vllm_names import all_names, inside_names, moved
 
 __all__ = ["DATA", "Surface", "read", "reader", "write"]
 
@@ -126,36 +126,40 @@ class Surface:
         return None
 
     def _in_class(self, place: Place, member: str) -> Place | None:
-        if not isinstance(place.node, ast.ClassDef):
-            return None
-        qualname = f"{place.qualname}.{member}"
-        for node in _statements(place.node.body):
-            if member in _defined(node) and "overload" not in _decorators(node):
-                return Place(place.module, qualname, node)
-        for inside in ast.walk(place.node):
-            if isinstance(inside, ast.stmt) and f"self.{member}" in _defined(inside):
-                return Place(place.module, qualname, inside)
-        for base in place.node.bases:
-            base = base.value if isinstance(base, ast.Subscript) else base
-            if isinstance(base, ast.Name):
-                parent = self._in_module(place.module, base.id)
-                found = None if parent is None else self._in_class(parent, member)
-                if found is not None:
-                    return found
+        for cls, node in self._classes(place):
+            qualname = f"{cls.qualname}.{member}"
+            for inside in _statements(node.body):
+                if member in _defined(inside) and "overload" not in _decorators(inside):
+                    return Place(cls.module, qualname, inside)
+            for deeper in ast.walk(node):
+                if isinstance(deeper, ast.stmt) and f"self.{member}" in _defined(deeper):
+                    return Place(cls.module, qualname, deeper)
         return None
 
-    def describe(self, name: str, place: Place | None, with_body: bool) -> dict[str, str] | None:
+    def _classes(self, place: Place) -> Iterator[tuple[Place, ast.ClassDef]]:
+        """A class and its bases, as far as they are vLLM's."""
+        if not isinstance(place.node, ast.ClassDef):
+            return
+        yield place, place.node
+        for base in place.node.bases:
+            base = base.value if isinstance(base, ast.Subscript) else base
+            parent = self._in_module(place.module, ast.unparse(base))
+            if parent is not None:
+                yield from self._classes(parent)
+
+    def describe(self, name: str, place: Place | None, with_inside: bool) -> dict[str, str] | None:
         """What is there under a name of the list; None if nothing is.
 
         Args:
             name: as the list has it.
             place: what `find` found, under that name or the one that this version has for it.
-            with_body: whether to add a digest of what the function does.
+            with_inside: whether to add `body` or `members`.
 
         Returns:
             `is`, the definition without what it does; and where that says something, `at`: the name
             under which it is defined, `how`: decorators, `alias`: member of an enumeration with the same
-            value, `body`: a digest of what the function does.
+            value, `body`: a digest of what a function does, `members`: names in a class and its bases,
+            `abstract`: those that a class made of it must have.
         """
         if place is None:
             return None
@@ -167,11 +171,26 @@ class Surface:
             facts["how"] = " ".join(decorators)
         if alias := self._alias(place):
             facts["alias"] = alias
-        if with_body:
+        if with_inside and isinstance(place.node, ast.ClassDef):
+            facts |= self._members(place)
+        elif with_inside:
             module = self._module(place.module)
             assert module is not None, f"{place.module} was read before"
             facts["body"] = _digest(place.node, module.text)
         return facts
+
+    def _members(self, place: Place) -> dict[str, str]:
+        """Names that a class is looked into for, without private ones; and its abstract methods."""
+        abstract: dict[str, bool] = {}
+        for _, node in self._classes(place):
+            for inside in _statements(node.body):
+                for name in _defined(inside):
+                    abstract.setdefault(name, "abstractmethod" in _decorators(inside))
+        public = sorted(name for name in abstract if not name.startswith("_"))
+        members = {"members": " ".join(public)}
+        if missing := " ".join(name for name in sorted(abstract) if abstract[name]):
+            members["abstract"] = missing
+        return members
 
     def _alias(self, place: Place) -> str | None:
         """The member of an enumeration that this one is another name of."""
@@ -268,9 +287,9 @@ def read(source: Path) -> tuple[str, dict[str, dict[str, str] | None]]:
     """The version of a vLLM, and what it has under each name of `vllm_names`."""
     surface = Surface(reader(source))
     version = surface.version()
-    elsewhere, bodies = moved(minor(version)), body_names()
+    elsewhere, inside = moved(minor(version)), inside_names()
     return version, {
-        name: surface.describe(name, surface.find(elsewhere.get(name, name)), name in bodies)
+        name: surface.describe(name, surface.find(elsewhere.get(name, name)), name in inside)
         for name in all_names()
     }
 

@@ -56,9 +56,15 @@ def arguments(definition: str) -> ast.arguments:
     return node.args
 
 
+def fact_of(version: str, name: str) -> dict[str, str]:
+    fact = VERSIONS[version][name]
+    assert fact is not None, f"vLLM {version} has no {name}"
+    return fact
+
+
 def called(version: str, name: str) -> ast.arguments:
     """Of a function as it is called: without the object or class in front."""
-    fact = VERSIONS[version][name]
+    fact = fact_of(version, name)
     taken = arguments(fact["is"])
     if "." in name.partition(":")[2] and "staticmethod" not in fact.get("how", ""):
         del taken.args[0]
@@ -100,8 +106,7 @@ def test_nothing_is_missing(version: str) -> None:
 @each_version
 def test_no_member_that_we_use_is_another_name_of_one(version: str) -> None:
     """As KVQuantMode.CUSTOM is in 0.33, which is one of Octave's modes there."""
-    facts = VERSIONS[version].items()
-    assert not [name for name, fact in facts if name != "version" and "alias" in fact]
+    assert not [name for name, fact in VERSIONS[version].items() if "alias" in (fact or "")]
 
 
 def test_reading_agrees_with_python() -> None:
@@ -149,7 +154,7 @@ def test_functions_take_what_we_pass(version: str, call: str) -> None:
 @pytest.mark.parametrize(("ours", "base", "name"), OVERRIDES)
 def test_our_methods_take_what_vllm_passes(version: str, ours: str, base: str, name: str) -> None:
     """Under the same names in the same order; what may be left out there may be left out here."""
-    fact, cls = VERSIONS[version][f"{base}.{name}"], find(ours)
+    fact, cls = fact_of(version, f"{base}.{name}"), find(ours)
     method = inspect.getattr_static(cls, name)
     if "property" in fact.get("how", ""):
         assert isinstance(method, property)
@@ -183,7 +188,18 @@ def test_our_methods_take_what_vllm_passes(version: str, ours: str, base: str, n
     ("name", "definition"), [each for hook in HOOKS for each in hook.values.items()]
 )
 def test_values_are_what_we_expect(version: str, name: str, definition: str) -> None:
-    assert VERSIONS[version][name]["is"] == definition
+    assert fact_of(version, name)["is"] == definition
+
+
+@each_version
+@pytest.mark.parametrize(
+    ("ours", "base"), dict.fromkeys((ours, base) for ours, base, _ in OVERRIDES)
+)
+def test_our_classes_have_what_they_must_have(version: str, ours: str, base: str) -> None:
+    cls = find(ours)
+    for name in fact_of(version, base).get("abstract", "").split():
+        method = inspect.getattr_static(cls, name)
+        assert not getattr(method, "__isabstractmethod__", False), name
 
 
 # The list is whole
