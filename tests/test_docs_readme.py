@@ -33,7 +33,7 @@ PASS_FLAGS_ON = ("bench", "calibrate", "eval", "generate", "inspect", "serve")
 VLLM = find_spec("vllm")
 needs_vllm = pytest.mark.skipif(VLLM is None, reason="vLLM is not installed: its sources are read")
 
-PIP_OPTIONS = {"--extra-index-url"}
+PIP_OPTIONS = {"--extra-index-url", "--no-deps"}
 
 
 @pytest.fixture(params=TEXTS, name="page")
@@ -138,15 +138,11 @@ def test_every_option_is_known_to_somebody(present_page, known_options):
     _, text = present_page
     ours = set().union(*known_options.values()) | {"--help"} | PIP_OPTIONS
     rest = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - ours
-    sources = "".join(
-        vllm_path(name).read_text(encoding="utf-8")
-        for name in (
-            "engine/arg_utils.py",
-            "config/cache.py",
-            "config/model.py",
-            "entrypoints/launchers/cli_args.py",
-        )
-    )
+    files = [
+        vllm_path(name) for name in ("engine/arg_utils.py", "config/cache.py", "config/model.py")
+    ]
+    files += vllm_path("entrypoints").glob("*/cli_args.py")  # versions have it in different folders
+    sources = "".join(path.read_text(encoding="utf-8") for path in files)
     sources += "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("benchmarks/*.py"))
     sources += "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("training/**/*.py"))
     for option in rest:

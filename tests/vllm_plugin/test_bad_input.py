@@ -217,8 +217,8 @@ def test_options_from_vllm_flags() -> None:
 def test_vllm_that_is_not_supported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm.__version__", "0.33.1")
-    line = "DiffKV works with vLLM 0.32.x, this is vLLM 0.33.1: install vllm==0.32.0 "
+    monkeypatch.setattr("vllm.__version__", "0.34.1")
+    line = "DiffKV works with vLLM 0.33.x and 0.32.x, this is vLLM 0.34.1: install vllm==0.32.0 "
     assert line in refused(capsys, "generate", *PROMPT)
     assert line in refused(capsys, "generate", *PROMPT, "--compare")
     assert line in refused(capsys, "serve", "reference")

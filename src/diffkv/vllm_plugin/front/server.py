@@ -51,11 +51,15 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> None
     check_model(model)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from diffkv.vllm_plugin.front.moved import (
+        cli_env_setup,
+        make_arg_parser,
+        validate_parsed_serve_args,
+    )
 
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="diffkv serve", add_help=False))
