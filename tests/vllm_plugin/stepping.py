@@ -129,22 +129,25 @@ def check_empty(llm: Any) -> None:
     assert blocks_in_use(llm) == 0
     assert scheduler(llm).kv_cache_manager.usage == 0
     ours = manager(llm)
-    assert not any((ours.req_to_blocks, ours._quotas, ours._reports, ours._num_tokens))
-    assert not any((ours._prompts, ours._given_up, ours._must_leave))
+    assert not any((ours.req_to_blocks, ours._running, ours._requests, ours._started))
     assert not scheduler(llm).connector.scheduler._thresholds
 
 
 def check_quotas(llm: Any) -> None:
-    """Every running request's quota covers its pages, and the gauge is that of blocks in use."""
+    """Blocks of every row cover its pages, and the gauge is that of blocks in use."""
     ours, state = manager(llm), worker().state
     pool.check_invariants(state)
-    quotas = 0
-    for request in scheduler(llm).running:
-        slot = worker()._slots.requests[request.request_id].slot
-        held_pages = int(state.num_pages_held[slot].sum())
-        quota = ours._held(request.request_id)
-        quotas += quota
-        assert quota * worker().shape.num_layers >= held_pages
-    assert quotas == blocks_in_use(llm)
+    ours.store.check()
+    paid = 0
+    for running in ours._running.values():
+        held_pages = int(state.num_pages_held[running.slot].sum())
+        paid += len(running.blocks)
+        assert len(running.blocks) * worker().shape.num_layers >= held_pages
+    for row in ours.store._rows.values():
+        assert len(row.blocks) * worker().shape.num_layers >= int(
+            state.num_pages_held[row.slot].sum()
+        )
+        paid += len(row.blocks) if row.users else 0
+    assert paid == blocks_in_use(llm)
     usage = scheduler(llm).kv_cache_manager.usage
-    assert usage == 1 - (usable_blocks(llm) - quotas) / usable_blocks(llm)
+    assert usage == 1 - (usable_blocks(llm) - paid) / usable_blocks(llm)

@@ -115,7 +115,7 @@ class TestScheduler:
         assert world.workers.rows_kept == 4
 
     def test_a_prompt_of_twice_the_uncompressed_length_is_served(self) -> None:
-        world = World(0, False, 390, worst=0.0, model_len=2 * MODEL_LEN)
+        world = World(0, False, 430, worst=0.0, model_len=2 * MODEL_LEN)
         uncompressed = HEADS * EXACT.max_pages(2 * MODEL_LEN - 20)
         assert uncompressed > 1.8 * world.workers.num_pages
         world.add(list(range(10, 2 * MODEL_LEN - 10)), 10)
@@ -124,7 +124,7 @@ class TestScheduler:
 
     @pytest.mark.parametrize("overlap", [False, True])
     def test_what_is_too_large_for_the_whole_pool_ends_alone(self, overlap: bool) -> None:
-        world = World(0, overlap, 390, worst=1.0, model_len=2 * MODEL_LEN)
+        world = World(0, overlap, 430, worst=1.0, model_len=2 * MODEL_LEN)
         large = world.add(list(range(10, 2 * MODEL_LEN - 10)), 10, extra_args={"diffkv": "off"})
         small = [world.add(list(range(600, 640 + i)), 10) for i in range(5)]
         fill(world)

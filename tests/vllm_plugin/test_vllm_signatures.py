@@ -33,6 +33,9 @@ FUNCTIONS = {
     # the scheduler's side
     "vllm.v1.core.block_pool:BlockPool.get_new_blocks": "num_blocks",
     "vllm.v1.core.block_pool:BlockPool.free_blocks": "ordered_blocks",
+    "vllm.v1.core.block_pool:BlockPool.unpin_blocks": "blocks on_reuse",
+    "vllm.v1.core.block_pool:BlockPool.touch": "blocks",
+    "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks": "",
     "vllm.v1.core.kv_cache_manager:KVCacheBlocks.get_block_ids": "",
     "vllm.config:ModelConfig.get_num_layers": "parallel_config",
     "vllm.config:ModelConfig.get_num_kv_heads": "parallel_config",
@@ -65,7 +68,9 @@ ATTRIBUTES = {
     "vllm.v1.attention.backend:AttentionCGSupport": "NEVER UNIFORM_SINGLE_TOKEN_DECODE",
     "vllm.usage.usage_lib:UsageContext": "OPENAI_API_SERVER",
     "vllm.exceptions:VLLMClientError": "",
-    "vllm.v1.request:RequestStatus": "RUNNING",
+    "vllm.v1.request:RequestStatus": (
+        "RUNNING FINISHED_STOPPED FINISHED_LENGTH_CAPPED FINISHED_ABORTED FINISHED_REPETITION"
+    ),
     "vllm.config:VllmConfig": (
         "model_config parallel_config cache_config scheduler_config device_config "
         "speculative_config kv_transfer_config compilation_config max_concurrent_batches "
@@ -81,11 +86,10 @@ ATTRIBUTES = {
     ),
     "vllm.config:CacheConfig": (
         "cache_dtype kv_cache_memory_bytes enable_prefix_caching gpu_memory_utilization "
-        "block_size num_gpu_blocks kv_cache_size_tokens DEFAULT_BLOCK_SIZE"
+        "block_size num_gpu_blocks kv_cache_size_tokens"
     ),
     "vllm.config:SchedulerConfig": (
-        "max_num_seqs max_num_batched_tokens long_prefill_token_threshold policy "
-        "scheduler_reserve_full_isl"
+        "max_num_seqs max_num_batched_tokens enable_chunked_prefill scheduler_reserve_full_isl"
     ),
     "vllm.config:CompilationConfig": "static_forward_context",
     "vllm.config:KVTransferConfig": "kv_connector kv_role kv_connector_extra_config",
@@ -127,13 +131,14 @@ ATTRIBUTES = {
 ASSIGNED = {
     "vllm.v1.core.block_pool:BlockPool": "num_gpu_blocks",
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": (
-        "block_pool req_to_blocks num_cached_block"
+        "block_pool req_to_blocks num_cached_block enable_caching block_size kv_cache_spec"
     ),
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "coordinator",
     "vllm.config:ModelConfig": "runner_type",
     "vllm.v1.request:Request": (
-        "request_id sampling_params num_tokens num_computed_tokens status resumable"
+        "request_id sampling_params num_tokens num_computed_tokens status resumable block_hashes "
+        "all_token_ids mm_features prompt_embeds"
     ),
     f"{CONNECTOR}.base:KVConnectorBase_V1": "_vllm_config _kv_cache_config",
     f"{CONNECTOR}.metrics:KVConnectorPromMetrics": "_gauge_cls _counter_cls _histogram_cls",
@@ -144,7 +149,8 @@ OVERRIDES = {
     "diffkv.vllm_plugin.connector:DiffKVConnector": (
         f"{CONNECTOR}.base:KVConnectorBase_V1",
         "__init__ bind_kv_cache_manager on_new_request get_num_new_matched_tokens "
-        "update_state_after_alloc build_connector_meta update_connector_output register_kv_caches "
+        "update_state_after_alloc has_pending_block_frees build_connector_meta "
+        "update_connector_output reset_cache register_kv_caches "
         "handle_preemptions build_connector_worker_meta get_kv_connector_stats start_load_kv "
         "wait_for_layer_load save_kv_layer wait_for_save build_kv_connector_stats "
         "build_prom_metrics",
@@ -167,12 +173,12 @@ OVERRIDES = {
     ),
     "diffkv.vllm_plugin.spec:DiffKVSpec": (
         "vllm.v1.kv_cache_interface:FullAttentionSpec",
-        "get_num_kernel_states max_num_blocks_per_req max_memory_usage_bytes merge",
+        "get_num_kernel_states max_memory_usage_bytes merge",
     ),
     "diffkv.vllm_plugin.scheduler.manager:DiffKVManager": (
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
         "__init__ get_num_blocks_to_allocate allocate_new_blocks pop_blocks_for_free "
-        "find_longest_cache_hit add_local_computed_blocks cache_blocks remove_skipped_blocks",
+        "find_longest_cache_hit add_local_computed_blocks cache_blocks",
     ),
     "diffkv.vllm_plugin.worker.backend:DiffKVBackend": (
         "vllm.v1.attention.backend:AttentionBackend",
@@ -291,10 +297,13 @@ def test_flash_attention() -> None:
 
 
 def test_leading_parameters_are_where_we_expect_them() -> None:
-    """Our manager names the first two, and passes the rest on."""
+    """Our manager names these, and takes the rest as they come."""
     base = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
     for name in ("get_num_blocks_to_allocate", "allocate_new_blocks"):
         assert list(parameters(find(f"{base}.{name}")))[1:3] == ["request_id", "num_tokens"]
+    asked = parameters(find(f"{base}.get_num_blocks_to_allocate"))
+    assert list(asked)[3:5] == ["new_computed_blocks", "total_computed_tokens"]
+    assert "apply_admission_cap" in asked
     assert list(parameters(find(f"{base}.find_longest_cache_hit")))[:3] == [
         "block_hashes",
         "max_length",
