@@ -62,7 +62,7 @@ class Clients:
             world.scheduler.reset_prefix_cache()
         elif dice < 0.142:
             world.scheduler.reset_connector_cache()
-        elif dice < 0.143 and not world.overlap:
+        elif dice < 0.143:
             assert world.scheduler.reset_prefix_cache(reset_running_requests=True)
         else:
             world.step()

@@ -1,4 +1,4 @@
-"""What a step may need, what requests are expected to take, and rows under vLLM's own scheduler."""
+"""What a step may need, and rows under vLLM's own scheduler."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,12 +7,11 @@ import pytest
 from rows_world import EXACT, HEADS, LAYERS, LAYOUT, MAX_RUNNING, MODEL_LEN, SEGMENT, World
 
 from diffkv.policy import Thresholds
-from diffkv.shape import HIGH_SHARE, PoolShape
+from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.messages import PagesHeld
-from diffkv.vllm_plugin.scheduler.estimate import FEWEST_SEEN, MARGIN, RowSizes
 from diffkv.vllm_plugin.scheduler.running import Bounds, Running
 
-DEFAULT, OTHER = Thresholds(3, 0.3), Thresholds(5, 0)
+DEFAULT = Thresholds(3, 0.3)
 SHAPE = PoolShape(LAYOUT, LAYERS, HEADS // LAYERS, 16, MODEL_LEN, 1000, segment=SEGMENT)
 
 
@@ -56,29 +55,6 @@ class TestBounds:
         assert self.bounds.held(running) == 8 // LAYERS
         assert self.bounds.step(running, 151).open_blocks == 10 // LAYERS
         assert self.bounds.step(running, 151).rows == ()
-
-
-class TestSizes:
-    def test_a_share_is_assumed_until_enough_are_seen(self) -> None:
-        sizes = RowSizes(SHAPE, worst=False)
-        high, low = LAYOUT.tiers
-        assumed = HEADS * (
-            -(-round(256 * HIGH_SHARE) // high.tokens_per_page)
-            + -(-round(256 * (1 - HIGH_SHARE)) // low.tokens_per_page)
-        )
-        assert sizes.expected(DEFAULT, 256) == assumed < sizes.most(256)
-        for _ in range(FEWEST_SEEN):
-            sizes.observe(DEFAULT, 300, sizes.most(300) // 2)
-        assert sizes.expected(DEFAULT, 256) == pytest.approx(sizes.most(256) * MARGIN / 2, rel=0.05)
-        assert sizes.expected(OTHER, 256) == assumed
-        assert sizes.expected(DEFAULT, 16) <= sizes.most(16)
-
-    def test_all_high_is_the_worst_case(self) -> None:
-        assert (
-            RowSizes(SHAPE, worst=True).expected(DEFAULT, 256)
-            == RowSizes(SHAPE, worst=False).expected(Thresholds(), 256)
-            == RowSizes(SHAPE, worst=False).most(256)
-        )
 
 
 def fill(world: World) -> None:
