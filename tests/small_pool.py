@@ -23,12 +23,6 @@ def make_state(quant, page_bytes, num_pages, num_slots=NUM_SLOTS):
     return pool.create(shape, buffer, torch.float32, WINDOW)
 
 
-def make_shape(quant="k8v4-k4v2"):
-    """A pool for requests of 2,048 tokens in segments of 1,024."""
-    layout = PageLayout.derive(QuantConfig.parse(quant), 64)
-    return PoolShape(layout, 4, 2, 8, 2048, 5000, segment=1024)
-
-
 def num_free(state):
     head, tail = state.ring_ends.tolist()
     return tail - head

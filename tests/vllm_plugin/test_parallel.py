@@ -66,16 +66,22 @@ def test_two_ranks_equal_one(
 
 
 def test_the_fullest_rank_decides() -> None:
-    left = ReportMessage({"a": PagesHeld(7, (2, 6), 30), "b": PagesHeld(1, (1, 1), 5)})
-    right = ReportMessage({"a": PagesHeld(5, (4, 5), 29), "c": PagesHeld(9, (0, 3), 80)})
+    left = ReportMessage(
+        {"a": PagesHeld(7, (2, 6), 30, 1, {4: 5, 5: 2}), "b": PagesHeld(1, (1, 1), 5)}
+    )
+    right = ReportMessage(
+        {"a": PagesHeld(5, (4, 5), 29, 1, {4: 3, 5: 6}), "c": PagesHeld(9, (0, 3), 80)}
+    )
     expected = {
-        "a": PagesHeld(7, (4, 6), 29),
+        "a": PagesHeld(7, (4, 6), 29, 1, {4: 5, 5: 6}),
         "b": PagesHeld(1, (1, 1), 5),
         "c": PagesHeld(9, (0, 3), 80),
     }
     assert left.aggregate(right).reports == expected
     assert right.aggregate(left).reports == expected
-    assert left.reports["a"] == PagesHeld(7, (2, 6), 30), "aggregating changed a message"
+    assert left.reports["a"].num_pages == 7 and left.reports["a"].closed[5] == 2, (
+        "aggregating changed a message"
+    )
 
 
 @pytest.mark.parametrize(

@@ -103,15 +103,15 @@ class Stepped:
         base = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
         spec = DiffKVSpec.of(base, Options().layout(64, 4), 3, 512, MAX_NUM_SEQS)
         cache = config.cache_config
-        cache.num_gpu_blocks, cache.block_size, cache.kv_cache_size_tokens = 1000, 512, 5003
+        cache.num_gpu_blocks, cache.block_size, cache.kv_cache_size_tokens = 1000, 16, 5003
         groups = [KVCacheGroupSpec(["a", "b", "c"], spec)]
         self.cache_config = cache
         self.scheduler = Scheduler(
             vllm_config=config,
             kv_cache_config=KVCacheConfig(1000, [], groups),
             structured_output_manager=StructuredOutputManager(config),
-            block_size=512,
-            hash_block_size=512,
+            block_size=16,
+            hash_block_size=16,
             log_stats=True,
         )
 

@@ -20,7 +20,7 @@ def arguments_of(options: Options) -> dict[str, Any]:
     args = {
         "kv_transfer_config": {
             "kv_connector": CONNECTOR,
-            "kv_role": "kv_both",
+            "kv_role": "kv_producer",
             "kv_connector_extra_config": options.to_dict(),
         },
         "worker_extension_cls": "diffkv.vllm_plugin.worker.extension.WorkerExtension",

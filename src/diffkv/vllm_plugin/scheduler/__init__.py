@@ -1,1 +1,1 @@
-"""In the engine core, beside vLLM's scheduler: settings, quotas, the size of prompts, the banner."""
+"""In the engine core, beside vLLM's scheduler: settings, rows, who pays for pages, the banner."""

@@ -1,0 +1,137 @@
+"""What a step may need, and rows under vLLM's own scheduler."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rows_world import EXACT, HEADS, LAYERS, LAYOUT, MAX_RUNNING, MODEL_LEN, SEGMENT, World
+
+from diffkv.policy import Thresholds
+from diffkv.shape import PoolShape
+from diffkv.vllm_plugin.messages import PagesHeld
+from diffkv.vllm_plugin.scheduler.running import Bounds, Running
+
+DEFAULT = Thresholds(3, 0.3)
+SHAPE = PoolShape(LAYOUT, LAYERS, HEADS // LAYERS, 16, MODEL_LEN, 1000, segment=SEGMENT)
+
+
+def request(num_tokens: int, start: int = 0, computed: int = 0) -> Running:
+    return Running(SimpleNamespace(), DEFAULT, num_tokens, 1, 0, [], start, computed)
+
+
+class TestBounds:
+    bounds = Bounds(SHAPE)
+
+    def blocks(self, layout: Any, num_tokens: int) -> int:
+        return -(-HEADS * layout.max_pages(num_tokens) // LAYERS)
+
+    def test_tokens_wait_as_they_are(self) -> None:
+        need = self.bounds.step(request(500), 40)
+        assert (need.rows, need.open_blocks) == ((), self.blocks(EXACT, 40))
+
+    def test_a_chunk_completes_several_segments(self) -> None:
+        need = self.bounds.step(request(500, 0, 40), 200)
+        assert need.rows == ((0, 64), (64, 128), (128, 192))
+        assert need.row_blocks == (self.blocks(LAYOUT, 64),) * 3
+        assert need.open_blocks == self.blocks(EXACT, 8)
+
+    def test_what_waited_is_there_until_it_is_converted(self) -> None:
+        """Its pages as the model made them are more than those of the row that it becomes."""
+        need = self.bounds.step(request(500, 0, 63), 64)
+        before = self.blocks(EXACT, 63)
+        assert before > sum(need.row_blocks) == self.blocks(LAYOUT, 64)
+        assert need.open_blocks + sum(need.row_blocks) >= before
+
+    def test_the_rest_of_a_prompt_is_decided_with_its_last_chunk(self) -> None:
+        need = self.bounds.step(request(150), 150)
+        assert need.rows == ((0, 64), (64, 128))
+        assert need.open_blocks == self.blocks(LAYOUT, 22)
+        assert self.bounds.step(request(128), 128).open_blocks == 1
+
+    def test_generated_tokens_need_what_the_report_leaves_possible(self) -> None:
+        running = request(150, 128, 150)
+        assert self.bounds.held(running) == self.blocks(LAYOUT, 22)
+        running.report = PagesHeld(8, (2, 4), 150)
+        assert self.bounds.held(running) == 8 // LAYERS
+        assert self.bounds.step(running, 151).open_blocks == 10 // LAYERS
+        assert self.bounds.step(running, 151).rows == ()
+
+
+def fill(world: World) -> None:
+    world.drain()
+    assert world.scheduler.kv_cache_manager.usage == 0
+
+
+class TestScheduler:
+    """With vLLM's own."""
+
+    def test_a_turn_goes_on_from_the_one_before(self) -> None:
+        world = World(0, False, 700)
+        world.add(list(range(10, 160)), 20)
+        fill(world)
+        (tokens,) = world.ended_tokens
+        assert (world.queries, world.cached) == (150, 0)
+        world.add([*tokens, 5, 6, 7], 4)
+        world.step()
+        # the last token that was sampled is not stored
+        (job,) = world.workers.jobs.values()
+        assert job.start.num_closed == len(tokens) - 1 == 169
+        assert world.manager.store.at(job.start.chain[-1]).start == 128
+        assert (world.queries, world.cached) == (150 + 173, 169)
+        fill(world)
+
+    def test_several_answers_compute_a_prompt_once(self) -> None:
+        world = World(0, False, 700)
+        for _ in range(4):
+            world.add(list(range(10, 480)), 10)
+        fill(world)
+        assert world.workers.hits == 3
+        # the prompt's own rows, and those that the answers left
+        assert world.workers.rows_closed == 470 // SEGMENT
+        assert world.workers.rows_kept == 4
+
+    def test_a_prompt_of_twice_the_uncompressed_length_is_served(self) -> None:
+        world = World(0, False, 430, worst=0.0, model_len=2 * MODEL_LEN)
+        uncompressed = HEADS * EXACT.max_pages(2 * MODEL_LEN - 20)
+        assert uncompressed > 1.8 * world.workers.num_pages
+        world.add(list(range(10, 2 * MODEL_LEN - 10)), 10)
+        fill(world)
+        assert not world.workers.failures and len(world.ended_tokens) == 1
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_what_is_too_large_for_the_whole_pool_ends_alone(self, overlap: bool) -> None:
+        world = World(0, overlap, 430, worst=1.0, model_len=2 * MODEL_LEN)
+        large = world.add(list(range(10, 2 * MODEL_LEN - 10)), 10, extra_args={"diffkv": "off"})
+        small = [world.add(list(range(600, 640 + i)), 10) for i in range(5)]
+        fill(world)
+        assert world.workers.failures > 0
+        assert str(world.ends[large]) == "error"
+        assert {str(world.ends[name]) for name in small} == {"length"}
+        assert world.preemptions < 10
+
+    def test_reset(self) -> None:
+        world = World(0, False, 700)
+        tokens = list(range(10, 160))
+        for reset in (
+            world.scheduler.reset_prefix_cache,
+            lambda: world.scheduler.reset_prefix_cache(reset_connector=True),
+        ):
+            world.add(tokens, 5)
+            fill(world)
+            assert world.manager.store._idle
+            assert reset()
+            assert not world.manager.store._rows
+        assert world.workers.hits == 0
+
+    def test_prefix_caching_off(self) -> None:
+        world = World(0, False, 700, enable_prefix_caching=False)
+        for _ in range(2):
+            world.add(list(range(10, 160)), 5)
+            fill(world)
+        assert world.workers.hits == 0 and not world.manager.store._rows
+        assert world.workers.rows_closed == 4
+
+    def test_slots_are_open_rows_and_closed_ones(self) -> None:
+        world = World(0, False, 700)
+        assert world.manager.shape.num_slots > MAX_RUNNING
+        assert world.manager.shape.segment == SEGMENT
