@@ -14,6 +14,7 @@ from diffkv.cli import main
 from diffkv.lab import timing
 from diffkv.lab.bench import (
     attention,
+    child,
     fill,
     models,
     pages,
@@ -392,7 +393,7 @@ def test_a_map_from_engines_to_rows(monkeypatch, capsys):
     def in_turn(jobs, say):
         return [[FakeChild(job).run(cell) for cell in range(len(job.cells))] for job in jobs]
 
-    monkeypatch.setattr(sweep, "in_turn", in_turn)
+    monkeypatch.setattr(child, "in_turn", in_turn)
     config = models.find("bench-tiny")
     wanted = sweep.Sweep([64, 256], [1, 4], [4, 10**7], 8)
     compared = throughput.settings([{"quant": "k8v4"}])

@@ -99,7 +99,7 @@ def test_map(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_cannot_start_says_why() -> None:
-    job = Job({"model": "/no/such/model"}, None, 1 << 20, [([[1]], [1])])
+    job = Job({"model": "/no/such/model"}, None, 1 << 20, [([[[1]]], [1])])
     with Child(job) as child:
         first, second = child.run(0), child.run(0)
     assert "/no/such/model" in first["error"]
