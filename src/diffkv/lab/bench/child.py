@@ -138,7 +138,7 @@ def _is_measured(runs: Sequence[dict[str, Any]]) -> bool:
 
 
 def medians(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of every figure of several runs, in lists by place; or `error`, of the first that failed."""
+    """Medians of every figure of several runs, in lists by place; or the first `error` there was."""
     failed = [result["error"] for result in results if "error" in result]
     if failed:
         return {"error": failed[0]}
