@@ -25,7 +25,7 @@ class Run:
             QuantConfig.parse(quant), HEAD_DIM, PAGE_BYTES, 4, thresholds.alpha_low > 0
         )
         heads = (NUM_LAYERS, NUM_KV_HEADS)
-        num_pages = NUM_SLOTS * NUM_LAYERS * NUM_KV_HEADS * layout.max_pages(MAX_MODEL_LEN)
+        num_pages = 3 * NUM_SLOTS * NUM_LAYERS * NUM_KV_HEADS * layout.max_pages(MAX_MODEL_LEN)
         shape = PoolShape(layout, *heads, NUM_SLOTS, MAX_MODEL_LEN, num_pages)
         buffer = torch.zeros(shape.table_bytes + num_pages * PAGE_BYTES, dtype=torch.uint8)
         self.state = pool.create(shape, buffer, torch.float32, WINDOW)
@@ -38,15 +38,17 @@ class Run:
         self.num_tokens = 0  # after each step, over all layers and heads: kept at most
         for _ in range(NUM_STEPS):
             self.step()
-        self.cache.close(list(self.requests))
+        self.cache.release(list(self.requests))
+        self.requests = {}
         self.check()
 
     def check(self):
-        pool.check_invariants(self.state)
+        waiting = [slot for slot, (prompt, n) in self.requests.items() if 0 < n < prompt]
+        pool.check_invariants(self.state, waiting)
 
     def step(self):
         ended = [s for s, (_, n) in self.requests.items() if n > 30 or self.rnd.random() < 0.03]
-        self.cache.close(ended)
+        self.cache.release(ended)
         for slot in ended:
             del self.requests[slot]
         self.check()

@@ -13,6 +13,7 @@ from diffkv.policy import (
     Thresholds,
     decode_action,
     decode_candidates,
+    fill_pages,
     key_difference,
     num_queries_seen,
     paper_tiers,
@@ -277,3 +278,13 @@ def test_key_difference_finds_the_unusual_keys() -> None:
     assert scores.shape == (2, 100) and scores.abs().max() <= 1.0001
     assert sorted(scores[0].topk(2).indices.tolist()) == [7, 50]
     assert sorted(scores[1].topk(2).indices.tolist()) == [3, 99]
+
+
+def test_room_in_the_last_high_page_is_filled_with_the_best_low_tokens():
+    tiers = torch.tensor([[0, 1, 1, 2, 1, 0], [1, 1, 0, 0, 0, 0], [2, 2, 2, 2, 0, 1]]).to(torch.int8)
+    means = torch.tensor([[9, 0.2, 0.3, 7, 0.3, 9], [1, 2, 9, 9, 9, 9], [7, 7, 7, 7, 9, 0.0]])
+    fill_pages(tiers, means, 4)
+    assert tiers.tolist() == [[0, 1, 0, 2, 0, 0], [1, 1, 0, 0, 0, 0], [2, 2, 2, 2, 0, 0]]
+    before = tiers.clone()
+    fill_pages(tiers, means, 1)
+    assert torch.equal(tiers, before)

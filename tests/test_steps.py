@@ -5,10 +5,15 @@ from itertools import pairwise
 import pytest
 import torch
 
+from diffkv import pool
+from diffkv.chains import Chains
 from diffkv.lab.evaluation import baselines
+from diffkv.layout import PageLayout
 from diffkv.policies import parse
 from diffkv.policy import SCORED_QUERIES, Thresholds, num_queries_seen, paper_tiers
-from diffkv.steps import PromptChunk, PromptPlan, spans_of
+from diffkv.quant import QuantConfig
+from diffkv.shape import PoolShape
+from diffkv.steps import PromptChunk, spans_of
 
 CPU = torch.device("cpu")
 WINDOW = 8
@@ -16,13 +21,23 @@ LENGTHS = (200, 5, 8, 9, 77)
 THRESHOLDS = [Thresholds(*alphas) for alphas in ((3, 0.5), (1, 0), (2, 2), (9, 1), (200, 1))]
 
 
-def whole(lengths, start=0):
-    """Prompts of one chunk each, one after the other in a batch."""
-    chunks = []
+def chains(policy="paper", segment=0):
+    """Rows of requests in a pool of their own."""
+    layout = PageLayout.derive(QuantConfig.parse("k8v4-k4v2"), 64, drops=True)
+    shape = PoolShape(layout, 1, 1, 20, 512, 1, segment=segment)
+    buffer = torch.zeros(shape.table_bytes + layout.page_bytes, dtype=torch.uint8)
+    return Chains(pool.create(shape, buffer, torch.bfloat16, WINDOW), policy, segment)
+
+
+def whole(lengths, policy="paper"):
+    """The wave of prompts of one chunk each, one after the other in a batch."""
+    known, chunks, start = chains(baselines.parse(policy)), [], 0
     for slot, length in enumerate(lengths):
+        known.open(slot, THRESHOLDS[slot], (), (0,))
         chunks.append(PromptChunk(slot, slice(start, start + length), 0, length))
         start += length
-    return chunks
+    (wave,) = known.plan(chunks).waves
+    return wave
 
 
 def rows_of(rows, num):
@@ -31,11 +46,10 @@ def rows_of(rows, num):
 
 def test_joined_prompts_are_decided_as_each_alone():
     torch.manual_seed(0)
-    plan = PromptPlan.of(whole(LENGTHS), THRESHOLDS, parse("paper"), WINDOW, CPU)
-    scoring = plan.complete
+    (complete,) = whole(LENGTHS).complete
     means = torch.rand(3, sum(LENGTHS)) * 0.05
     means[0, 10] = torch.nan
-    tiers = scoring.bounds.tiers(means)
+    tiers = complete.scoring.bounds.tiers(means)
     assert tiers.dtype == torch.int8
     each = zip(tiers.split(LENGTHS, 1), means.split(LENGTHS, 1), THRESHOLDS, strict=True)
     for got, alone, thresholds in each:
@@ -45,8 +59,7 @@ def test_joined_prompts_are_decided_as_each_alone():
 
 def test_means_are_divided_by_the_queries_that_saw_a_token():
     for scored in (SCORED_QUERIES, 16):
-        policy = parse(f"paper:queries={scored}")
-        scoring = PromptPlan.of(whole(LENGTHS), THRESHOLDS, policy, WINDOW, CPU).complete
+        scoring = whole(LENGTHS, f"paper:queries={scored}").complete[0].scoring
         seen, by = scoring.num_seen.split(LENGTHS), scoring.num_scored.split(LENGTHS)
         for n, num_seen, num_scored in zip(LENGTHS, seen, by, strict=True):
             position, length = torch.arange(n), torch.tensor(n)
@@ -56,44 +69,55 @@ def test_means_are_divided_by_the_queries_that_saw_a_token():
 
 def test_a_policy_that_looks_at_keys_has_no_bounds():
     for text in ("paper:distinct=0.5", "topk", "paper-uniform"):
-        plan = PromptPlan.of(whole([70]), [Thresholds(1, 0)], baselines.parse(text), WINDOW, CPU)
-        assert plan.complete.bounds is None
+        assert whole([70], text).complete[0].scoring.bounds is None
 
 
-def test_chunks_are_packed():
+def test_chunks_are_cut_into_waves():
+    known = chains(parse("paper"), segment=16)
+    for slot, chain in ((3, ()), (1, (8,)), (2, (9,)), (4, ())):
+        known.open(
+            slot, Thresholds() if slot == 4 else Thresholds(3, 0), chain, (0, 16)[: len(chain) + 1]
+        )
     chunks = [
-        PromptChunk(3, slice(2, 6), 10, 14),  # the end of a prompt
-        PromptChunk(1, slice(9, 14), 0, 5),  # a whole one
-        PromptChunk(2, slice(14, 17), 4, 20),  # one that goes on
+        PromptChunk(3, slice(2, 36), 10, 44, (10, 11)),  # two segments, and the end of the prompt
+        PromptChunk(1, slice(36, 41), 16, 21),  # what follows a hit, to the end
+        PromptChunk(2, slice(41, 44), 20, 40),  # goes on
+        PromptChunk(4, slice(50, 55), 0, 5),  # nothing is decided
     ]
-    decided = [Thresholds(3, 0), Thresholds(3, 0), None]
-    plan = PromptPlan.of(chunks, decided, parse("paper"), WINDOW, CPU)
-    assert rows_of(plan.rows, 20) == [2, 3, 4, 5, *range(9, 17)]
-    assert [(s.start, s.stop) for _, s in plan.parts] == [(0, 4), (4, 9), (9, 12)]
-    assert plan.spans.key_starts.tolist() == [0, 14, 19, 26]
-    assert plan.spans.query_starts.tolist() == [0, 4, 9, 12]
+    plan = known.plan(chunks)
+    assert rows_of(plan.rows, 60) == [*range(2, 44), *range(50, 55)]
+    first, second, third = plan.waves
+    assert [(p.slot, p.first, p.stop, p.target) for p in first.parts] == [
+        (3, 10, 16, 10), (1, 16, 21, 1), (2, 20, 23, None), (4, 0, 5, 4),
+    ]  # fmt: skip
+    assert [(p.first, p.stop, p.target) for p in (*second.parts, *third.parts)] == [
+        (16, 32, 11), (32, 44, 3),
+    ]  # fmt: skip
+    assert first.spans.num_keys == (16, 21, 23, 5)
+    assert first.waiting.slots.tolist() == [2]
+    assert first.waiting.positions.tolist() == [20, 21, 22]
+    decided, high = first.complete
+    assert decided.packing.slots.tolist() == [10, 1]
+    assert decided.packing.positions.tolist() == [*range(16), *range(16, 21)]
+    assert decided.waited.tolist() == [3]
+    assert rows_of(decided.scoring.own, 37) == [*range(16), *range(32, 37)]
+    assert (high.packing.slots.tolist(), high.scoring) == ([4], None)
+    last = third.parts[0]
+    assert (last.chain, last.starts, last.closed.slots.tolist()) == (
+        (10, 11),
+        (0, 16, 32),
+        [10, 11],
+    )
+    assert known._state.chains[3, :2].tolist() == [10, 11]
 
-    undecided, complete = plan.undecided, plan.complete
-    assert undecided.slots.tolist() == [2]
-    assert rows_of(undecided.rows, 12) == [9, 10, 11]
-    assert undecided.positions.tolist() == [4, 5, 6]
-    assert complete.packing.positions.tolist() == [*range(14), *range(5)]
-    assert complete.packing.starts.tolist() == [0, 14, 19]
-    assert complete.stored_slots.tolist() == [3]
-    assert complete.query_rows is None  # 14 queries score it, 4 are here
-    assert complete.query_starts.tolist() == [0, 14, 19]
 
-    nothing = PromptPlan.of(chunks, [None] * 3, parse("paper"), WINDOW, CPU)
-    assert nothing.complete is None
-    assert nothing.undecided.positions.tolist() == [*range(10, 14), *range(5), 4, 5, 6]
-
-
-def test_scoring_queries_of_whole_prompts():
-    plan = PromptPlan.of(whole([100, 30]), [Thresholds(1, 0)] * 2, parse("paper"), WINDOW, CPU)
-    scoring = plan.complete
-    assert rows_of(scoring.query_rows, 130) == [*range(36, 100), *range(100, 130)]
-    assert scoring.query_starts.tolist() == [0, 64, 94]
-    assert scoring.max_queries == 64
+def test_thresholds_count_all_tokens_so_far():
+    known = chains(parse("paper"), segment=16)
+    known.open(0, Thresholds(3, 0), (5,), (0, 16))
+    (wave,) = known.plan([PromptChunk(0, slice(0, 16), 16, 40, (6,))]).waves
+    bounds = wave.complete[0].scoring.bounds
+    torch.testing.assert_close(bounds.least_high, torch.full((16,), 3 / 32))
+    assert bounds.recent.tolist() == [False] * 8 + [True] * 8
 
 
 @pytest.mark.parametrize("spans", [[(0, 3), (3, 5)], [(0, 3), (4, 5)], [(7, 9), (0, 1), (1, 3)]])

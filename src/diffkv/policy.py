@@ -30,6 +30,7 @@ __all__ = [
     "TokenBounds",
     "decode_action",
     "decode_candidates",
+    "fill_pages",
     "key_difference",
     "num_queries_seen",
     "paper_tiers",
@@ -188,6 +189,26 @@ def paper_tiers(means: Tensor, thresholds: Thresholds, window: int) -> Tensor:
     recent = max(0, means.shape[1] - window)
     tiers[:, recent:] = HIGH
     return tiers
+
+
+def fill_pages(tiers: Tensor, means: Tensor, tokens_per_page: int) -> None:
+    """Move the most significant low tokens up to where a head's last high page has room.
+
+    A row that is closed grows no more, so the room would be lost; the row takes no page more.
+
+    Args:
+        tiers: [num_kv_heads, N] int8, changes.
+        means: [num_kv_heads, N] float32.
+        tokens_per_page: high tokens that a page holds.
+    """
+    most = min(tokens_per_page - 1, tiers.shape[1])
+    if not most:
+        return
+    low = tiers == LOW
+    best = torch.where(low, means, -1.0).topk(most, dim=1)
+    room = -(tiers == HIGH).sum(1, keepdim=True) % tokens_per_page
+    moves = (torch.arange(most, device=tiers.device) < room) & (best.values >= 0)
+    tiers.scatter_(1, best.indices, torch.where(moves, HIGH, tiers.gather(1, best.indices)))
 
 
 def key_difference(key: Tensor) -> Tensor:

@@ -7,32 +7,21 @@ that score it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from diffkv.chains import Chains
 from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.policies import Policy
-from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds
+from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds, fill_pages
 from diffkv.prefill import Prefill
 from diffkv.reading import HeadPacking, Seen
 from diffkv.rotator import Rotator
-from diffkv.segments import cuts, next_end
 from diffkv.state import PoolState
-from diffkv.steps import (
-    Completion,
-    Part,
-    PromptChunk,
-    PromptPlan,
-    RowPlaces,
-    Scoring,
-    Wave,
-    joined,
-    spans_of,
-)
+from diffkv.steps import Completion, Part, PromptChunk, PromptPlan, Scoring, Wave, joined
 from diffkv.value_range import ValueRange
 
 __all__ = ["PromptPath"]
@@ -42,23 +31,6 @@ def _fewest_bits(layout: PageLayout) -> tuple[int, int]:
     """Bits of keys and of values, in the tiers that have fewest."""
     formats = [tier.format for tier in layout.tiers]
     return min(f.k_bits for f in formats), min(f.v_bits for f in formats)
-
-
-@dataclass
-class _Request:
-    """A request with an open row.
-
-    Attributes:
-        thresholds: as they are with the tiers that there are.
-        chain: its closed rows.
-        starts: where the tokens of each begin, and where those of the open row do.
-        queries: by layer, the rotated queries of early chunks that score the segment.
-    """
-
-    thresholds: Thresholds
-    chain: tuple[int, ...]
-    starts: tuple[int, ...]
-    queries: dict[int, Tensor] = field(default_factory=dict)
 
 
 class PromptPath:
@@ -84,109 +56,35 @@ class PromptPath:
         self._policy = policy
         self._prefill = prefill
         self._rotator = rotator
-        self._segment = segment
         self._device = state.pages.device
-        self._requests: dict[int, _Request] = {}
+        self._chains = Chains(state, policy, segment)
+        self._queries: dict[tuple[int, int], Tensor] = {}
         bits = _fewest_bits(state.layout)
         self.value_range = ValueRange(state.num_layers, self._device, *bits, bool(state.centre_dim))
 
     def __contains__(self, slot: int) -> bool:
         """Whether a slot has a request."""
-        return slot in self._requests
+        return slot in self._chains
 
     def open(
         self, slot: int, thresholds: Thresholds, chain: Sequence[int], starts: Sequence[int]
     ) -> None:
         """Begin a request, see `DiffKVCache.open`."""
-        tiers = thresholds.for_tiers(self._state.layout.low is not None)
-        self._requests[slot] = _Request(tiers, (), (0,))
-        self._extend(slot, chain, starts[1:])
+        self._chains.open(slot, thresholds, chain, starts)
 
     def end(self, slot: int) -> None:
         """Forget a request."""
-        self._requests.pop(slot, None)
-
-    def _extend(self, slot: int, rows: Sequence[int], ends: Sequence[int]) -> None:
-        """Add closed rows to a request's chain."""
-        request, state = self._requests[slot], self._state
-        request.chain = (*request.chain, *rows)
-        request.starts = (*request.starts, *ends)
-        num = len(request.chain)
-        if num > state.chain_width:
-            raise ValueError(f"a request can have {state.chain_width} closed rows, got {num}")
-        if rows:
-            new = torch.tensor(rows, dtype=torch.int32).to(self._device, non_blocking=True)
-            state.chains[slot, num - len(rows) : num] = new
-        state.chain_lens[slot] = num
+        self._chains.end(slot)
+        for layer in range(self._state.num_layers):
+            self._queries.pop((slot, layer), None)
 
     def compresses(self, chunk: PromptChunk) -> bool:
         """Whether a prompt is complete with this chunk, and its tokens are sorted into tiers."""
-        return chunk.is_last and self._policy.decides(self._requests[chunk.slot].thresholds)
+        return chunk.is_last and self._chains.decides(chunk.slot)
 
     def plan(self, chunks: Sequence[PromptChunk]) -> PromptPlan:
-        """Plan some chunks for all layers; chains grow by the rows that they complete.
-
-        Raises:
-            ValueError: a chunk does not name a slot for each row that it completes.
-        """
-        starts = [0, *accumulate(chunk.num_new for chunk in chunks)]
-        by_chunk = [self._parts(c, s) for c, s in zip(chunks, starts, strict=False)]
-        waves = (
-            Wave.of(
-                [part for part in parts if part is not None],
-                self._policy,
-                self._state.window,
-                bool(self._state.centre_dim),
-                self._device,
-            )
-            for parts in zip_longest(*by_chunk)
-        )
-        return PromptPlan(spans_of([c.span for c in chunks], self._device), tuple(waves))
-
-    def _parts(self, chunk: PromptChunk, start: int) -> list[Part]:
-        """A chunk's parts; `start` is where its tokens are among those of the plan."""
-        request, parts = self._requests[chunk.slot], []
-        bounds = cuts(request.starts[-1], chunk.num_stored, chunk.end, self._segment)
-        if sum(closes for *_, closes in bounds) != len(chunk.closing):
-            raise ValueError(
-                f"the rows {chunk.closing} are not as many as are complete in {bounds}"
-            )
-        decides = self._policy.decides(request.thresholds)
-        closing = iter(chunk.closing)
-        for first, stop, closes in bounds:
-            target = next(closing) if closes else None
-            if not closes and stop == chunk.prompt_len:
-                target = chunk.slot
-            row_end = next_end(request.starts[-1], self._segment) or chunk.prompt_len
-            parts.append(
-                Part(
-                    chunk.slot,
-                    request.chain,
-                    request.starts,
-                    first,
-                    stop,
-                    chunk.end,
-                    min(row_end, chunk.prompt_len),
-                    target,
-                    stop == chunk.prompt_len,
-                    request.thresholds if decides else None,
-                    slice(start + first - chunk.num_stored, start + stop - chunk.num_stored),
-                    self._places(request.chain, request.starts) if first else None,
-                    self._places([chunk.slot], [request.starts[-1], first])
-                    if first > request.starts[-1]
-                    else None,
-                    self._places([target], [request.starts[-1], stop])
-                    if target is not None and stop < chunk.end
-                    else None,
-                )
-            )
-            if closes:
-                assert target is not None
-                self._extend(chunk.slot, [target], [stop])
-        return parts
-
-    def _places(self, slots: Sequence[int], bounds: Sequence[int]) -> RowPlaces | None:
-        return RowPlaces.of(slots, bounds, self._device)
+        """Plan some chunks for all layers, see `Chains.plan`."""
+        return self._chains.plan(chunks)
 
     def attend(
         self,
@@ -365,15 +263,37 @@ class PromptPath:
             # Decode divides by `num_seen`, whoever has scored the prompt
             sums = means * scoring.num_seen
         if scoring.bounds is not None:
-            return sums, scoring.bounds.tiers(means)
+            tiers = scoring.bounds.tiers(means)
+        else:
+            tiers = self._tiers(parts, means, seen, stored)
+        if self._state.layout.low is not None:
+            starts = accumulate((part.length for part in parts), initial=0)
+            for part, start in zip(parts, starts, strict=False):
+                if part.target != part.slot:
+                    row = slice(start, start + part.length)
+                    fill_pages(
+                        tiers[:, row], means[:, row], self._state.layout.high.tokens_per_page
+                    )
+        return sums, tiers
+
+    def _tiers(
+        self,
+        parts: Sequence[Part],
+        means: Tensor,
+        seen: dict[int, Seen],
+        stored: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Tiers by a policy that looks at one row at a time."""
         lengths = [part.length for part in parts]
         keys = [self._own(part, seen, stored)[0] for part in parts]
         tiers = [
-            policy.decide(mean, key, p.thresholds.of_part(p.length, p.stop), self._state.window)
+            self._policy.decide(
+                mean, key, p.thresholds.of_part(p.length, p.stop), self._state.window
+            )
             for p, mean, key in zip(parts, means.split(lengths, 1), keys, strict=True)
             if p.thresholds is not None
         ]
-        return sums, torch.cat(tiers, 1)
+        return torch.cat(tiers, 1)
 
     def _sums_by_head(
         self, part: Part, seen: dict[int, Seen], stored: tuple[Tensor, Tensor], query: Tensor
@@ -394,7 +314,7 @@ class PromptPath:
             max(part.rows.start, part.rows.stop - self._policy.scored_queries), part.rows.stop
         )
         latest = self._rotator.rotate(query[rows])
-        earlier = self._requests[part.slot].queries.pop(layer, None)
+        earlier = self._queries.pop((part.slot, layer), None)
         return latest if earlier is None else torch.cat([earlier, latest])
 
     def _wait(self, layer: int, wave: Wave, query: Tensor, stored: tuple[Tensor, Tensor]) -> None:
@@ -412,6 +332,8 @@ class PromptPath:
             if part.thresholds is None or num <= 0:
                 continue
             latest = self._rotator.rotate(query[part.rows.stop - num : part.rows.stop])
-            queries = self._requests[part.slot].queries
-            earlier = queries.get(layer)
-            queries[layer] = latest.clone() if earlier is None else torch.cat([earlier, latest])
+            place = part.slot, layer
+            earlier = self._queries.get(place)
+            self._queries[place] = (
+                latest.clone() if earlier is None else torch.cat([earlier, latest])
+            )

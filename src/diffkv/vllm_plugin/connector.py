@@ -58,13 +58,15 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Nothing comes from outside; but it is the call before a prompt's quota is asked for."""
-        self.scheduler.expect(request)
-        return 0, False
+        """Nothing comes from outside; but a request may wait for rows that another one computes."""
+        return (None if self.scheduler.waits(request) else 0), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """A request starts, or resumes."""
-        self.scheduler.start(request, blocks.get_block_ids()[0][0])
+        """The manager of blocks has noted that the request starts, or resumes."""
+
+    def has_pending_block_frees(self) -> bool:
+        """Whether a running request that gets no blocks should wait rather than preempt another."""
+        return self.scheduler.awaits_reports()
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """Last call before a step."""
@@ -80,8 +82,12 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Blocks may be freed at once: the workers release pages in the order of steps."""
-        self.scheduler.finish(request.request_id)
+        self.scheduler.finish(request)
         return False, None
+
+    def reset_cache(self) -> bool:
+        """Have no row found any more; vLLM's own reset gives up those that nobody uses."""
+        return self.scheduler.reset()
 
     # in a worker
 

@@ -24,12 +24,14 @@ class DiffKVSpec(FullAttentionSpec):
         num_layers: attention layers of the model.
         max_model_len: tokens of the longest request.
         max_num_seqs: requests that may run at once.
+        segment: tokens after which a row of a prompt is closed; 0: prompts are decided whole.
     """
 
     layout: PageLayout
     num_layers: int
     max_model_len: int
     max_num_seqs: int
+    segment: int = 0
 
     @classmethod
     def of(
@@ -39,11 +41,15 @@ class DiffKVSpec(FullAttentionSpec):
         num_layers: int,
         max_model_len: int,
         max_num_seqs: int,
+        segment: int = 0,
     ) -> "DiffKVSpec":
-        """Make the spec of a layer for which vLLM would have used `spec`."""
+        """Make the spec of a layer for which vLLM would have used `spec`.
+
+        A block has the size of vLLM's, since it hashes tokens by it. Block tables have a column for each
+        block of the longest request, as slot mappings read them, but only the first ever holds an id.
+        """
         return cls(
-            # one id per request: a row of the block table is a single entry
-            block_size=-(-max_model_len // 128) * 128,
+            block_size=spec.block_size,
             num_kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
             dtype=spec.dtype,
@@ -53,17 +59,25 @@ class DiffKVSpec(FullAttentionSpec):
             num_layers=num_layers,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            segment=segment,
         )
 
-    def pool_shape(self, num_blocks: int) -> PoolShape:
-        """The pool in `num_blocks` of vLLM's blocks: scheduler and worker must agree on it."""
+    def pool_shape(self, num_blocks: int, max_model_len: int | None = None) -> PoolShape:
+        """The pool in `num_blocks` of vLLM's blocks: scheduler and worker must agree on it.
+
+        Args:
+            num_blocks: blocks that vLLM has allocated.
+            max_model_len: vLLM's, if it was fitted to the memory after the spec was made
+                (`--max-model-len auto`).
+        """
         return PoolShape.fit(
             num_blocks * self.num_layers * self.layout.page_bytes,
             self.layout,
             self.num_layers,
             self.num_kv_heads,
-            self.max_model_len,
+            max_model_len or self.max_model_len,
             self.max_num_seqs,
+            self.segment,
         )
 
     def get_num_kernel_states(self, kernel_block_size: int) -> int:
@@ -72,7 +86,7 @@ class DiffKVSpec(FullAttentionSpec):
 
     @property
     def prefix_cacheable(self) -> bool:
-        """Heads keep different tokens, so blocks cannot be shared."""
+        """Rows are shared, not blocks."""
         return False
 
     @property
@@ -80,14 +94,11 @@ class DiffKVSpec(FullAttentionSpec):
         """Block-table rows do not address tokens."""
         return None
 
-    def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
-        """Width of a block-table row."""
-        return 1
-
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """This layer's share of what one request of the longest length can need, tables included."""
+        max_model_len = vllm_config.model_config.max_model_len
         needed = PoolShape.request_bytes(
-            self.layout, self.num_layers, self.num_kv_heads, self.max_model_len
+            self.layout, self.num_layers, self.num_kv_heads, max_model_len, self.segment
         )
         null_block = self.num_layers * self.layout.page_bytes
         return -(-(needed + null_block) // self.num_layers)

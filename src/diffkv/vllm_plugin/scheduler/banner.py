@@ -3,8 +3,7 @@
 from typing import Any
 
 from diffkv.shape import PoolShape
-from diffkv.vllm_plugin.options import Options
-from diffkv.vllm_plugin.scheduler.estimate import why_worst_case
+from diffkv.vllm_plugin.options import WORST_CASE, Options
 
 __all__ = ["banner"]
 
@@ -36,12 +35,19 @@ def banner(options: Options, shape: PoolShape, vllm_config: Any) -> list[str]:
         f"DiffKV capacity in tokens: {capacity}, {budget // bf16} in bf16 of the same "
         f"{budget} B ({shape.table_bytes} B of them tables)",
     ]
-    reason = why_worst_case(vllm_config, options)
-    lines.append(
-        "DiffKV admits prompts by their expected compressed size"
-        if reason is None
-        else f"DiffKV admits prompts by their worst case: {reason}"
-    )
-    if vllm_config.cache_config.enable_prefix_caching:
-        lines.append("DiffKV: prefix caching is off, since heads keep different tokens")
+    lines.append(f"DiffKV admits prompts by {_admission(options, vllm_config.scheduler_config)}")
+    caching = vllm_config.cache_config.enable_prefix_caching
+    if shape.segment:
+        rows = f"{shape.num_slots} rows, a prompt's of {shape.segment} tokens"
+        lines.append(f"DiffKV: {rows}; prefix caching is {'on' if caching else 'off'}")
+    elif caching:
+        lines.append("DiffKV: prefix caching is off, since prompts are decided whole (--segment 0)")
     return lines
+
+
+def _admission(options: Options, scheduler: Any) -> str:
+    if not scheduler.scheduler_reserve_full_isl:
+        return "what their first step needs: --no-scheduler-reserve-full-isl"
+    if options.admission == WORST_CASE:
+        return f"their worst case: --admission {WORST_CASE}"
+    return "their expected compressed size"

@@ -1,25 +1,23 @@
-"""The expected size of a prompt once its tiers are known, learned from the prompts before it.
+"""The expected size of tokens once their tiers are known, learned from those before them.
 
-Learned are shares: the pages that a prompt took, of the most that one of its length can take.
-Each is a bet. The manager and the worker deal with those that are lost.
+Learned are shares: the pages that the tokens of a row took, of the most that so many can take. By them
+requests are admitted. What is stored is paid for by itself, whatever was expected.
 """
 
 import math
 from collections import OrderedDict, deque
-from dataclasses import dataclass
-from typing import Any
 
 from diffkv.policy import Thresholds
-from diffkv.vllm_plugin.options import WORST_CASE, Options
+from diffkv.shape import HIGH_SHARE, PoolShape
 
-__all__ = ["Prompt", "PromptSizes", "longest_whole", "why_worst_case"]
+__all__ = ["RowSizes"]
 
 SEEN = 32
-"""Prompts of a kind that are remembered. If the next one is like them, the chance that it is larger
-than all of them is 1 in 33, before the margin."""
+"""Rows of a kind that are remembered. If the next one is like them, the chance that it is larger than
+all of them is 1 in 33, before the margin."""
 
 FEWEST_SEEN = 8
-"""Prompts of a kind before their sizes are believed."""
+"""Rows of a kind before their sizes are believed."""
 
 MARGIN = 1.1
 """Times the largest share that is remembered."""
@@ -27,67 +25,53 @@ MARGIN = 1.1
 MOST_KINDS = 512
 """Kinds that are remembered; thresholds are the clients' choice, so they could grow without end."""
 
+Kind = tuple[Thresholds, int]
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt before it is computed, as far as its size depends on it.
 
-    Attributes:
-        num_tokens: tokens that are prefilled.
-        thresholds: its request's.
+class RowSizes:
+    """Expects of a row the largest share among the latest of its kind, and a margin.
+
+    Rows of one kind have the same thresholds, and lengths of as many bits: the window, half-empty pages
+    and alpha / N weigh less in longer ones.
+
+    Args:
+        shape: the pool's.
+        worst: whether to expect the most that tokens can take, always.
     """
 
-    num_tokens: int
-    thresholds: Thresholds
+    def __init__(self, shape: PoolShape, worst: bool) -> None:
+        self._shape = shape
+        self._worst = worst
+        self._seen: OrderedDict[Kind, deque[float]] = OrderedDict()
 
-    @property
-    def kind(self) -> tuple[Thresholds, int]:
-        """Prompts of one kind are estimated from each other: thresholds, and length by powers of 2.
+    def most(self, num_tokens: int) -> int:
+        """Pages that a row can take, however its tokens are tiered."""
+        return self._shape.num_heads * self._shape.layout.max_pages(num_tokens)
 
-        Length counts because the window, half-empty pages and alpha / N weigh less in longer prompts.
-        """
-        return self.thresholds, self.num_tokens.bit_length()
-
-
-class PromptSizes:
-    """Expects of a prompt the largest share among the latest of its kind, and a margin."""
-
-    def __init__(self) -> None:
-        self._seen: OrderedDict[tuple[Thresholds, int], deque[float]] = OrderedDict()
-
-    def observe(self, prompt: Prompt, share: float) -> None:
-        """Learn a prompt's size, as a share of its worst case."""
-        seen = self._seen.setdefault(prompt.kind, deque(maxlen=SEEN))
-        seen.append(share)
-        self._seen.move_to_end(prompt.kind)
+    def observe(self, thresholds: Thresholds, num_tokens: int, num_pages: int) -> None:
+        """Learn the size of a row."""
+        kind = thresholds, num_tokens.bit_length()
+        seen = self._seen.setdefault(kind, deque(maxlen=SEEN))
+        seen.append(num_pages / self.most(num_tokens))
+        self._seen.move_to_end(kind)
         if len(self._seen) > MOST_KINDS:
             self._seen.popitem(last=False)
 
-    def expected(self, prompt: Prompt, most_pages: int) -> int:
-        """Pages to set aside for a prompt: `most_pages`, its worst case, until its kind is known."""
-        seen = self._seen.get(prompt.kind, ())
-        # all high: nothing is decided, so nothing could be given up
-        if len(seen) < FEWEST_SEEN or prompt.thresholds == Thresholds():
-            return most_pages
-        return min(most_pages, math.ceil(max(seen) * MARGIN * most_pages))
+    def expected(self, thresholds: Thresholds, num_tokens: int) -> int:
+        """Pages that a row will take: until its kind is known, with `HIGH_SHARE` of its tokens high."""
+        most = self.most(num_tokens)
+        # all high: nothing is decided
+        if self._worst or thresholds == Thresholds():
+            return most
+        seen = self._seen.get((thresholds, num_tokens.bit_length()), ())
+        if len(seen) < FEWEST_SEEN:
+            return min(most, self._assumed(num_tokens))
+        return min(most, math.ceil(max(seen) * MARGIN * most))
 
-
-def why_worst_case(vllm_config: Any, options: Options) -> str | None:
-    """Why an engine sets aside the worst case for every prompt; None where it does not."""
-    scheduler = vllm_config.scheduler_config
-    if options.admission == WORST_CASE:
-        return f"--admission {WORST_CASE}"
-    if vllm_config.max_concurrent_batches > 1:
-        return "steps overlap (--async-scheduling), so a prompt's size is known too late"
-    if scheduler.policy != "fcfs":
-        return f"--scheduling-policy {scheduler.policy}"
-    if not scheduler.scheduler_reserve_full_isl:
-        return "--no-scheduler-reserve-full-isl"
-    return None
-
-
-def longest_whole(vllm_config: Any) -> int:
-    """Tokens of the longest prompt that an engine computes in one step."""
-    scheduler = vllm_config.scheduler_config
-    most = int(scheduler.max_num_batched_tokens)
-    return min(most, scheduler.long_prefill_token_threshold or most)
+    def _assumed(self, num_tokens: int) -> int:
+        tiers = self._shape.layout.tiers
+        shares = (1.0,) if len(tiers) == 1 else (HIGH_SHARE, 1 - HIGH_SHARE)
+        return self._shape.num_heads * sum(
+            math.ceil(share * num_tokens / tier.tokens_per_page)
+            for share, tier in zip(shares, tiers, strict=True)
+        )

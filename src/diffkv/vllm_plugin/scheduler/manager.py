@@ -1,15 +1,15 @@
-"""The manager of vLLM's blocks that keeps each request's quota.
+"""The manager of vLLM's blocks that has requests and rows pay for their pages.
 
-A request owns one block whose id tells the worker which request a row belongs to, and as many more as
-its pages may need before the next report. So quota >= real pages always, and what compression frees
-admits other requests.
-
-A prompt that is computed in one step gets a quota of its expected size, and the worker a limit: it gives
-a prompt up that would exceed it. The request is then preempted, and computed again with its worst case.
+A vLLM block is a page for every layer. A request owns one whose id tells the worker which request a row
+of a batch belongs to, and as many more as the pages of its open row may need before the next report. A
+closed row owns the blocks of its pages for as long as a request uses it, whichever it is. So blocks that
+are owned cover the pages that are held, always, and what compression frees admits other requests.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     register_all_kvcache_specs,
@@ -17,81 +17,124 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import RequestStatus
 
-from diffkv.vllm_plugin.messages import PagesHeld
-from diffkv.vllm_plugin.scheduler.estimate import Prompt, PromptSizes
+from diffkv.policy import Thresholds
+from diffkv.segments import cuts
+from diffkv.vllm_plugin.messages import PagesHeld, Started
+from diffkv.vllm_plugin.scheduler.estimate import RowSizes
+from diffkv.vllm_plugin.scheduler.hits import Hits
+from diffkv.vllm_plugin.scheduler.rows import Row, RowStore
+from diffkv.vllm_plugin.scheduler.running import Bounds, Need, Running
 from diffkv.vllm_plugin.spec import DiffKVSpec
 
 __all__ = ["DiffKVManager", "register_spec"]
 
+logger = init_logger("vllm.diffkv")
+
+_KEPT = (
+    RequestStatus.FINISHED_STOPPED,
+    RequestStatus.FINISHED_LENGTH_CAPPED,
+    RequestStatus.FINISHED_ABORTED,
+    RequestStatus.FINISHED_REPETITION,
+)
+"""Ends of a request after which what it stored is right."""
+
 
 class DiffKVManager(FullAttentionManager):
-    """Keeps quotas on the scheduler's side, from the reports of the worker.
+    """Hands out blocks and slots on the scheduler's side, from the reports of the worker.
 
     Attributes:
         shape: the pool's.
+        store: slots and closed rows.
     """
 
     supports_fine_grained_hash_lookup = False
 
     def __init__(self, kv_cache_spec: DiffKVSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
-        self._layout = kv_cache_spec.layout
-        self._num_layers = kv_cache_spec.num_layers
-        self._quotas: dict[str, list[Any]] = {}
-        self._reports: dict[str, PagesHeld] = {}
-        self._num_tokens: dict[str, int] = {}
-        self._sizes = PromptSizes()
-        self._prompts: dict[str, Prompt] = {}
-        self._given_up: set[str] = set()
-        self._must_leave: set[str] = set()
         self._requests: dict[str, Any] = {}
+        self._running: dict[str, Running] = {}
+        self._started: list[Started] = []
         self._restarted: set[str] = set()
-        self._epochs: dict[str, int] = {}
+        self._is_starved = False
         self._num_epochs = 0
-        self._reserve_tables(kv_cache_spec)
 
-    def _reserve_tables(self, spec: DiffKVSpec) -> None:
+    def attach(self, vllm_config: Any, read: Callable[[Any], Thresholds], worst: bool) -> None:
+        """Complete the manager, before anything is asked of it.
+
+        vLLM makes it without its configuration, and without DiffKV's options.
+
+        Args:
+            vllm_config: vLLM's configuration, with the length that it has fitted to the memory.
+            read: a request's thresholds.
+            worst: whether requests are admitted by the most that they can take.
+        """
+        self._reserve_tables(vllm_config.model_config.max_model_len)
+        self._bounds = Bounds(self.shape)
+        self._sizes = RowSizes(self.shape, worst)
+        keeps = self.enable_caching and self.shape.segment > 0
+        self.store = RowStore(self.shape.num_slots, self.block_pool, keeps)
+        self._hits = Hits(self.store, self.shape, self.block_size, read)
+        self._read = read
+        self._scheduler_config = vllm_config.scheduler_config
+
+    def _reserve_tables(self, max_model_len: int) -> None:
         """Take out of circulation the blocks whose bytes are the pool's tables.
 
         Lowering `num_gpu_blocks` with them keeps vLLM's usage figure 0 for an empty pool.
         """
         num_blocks = self.block_pool.num_gpu_blocks
-        self.shape = spec.pool_shape(num_blocks)
-        num_usable = self.shape.num_pages // spec.num_layers
+        self.shape = self.kv_cache_spec.pool_shape(num_blocks, max_model_len)
+        num_usable = self.shape.num_pages // self.shape.num_layers
         num_reserved = max(0, num_blocks - 1 - num_usable)
         self.block_pool.get_new_blocks(num_reserved)
         self.block_pool.num_gpu_blocks -= num_reserved
 
+    @property
+    def num_usable(self) -> int:
+        """Blocks that requests and rows can have."""
+        return int(self.block_pool.num_gpu_blocks) - 1
+
+    # requests come and go
+
     def know(self, request: Any) -> None:
         """A request arrives."""
         self._requests[request.request_id] = request
+        self._hits.know(request)
 
-    def expect(self, request_id: str, prompt: Prompt | None) -> None:
-        """Before a request is admitted: its prompt, or None if the worst case is to be set aside."""
-        if prompt is None:
-            self._prompts.pop(request_id, None)
-        else:
-            self._prompts[request_id] = prompt
+    def forget(self, request: Any) -> None:
+        """A request ended, and its blocks are about to be freed."""
+        self._requests.pop(request.request_id, None)
+        self._hits.forget(request)
+        if request.status in _KEPT:
+            self._keep(request)
 
-    def begin(self, request_id: str) -> int:
-        """A request is admitted, or resumed: the number of this admission.
+    def _keep(self, request: Any) -> None:
+        """Close a request's open row under the tokens that it holds, for the next turn.
 
-        A report that comes late may be about the one before, whose pages are gone.
+        Once the prompt is complete it holds all tokens that were computed, those of a step in flight
+        too. Where nobody knows the last of them yet, the row has no name.
         """
-        self._num_epochs += 1
-        self._epochs[request_id] = self._num_epochs
-        return self._num_epochs
-
-    def forget(self, request_id: str) -> None:
-        """A request finished: it will not come back."""
-        self._requests.pop(request_id, None)
-        self._prompts.pop(request_id, None)
-        self._given_up.discard(request_id)
-
-    def take_restarted(self) -> set[str]:
-        """Requests that are computed anew, since this was last asked: their pages are to be released."""
-        restarted, self._restarted = self._restarted, set()
-        return restarted
+        name, end = request.request_id, request.num_computed_tokens
+        running = self._running.get(name)
+        if (
+            running is None
+            or running.failed
+            or end != running.num_tokens
+            or end < running.prompt_len
+            or end == running.start
+            or end > len(request.all_token_ids)
+        ):
+            return
+        maker, report = (name, running.epoch), running.report
+        thresholds, blocks = running.thresholds, running.blocks
+        row = Row(running.slot, running.start, end, thresholds, blocks, maker)
+        running.blocks, running.slot = [], -1
+        self.store.add(row, running.chain, self._hits.prefix(request, thresholds))
+        if report is not None and report.num_tokens == end:
+            self.store.settle(row, max(1, self._bounds.blocks(report.num_pages)))
+        elif self.store.is_found(row):
+            self.store.awaits_report(row)
+        self.store.leave([row])
 
     def _goes_on(self, request_id: str) -> bool:
         """Whether a request waits that was computed in part: more of its prompt has come (sessions)."""
@@ -103,157 +146,285 @@ class DiffKVManager(FullAttentionManager):
         )
 
     def _restart(self, request_id: str) -> None:
-        """Have a request computed from its first token.
+        """Have a request go on from closed rows only.
 
         What is stored was decided without the tokens that have come, and some of it is dropped, so they
         cannot be added to it. vLLM asks for the request's admission anew, as after a preemption.
         """
-        self._requests[request_id].num_computed_tokens = 0
+        request = self._requests[request_id]
+        self._keep(request)
+        request.num_computed_tokens = 0
         self.free(request_id)
         self._restarted.add(request_id)
 
-    def limits(self, request_ids: list[str]) -> dict[str, int]:
-        """Pages that prompts of the step that was just scheduled may take, where they might need more.
+    # prefix caching
 
-        What no request has is divided among them. It stays free until their reports come, so that
-        their quotas can be raised to what they took.
-        """
-        bets = {}
-        for name in request_ids:
-            prompt = self._prompts.get(name)
-            if prompt is not None and prompt.num_tokens == self._num_tokens[name]:
-                missing = self._blocks(self._most_pages(prompt.num_tokens)) - self._held(name)
-                if missing > 0:
-                    bets[name] = missing
-        share = self.block_pool.get_num_free_blocks() // len(bets) if bets else 0
-        return {
-            name: (self._held(name) + share) * self._num_layers
-            for name, missing in bets.items()
-            if missing > share
-        }
+    def find_longest_cache_hit(
+        self, block_hashes: Any, max_length: int, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[list[Any], ...], int]:
+        """Tokens that closed rows hold of a request. vLLM gets no blocks with them: rows own theirs."""
+        return ([],), self._hits.look_up(block_hashes, max_length)
 
-    def on_report(self, request_id: str, report: PagesHeld) -> None:
-        """Take a worker's report: return what of the request's quota it does not need.
+    def waits_for_rows(self, request: Any) -> bool:
+        """Whether a running request is about to compute the next row of one that waits."""
+        return self._hits.is_coming(request, self._running.values())
 
-        A prompt that is larger than expected has stayed within its limit, so the blocks are there.
-        """
-        if request_id not in self._quotas or report.epoch != self._epochs[request_id]:
-            return  # finished or preempted meanwhile
-        self._reports[request_id] = report
-        if report.given_up:
-            self._given_up.add(request_id)
-            self._must_leave.add(request_id)
-        else:
-            self._learn(request_id, report)
-        quota = self._quotas[request_id]
-        surplus = self._held(request_id) - self._needed(request_id, self._num_tokens[request_id])
-        if surplus > 0:
-            self.block_pool.free_blocks(quota[-surplus:])
-            del quota[-surplus:]
-        elif surplus < 0:
-            quota.extend(self.block_pool.get_new_blocks(-surplus))
+    def add_local_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Rows that were found are used when the request gets its first blocks."""
 
-    def _learn(self, request_id: str, report: PagesHeld) -> None:
-        """Note the size of a prompt that is complete."""
-        prompt = self._prompts.get(request_id)
-        if prompt is not None and prompt.num_tokens == report.num_tokens:
-            self._sizes.observe(prompt, report.num_pages / self._most_pages(report.num_tokens))
+    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Rows are kept as they are closed."""
 
-    def _most_pages(self, num_tokens: int) -> int:
-        """Pages that a request of `num_tokens` tokens can need, however they are tiered."""
-        return self.shape.num_heads * self._layout.max_pages(num_tokens)
+    # blocks
 
-    def _blocks(self, pages: int) -> int:
-        return max(1, -(-pages // self._num_layers))
-
-    def _needed(self, request_id: str, num_tokens: int) -> int:
-        """Blocks that the request gets for `num_tokens` tokens.
-
-        They cover its pages at worst; before its first report, those of a prompt that is computed in
-        one step as expected.
-        """
-        pages = self._most_pages(num_tokens)
-        report = self._reports.get(request_id)
-        prompt = self._prompts.get(request_id)
-        if report is not None:
-            more = num_tokens - report.num_tokens
-            if 0 < more <= len(report.growth):
-                growth = report.growth[more - 1]
-            else:
-                growth = self.shape.num_heads * self._layout.max_new_pages(more)
-            pages = min(pages, report.num_pages + growth)
-        elif prompt is not None and request_id not in self._given_up:
-            if num_tokens == prompt.num_tokens:
-                pages = self._sizes.expected(prompt, pages)
-        return self._blocks(pages)
-
-    def _held(self, request_id: str) -> int:
-        return len(self.req_to_blocks.get(request_id, ())) + len(self._quotas.get(request_id, ()))
+    def _as_running(self, request_id: str, num_computed: int) -> Running:
+        """The request, or what it would be if it were admitted now."""
+        running = self._running.get(request_id)
+        if running is not None:
+            return running
+        request = self._requests[request_id]
+        chain = self._hits.found(request_id) if num_computed else []
+        assert num_computed == (chain[-1].end if chain else 0), (
+            f"vLLM has found {num_computed} tokens of {request_id}, rows hold another number"
+        )
+        length = request.num_tokens
+        return Running(
+            request, self._read(request), length, 0, -1, chain, num_computed, num_computed
+        )
 
     def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[Any],
+        total_computed_tokens: int,
+        *args: Any,
+        apply_admission_cap: bool = False,
+        **kwargs: Any,
     ) -> int:
         """Blocks that must be free for the request to grow to `num_tokens` tokens.
 
-        More than there are where a prompt was given up: the scheduler then preempts the request. And
-        where a session goes on, so that it is not scheduled before it has been restarted.
+        Those of idle rows that it found are among them. More than there are where it has to wait: where
+        slots are short, where a running request waits for blocks, and where a session goes on, so that
+        it is not scheduled before it has been restarted.
+
+        Args:
+            request_id: vLLM's name of it.
+            num_tokens: its tokens after the step; or all of them, to ask whether it may be admitted.
+            new_computed_blocks: nothing, see `find_longest_cache_hit`.
+            total_computed_tokens: tokens that rows hold, if it waits.
+            *args: not needed.
+            apply_admission_cap: whether it is about admission.
+            **kwargs: not needed.
         """
+        never = int(self.block_pool.num_gpu_blocks)
         if self._goes_on(request_id):
             self._restart(request_id)
-            return self.block_pool.num_gpu_blocks
-        if request_id in self._must_leave:
-            return self.block_pool.num_gpu_blocks
-        held, prompt = self._held(request_id), self._prompts.get(request_id)
-        if not held and prompt is not None and num_tokens < prompt.num_tokens:
-            # The first of several chunks, all stored high. vLLM has asked whether the whole prompt
-            # fits, and was told what it takes in one step.
-            return self._blocks(self._most_pages(prompt.num_tokens))
-        return max(0, self._needed(request_id, num_tokens) - held)
+            return never
+        runs = request_id in self._running
+        if self._is_starved and not runs:
+            return never
+        running = self._as_running(request_id, total_computed_tokens)
+        if running.failed:
+            return 0
+        idle = [row for row in running.chain if not row.users]
+        num_idle = sum(len(row.blocks) for row in idle)
+        if apply_admission_cap:
+            return min(num_idle + self._expected(running), self.num_usable)
+        need = self._bounds.step(running, num_tokens)
+        wanted = num_idle + self._missing(running, need)
+        slots = self.store.num_takeable - len(idle)
+        if self._slots(running, need) <= slots:
+            if wanted <= self.block_pool.get_num_free_blocks():
+                return wanted
+        if self._is_too_large(running, need) and (runs or slots):
+            # `allocate_new_blocks` comes to the same conclusion, and takes no more than an id
+            return num_idle + (not runs)
+        self._is_starved |= runs
+        return never
+
+    def _expected(self, running: Running) -> int:
+        """Blocks that a prompt will take beyond the rows that it found.
+
+        If several steps compute it, tokens after its last segment wait as they are.
+        """
+        first, stop = running.start, running.prompt_len
+        blocks = 0
+        for start, end, is_complete in cuts(first, first, stop, self.shape.segment):
+            pages = self._sizes.expected(running.thresholds, end - start)
+            if not is_complete and stop - first > self._scheduler_config.max_num_batched_tokens:
+                pages = max(pages, self._bounds.waiting(end - start))
+            blocks += self._bounds.blocks(pages)
+        return max(1, blocks)
+
+    def _missing(self, running: Running, need: Need) -> int:
+        """Blocks that a step takes from the pool.
+
+        What the open row will not need any more goes to the rows that are closed.
+        """
+        return max(0, need.open_blocks + sum(need.row_blocks) - len(running.blocks))
+
+    @staticmethod
+    def _slots(running: Running, need: Need) -> int:
+        """Slots that a step takes."""
+        return len(need.rows) + (running.slot < 0)
+
+    def _is_too_large(self, running: Running, need: Need) -> bool:
+        """Whether a step asks for more than the whole pool has, once all pages are known."""
+        if not running.is_settled:
+            return False
+        chain = sum(len(row.blocks) for row in running.chain)
+        blocks = chain + max(len(running.blocks), need.open_blocks + sum(need.row_blocks))
+        num_rows = 1 + len(running.chain) + len(need.rows)
+        return blocks > self.num_usable or num_rows > self.shape.num_slots
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> list[Any]:
-        """Raise the request's quota; the worker is only ever told of the one block that is its id."""
-        missing = max(0, self._needed(request_id, num_tokens) - self._held(request_id))
-        blocks = self.block_pool.get_new_blocks(missing) if missing else []
-        ids = self.req_to_blocks[request_id]
+        """Pay for a step; the worker is only ever told of the one block that is the request's id."""
+        running = self._running.get(request_id)
         new_ids: list[Any] = []
-        if not ids:
-            new_ids, blocks = blocks[:1], blocks[1:]
-            ids.extend(new_ids)
-            self.num_cached_block[request_id] = 0
-        self._quotas.setdefault(request_id, []).extend(blocks)
-        self._num_tokens[request_id] = num_tokens
+        if running is None:
+            running = self._start(request_id)
+            new_ids = running.blocks[:1]
+        if not running.failed:
+            need = self._bounds.step(running, num_tokens)
+            missing = self._missing(running, need)
+            slots, free = self._slots(running, need), self.block_pool.get_num_free_blocks()
+            if missing > free or slots > self.store.num_takeable:
+                self._fail(running, num_tokens)
+            else:
+                self._pay(running, need, missing, num_tokens)
+        running.num_tokens = num_tokens
         return new_ids
 
+    def _start(self, request_id: str) -> Running:
+        """Admit a request, or resume it: all tokens it has now are its prompt."""
+        found = self._hits.take(request_id)
+        running = self._as_running(request_id, 0)
+        running.chain, running.start = found, found[-1].end if found else 0
+        running.num_tokens = running.start
+        self.store.use(found)
+        running.slot = self.store.take_slot()
+        self._num_epochs += 1
+        running.epoch = self._num_epochs
+        running.blocks = self.block_pool.get_new_blocks(1)
+        self._running[request_id] = running
+        self.req_to_blocks[request_id] = running.blocks[:1]
+        self.num_cached_block[request_id] = 0
+        self._started.append(
+            Started(
+                request_id,
+                running.blocks[0].block_id,
+                running.slot,
+                tuple(row.slot for row in found),
+                (0, *(row.end for row in found)),
+                running.prompt_len,
+                running.thresholds,
+                running.epoch,
+            )
+        )
+        return running
+
+    def _pay(self, running: Running, need: Need, missing: int, num_tokens: int) -> None:
+        """Take the blocks and slots of a step."""
+        blocks = running.blocks
+        blocks.extend(self.block_pool.get_new_blocks(missing) if missing else ())
+        maker = running.request.request_id, running.epoch
+        for (start, end), count in zip(need.rows, need.row_blocks, strict=True):
+            taken = blocks[len(blocks) - count :]
+            del blocks[len(blocks) - count :]
+            running.closing.append(
+                Row(self.store.take_slot(), start, end, running.thresholds, taken, maker)
+            )
+            running.start = end
+        if running.num_tokens < running.prompt_len:
+            running.in_flight.append((num_tokens, need.open_blocks))
+
+    def _fail(self, running: Running, num_tokens: int) -> None:
+        """Let a request's step pass without blocks: the worker has vLLM end it."""
+        running.failed = True
+        logger.error(
+            f"Request {running.request.request_id} ends with an error: {num_tokens} tokens of it may "
+            f"need more than the {self.num_usable * self.shape.num_layers} pages of DiffKV's whole "
+            f"pool. Give the engine more KV memory, or send shorter prompts"
+        )
+
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
-        """The request leaves, for good or until it is resumed; its whole quota is free."""
-        self._reports.pop(request_id, None)
-        self._num_tokens.pop(request_id, None)
-        self._epochs.pop(request_id, None)
-        self._must_leave.discard(request_id)
-        return super().pop_blocks_for_free(request_id) + self._quotas.pop(request_id, [])
+        """The request leaves, for good or until it is resumed: its open row is gone."""
+        running = self._running.pop(request_id, None)
+        super().pop_blocks_for_free(request_id)
+        if running is None:
+            return []
+        blocks = running.blocks
+        for row in running.closing:  # no worker has heard of them
+            blocks.extend(row.blocks)
+            self.store.return_slot(row.slot)
+        self.store.leave(running.chain)
+        if running.slot >= 0:
+            self.store.release_slot(running.slot)
+        return blocks
 
-    @classmethod
-    def find_longest_cache_hit(
-        cls,
-        block_hashes: Any,
-        max_length: int,
-        kv_cache_group_ids: list[int],
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[tuple[list[Any], ...], int]:
-        """Nothing is shared between requests."""
-        return tuple([] for _ in kv_cache_group_ids), 0
+    # steps
 
-    def add_local_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is shared between requests."""
+    def take_started(self) -> list[Started]:
+        """Requests that start with the step that was just scheduled."""
+        started, self._started = self._started, []
+        return started
 
-    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is shared between requests."""
+    def take_restarted(self) -> set[str]:
+        """Requests that are computed anew, since this was last asked: their pages are to be released."""
+        restarted, self._restarted = self._restarted, set()
+        return restarted
 
-    def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Blocks are not tied to tokens."""
+    def close_rows(self) -> dict[str, tuple[int, ...]]:
+        """The step is scheduled: slots of the rows that it closes, which others may find from now on."""
+        self._is_starved = False
+        closing = {}
+        for name, running in self._running.items():
+            if running.closing:
+                closing[name] = tuple(row.slot for row in running.closing)
+                prefix = self._hits.prefix(running.request, running.thresholds)
+                for row in running.closing:
+                    self.store.add(row, running.chain, prefix)
+                    running.chain.append(row)
+                running.closing = []
+        return closing
+
+    def failed(self) -> set[str]:
+        """Running requests that are too large for the whole pool."""
+        return {name for name, running in self._running.items() if running.failed}
+
+    def awaits_reports(self) -> bool:
+        """Whether reports are to come that give blocks back."""
+        return any(running.in_flight for running in self._running.values())
+
+    def on_report(self, request_id: str, report: PagesHeld) -> None:
+        """Take a worker's report: return the blocks that are not needed for what it says is held."""
+        for slot, num_pages in report.closed.items():
+            row = self.store.at(slot)
+            if row is not None and row.maker == (request_id, report.epoch):
+                self._sizes.observe(row.thresholds, row.end - row.start, num_pages)
+                self.store.settle(row, max(1, self._bounds.blocks(num_pages)))
+        running = self._running.get(request_id)
+        if running is None or running.epoch != report.epoch:
+            left = self.store.last_of(request_id)
+            if left is not None and left.maker == (request_id, report.epoch):
+                if left.end == report.num_tokens:
+                    self.store.settle(left, max(1, self._bounds.blocks(report.num_pages)))
+            return
+        if running.failed:
+            return
+        running.report = report
+        while running.in_flight and running.in_flight[0][0] <= report.num_tokens:
+            running.in_flight.popleft()
+        rest = running.prompt_len - running.start
+        if report.num_tokens == running.prompt_len and rest:
+            self._sizes.observe(running.thresholds, rest, report.num_pages)
+        surplus = len(running.blocks) - self._bounds.held(running)
+        if surplus > 0:
+            self.block_pool.free_blocks(running.blocks[-surplus:])
+            del running.blocks[-surplus:]
 
 
 def register_spec() -> None:

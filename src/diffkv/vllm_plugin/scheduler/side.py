@@ -1,22 +1,24 @@
-"""The scheduler's side of the connector: settings, quotas, and what the workers are told of a step."""
+"""The scheduler's side of the connector: settings, and what the workers are told of a step."""
 
-from dataclasses import replace
 from typing import Any
 
 from vllm.logger import init_logger
 
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
-from diffkv.vllm_plugin.messages import ReportMessage, Started, StepMessage
-from diffkv.vllm_plugin.options import Options
+from diffkv.shape import PoolShape
+from diffkv.vllm_plugin.messages import ReportMessage, StepMessage
+from diffkv.vllm_plugin.options import WORST_CASE, Options
 from diffkv.vllm_plugin.requests import admission_path, thresholds_of
 from diffkv.vllm_plugin.scheduler.banner import banner
-from diffkv.vllm_plugin.scheduler.estimate import Prompt, longest_whole, why_worst_case
 from diffkv.vllm_plugin.scheduler.manager import DiffKVManager
 
 __all__ = ["SchedulerSide"]
 
 logger = init_logger("vllm.diffkv")
+
+MOST_OF_A_STEP = 0.25
+"""Share of the pool that a step's prompts may take, if all of their tokens are high."""
 
 
 class SchedulerSide:
@@ -34,19 +36,24 @@ class SchedulerSide:
     def __init__(self, options: Options, vllm_config: Any, kv_cache_manager: Any) -> None:
         self._options = options
         self._manager = _only_manager(kv_cache_manager)
-        self._longest_expected = (
-            longest_whole(vllm_config) if why_worst_case(vllm_config, options) is None else 0
-        )
         self._thresholds: dict[str, Thresholds] = {}
-        self._started: list[Started] = []
+        worst = options.admission == WORST_CASE
+        self._manager.attach(vllm_config, self._thresholds_of, worst)
         for line in banner(options, self._manager.shape, vllm_config):
             logger.info(line)
+        _limit_steps(vllm_config.scheduler_config, self._manager.shape)
         _report_capacity(vllm_config.cache_config)
 
     def arrive(self, request: Any) -> None:
         """Take note of a request, and read its settings."""
-        self._manager.know(request)
         self._thresholds[request.request_id] = self._read(request)
+        self._manager.know(request)
+
+    def _thresholds_of(self, request: Any) -> Thresholds:
+        """A request's thresholds as they are now: each part of a session has its own."""
+        if request.resumable:
+            return self._read(request)
+        return self._thresholds[request.request_id]
 
     def _read(self, request: Any) -> Thresholds:
         """A request's thresholds.
@@ -63,54 +70,71 @@ class SchedulerSide:
             )
             return self._options.thresholds()
 
-    def expect(self, request: Any) -> None:
-        """Describe a waiting request's prompt, before its quota is asked for."""
-        if request.resumable:  # each part of a session has settings of its own
-            self._thresholds[request.request_id] = self._read(request)
-        prompt = None
-        if request.num_tokens <= self._longest_expected:
-            prompt = Prompt(request.num_tokens, self._thresholds[request.request_id])
-        self._manager.expect(request.request_id, prompt)
+    def waits(self, request: Any) -> bool:
+        """Whether a request should wait for rows that another one is about to compute."""
+        return self._manager.waits_for_rows(request)
 
-    def start(self, request: Any, block_id: int) -> None:
-        """Note a request that starts, or resumes: all tokens it has now are its prompt."""
-        name = request.request_id
-        epoch = self._manager.begin(name)
-        self._started.append(
-            Started(name, block_id, request.num_tokens, self._thresholds[name], epoch)
-        )
+    def awaits_reports(self) -> bool:
+        """Whether blocks will be given back without anybody being preempted."""
+        return self._manager.awaits_reports()
 
     def message(self, scheduler_output: Any) -> StepMessage:
-        """Tell the workers what ended, and what starts with this step."""
+        """Tell the workers what is gone, what starts with this step, and what it completes."""
         ended = set(scheduler_output.finished_req_ids)
         ended.update(scheduler_output.preempted_req_ids or ())
         ended.update(self._manager.take_restarted())
-        limits = self._manager.limits([start.request_id for start in self._started])
-        started = [
-            replace(start, max_pages=limits.get(start.request_id)) for start in self._started
-        ]
-        self._started = []
-        return StepMessage(ended, started, _tokens_after(scheduler_output))
+        num_tokens = _tokens_after(scheduler_output)
+        return StepMessage(
+            released=self._manager.store.take_released(),
+            ended=ended,
+            started=self._manager.take_started(),
+            closing=self._manager.close_rows(),
+            num_tokens=num_tokens,
+            failed=self._manager.failed() & set(num_tokens),
+        )
 
     def take(self, message: ReportMessage) -> None:
-        """Fit quotas to what the workers say requests hold."""
+        """Fit what requests and rows own to what the workers say they hold."""
         for name, report in message.reports.items():
             self._manager.on_report(name, report)
 
-    def finish(self, request_id: str) -> None:
+    def finish(self, request: Any) -> None:
         """Forget a request. The workers release its pages with the next step's message."""
-        self._manager.forget(request_id)
-        self._thresholds.pop(request_id, None)
+        self._manager.forget(request)
+        self._thresholds.pop(request.request_id, None)
+
+    def reset(self) -> bool:
+        """Have no row found any more."""
+        self._manager.store.clear()
+        return True
+
+
+def _limit_steps(scheduler_config: Any, shape: PoolShape) -> None:
+    """Have a step compute no more than a pool can take that is all high, with room for what it holds.
+
+    vLLM's scheduler reads this limit in each step, and has prompts computed in more chunks.
+    """
+    if not scheduler_config.enable_chunked_prefill:
+        return
+    layouts = shape.layout.exact(), shape.layout
+    fewest = min(tier.tokens_per_page for layout in layouts for tier in layout.tiers)
+    pages = int(MOST_OF_A_STEP * shape.num_pages) // shape.num_heads - len(shape.layout.tiers)
+    limit = max(pages * fewest, scheduler_config.max_num_seqs)
+    if limit < scheduler_config.max_num_batched_tokens:
+        logger.info(
+            f"DiffKV: a step computes {limit} tokens at most, not "
+            f"{scheduler_config.max_num_batched_tokens}: they may take "
+            f"{MOST_OF_A_STEP:.0%} of the pool before they are compressed"
+        )
+        scheduler_config.max_num_batched_tokens = limit
 
 
 def _report_capacity(cache_config: Any) -> None:
     """Make blocks times tokens of a block the capacity in tokens, as who reads them takes it to be.
 
     Autoscalers and routers multiply these figures (`vllm:cache_config_info`). A real block is a page of
-    every layer, and its size in tokens is that of the longest request, so that a row of a block table
-    has one entry. The scheduler and the workers have read both by now.
+    every layer. The scheduler and the workers have read the number by now.
     """
-    cache_config.block_size = cache_config.DEFAULT_BLOCK_SIZE
     cache_config.num_gpu_blocks = cache_config.kv_cache_size_tokens // cache_config.block_size
 
 

@@ -100,7 +100,7 @@ class WorkerCache:
         if len(scales) != 1:
             raise ConfigError(f"DiffKV needs one attention scale for all layers, got {scales}")
 
-        self.shape = spec.pool_shape(num_blocks)
+        self.shape = spec.pool_shape(num_blocks, vllm_config.model_config.max_model_len)
         buffer = torch.empty(0, dtype=torch.int8, device=device).set_(storage)
         self.state = pool.create(self.shape, buffer, spec.dtype, options.window)
         if on_cpu:

@@ -1,0 +1,143 @@
+"""The rows of the requests of a cache, and the parts of their prompts that become rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, zip_longest
+
+import torch
+
+from diffkv.policies import Policy
+from diffkv.policy import Thresholds
+from diffkv.segments import cuts, next_end
+from diffkv.state import PoolState
+from diffkv.steps import Part, PromptChunk, PromptPlan, RowPlaces, Wave, spans_of
+
+__all__ = ["Chains"]
+
+
+@dataclass
+class _Request:
+    """A request with an open row.
+
+    Attributes:
+        thresholds: as they are with the tiers that there are.
+        chain: its closed rows.
+        starts: where the tokens of each begin, and where those of the open row do.
+    """
+
+    thresholds: Thresholds
+    chain: tuple[int, ...] = ()
+    starts: tuple[int, ...] = (0,)
+
+
+class Chains:
+    """Knows the rows of each request, here and in the tables of the pool.
+
+    Args:
+        state: the pool, whose chains change.
+        policy: decides rows.
+        segment: tokens after which a row of a prompt is closed.
+    """
+
+    def __init__(self, state: PoolState, policy: Policy, segment: int) -> None:
+        self._state = state
+        self._policy = policy
+        self._segment = segment
+        self._device = state.pages.device
+        self._requests: dict[int, _Request] = {}
+
+    def __contains__(self, slot: int) -> bool:
+        """Whether a slot has a request."""
+        return slot in self._requests
+
+    def open(
+        self, slot: int, thresholds: Thresholds, chain: Sequence[int], starts: Sequence[int]
+    ) -> None:
+        """Begin a request, see `DiffKVCache.open`."""
+        tiers = thresholds.for_tiers(self._state.layout.low is not None)
+        self._requests[slot] = _Request(tiers)
+        self._extend(slot, chain, starts[1:])
+
+    def end(self, slot: int) -> None:
+        """Forget a request."""
+        self._requests.pop(slot, None)
+
+    def decides(self, slot: int) -> bool:
+        """Whether a request's prompt is sorted into tiers."""
+        return self._policy.decides(self._requests[slot].thresholds)
+
+    def _extend(self, slot: int, rows: Sequence[int], ends: Sequence[int]) -> None:
+        """Add closed rows to a request's chain."""
+        request, state = self._requests[slot], self._state
+        before, num = len(request.chain), len(request.chain) + len(rows)
+        if num > state.chain_width:
+            raise ValueError(f"a request can have {state.chain_width} closed rows, got {num}")
+        request.chain = (*request.chain, *rows)
+        request.starts = (*request.starts, *ends)
+        if rows:
+            new = torch.tensor(rows, dtype=torch.int32)
+            state.chains[slot, before:num] = new.to(self._device, non_blocking=True)
+        state.chain_lens[slot] = num
+
+    def plan(self, chunks: Sequence[PromptChunk]) -> PromptPlan:
+        """Plan some chunks for all layers; chains grow by the rows that they complete.
+
+        Raises:
+            ValueError: a chunk does not name a slot for each row that it completes.
+        """
+        starts = [0, *accumulate(chunk.num_new for chunk in chunks)]
+        by_chunk = [self._parts(c, s) for c, s in zip(chunks, starts, strict=False)]
+        waves = (
+            Wave.of(
+                [part for part in parts if part is not None],
+                self._policy,
+                self._state.window,
+                bool(self._state.centre_dim),
+                self._device,
+            )
+            for parts in zip_longest(*by_chunk)
+        )
+        return PromptPlan(spans_of([c.span for c in chunks], self._device), tuple(waves))
+
+    def _parts(self, chunk: PromptChunk, offset: int) -> list[Part]:
+        """A chunk's parts; `offset` is where its tokens are among those of the plan."""
+        request, parts = self._requests[chunk.slot], []
+        bounds = cuts(request.starts[-1], chunk.num_stored, chunk.end, self._segment)
+        if sum(closes for *_, closes in bounds) != len(chunk.closing):
+            raise ValueError(
+                f"the rows {chunk.closing} are not as many as are complete in {bounds}"
+            )
+        closing = iter(chunk.closing)
+        for first, stop, closes in bounds:
+            is_last = stop == chunk.prompt_len
+            open_target = chunk.slot if is_last else None
+            target = next(closing) if closes else open_target
+            parts.append(self._part(chunk, offset - chunk.num_stored, first, stop, target))
+            if closes and target is not None:
+                self._extend(chunk.slot, [target], [stop])
+        return parts
+
+    def _part(
+        self, chunk: PromptChunk, offset: int, first: int, stop: int, target: int | None
+    ) -> Part:
+        request = self._requests[chunk.slot]
+        start, device = request.starts[-1], self._device
+        row_end = next_end(start, self._segment) or chunk.prompt_len
+        waited = [chunk.slot] if first > start else []
+        stored = [target] if target is not None and stop < chunk.end else []
+        return Part(
+            slot=chunk.slot,
+            chain=request.chain,
+            starts=request.starts,
+            first=first,
+            stop=stop,
+            end=chunk.end,
+            row_end=min(row_end, chunk.prompt_len),
+            target=target,
+            is_last=stop == chunk.prompt_len,
+            thresholds=request.thresholds if self.decides(chunk.slot) else None,
+            rows=slice(offset + first, offset + stop),
+            closed=RowPlaces.of(request.chain, request.starts, device),
+            waited=RowPlaces.of(waited, (start, first), device),
+            stored=RowPlaces.of(stored, (start, stop), device),
+        )

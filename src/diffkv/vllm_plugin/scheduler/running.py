@@ -1,0 +1,137 @@
+"""What a running request holds, and what its next step may need at worst.
+
+Whatever is computed is paid for before the step: a segment that is completed by all of its tokens high,
+tokens that wait for the rest of theirs by the pages that they take as they are, the rest of a prompt
+and generated tokens by the worst that the latest report leaves possible. A layer at a time is
+converted, and in none do the tokens that waited and the rows that they become exist both. So at any
+time some layers hold what they held before the step, the others what they hold after it. The bounds of
+all layers are the same, so together they never exceed the larger of the two times their number.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffkv.policy import Thresholds
+from diffkv.segments import cuts
+from diffkv.shape import PoolShape
+from diffkv.vllm_plugin.messages import PagesHeld
+from diffkv.vllm_plugin.scheduler.rows import Row
+
+__all__ = ["Bounds", "Need", "Running"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a step of a request may need.
+
+    Attributes:
+        rows: (first token, end) of each row that it closes.
+        row_blocks: blocks of each.
+        open_blocks: blocks of the open row, for as long as the step runs.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+    row_blocks: tuple[int, ...]
+    open_blocks: int
+
+
+@dataclass(eq=False)
+class Running:
+    """A request from its admission, or resumption, to its end or preemption.
+
+    Attributes:
+        request: vLLM's.
+        thresholds: its own.
+        prompt_len: tokens that it had then: its prompt.
+        epoch: number of this admission.
+        slot: slot of its open row.
+        chain: closed rows before that.
+        start: first token of the open row, when all steps that were scheduled are done.
+        num_tokens: tokens that are stored then.
+        blocks: those of the open row; the first is the request's identity in block tables.
+        closing: rows that the step being scheduled closes.
+        in_flight: (tokens after it, blocks of the open row) of each step of the prompt that is not
+            reported yet.
+        report: the latest.
+        failed: whether the request is too large for the whole pool.
+    """
+
+    request: Any
+    thresholds: Thresholds
+    prompt_len: int
+    epoch: int
+    slot: int
+    chain: list[Row]
+    start: int
+    num_tokens: int
+    blocks: list[Any] = field(default_factory=list)
+    closing: list[Row] = field(default_factory=list)
+    in_flight: deque[tuple[int, int]] = field(default_factory=deque)
+    report: PagesHeld | None = None
+    failed: bool = False
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the pages of all that it has stored are known."""
+        return not self.in_flight and all(row.maker is None for row in self.chain)
+
+
+class Bounds:
+    """Worst cases in blocks: one block is a page for every layer.
+
+    Args:
+        shape: the pool's.
+    """
+
+    def __init__(self, shape: PoolShape) -> None:
+        self._shape = shape
+        self._exact = shape.layout.exact()
+
+    def blocks(self, num_pages: int) -> int:
+        """Blocks that pay for so many pages."""
+        return -(-num_pages // self._shape.num_layers)
+
+    def _decided(self, num_tokens: int) -> int:
+        """Most pages of tokens, however they are tiered."""
+        return self._shape.num_heads * self._shape.layout.max_pages(num_tokens)
+
+    def waiting(self, num_tokens: int) -> int:
+        """Pages of tokens that wait, as the model made them."""
+        return self._shape.num_heads * self._exact.max_pages(num_tokens)
+
+    def _open(self, running: Running, start: int, num_tokens: int) -> int:
+        """Most pages of an open row that begins at `start`, with `num_tokens` tokens of the request."""
+        if num_tokens < running.prompt_len:
+            return self.waiting(num_tokens - start)
+        pages = self._decided(num_tokens - start)
+        report = running.report
+        if report is not None and report.num_tokens >= running.prompt_len:
+            more = num_tokens - report.num_tokens
+            if 0 < more <= len(report.growth):
+                growth = report.growth[more - 1]
+            else:
+                growth = self._shape.num_heads * self._shape.layout.max_new_pages(more)
+            pages = min(pages, report.num_pages + growth)
+        return pages
+
+    def held(self, running: Running) -> int:
+        """Blocks that the open row may need until the steps that were scheduled are done."""
+        bound = self.blocks(self._open(running, running.start, running.num_tokens))
+        return max(1, bound, *(blocks for _, blocks in running.in_flight))
+
+    def step(self, running: Running, num_tokens: int) -> Need:
+        """What a step may need after which the request has `num_tokens` tokens."""
+        first, stop = running.num_tokens, min(num_tokens, running.prompt_len)
+        rows: Sequence[tuple[int, int]] = ()
+        before = 0
+        if first < stop:
+            parts = cuts(running.start, first, stop, self._shape.segment)
+            ends = [end for _, end, is_complete in parts if is_complete]
+            rows = list(zip([running.start, *ends], ends, strict=False))
+            before = self.waiting(first - running.start)
+        pages = [self._decided(end - start) for start, end in rows]
+        after = self._open(running, rows[-1][1] if rows else running.start, num_tokens)
+        open_pages = max(after, before - sum(pages))
+        return Need(tuple(rows), tuple(map(self.blocks, pages)), max(1, self.blocks(open_pages)))

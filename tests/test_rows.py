@@ -1,0 +1,269 @@
+"""Rows of a cache: prompts in segments and chunks, hits on closed rows, and a life of shared rows."""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from diffkv import ops, pool
+from diffkv.cache import DiffKVCache, PromptChunk
+from diffkv.layout import PageLayout
+from diffkv.policy import Thresholds
+from diffkv.quant import QuantConfig
+from diffkv.segments import cuts, longest_row, next_end
+from diffkv.shape import PoolShape
+
+NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 2, 2, 16
+NUM_SLOTS, NUM_PAGES, MAX_MODEL_LEN, WINDOW = 24, 2400, 96, 4
+PROMPT, NEW, SEGMENT = 75, 5, 16
+CHUNKS = ([75], [10, 20, 40, 75], [33, 64, 75], [16, 75], [1, 2, 15, 16, 17, 75])
+NOBODY = torch.empty(0, dtype=torch.int32)
+ALL_HIGH = Thresholds()
+
+
+@pytest.fixture(params=["reference", None], ids=["reference", "cpu"])
+def kernels(request):
+    return request.param
+
+
+def make_cache(quant, kernels, segment=SEGMENT, drops=False):
+    layout = PageLayout.derive(QuantConfig.parse(quant), HEAD_DIM, None, 4, drops)
+    heads = (NUM_LAYERS, NUM_KV_HEADS)
+    shape = PoolShape(layout, *heads, NUM_SLOTS, MAX_MODEL_LEN, NUM_PAGES, segment=segment)
+    num_bytes = shape.table_bytes + NUM_PAGES * layout.page_bytes
+    state = pool.create(shape, torch.zeros(num_bytes, dtype=torch.uint8), torch.float32, WINDOW)
+    return DiffKVCache(state, ops.load("cpu", kernels), HEAD_DIM**-0.5, segment=segment)
+
+
+def vectors(num_tokens, seed=0, common=0.0):
+    """Queries, keys and values of a sequence: [num_layers, num_tokens, heads, head_dim]."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = (NUM_KV_HEADS * GROUP, NUM_KV_HEADS, NUM_KV_HEADS)
+    query, key, value = (
+        torch.randn(NUM_LAYERS, num_tokens, num, HEAD_DIM, generator=generator) for num in heads
+    )
+    bias = torch.randn(1, 1, NUM_KV_HEADS, HEAD_DIM, generator=generator)
+    return query, key + common * bias, value
+
+
+def exact(sequence):
+    """What attention over the full cache gives: [num_layers, num_tokens, heads, head_dim]."""
+    query, key, value = (x.transpose(1, 2) for x in sequence)
+    key, value = (x.repeat_interleave(GROUP, 1) for x in (key, value))
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=HEAD_DIM**-0.5
+    )
+    return attended.transpose(1, 2)
+
+
+@dataclass
+class Request:
+    """A request of a test: its rows, and how far it is."""
+
+    slot: int
+    prompt_len: int
+    chain: tuple = ()
+    starts: tuple = (0,)
+    num_tokens: int = 0
+
+    @property
+    def waits(self):
+        """Whether tokens of its open row wait for the rest of their segment."""
+        return self.starts[-1] < self.num_tokens < self.prompt_len
+
+
+@dataclass
+class Run:
+    """A cache, its requests, and the slots that are free."""
+
+    cache: DiffKVCache
+    segment: int = SEGMENT
+    free: list = field(default_factory=lambda: list(range(NUM_SLOTS)))
+    requests: list = field(default_factory=list)
+
+    def open(self, prompt_len, thresholds, chain=(), starts=(0,)):
+        request = Request(self.free.pop(0), prompt_len, chain, starts, starts[-1])
+        self.cache.open(request.slot, prompt_len, thresholds, chain, starts)
+        self.requests.append(request)
+        return request
+
+    def prefill(self, request, end, sequence):
+        """One chunk of a prompt in a step of its own."""
+        first = request.num_tokens
+        ends = [b for _, b, closes in cuts(request.starts[-1], first, end, self.segment) if closes]
+        closing = tuple(self.free.pop(0) for _ in ends)
+        chunk = PromptChunk(request.slot, slice(0, end - first), first, request.prompt_len, closing)
+        step = self.cache.plan([chunk], NOBODY.long(), NOBODY, NOBODY)
+        request.chain, request.starts = (*request.chain, *closing), (*request.starts, *ends)
+        request.num_tokens = end
+        return self.attend(step, sequence, first, end)
+
+    def decode(self, request, sequence):
+        """One generated token in a step of its own."""
+        first = request.num_tokens
+        request.num_tokens += 1
+        slots, lengths = (torch.tensor([n], dtype=torch.int32) for n in (request.slot, first + 1))
+        step = self.cache.plan((), slice(0, 1), slots, lengths)
+        return self.attend(step, sequence, first, first + 1)
+
+    def attend(self, step, sequence, first, end):
+        outputs = []
+        for layer in range(NUM_LAYERS):
+            query, key, value = (x[layer, first:end] for x in sequence)
+            output = torch.full_like(query, torch.nan)
+            self.cache.attend(layer, step, query, key, value, output)
+            outputs.append(output)
+        self.check()
+        return torch.stack(outputs)
+
+    def check(self):
+        waiting = [request.slot for request in self.requests if request.waits]
+        pool.check_invariants(self.cache.state, waiting)
+
+    def whole(self, sequence, chunks, thresholds, chain=(), starts=(0,)):
+        """A prompt in chunks, then generated tokens: the outputs, and the request."""
+        request = self.open(chunks[-1], thresholds, chain, starts)
+        outputs = [self.prefill(request, end, sequence) for end in chunks if end > starts[-1]]
+        outputs += [self.decode(request, sequence) for _ in range(NEW)]
+        return torch.cat(outputs, 1), request
+
+    def end(self, request, *more):
+        """Release a request's open row, and other rows."""
+        self.cache.release([request.slot, *more])
+        self.free += [request.slot, *more]
+        self.requests.remove(request)
+        self.check()
+
+
+@pytest.mark.parametrize("segment", [0, SEGMENT, 32])
+@pytest.mark.parametrize("chunks", CHUNKS, ids=str)
+def test_exact_tokens_are_attended_exactly(kernels, segment, chunks):
+    sequence = vectors(PROMPT + NEW)
+    run = Run(make_cache("k16v16", kernels, segment), segment)
+    outputs, request = run.whole(sequence, chunks, ALL_HIGH)
+    torch.testing.assert_close(outputs, exact(sequence), atol=1e-5, rtol=1e-5)
+    assert len(request.chain) == (PROMPT // segment if segment else 0)
+    run.end(request, *request.chain)
+    head, tail = run.cache.state.ring_ends.tolist()
+    assert tail - head == NUM_PAGES
+
+
+@pytest.mark.parametrize(
+    ("quant", "alphas", "drops"),
+    [("k8v4-k4v2", (3, 0), False), ("k8v4-k4v2", (1, 0.5), True), ("k8v8", (0.7, 0.7), True)],
+)
+def test_hits_and_chunks_change_nothing(kernels, quant, alphas, drops):
+    """A row is the same whoever computed it, and in whatever chunks: tiers, and bytes after a hit."""
+    sequence, thresholds = vectors(PROMPT + NEW), Thresholds(*alphas)
+    first = Run(make_cache(quant, kernels, drops=drops))
+    outputs, request = first.whole(sequence, [PROMPT], thresholds)
+    state = first.cache.state
+    for chunks in CHUNKS[1:]:
+        again, other = Run(make_cache(quant, kernels, drops=drops)), None
+        chunked, other = again.whole(sequence, chunks, thresholds)
+        torch.testing.assert_close(chunked, outputs, atol=1e-5, rtol=1e-5)
+        rows, others = [*request.chain, request.slot], [*other.chain, other.slot]
+        assert torch.equal(state.num_tokens[rows], again.cache.state.num_tokens[others])
+    for hit in (1, 2, 4):
+        chain, starts = request.chain[:hit], request.starts[: hit + 1]
+        shared, other = first.whole(sequence, [PROMPT], thresholds, chain, starts)
+        assert torch.equal(shared, outputs[:, starts[-1] :])
+        first.end(other, *other.chain[hit:])
+
+
+def test_closed_rows_stay_as_they_are(kernels):
+    sequence = vectors(PROMPT + NEW)
+    run = Run(make_cache("k8v4-k4v2", kernels, drops=True))
+    _, request = run.whole(sequence, [PROMPT], Thresholds(3, 0.5))
+    contents = pool.contents(run.cache.state)
+    for _ in range(2):
+        chain, starts = request.chain[:3], request.starts[:4]
+        _, other = run.whole(sequence, [PROMPT], Thresholds(3, 0.5), chain, starts)
+        run.end(other, *other.chain[3:])
+    after = pool.contents(run.cache.state)
+    assert torch.equal(contents["page_ids"].sort().values, after["page_ids"].sort().values)
+    assert torch.equal(contents["num_tokens"], after["num_tokens"])
+    assert torch.equal(contents["pages"], after["pages"])
+
+
+def test_a_common_part_of_keys_is_nothing(kernels):
+    """Attention does not see a vector that is added to all keys, and neither does the cache."""
+    errors = []
+    for common in (0.0, 100.0):
+        sequence = vectors(PROMPT + NEW, common=common)
+        run = Run(make_cache("k4v4", kernels))
+        outputs, _ = run.whole(sequence, [20, PROMPT], ALL_HIGH)
+        errors.append(float((outputs - exact(sequence)).abs().mean()))
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_an_open_row_may_begin_empty(kernels):
+    """A prompt that ends with its segment: what is generated has the centre of the row before."""
+    sequence = vectors(4 * SEGMENT + NEW, common=100.0)
+    run = Run(make_cache("k8v8", kernels))
+    outputs, request = run.whole(sequence, [4 * SEGMENT], ALL_HIGH)
+    assert len(request.chain) == 4
+    torch.testing.assert_close(outputs, exact(sequence), atol=0.1, rtol=0.1)
+
+
+def test_rows_end_at_fixed_positions():
+    assert next_end(0, 1024) == next_end(400, 1024) == 1024
+    assert next_end(600, 1024) == next_end(1024, 1024) == 2048
+    assert next_end(0, 0) is None
+    assert longest_row(1024) == 1536
+    assert cuts(0, 0, 2500, 1024) == [(0, 1024, True), (1024, 2048, True), (2048, 2500, False)]
+    assert cuts(1024, 1500, 2048, 1024) == [(1500, 2048, True)]
+    assert cuts(700, 700, 1500, 1024) == [(700, 1500, False)]
+    assert cuts(0, 10, 5000, 0) == [(10, 5000, False)]
+
+
+def test_rows_must_have_slots():
+    run = Run(make_cache("k8v4", "reference"))
+    run.open(PROMPT, ALL_HIGH)
+    with pytest.raises(ValueError, match="not as many"):
+        run.cache.plan([PromptChunk(0, slice(0, 20), 0, PROMPT)], NOBODY, NOBODY, NOBODY)
+
+
+def test_a_life_of_shared_rows(kernels):
+    """Requests branch off one another, continue ended ones, are cut off and come back, all exact."""
+    rnd, run = random.Random(1), Run(make_cache("k16v16", kernels))
+    roots = [vectors(MAX_MODEL_LEN, seed) for seed in range(2)]
+    known = []  # (root, chain, starts) of closed rows that are kept
+    users = []  # (root, request)
+    for _ in range(60 if kernels else 400):
+        if len(run.free) < 8 or len(users) > 3:
+            root, request = users.pop(rnd.randrange(len(users)))
+            keeps = request.num_tokens >= request.prompt_len and rnd.random() < 0.5
+            if keeps and request.num_tokens > request.starts[-1]:
+                run.cache.end([request.slot])
+                run.requests.remove(request)
+                rows = (*request.chain, request.slot), (*request.starts, request.num_tokens)
+                known.append((root, *rows))
+            else:
+                known.append((root, request.chain, request.starts))
+                run.end(request)
+            if len(run.free) < 12:
+                used = {slot for _, each in users for slot in each.chain}
+                held = {slot for _, chain, _ in known for slot in chain}
+                known = []
+                run.cache.release(sorted(held - used))
+                run.free += sorted(held - used)
+        elif not users or rnd.random() < 0.3:
+            root, chain, starts = rnd.choice([*known, (rnd.randrange(2), (), (0,))])
+            hit = rnd.randint(0, len(chain))
+            start = starts[hit]
+            prompt_len = rnd.randint(start + 1, MAX_MODEL_LEN - 8) if start < 80 else start + 1
+            request = run.open(prompt_len, ALL_HIGH, chain[:hit], starts[: hit + 1])
+            users.append((root, request))
+        else:
+            root, request = rnd.choice(users)
+            first = request.num_tokens
+            if first < request.prompt_len:
+                got = run.prefill(request, rnd.randint(first + 1, request.prompt_len), roots[root])
+            elif first < MAX_MODEL_LEN:
+                got = run.decode(request, roots[root])
+            else:
+                continue
+            wanted = exact([x[:, : request.num_tokens] for x in roots[root]])[:, first:]
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
