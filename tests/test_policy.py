@@ -281,7 +281,9 @@ def test_key_difference_finds_the_unusual_keys() -> None:
 
 
 def test_room_in_the_last_high_page_is_filled_with_the_best_low_tokens():
-    tiers = torch.tensor([[0, 1, 1, 2, 1, 0], [1, 1, 0, 0, 0, 0], [2, 2, 2, 2, 0, 1]]).to(torch.int8)
+    tiers = torch.tensor([[0, 1, 1, 2, 1, 0], [1, 1, 0, 0, 0, 0], [2, 2, 2, 2, 0, 1]]).to(
+        torch.int8
+    )
     means = torch.tensor([[9, 0.2, 0.3, 7, 0.3, 9], [1, 2, 9, 9, 9, 9], [7, 7, 7, 7, 9, 0.0]])
     fill_pages(tiers, means, 4)
     assert tiers.tolist() == [[0, 1, 0, 2, 0, 0], [1, 1, 0, 0, 0, 0], [2, 2, 2, 2, 0, 0]]

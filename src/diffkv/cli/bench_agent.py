@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         args.model = REFERENCE
     with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
         name, engine, config = find_model(args, Path(folder))
+        _check_length(args, chats, config)
         budgets = args.kv_bytes or _budgets(config, chats, args.smoke)
         load = _load(args, chats, name, config)
         flags = engine_flags(args)
@@ -123,6 +124,10 @@ def _caches(args: argparse.Namespace) -> tuple[list[str], list[str], list[dict[s
         list(dict.fromkeys(name for name in names.split(",") if name))
         for names in (args.cache, args.uncached)
     )
+    if not caches:
+        raise ConfigError(
+            f"--cache names no cache: take {', '.join(STOCK)} or formats such as {DEFAULT_QUANT}"
+        )
     if args.smoke and "fp8" in caches:
         caches.remove("fp8")  # for its time
     ours = [name for name in dict.fromkeys([*caches, *without]) if name not in STOCK]
@@ -144,6 +149,15 @@ def _chats(args: argparse.Namespace) -> Any:
     return replace(TRACE.scaled(args.scale), **given)
 
 
+def _check_length(args: argparse.Namespace, chats: Any, config: dict[str, Any]) -> None:
+    most = config.get("max_position_embeddings")
+    if most is not None and chats.longest > most:
+        raise ConfigError(
+            f"--scale {args.scale}: conversations grow to {chats.longest:,} tokens, and the model takes "
+            f"{most:,}: raise it, or give shorter lengths or fewer turns"
+        )
+
+
 def _budgets(config: dict[str, Any], chats: Any, smoke: bool) -> list[int]:
     from diffkv.lab.bench.throughput import room_for
 
@@ -163,7 +177,7 @@ def _load(args: argparse.Namespace, chats: Any, model: str, config: dict[str, An
     tokens = tokenizer(model).encode(prompts.read_text(args.text, "--text")).ids
     if len(tokens) < chats.num_given:
         raise ConfigError(
-            f"--text {args.text} has {len(tokens)} tokens, and the conversations take "
-            f"{chats.num_given}: take a longer one, or fewer or shorter turns"
+            f"--text {args.text} has {len(tokens):,} tokens, and the conversations take "
+            f"{chats.num_given:,}: take a longer one, or fewer or shorter turns"
         )
     return chats.load(tokens)
