@@ -187,6 +187,7 @@ def _note_spec(vllm_config: Any, head_dim: int) -> None:
         num_layers=num_layers,
         max_model_len=model.max_model_len,
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        segment=options.segment,
     )
 
 
