@@ -99,7 +99,7 @@ def test_map(tmp_path: Path) -> None:
 
 
 def test_agent(tmp_path: Path) -> None:
-    """Without loss, tokens over turns equal vLLM's; all engines find most of a prompt in their caches."""
+    """Without loss, tokens over turns equal vLLM's; engines find most of a prompt in their caches."""
     options = ("--cache", "bf16,k8v4-k4v2", "--uncached", "bf16")
     check, *found = bench(tmp_path, "agent", *options)
     assert (check.kind, check["quant"], check["equal"]) == ("agent_check", "k16v16", True)
