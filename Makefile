@@ -66,6 +66,7 @@ bench: env ## measure on this machine, beside vLLM's own cache: tables and plots
 	$(BIN)/diffkv bench manager --out $(RESULTS)/manager.jsonl
 	$(BIN)/diffkv bench throughput --random-weights bench-small --input-len 4096 --output-len 512 --num-prompts 12 --out $(RESULTS)/throughput.jsonl
 	$(BIN)/diffkv bench map --random-weights bench-small --ctx 256 1K 4K --requests 1 4 12 --output-len 64 --out $(RESULTS)/map.jsonl
+	$(BIN)/diffkv bench agent --check --uncached bf16 --repeats 3 --out $(RESULTS)/agent.jsonl
 	$(BIN)/diffkv bench serving --random-weights bench-small --input-len 1024 --output-len 64 --num-prompts 12 --rates 0.5 1 2 --goodput ttft:10000 tpot:200 --out $(RESULTS)/serving.jsonl
 	$(BIN)/diffkv report $(RESULTS)/*.jsonl --out $(RESULTS)
 

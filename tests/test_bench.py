@@ -14,6 +14,7 @@ from diffkv.cli import main
 from diffkv.lab import timing
 from diffkv.lab.bench import (
     attention,
+    child,
     fill,
     models,
     pages,
@@ -392,7 +393,7 @@ def test_a_map_from_engines_to_rows(monkeypatch, capsys):
     def in_turn(jobs, say):
         return [[FakeChild(job).run(cell) for cell in range(len(job.cells))] for job in jobs]
 
-    monkeypatch.setattr(sweep, "in_turn", in_turn)
+    monkeypatch.setattr(child, "in_turn", in_turn)
     config = models.find("bench-tiny")
     wanted = sweep.Sweep([64, 256], [1, 4], [4, 10**7], 8)
     compared = throughput.settings([{"quant": "k8v4"}])
@@ -487,6 +488,11 @@ def rows_of_all_kinds():
     pools = {"op": "append", "num_requests": 1, "ctx": 1, "num_layers": 2, "num_kv_heads": 3}
     parts = {"tables": 0.01, "ring": 0.02, "half_empty_pages": 0.03, "overhead": 0.06}
     prompts = {"significance_ms": 1, "store_prompt_ms": 2, "stock_prefill_ms": 30, "share": 0.1}
+    chats = {"model": "m", "conversations": 2, "turns": 2, "system_len": 5, "answer_len": 3}
+    chats["kv_bytes"] = 10**9
+    first = {f"{name}_ttft_ms": 4.0 for name in ("mean", "p50", "p95")}
+    first |= {f"mean_ttft_ms_{end}": 4.0 for end in ("min", "max")}
+    turns = {"p50_ttft_ms_by_turn": [4.0, 2.0], "prompt_tokens_by_turn": [7.0, 9.0]}
     made = [
         ("attention", {**ours, "tiers": "mix", **shape}, {**times, "vs_stock_bf16": 2.5}),
         ("pool", pools, {**times, "share": 0.2}),
@@ -494,6 +500,8 @@ def rows_of_all_kinds():
         ("overhead", {"ctx": 1024, "max_model_len": 2048}, parts),
         ("throughput", {**ours, **work}, {**figures, **spans}),
         ("prompt", {"quant": "k8v4", "ctx": 64}, prompts),
+        ("agent", {**ours, **chats}, {**figures, **spans, **first, **turns}),
+        ("agent_check", {"quant": "k16v16"}, {"tokens": 9, "equal": True}),
         ("serving", {**ours, "rate": 0.5}, {"p95_ttft_ms": 7.0, "p95_tpot_ms": 8.0}),
     ]
     rows = [Row(kind, case, measured, HERE) for kind, case, measured in made]
@@ -511,7 +519,7 @@ def test_sections_of_all_kinds(tmp_path):
     assert "| 2,048 | 1.00% | 2.00% | 3.00% | 6.00% |" in text
     assert "* k8v4, decoding, of bf16, 10 MB: 1024 tokens from 4 requests on (1.50)" in text
     assert "Did not run:\n\n* stock fp8: not here" in text
-    assert drawn == ["attention.png", "map.png", "serving.png"]
+    assert drawn == ["attention.png", "map.png", "agent.png", "serving.png"]
     assert all(f"]({name})" in text and (tmp_path / name).exists() for name in drawn)
 
 

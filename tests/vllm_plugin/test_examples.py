@@ -1,5 +1,6 @@
 """The examples run as they are. The client is run against a server in test_server.py."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from checkpoints import make  # isort: skip
 
 ROOT = Path(__file__).parents[2]
+TURN = re.compile(r"turn \d: a prompt of (\d+) tokens, (\d+) of them cached; .* ms")
 
 
 def run(name: str, *arguments: str) -> list[str]:
@@ -36,6 +38,17 @@ def test_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [title.split(": ")[0] for title in titles] == 2 * [compressed] + 2 * [uncompressed]
     assert lines[-1].startswith("rank 0: ")
     assert " 0 dropped; " in lines[-1]
+
+
+def test_chat_turns(tmp_path: Path) -> None:
+    model = str(make("qwen3", tmp_path))
+    questions = ("--question", "w1 w2", "--question", "w3 w4 w5")
+    arguments = ("--model", model, *questions, "--max-tokens", "8")
+    lines = [line for line in run("chat_turns.py", *arguments) if line.startswith("turn ")]
+    prompts, cached = zip(*(map(int, TURN.fullmatch(line).groups()) for line in lines), strict=True)
+    assert cached[0] == 0 < cached[1] < prompts[1]
+    plain = run("chat_turns.py", *arguments, "--no-prefix-caching")
+    assert sum(" 0 of them cached" in line for line in plain) == 2
 
 
 def test_hf_generate() -> None:

@@ -1,20 +1,26 @@
 """`diffkv bench`: measure kernels, the pool's own work, engines and servers."""
 
 import argparse
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffkv.cli import prompts
+from diffkv.cli import bench_agent, prompts
 from diffkv.cli.arguments import Listed, above_zero, num_bytes, num_tokens, positive
-from diffkv.cli.engine_options import model_folder
-from diffkv.cli.models import check_hub
+from diffkv.cli.bench_engines import (
+    BENCH_SMALL,
+    add_model,
+    add_thresholds,
+    engine_flags,
+    find_model,
+    make_writer,
+    model_facts,
+    options_by_quant,
+)
 from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 
 if TYPE_CHECKING:
@@ -24,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
 
 PASSES_FLAGS_ON = True
-"""`throughput`, `map` and `serving` pass to vLLM what is not listed here; the others refuse it."""
+"""`attention` and `manager` refuse what is not listed here; the others pass it on to vLLM."""
 
 KIB = 1024
 FULL_GRID = {"ctx": [KIB, 4 * KIB, 16 * KIB, 64 * KIB], "batch": [1, 8, 32, 128], "group": [4, 8]}
@@ -41,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("manager", "the pool's own work, and how it grows", _add_manager),
         ("throughput", "offline tokens a second, at one KV budget", _add_throughput),
         ("map", "throughput by context, requests and KV budget: where the gain is", _add_map),
+        (
+            "agent",
+            "conversations that grow by turns, with prefix caching",
+            bench_agent.add_arguments,
+        ),
         ("serving", "latency and goodput of a server, by request rate", _add_serving),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -103,14 +114,9 @@ def _add_manager(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", help="a folder, a model id, or 'reference'")
-    source.add_argument("--random-weights", metavar="NAME", help="sizes of a known model")
+    add_model(parser)
     parser.add_argument("--quant", nargs="+", action=Listed, default=[DEFAULT_QUANT])
-    parser.add_argument("--alpha-high", type=float)
-    parser.add_argument("--alpha-low", type=float)
-    parser.add_argument("--window", type=positive, help="most recent tokens that stay high")
-    parser.epilog = "Any other option is passed on to vLLM's engine, in all settings."
+    add_thresholds(parser)
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -162,20 +168,20 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure."""
-    commands: dict[str, Callable[[argparse.Namespace], None]] = {
+    commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         "attention": _attention,
         "manager": _manager,
         "throughput": _throughput,
         "map": _map,
+        "agent": bench_agent.run,
         "serving": _serving,
     }
     if args.flags and args.bench in ("attention", "manager"):
         raise ConfigError(f"diffkv bench {args.bench} has no option {args.flags[0]}: see --help")
-    quants = args.quant if isinstance(args.quant, list) else [args.quant]
-    for quant in quants:
+    quants = getattr(args, "quant", [])
+    for quant in quants if isinstance(quants, list) else [quants]:
         QuantConfig.parse(quant)
-    commands[args.bench](args)
-    return 0
+    return commands[args.bench](args) or 0
 
 
 def _prepare_device(args: argparse.Namespace) -> None:
@@ -186,19 +192,6 @@ def _prepare_device(args: argparse.Namespace) -> None:
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
         torch.set_num_threads(args.threads)
-
-
-def _writer(args: argparse.Namespace, device: str) -> "Writer":
-    from diffkv.lab import plots
-    from diffkv.lab.provenance import collect
-    from diffkv.lab.rows import Writer
-
-    if getattr(args, "plot", None):
-        plots.require()  # before anything is measured
-    here = collect(device)
-    if "DIFFKV_COMMIT" in os.environ:  # sources without their repository
-        here = replace(here, commit=os.environ["DIFFKV_COMMIT"])
-    return Writer(here, args.out, args.json)
 
 
 def _attention(args: argparse.Namespace) -> None:
@@ -217,7 +210,7 @@ def _attention(args: argparse.Namespace) -> None:
         args.head_dim, args.repeats, args.warm,
     )  # fmt: skip
     clock = time.thread_time if args.cpu_time else time.perf_counter
-    attention.run(grid, args.device, _writer(args, args.device), clock)
+    attention.run(grid, args.device, make_writer(args, args.device), clock)
 
 
 def _manager(args: argparse.Namespace) -> None:
@@ -229,103 +222,72 @@ def _manager(args: argparse.Namespace) -> None:
     contents = pool.Contents(
         args.quant, args.layers, args.kv_heads, args.requests, head_dim=args.head_dim
     )
-    writer = _writer(args, args.device)
+    writer = make_writer(args, args.device)
     pool.run(contents, args.device, writer, args.steps, args.full, small=args.smoke)
 
 
-def _options(args: argparse.Namespace, drops: bool | None = None) -> list[dict[str, Any]]:
-    """DiffKV's options for each quant; what they do not take is refused before anything runs."""
-    from diffkv.vllm_plugin.options import Options
-
-    options = []
-    for quant in args.quant:
-        given = {
-            "quant": quant, "alpha_high": args.alpha_high, "alpha_low": args.alpha_low,
-            "window": args.window, "drops": drops,
-        }  # fmt: skip
-        given = {name: value for name, value in given.items() if value is not None}
-        Options.parse(given)
-        options.append(given)
-    return options
-
-
-def _model(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The model's folder or id, arguments of the engine for it, and its `config.json`."""
-    from diffkv.lab.bench import models
-
-    if args.model is None:
-        name = args.random_weights or "bench-small"
-        load_format = models.write_model(name, folder)
-        return str(folder), {"load_format": load_format}, models.find(name)
-    from diffkv.vllm_plugin.front.offline import check_model
-
-    model = model_folder(args.model)
-    check_model(model)
-    check_hub(model)
-    config = Path(model) / "config.json"
-    return model, {}, json.loads(config.read_text()) if config.is_file() else {}
-
-
 def _kv_bytes(args: argparse.Namespace, config: dict[str, Any], longest: int) -> int:
-    from diffkv.lab.bench.throughput import four_requests
+    from diffkv.lab.bench.throughput import room_for
 
     if args.kv_bytes:
         return int(args.kv_bytes)
     if not config:
         raise ConfigError("a model id needs --kv-bytes: the sizes of its cache are not known here")
-    return four_requests(config, longest)
+    return room_for(4, config, longest)
 
 
 def _throughput(args: argparse.Namespace) -> None:
     from diffkv.lab.bench import throughput
     from diffkv.lab.bench.models import PAPER_MODELS
 
-    options = _options(args)
+    options = options_by_quant(args, args.quant)
     if args.smoke:
         vars(args).update(num_prompts=6, input_len=260, output_len=8, repeats=1)
         if args.model is None:
             args.random_weights = "bench-tiny"
-    writer = _writer(args, prompts.device())
+    writer = make_writer(args, prompts.device())
     if args.paper and args.kv_bytes is None:
         raise ConfigError("--paper needs --kv-bytes: what a GPU has left beside the weights")
     for model in PAPER_MODELS if args.paper else [args.model]:
         args.model = model
         with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
-            name, engine, config = _model(args, Path(folder))
+            name, engine, config = find_model(args, Path(folder))
             workload = _workload(args, name, config)
-            engine |= {"model": name, **_engine_flags(args)}
-            facts = {"model": args.model or args.random_weights or "bench-small",
-                     "weights": engine.get("load_format", "own")}  # fmt: skip
+            engine |= {"model": name, **engine_flags(args)}
             throughput.run(
-                engine, workload, _kv_bytes(args, config, workload.longest),
-                _compared(args, options, writer), args.repeats, writer, facts, args.profile,
-            )  # fmt: skip
+                engine,
+                workload,
+                _kv_bytes(args, config, workload.longest),
+                _compared(args, options, writer),
+                args.repeats,
+                writer,
+                model_facts(args, engine),
+                args.profile,
+            )
 
 
 def _map(args: argparse.Namespace) -> None:
     from diffkv.lab.bench import pages, prompt, sweep
-    from diffkv.lab.bench.throughput import four_requests
+    from diffkv.lab.bench.throughput import room_for
 
-    options = _options(args)
+    options = options_by_quant(args, args.quant)
     if args.smoke:
         vars(args).update(ctx=[64, 260], requests=[1, 6], output_len=8, repeats=1)
         if args.model is None:
             args.random_weights = "bench-tiny"
-    writer = _writer(args, prompts.device())
+    writer = make_writer(args, prompts.device())
     with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
-        name, engine, config = _model(args, Path(folder))
+        name, engine, config = find_model(args, Path(folder))
         if not config:
             raise ConfigError("a model id is not enough to map: give its folder")
-        four = four_requests(config, max(args.ctx) + args.output_len)
+        four = room_for(4, config, max(args.ctx) + args.output_len)
         budgets = args.kv_bytes or ([four] if args.smoke else [four // 2, 4 * four])
-        engine |= {"model": name, **_engine_flags(args)}
-        facts = {"model": args.model or args.random_weights or "bench-small",
-                 "weights": engine.get("load_format", "own")}  # fmt: skip
+        engine |= {"model": name, **engine_flags(args)}
         wanted = sweep.Sweep(
             args.ctx, args.requests, budgets, args.output_len, args.repeats, args.apart
         )
         compared = _compared(args, options, writer)
-        mapped = sweep.run(engine, config, wanted, compared, writer, facts)
+        mapped = sweep.run(engine, config, wanted, compared, writer, model_facts(args, engine))
     prompt.add_shares(writer, mapped, config, args.quant)
     if args.plot:
         pages.draw_map(mapped, args.plot)
@@ -357,20 +319,13 @@ def _workload(args: argparse.Namespace, model: str, config: dict[str, Any]) -> A
     return throughput.text_workload(path, model, args.num_prompts, args.output_len)
 
 
-def _engine_flags(args: argparse.Namespace) -> dict[str, Any]:
-    if not args.flags:
-        return {}
-    from diffkv.vllm_plugin.front.offline import engine_flags
-
-    return engine_flags(args.flags)
-
-
 def _serving(args: argparse.Namespace) -> None:
     from diffkv.lab.bench import pages, serving
     from diffkv.lab.bench.throughput import Setting, settings
 
     # Requests that may lose tokens need sums of all of them
-    compared = settings(_options(args, drops=True if args.request_alpha_low else None))
+    drops = True if args.request_alpha_low else None
+    compared = settings(options_by_quant(args, args.quant, drops=drops))
     if args.smoke:
         vars(args).update(num_prompts=4, input_len=64, output_len=8, rates=[4.0])
         compared = [compared[-1]]
@@ -384,9 +339,9 @@ def _serving(args: argparse.Namespace) -> None:
         args.rates, args.num_prompts, args.input_len, args.output_len, args.goodput,
         {"vllm_xargs": given} if given else None,
     )  # fmt: skip
-    writer = _writer(args, prompts.device())
+    writer = make_writer(args, prompts.device())
     with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
-        model, engine, config = _model(args, Path(folder))
+        model, engine, config = find_model(args, Path(folder))
         longest = args.input_len + args.output_len
         flags = [
             "--kv-cache-memory-bytes", str(_kv_bytes(args, config, longest)), "--enforce-eager",
@@ -394,7 +349,7 @@ def _serving(args: argparse.Namespace) -> None:
         ]  # fmt: skip
         for name, value in engine.items():
             flags += [f"--{name.replace('_', '-')}", value]
-        facts = {"model": args.model or args.random_weights or "bench-small"}
+        facts = {"model": args.model or args.random_weights or BENCH_SMALL}
         serving.run(model, traffic, compared, [*flags, *args.flags], writer, facts, args.url)
     if args.plot:
         pages.draw_serving(writer.rows, args.plot)

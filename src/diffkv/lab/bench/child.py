@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from diffkv.lab.bench.engine import ANSWER, Job
 
-__all__ = ["Child", "in_turn", "medians"]
+__all__ = ["Child", "in_rounds", "in_turn", "medians"]
 
 COMMAND = (sys.executable, "-m", "diffkv.lab.bench.engine")
 TIMEOUT_SECONDS = 3600
@@ -78,6 +78,31 @@ class Child:
         return self._log.read()
 
 
+def in_rounds(
+    jobs: Sequence[Job], rounds: int, apart: bool, say: Callable[[str], None]
+) -> list[list[list[dict[str, Any]]]]:
+    """What every job's engine found in every cell, with engines anew for each round: [job][round][cell].
+
+    Args:
+        jobs: jobs that have the same cells; one that failed is not started again.
+        rounds: how often.
+        apart: one engine at a time, where memory does not hold all.
+        say: is told how far it is.
+    """
+    results: list[list[list[dict[str, Any]]]] = [[] for _ in jobs]
+    for _ in range(rounds):
+        alive = [
+            (job, done)
+            for job, done in zip(jobs, results, strict=True)
+            if not (done and "error" in done[-1][-1])
+        ]
+        for group in [[each] for each in alive] if apart or not alive else [alive]:
+            found = in_turn([job for job, _ in group], say)
+            for (_, done), each in zip(group, found, strict=True):
+                done.append(each)
+    return results
+
+
 def in_turn(jobs: Sequence[Job], say: Callable[[str], None]) -> list[list[dict[str, Any]]]:
     """Medians of every cell in every job's engine: [job][cell], with how many `runs` there were.
 
@@ -113,8 +138,14 @@ def _is_measured(runs: Sequence[dict[str, Any]]) -> bool:
 
 
 def medians(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of every figure of several runs; the first `error` alone if one failed."""
+    """Medians of every figure of several runs, in lists by place; or the first `error` there was."""
     failed = [result["error"] for result in results if "error" in result]
     if failed:
         return {"error": failed[0]}
-    return {name: median(result[name] for result in results) for name in results[0]}
+    return {name: _median([result[name] for result in results]) for name in results[0]}
+
+
+def _median(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], list):
+        return [median(each) for each in zip(*values, strict=True)]
+    return median(values)

@@ -5,10 +5,8 @@ It stands between vLLM and the figures: it drives the engine step by step and no
 made of.
 """
 
-import cProfile
 import json
 import os
-import pstats
 import resource
 import sys
 import time
@@ -18,12 +16,13 @@ from typing import Any
 
 import torch
 
+from diffkv.lab.bench.conversation import Conversation, by_turn
+from diffkv.lab.bench.profiles import Profiles
 from diffkv.quant import ConfigError
 
 __all__ = ["ANSWER", "Job", "Load", "main"]
 
 KIB = 1 << 10
-PROFILE_ROWS = 30
 
 ANSWER = "diffkv-bench: "
 """How a line of standard output begins that is meant for the parent; libraries print there too."""
@@ -32,8 +31,11 @@ WARM_PROMPTS = 4
 WARM_TOKENS = 4
 
 
-Load = tuple[list[list[int]], list[int]]
-"""Prompts in token ids, all there at the start, and how many tokens to generate for each."""
+Load = tuple[list[list[list[int]]], list[int]]
+"""Conversations that all begin at once, and how many tokens to generate in each of their turns.
+
+A conversation is the token ids that each turn adds to those before it; a prompt alone is one turn.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Job:
         kv_bytes: bytes of the cache.
         cells: loads that the engine may be told to run.
         profile: print where the time goes (Python's profiler) to standard error.
+        turns: say of each turn when first tokens came, and what the prefix cache knew.
+        answers: tell the tokens that were generated.
     """
 
     engine: dict[str, Any]
@@ -53,6 +57,8 @@ class Job:
     kv_bytes: int
     cells: Sequence[Load]
     profile: bool = False
+    turns: bool = False
+    answers: bool = False
 
 
 @dataclass
@@ -106,15 +112,14 @@ def _scheduled(scheduler: Any, output: Any) -> tuple[int, int]:
     return prompt, generated
 
 
-def _drive(llm: Any, load: Load, profile: bool = False) -> tuple[_Steps, float]:
-    """Run all requests of a load to their end; the sums, and the seconds it took."""
-    from vllm import SamplingParams
-
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+def _drive(llm: Any, load: Load, profile: bool = False) -> tuple[_Steps, float, list[Conversation]]:
+    """Run all conversations of a load to their end; the sums, the seconds it took, and what was said."""
+    engine = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
     schedule, update, profiles = (
         scheduler.schedule,
         scheduler.update_from_output,
-        _Profiles(profile),
+        Profiles(profile),
     )
     made_of: dict[int, tuple[int, int]] = {}
 
@@ -130,90 +135,47 @@ def _drive(llm: Any, load: Load, profile: bool = False) -> tuple[_Steps, float]:
         return update(output, *args, **kwargs)
 
     scheduler.schedule, scheduler.update_from_output = scheduling, updating
-    for index, (prompt, count) in enumerate(zip(*load, strict=True)):
-        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
-        llm.llm_engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
+    conversations = [Conversation(turns, count) for turns, count in zip(*load, strict=True)]
+    for number, each in enumerate(conversations):
+        _ask(engine, number, each)
     steps = _Steps()
-    while llm.llm_engine.has_unfinished_requests():
-        llm.llm_engine.step()
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
         profiles.stop()
         steps.look(scheduler)
+        _hear(engine, conversations, outputs)
     seconds = time.perf_counter() - steps.begin
     profiles.show()
     scheduler.schedule, scheduler.update_from_output = schedule, update
-    return steps, seconds
+    return steps, seconds, conversations
+
+
+def _ask(engine: Any, number: int, conversation: Conversation) -> None:
+    """Give the engine a conversation's next turn."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=conversation.max_tokens, ignore_eos=True, detokenize=False
+    )
+    prompt = {"prompt_token_ids": conversation.ask(time.perf_counter())}
+    engine.add_request(f"{number}-{len(conversation.answers)}", prompt, params)
+
+
+def _hear(engine: Any, conversations: Sequence[Conversation], outputs: Sequence[Any]) -> None:
+    """Pass on what a step generated; a conversation that waits for nothing goes on at once."""
+    now = time.perf_counter()
+    for output in outputs:
+        number = int(output.request_id.partition("-")[0])
+        mine, tokens = conversations[number], output.outputs[0].token_ids
+        mine.hear(tokens, output.finished, output.num_cached_tokens or 0, now)
+        if output.finished and not mine.is_over:
+            _ask(engine, number, mine)
 
 
 def _peak_memory(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
-
-
-class _Profiles:
-    """Where the time goes, of steps with prompt tokens in them and of steps without, apart.
-
-    On a GPU by torch's profiler, since there the time of a Python call says little.
-    """
-
-    def __init__(self, wanted: bool) -> None:
-        make = _DeviceProfile if torch.cuda.is_available() else cProfile.Profile
-        self._of_kind = {name: make() for name in ("prefill", "decode") if wanted}
-        self._running: Any = None
-
-    def start(self, kind: str) -> None:
-        """Begin a step of a kind, if profiles are wanted."""
-        self._running = self._of_kind.get(kind)
-        if self._running is not None:
-            self._running.enable()
-
-    def stop(self) -> None:
-        """End the step."""
-        if self._running is not None:
-            self._running.disable()
-            self._running = None
-
-    def show(self) -> None:
-        """Print both to standard error, what took longest first."""
-        for name, profile in self._of_kind.items():
-            print(f"{name} steps:", file=sys.stderr)
-            if isinstance(profile, cProfile.Profile):
-                stats = pstats.Stats(profile, stream=sys.stderr)
-                stats.sort_stats("tottime").print_stats(PROFILE_ROWS)
-            else:
-                print(profile.table(), file=sys.stderr)
-
-
-class _DeviceProfile:
-    """Kernels of some steps of one kind: the first few after the batch has grown."""
-
-    STEPS = range(3, 6)
-
-    def __init__(self) -> None:
-        self._seen = 0
-        self._profile: Any = None
-        self._tables: list[str] = []
-
-    def enable(self) -> None:
-        """Begin a step."""
-        if self._seen in self.STEPS:
-            kinds = torch.profiler.ProfilerActivity
-            self._profile = torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA])
-            self._profile.start()
-        self._seen += 1
-
-    def disable(self) -> None:
-        """End it."""
-        if self._profile is not None:
-            torch.cuda.synchronize()
-            self._profile.stop()
-            events = self._profile.key_averages()
-            self._tables.append(events.table("self_device_time_total", row_limit=PROFILE_ROWS))
-            self._profile = None
-
-    def table(self) -> str:
-        """Table of the last step that was looked at."""
-        return self._tables[-1] if self._tables else "too few steps"
 
 
 def serve(job: Job, wanted: Iterable[str]) -> None:
@@ -236,10 +198,10 @@ def serve(job: Job, wanted: Iterable[str]) -> None:
         **ours,
         **job.engine,
     }
-    prompts, _ = job.cells[0]
+    prompts = [turns[0] for turns in job.cells[0][0]]
     warm = [prompts[0][:64]] if on_cpu else prompts[:WARM_PROMPTS]
     with offline.engine(arguments) as llm:
-        _drive(llm, (warm, [WARM_TOKENS] * len(warm)))
+        _drive(llm, ([[prompt] for prompt in warm], [WARM_TOKENS] * len(warm)))
         _answer({})
         for number in wanted:
             _answer(_measured(llm, job, job.cells[int(number)]))
@@ -249,38 +211,46 @@ def _answer(result: dict[str, Any]) -> None:
     print(f"\n{ANSWER}{json.dumps(result)}", flush=True)
 
 
+COUNTERS = {
+    "vllm:num_preemptions": "preemptions",
+    "vllm:prefix_cache_queries": "asked",
+    "vllm:prefix_cache_hits": "hits",
+    "vllm:external_prefix_cache_hits": "hits",  # those that a KV connector knows of
+}
+"""vLLM's counters of a run, and what they are called here."""
+
+
 def _totals(llm: Any, job: Job) -> dict[str, float]:
-    """What only grows: preemptions, and with DiffKV what its requests have spent so far."""
-    preemptions = sum(
-        metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
-    )
+    """What only grows: vLLM's counters, and with DiffKV what its requests have spent so far."""
+    totals: dict[str, float] = dict.fromkeys(COUNTERS.values(), 0)
+    for metric in llm.get_metrics():
+        if metric.name in COUNTERS:
+            totals[COUNTERS[metric.name]] += metric.value
     ours = {} if job.options is None else llm.collective_rpc("diffkv_summary")[0]["totals"]
-    return {"preemptions": preemptions, **ours}
+    return {**totals, **ours}
+
+
+def _forget(llm: Any) -> bool:
+    """Empty the prefix cache, so that no run profits from another; whether there is one."""
+    is_caching = bool(llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
+    if is_caching and not llm.reset_prefix_cache():
+        raise RuntimeError("the prefix cache was not emptied: another run's hits would count")
+    return is_caching
 
 
 def _measured(llm: Any, job: Job, load: Load) -> dict[str, Any]:
     """Run a load in an engine that is warm, and count."""
     from vllm.platforms import current_platform
 
+    is_caching = _forget(llm)
     before = _totals(llm, job)
-    steps, seconds = _drive(llm, load, job.profile)
+    steps, seconds, conversations = _drive(llm, load, job.profile)
     spent = {name: value - before[name] for name, value in _totals(llm, job).items()}
-    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    held, covered = steps.peak
+    generated = sum(len(answer) for each in conversations for answer in each.answers)
     result: dict[str, Any] = {
-        "bytes_per_token": held * job.kv_bytes / pool.num_gpu_blocks / covered
-    }
-    if job.options is not None:
-        kept = spent["num_tokens"]
-        result = {
-            "bytes_per_token": spent["num_bytes"] / kept,
-            "high_share": spent["high"] / kept,
-            "low_share": spent["low"] / kept,
-        }
-    return {
-        **result,
+        **_bytes(llm, job, steps, spent, is_caching),
         "seconds": seconds,
-        "tokens_per_s": sum(load[1]) / seconds,
+        "tokens_per_s": generated / seconds,
         "decode_tokens_per_s": steps.decode_tokens / max(steps.decode_seconds, 1e-9),
         "prefill_tokens_per_s": steps.prefill_tokens / max(steps.prefill_seconds, 1e-9),
         "ms_per_decode_step": steps.decode_seconds / max(steps.decode_steps, 1) * 1e3,
@@ -289,6 +259,33 @@ def _measured(llm: Any, job: Job, load: Load) -> dict[str, Any]:
         "preemptions": int(spent["preemptions"]),
         "peak_memory_bytes": _peak_memory(current_platform.device_type),
     }
+    if job.turns:
+        result |= {"hit_rate": spent["hits"] / max(spent["asked"], 1), **by_turn(conversations)}
+    if job.answers:
+        result["answers"] = [each.answers for each in conversations]
+    return result
+
+
+def _bytes(
+    llm: Any, job: Job, steps: _Steps, spent: dict[str, float], is_caching: bool
+) -> dict[str, float]:
+    """Bytes of a token: with vLLM's own cache its blocks', with DiffKV what its requests have spent.
+
+    Requests that share blocks hold fewer than they have tokens for: where prefixes are cached, vLLM's
+    own are those of a full block.
+    """
+    if job.options is not None:
+        kept = spent["num_tokens"]
+        return {
+            "bytes_per_token": spent["num_bytes"] / kept,
+            "high_share": spent["high"] / kept,
+            "low_share": spent["low"] / kept,
+        }
+    manager = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+    held, covered = (1, llm.llm_engine.vllm_config.cache_config.block_size)
+    if not is_caching:
+        held, covered = steps.peak
+    return {"bytes_per_token": held * job.kv_bytes / manager.block_pool.num_gpu_blocks / covered}
 
 
 def main() -> int:

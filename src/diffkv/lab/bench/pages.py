@@ -12,7 +12,7 @@ from diffkv.lab.page import NOTHING, Column, Page, number, percent, times
 from diffkv.lab.rows import Row
 from diffkv.quant import ConfigError
 
-__all__ = ["KINDS", "add_sections", "draw_map", "draw_serving"]
+__all__ = ["KINDS", "add_sections", "draw_agent", "draw_map", "draw_serving"]
 
 LATENCIES = (("p95_ttft_ms", "time to first token"), ("p95_tpot_ms", "time per output token"))
 MAX_PANELS = 4
@@ -105,6 +105,30 @@ MAP: list[Column[Row]] = [
     ("whole run, tokens/s", _figure("tokens_per_s")),
     ("requests at once", _figure("max_running", 0)),
     *((words, _ratio(key)) for key, words in RATIOS.items()),
+]
+AGENT: list[Column[Row]] = [
+    ("engine", label),
+    ("KV, MB", _figure("kv_bytes", 1, 1e6)),
+    ("seconds", _figure("seconds")),
+    ("tokens/s", _span("tokens_per_s")),
+    ("hits", _share("hit_rate")),
+    ("first token, ms", _span("mean_ttft_ms")),
+    ("p50 / p95", lambda row: f"{row['p50_ttft_ms']:,.0f} / {row['p95_ttft_ms']:,.0f}"),
+    ("p50, last turn", lambda row: number(row["p50_ttft_ms_by_turn"][-1], 0)),
+    ("requests at once", _figure("max_running", 0)),
+    ("preempted", _figure("preemptions", 0)),
+    ("KV bytes a token", _figure("bytes_per_token", 0)),
+    ("of bf16", _ratio("vs_stock_bf16")),
+    ("of fp8", _ratio("vs_stock_fp8")),
+    ("first token, of bf16", _ratio("ttft_vs_stock_bf16")),
+    ("first token, of fp8", _ratio("ttft_vs_stock_fp8")),
+]
+CHECK: list[Column[Row]] = [
+    ("formats", lambda row: str(row["quant"])),
+    ("generated tokens", _figure("tokens", 0)),
+    ("as vLLM's own", lambda row: "all" if row["equal"] else "not all"),
+    ("hits", _share("hit_rate")),
+    ("vLLM's hits", _share("stock_hit_rate")),
 ]
 PROMPT: list[Column[Row]] = [
     ("formats", lambda row: str(row["quant"])),
@@ -227,6 +251,39 @@ def _prompt(page: Page, rows: Rows, _: object) -> None:
     page.table(PROMPT, rows)
 
 
+def _agent(page: Page, rows: Rows, path: Path | None) -> None:
+    first = rows[0]
+    grown = first["prompt_tokens_by_turn"][-1] + first["answer_len"]
+    page.text(
+        f"{first['model']}, {first['conversations']} conversations of {first['turns']} turns over one "
+        f"system prompt of {first['system_len']:,} tokens, to {grown:,.0f} tokens:"
+    )
+    page.table(AGENT, rows)
+    if path is not None:
+        draw_agent(rows, path)
+        page.plot(path.name, "time to first token by turn")
+
+
+def draw_agent(rows: Rows, path: Path) -> None:
+    """Median time to first token by turn, a line for each engine and a panel for each budget."""
+    panels = []
+    ran = [row for row in rows if row.error is None]
+    for kv_bytes in dict.fromkeys(row["kv_bytes"] for row in ran):
+        series = {
+            label(row): list(enumerate(row["p50_ttft_ms_by_turn"], 1))
+            for row in ran
+            if row["kv_bytes"] == kv_bytes
+        }
+        title = f"{kv_bytes / 1e6:,.1f} MB of KV"
+        panels.append(plots.Lines(title, "turn", "ms to first token, median", series, "y"))
+    plots.lines(path, panels)
+
+
+def _agent_check(page: Page, rows: Rows, _: object) -> None:
+    page.text("Tokens over all turns without loss, in float32:")
+    page.table(CHECK, rows)
+
+
 def _serving(page: Page, rows: Rows, path: Path | None) -> None:
     page.table(SERVING, rows)
     if path is not None:
@@ -251,6 +308,8 @@ KINDS: dict[str, tuple[str | None, Callable[[Page, Rows, Path | None], None]]] =
     "throughput": ("Offline throughput", _throughput),
     "map": ("Where the gain is", _map),
     "prompt": (None, _prompt),
+    "agent": ("Conversations", _agent),
+    "agent_check": (None, _agent_check),
     "serving": ("Serving", _serving),
 }
 """Heading and body of each kind, in the order of a page; one without heading goes on with the last.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from diffkv.lab.bench.child import in_turn
+from diffkv.lab.bench.child import in_rounds
 from diffkv.lab.bench.engine import Job
 from diffkv.lab.bench.throughput import (
     BLOCK_TOKENS,
@@ -148,23 +148,12 @@ def _measure(
         "max_model_len": max(load.longest for load in loads) + 1,
         "max_num_seqs": max(cell.requests for cell in cells),
     }
-    work = [(load.prompts, load.max_tokens) for load in loads]
+    work = [load.load for load in loads]
     jobs = [
         Job({**shared, **engine, **setting.engine}, setting.options, kv_bytes, work)
         for setting in compared
     ]
-    results: list[list[list[dict[str, Any]]]] = [[] for _ in compared]
-    for _ in range(wanted.repeats):
-        alive = [
-            (job, done)
-            for job, done in zip(jobs, results, strict=True)
-            if not (done and "error" in done[-1][-1])  # one that failed is not started again
-        ]
-        for group in [[each] for each in alive] if wanted.apart or not alive else [alive]:
-            found = in_turn([job for job, _ in group], say)
-            for (_, done), each in zip(group, found, strict=True):
-                done.append(each)
-    return results
+    return in_rounds(jobs, wanted.repeats, wanted.apart, say)
 
 
 def _text(row: Row) -> str:

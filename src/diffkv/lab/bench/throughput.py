@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkv.lab.bench.child import Child, medians
-from diffkv.lab.bench.engine import Job
+from diffkv.lab.bench.engine import Job, Load
 from diffkv.lab.rows import Row, Writer
 from diffkv.layout import bf16_bytes_per_token
 from diffkv.quant import ConfigError
@@ -20,12 +20,13 @@ __all__ = [
     "Workload",
     "add_rows",
     "bf16_bytes",
-    "four_requests",
     "label",
     "random_workload",
+    "room_for",
     "run",
     "settings",
     "text_workload",
+    "tokenizer",
 ]
 
 OURS = "diffkv"
@@ -37,14 +38,15 @@ COMPARED = {
     "decode_tokens_per_s": "decode_vs_stock_",
     "prefill_tokens_per_s": "prefill_vs_stock_",
 }
-"""Figures of a run, and how their ratios to a stock engine's begin."""
+"""Figures of a run, and how their ratios to a stock engine's begin; of times in ms the inverse."""
+NO_PREFIXES = ", no prefix caching"
 BLOCK_TOKENS = 128
 """Tokens of a block of vLLM's own cache on CPUs; one block is never given to a request."""
 
 
-def four_requests(config: dict[str, Any], longest: int) -> int:
-    """A KV budget in which vLLM's own bf16 cache holds four requests of a length, and no fifth."""
-    blocks = 4 * -(-longest // BLOCK_TOKENS) + 2
+def room_for(requests: int, config: dict[str, Any], longest: int) -> int:
+    """A KV budget in which vLLM's own bf16 cache holds so many requests of a length, and no more."""
+    blocks = requests * -(-longest // BLOCK_TOKENS) + 2
     return blocks * BLOCK_TOKENS * bf16_bytes(config)
 
 
@@ -76,20 +78,25 @@ class Setting:
     def case(self) -> dict[str, Any]:
         """What its rows say of it."""
         quant = {} if self.quant is None else {"quant": self.quant}
-        return {"engine": self.name, **(self.options or {}), **quant}
+        caching = self.engine.get("enable_prefix_caching")
+        found = {} if caching is None else {"prefix_caching": caching}
+        return {"engine": self.name, **(self.options or {}), **quant, **found}
 
     @property
     def label(self) -> str:
         """Its name for readers."""
-        return f"{OURS} {self.quant}" if self.name == OURS else self.name
+        return _label(self.case)
 
 
 def label(row: Row) -> str:
     """Name of a row's engine, or of its kernel, for readers."""
-    if row["engine"] != OURS:
-        return str(row["engine"])
-    tiers = row.get("tiers")
-    return f"{OURS} {row['quant']}" + (f", {tiers}" if tiers else "")
+    return _label({**row.measured, **row.case})
+
+
+def _label(case: dict[str, Any]) -> str:
+    name = f"{OURS} {case['quant']}" if case["engine"] == OURS else str(case["engine"])
+    tiers = f", {case['tiers']}" if case.get("tiers") else ""
+    return name + tiers + (NO_PREFIXES if case.get("prefix_caching") is False else "")
 
 
 def settings(options: Sequence[dict[str, Any]]) -> list[Setting]:
@@ -114,6 +121,11 @@ class Workload:
         """Tokens of the longest request with its answer."""
         return max(len(p) + n for p, n in zip(self.prompts, self.max_tokens, strict=True))
 
+    @property
+    def load(self) -> Load:
+        """What an engine runs."""
+        return [[prompt] for prompt in self.prompts], self.max_tokens
+
 
 def random_workload(
     num: int, input_len: int, output_len: int, range_ratio: float, vocabulary: int, seed: int = 0
@@ -136,12 +148,7 @@ def text_workload(path: Path, model: str, num: int | None, output_len: int) -> W
     Raises:
         ConfigError: the file or the tokenizer cannot be read.
     """
-    tokenizer = Path(model) / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise ConfigError(f"a workload of texts needs a model folder with tokenizer.json: {model}")
-    from tokenizers import Tokenizer
-
-    encode = Tokenizer.from_file(str(tokenizer)).encode
+    encode = tokenizer(model).encode
     try:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
         texts = [str(json.loads(line)["prompt"]) for line in lines]
@@ -152,6 +159,20 @@ def text_workload(path: Path, model: str, num: int | None, output_len: int) -> W
     texts = [texts[i % len(texts)] for i in range(num or len(texts))]
     prompts = [encode(text).ids for text in texts]
     return Workload(path.name, prompts, [output_len] * len(prompts))
+
+
+def tokenizer(model: str) -> Any:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(model) / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"a workload of texts needs a model folder with tokenizer.json: {model}")
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path))
 
 
 def run(
@@ -187,7 +208,7 @@ def run(
                 continue
             shared = {"max_model_len": workload.longest + 1, "max_num_seqs": len(workload.prompts)}
             arguments = {**shared, **engine, **setting.engine}
-            cells = [(workload.prompts, workload.max_tokens)]
+            cells = [workload.load]
             job = Job(arguments, setting.options, kv_bytes, cells, profile and repeat == 0)
             with Child(job) as child:
                 done.append(child.run(0))
@@ -206,8 +227,11 @@ def add_rows(
     compared: Sequence[Setting],
     results: Sequence[Sequence[dict[str, Any]]],
     text: Callable[[Row], str],
+    figures: Mapping[str, str] = COMPARED,
 ) -> list[Row]:
     """Add a row for each setting: its figures, and their ratios to those of vLLM's own cache.
+
+    Where some settings cache prefixes, vLLM's own of those without are compared with, not by.
 
     Args:
         writer: gets the rows.
@@ -216,39 +240,45 @@ def add_rows(
         compared: settings.
         results: what the repeats of each setting found.
         text: what a reader is shown of a row.
+        figures: what is compared, as in `COMPARED`.
     """
-    found = [joined(each) for each in results]
+    found = [_joined(each, figures) for each in results]
     stock = {
-        code: figures
-        for setting, figures in zip(compared, found, strict=True)
+        code: mine
+        for setting, mine in zip(compared, found, strict=True)
         for code in STOCK
-        if setting.name == f"stock {code}" and "error" not in figures
+        if setting.name == f"stock {code}" and "error" not in mine
+        if setting.engine.get("enable_prefix_caching") is not False
     }
     added = []
-    for setting, figures in zip(compared, found, strict=True):
-        error = figures.get("error")
-        measured = {} if error else {**figures, **ratios(figures, stock)}
+    for setting, mine in zip(compared, found, strict=True):
+        error = mine.get("error")
+        measured = {} if error else {**mine, **_ratios(mine, stock, figures)}
         added.append(writer.add(kind, {**case, **setting.case}, measured, text, error))
     return added
 
 
-def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _joined(results: Sequence[dict[str, Any]], figures: Mapping[str, str]) -> dict[str, Any]:
     """Medians of a setting's repeats, with the least and the most of what is compared."""
     found = medians(results)
     if "error" in found:
         return found
-    for name in COMPARED:
+    for name in figures:
         values = [result[name] for result in results]
         found[f"{name}_min"], found[f"{name}_max"] = min(values), max(values)
     return found
 
 
-def ratios(figures: dict[str, Any], stock: Mapping[str, dict[str, Any]]) -> dict[str, float]:
-    """A setting's figures over those of each of vLLM's own caches that ran."""
+def _ratios(
+    mine: dict[str, Any], stock: Mapping[str, dict[str, Any]], figures: Mapping[str, str]
+) -> dict[str, float]:
+    """How many times better a setting is than each of vLLM's own caches that ran."""
     return {
-        name + code: figures[figure] / other[figure]
+        name + code: other[figure] / mine[figure]
+        if figure.endswith("_ms")
+        else mine[figure] / other[figure]
         for code, other in stock.items()
-        for figure, name in COMPARED.items()
+        for figure, name in figures.items()
     }
 
 
