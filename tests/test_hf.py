@@ -1,6 +1,8 @@
 """The transformers cache: exact without loss, padded or not, and honest about bytes."""
 
+import copy
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from diffkv import hf  # noqa: E402
-from diffkv.hf import DiffKVHFCache  # noqa: E402
+from diffkv.hf import DiffKVHFCache, PoolOptions  # noqa: E402
 from diffkv.lab.evaluation import baselines  # noqa: E402
 from diffkv.policy import Thresholds  # noqa: E402
 from diffkv.pool import check_invariants  # noqa: E402
@@ -102,7 +104,7 @@ def test_budget_of_a_baseline_shows_in_the_pool(attached, inputs):
     with torch.no_grad():
         attached(**inputs, past_key_values=cache, position_ids=positions(inputs))
     state = cache.state
-    kept = state.num_tokens[: len(ROWS), :, :, 0]
+    kept = state.num_tokens[[rows.slot for rows in cache._rows], :, :, 0]
     for row, length in enumerate(inputs.attention_mask.sum(1).tolist()):
         assert (kept[row] == round(length / 2)).all()
 
@@ -117,6 +119,36 @@ def test_all_queries_score_otherwise_and_keep_the_means_in_proportion(attached, 
     assert used[0] != used[1]
 
 
+@pytest.mark.parametrize("segment", [0, 32])
+def test_turns_on_one_cache(model, inputs, segment):
+    """Prompts after answers, and a copy between them, as with the full cache."""
+    ids = inputs.input_ids[:, -100:]
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    hf.detach(model)
+    at = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, position_ids=at).logits
+        hf.attach(model)
+        cache, got = DiffKVHFCache(model, "k16v16", pool=PoolOptions(segment=segment)), []
+        for start, end in pairwise((0, 50, 51, 52, 80, 81, ids.shape[1])):
+            if start == 80:
+                cache = copy.deepcopy(cache)
+            span = slice(start, end)
+            logits = model(
+                ids[:, span],
+                attention_mask=mask[:, :end],
+                position_ids=at[:, span],
+                past_key_values=cache,
+            ).logits
+            got.append(logits)
+    check_invariants(cache.state)
+    is_token = mask.bool()
+    torch.testing.assert_close(
+        torch.cat(got, 1)[is_token], expected[is_token], atol=1e-3, rtol=1e-3
+    )
+
+
 def test_refusals(model, attached, inputs):
     ids = inputs.input_ids
     with torch.no_grad():
@@ -128,8 +160,6 @@ def test_refusals(model, attached, inputs):
             attached(ids, past_key_values=cache)
         cache = DiffKVHFCache(attached)
         attached(ids[:, -80:], past_key_values=cache)
-        with pytest.raises(ValueError, match=r"diffkv\.hf\.feed"):
-            attached(ids[:, :2], past_key_values=cache)
         with pytest.raises(NotImplementedError):
             cache.reorder_cache(torch.tensor([0]))
         with pytest.raises(ValueError, match="DiffKVHFCache"):

@@ -65,7 +65,7 @@ def _run(kernels: str | None) -> tuple[torch.Tensor, PoolState]:
     assert (kept > 16).all(), "some head dropped everything but its window"
     assert (kept < PROMPT + NEW - 1).any(), "nothing was dropped"
     assert (state.num_tokens[1, ..., 1] > 0).any(), "nothing is in the low tier"
-    cache.close([1])
+    cache.release([1])
     pool.check_invariants(state)
     return torch.cat(outputs), state
 

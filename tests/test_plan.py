@@ -10,7 +10,8 @@ from diffkv.cli import main
 from diffkv.layout import PageLayout
 from diffkv.model_config import ModelConfig, stored_weight_bytes
 from diffkv.quant import ConfigError, QuantConfig
-from diffkv.shape import FIXED_BYTES, PoolShape, suitable_leaf_entries
+from diffkv.segments import SEGMENT
+from diffkv.shape import FIXED_BYTES, MORE_ROWS, PoolShape, suitable_leaf_entries
 
 MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -128,16 +129,22 @@ def test_llama_in_80_gib(capsys, llama):
     assert formats["bf16"]["num_requests"] == facts["kv_bytes_per_gpu"] // (8192 * 131072) == 56
     ours = formats["k8v4-k4v2"]
     layout = PageLayout.derive(QuantConfig.parse("k8v4-k4v2"), 128)
-    high = 64 + round((8192 - 64) * 0.46)
-    pages = 256 * (
-        -(-high // layout.tiers[0].tokens_per_page)
-        + -(-(8192 - high) // layout.tiers[1].tokens_per_page)
+    # Eight rows, each with a window of its own, and an open row that is empty yet
+    high = 64 + round((1024 - 64) * 0.46)
+    pages = (
+        8
+        * 256
+        * (
+            -(-high // layout.tiers[0].tokens_per_page)
+            + -(-(1024 - high) // layout.tiers[1].tokens_per_page)
+        )
     )
-    # A row of the directory, four counts, a last leaf of each tier with its entry of the ring
+    # For each head: a row of the directory, four counts, a last leaf of each tier with its entry of the
+    # ring, a centre. For all of them: the chain, its length, thresholds, the prompt's
     leaf = suitable_leaf_entries(layout.max_pages(8192))
     row = -(-layout.max_pages(8192) // leaf) + 1 + 4
-    table = 256 * 4 * (row + 2 * (leaf + 1)) + 12
-    request = pages * (layout.page_bytes + 4 + -(-(leaf + 1) * 4 // leaf)) + table
+    table = 256 * (4 * (row + 2 * (leaf + 1)) + 2 * 128) + 4 * (2 * 8 + MORE_ROWS) + 16
+    request = pages * (layout.page_bytes + 4 + -(-(leaf + 1) * 4 // leaf)) + 9 * table
     assert ours["bytes_per_token"] == request / 8192
     assert ours["num_requests"] == (facts["kv_bytes_per_gpu"] - FIXED_BYTES) // request
     assert facts["verdict"]["name"] == "k8v4-k4v2"
@@ -154,11 +161,18 @@ def test_what_is_planned_fits_the_pool():
     quant, mix = QuantConfig.parse("k8v4-k4v2"), Mix(0.3, 0.1)
     planned = plan_format(quant, rank, 5000, mix)
     layout = PageLayout.derive(quant, model.head_dim)
-    shape = PoolShape.fit(rank.kv_bytes, layout, 28, 4, 5000, planned.num_requests)
-    high, low = mix.tokens(quant, 5000)
-    assert high + low == 5000 - round(0.1 * (5000 - 64))
-    each = zip((high, low), layout.tiers, strict=True)
-    pages = 28 * 4 * sum(-(-num // tier.tokens_per_page) for num, tier in each)
+    shape = PoolShape.fit(rank.kv_bytes, layout, 28, 4, 5000, planned.num_requests, SEGMENT)
+    rows = [mix.tokens(quant, length) for length in (*[1024] * 4, 904)]
+    assert sum(map(sum, rows)) == 5000 - 4 * round(0.1 * 960) - round(0.1 * 840)
+    pages = (
+        28
+        * 4
+        * sum(
+            -(-num // tier.tokens_per_page)
+            for counts in rows
+            for num, tier in zip(counts, layout.tiers, strict=True)
+        )
+    )
     assert planned.num_requests * pages <= shape.num_pages
     assert planned.table_bytes == shape.table_bytes
     assert (planned.num_requests + 1) * planned.bytes_per_token * 5000 > rank.kv_bytes - FIXED_BYTES

@@ -61,6 +61,9 @@ def test_an_empty_pool():
         "overruns": (torch.int32, (1,), [0]),
         "thresholds": (torch.float32, (3, 2), [0.0] * 6),
         "prompt_lens": (torch.int32, (3,), [0, 0, 0]),
+        "chains": (torch.int32, (3, state.chain_width), [-1, -1]),
+        "chain_lens": (torch.int32, (3,), [0, 0, 0]),
+        "centres": (torch.bfloat16, (*heads, HEAD_DIM), [0.0]),
         "directory": (torch.int32, (*heads, width), [-1, -1]),
         "num_tokens": (torch.int32, (*heads, 2), [0, 0]),
         "num_pages_held": (torch.int32, (*heads, 2), [0, 0]),
@@ -233,24 +236,25 @@ FORMATS = ["k8v4-k4v2", "k8v4", "k16v16", "k4v1"]
     num_kv_heads=st.integers(1, 4),
     max_model_len=st.integers(1, 600),
     max_num_seqs=st.integers(1, 64),
+    segment=st.sampled_from([0, 64, 256]),
 )
 @settings(max_examples=200, deadline=None)
 def test_pages_and_tables_fit_the_budget(
-    budget_bytes, quant, num_layers, num_kv_heads, max_model_len, max_num_seqs
+    budget_bytes, quant, num_layers, num_kv_heads, max_model_len, max_num_seqs, segment
 ):
     layout = PageLayout.derive(quant, 64)
     sizes = (layout, num_layers, num_kv_heads, max_model_len)
     heads = num_layers * num_kv_heads
     try:
-        shape = PoolShape.fit(budget_bytes, *sizes, max_num_seqs)
+        shape = PoolShape.fit(budget_bytes, *sizes, max_num_seqs, segment)
     except ConfigError as error:
         assert f"a KV budget of {budget_bytes} bytes cannot hold one request" in str(error)
-        assert f"of {max_model_len} tokens uncompressed" in str(error)
-        # Refused only if a request does not fit beside the tables of as many slots as could be used.
-        slots = max(1, min(max_num_seqs, budget_bytes // (heads * layout.page_bytes)))
-        table = PoolShape(layout, num_layers, num_kv_heads, 1, max_model_len, 0)
-        needed = PoolShape.request_bytes(*sizes) + (slots - 1) * table.slot_bytes
-        assert budget_bytes < needed
+        assert f"of {max_model_len} tokens, 25% of them high" in str(error)
+        # Refused only if a request does not fit beside the tables of as many slots as there are.
+        slots = PoolShape.slots_within(budget_bytes, layout, heads, max_num_seqs, segment)
+        one = PoolShape(layout, num_layers, num_kv_heads, 1, max_model_len, 0, segment=segment)
+        others = max(0, slots - 1 - one.max_rows) * one.slot_bytes
+        assert budget_bytes < PoolShape.request_bytes(*sizes, segment) + others
         return
     pages_bytes = shape.num_pages * layout.page_bytes
     assert pages_bytes + shape.table_bytes <= budget_bytes
@@ -258,8 +262,9 @@ def test_pages_and_tables_fit_the_budget(
     assert another.num_pages * layout.page_bytes + another.table_bytes > budget_bytes, (
         "one more page would have fitted"
     )
-    assert shape.num_pages >= heads * layout.max_pages(max_model_len)
-    assert 1 <= shape.num_slots <= max_num_seqs
+    assert shape.num_pages >= shape.request_pages(0.25)
+    assert shape.num_slots >= 1
+    assert segment or shape.num_slots <= max_num_seqs
 
     buffer = torch.empty(budget_bytes, dtype=torch.uint8)
     state = pool.create(shape, buffer, torch.bfloat16, window=64)
@@ -277,8 +282,8 @@ def test_a_budget_that_is_too_small_says_what_would_do():
     with pytest.raises(ConfigError) as error:
         PoolShape.fit(needed - 1, layout, 4, 2, 1000, max_num_seqs=1)
     assert str(error.value) == (
-        f"a KV budget of {needed - 1} bytes cannot hold one request of 1000 tokens uncompressed "
-        f"({needed} bytes and tables for 1 requests): raise the budget, or lower max_model_len or "
+        f"a KV budget of {needed - 1} bytes cannot hold one request of 1000 tokens, 25% of them high "
+        f"({needed} bytes, and tables for 1 rows): raise the budget, or lower max_model_len or "
         f"max_num_seqs"
     )
 

@@ -38,8 +38,8 @@ def test_small_scales_are_bit_exact(bits):
     assert torch.equal(back, reference.dequantize(codes, meta, bits, torch.float32))
 
 
-def looked(key, value, k_bits=4, v_bits=2):
-    watch = ValueRange(2, torch.device("cpu"), k_bits, v_bits)
+def looked(key, value, k_bits=4, v_bits=2, centred=False):
+    watch = ValueRange(2, torch.device("cpu"), k_bits, v_bits, centred)
     watch.look(1, key, value)
     return watch
 
@@ -51,6 +51,7 @@ def test_what_keys_have_in_common_is_said_where_their_codes_are_few():
     assert looked(keys, values).problem() is None
     keys[:, 1, -2:] += 150
     assert re.search("keys of layer 1 .* norm 212 in common", looked(keys, values).problem())
+    assert looked(keys, values, centred=True).problem() is None
     assert looked(keys, values, k_bits=8).problem() is None
     assert looked(keys, values, k_bits=16).problem() is None
 

@@ -9,11 +9,12 @@ from diffkv import pool
 from diffkv.chains import Chains
 from diffkv.lab.evaluation import baselines
 from diffkv.layout import PageLayout
+from diffkv.packing import spans_of
 from diffkv.policies import parse
 from diffkv.policy import SCORED_QUERIES, Thresholds, num_queries_seen, paper_tiers
 from diffkv.quant import QuantConfig
 from diffkv.shape import PoolShape
-from diffkv.steps import PromptChunk, spans_of
+from diffkv.steps import PromptChunk
 
 CPU = torch.device("cpu")
 WINDOW = 8

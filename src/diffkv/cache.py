@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from diffkv.ops import Ops
+from diffkv.packing import on_device
 from diffkv.policies import PAPER, Policy
 from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds
 from diffkv.prefill import Prefill, torch_prefill
 from diffkv.prompts import PromptPath
 from diffkv.rotator import Rotator
 from diffkv.state import DecodePlan, PoolState, PromptTokens
-from diffkv.steps import PromptChunk, Step, on_device
+from diffkv.steps import PromptChunk, Step
 
 __all__ = ["DiffKVCache", "PromptChunk", "Step"]
 

@@ -6,11 +6,12 @@ from itertools import accumulate, zip_longest
 
 import torch
 
+from diffkv.packing import RowPlaces, spans_of
 from diffkv.policies import Policy
 from diffkv.policy import Thresholds
 from diffkv.segments import cuts, next_end
 from diffkv.state import PoolState
-from diffkv.steps import Part, PromptChunk, PromptPlan, RowPlaces, Wave, spans_of
+from diffkv.steps import Part, PromptChunk, PromptPlan, Wave
 
 __all__ = ["Chains"]
 

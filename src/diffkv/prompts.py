@@ -15,13 +15,14 @@ from torch import Tensor
 from diffkv.chains import Chains
 from diffkv.layout import PageLayout
 from diffkv.ops import Ops
+from diffkv.packing import joined
 from diffkv.policies import Policy
 from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds, fill_pages
 from diffkv.prefill import Prefill
 from diffkv.reading import HeadPacking, Seen
 from diffkv.rotator import Rotator
 from diffkv.state import PoolState
-from diffkv.steps import Completion, Part, PromptChunk, PromptPlan, Scoring, Wave, joined
+from diffkv.steps import Completion, Part, PromptChunk, PromptPlan, Scoring, Wave
 from diffkv.value_range import ValueRange
 
 __all__ = ["PromptPath"]

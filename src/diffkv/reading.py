@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from diffkv.ops import Ops
+from diffkv.packing import RowPlaces, joined
 from diffkv.policy import DROPPED, HIGH
 from diffkv.prefill import Prefill, Spans
 from diffkv.state import PoolState
-from diffkv.steps import Part, RowPlaces, joined
+from diffkv.steps import Part
 
 __all__ = ["HeadPacking", "Seen"]
 

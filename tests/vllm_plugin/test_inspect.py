@@ -11,7 +11,7 @@ from diffkv import ops
 from diffkv.cli import heatmap, main
 from diffkv.lab.evaluation.results import HEADS
 from diffkv.lab.rows import Row
-from diffkv.policy import DROPPED, HIGH
+from diffkv.policy import HIGH
 from diffkv.vllm_plugin.front.insight import _join_heads
 from diffkv.vllm_plugin.worker.pages import read_pool, token_tiers
 
@@ -19,32 +19,26 @@ NUM_TOKENS = 12
 ALPHAS = ("--alpha-high", "5", "--alpha-low", "0.04")
 
 
-def test_reading_equals_gather() -> None:
-    """Three requests of random tiers, some generated tokens: the same as the operation `gather`."""
+def test_a_request_is_read_over_all_of_its_rows() -> None:
+    """A request of two rows of random tiers."""
     kernels = ops.load("cpu", "reference")
     state = small_pool.make_state("k8v4-k4v2", 128, 60)
     generator = torch.Generator().manual_seed(3)
-    for slot in (0, 2):
-        for layer in range(small_pool.NUM_LAYERS):
-            tiers = torch.randint(0, 3, (small_pool.NUM_KV_HEADS, NUM_TOKENS), generator=generator)
-            tiers[:, -small_pool.WINDOW :] = HIGH
-            sums = torch.zeros(tiers.shape).tolist()
-            rows = [(slot, range(NUM_TOKENS))]
-            small_pool.store(kernels, state, layer, rows, tiers.tolist(), sums)
-            read = token_tiers(state, slot, NUM_TOKENS)
-            assert torch.equal(read[layer], tiers.to(torch.int8))
-            _, _, positions, kept = kernels.gather(state, layer, slot, NUM_TOKENS)
-            for head in range(small_pool.NUM_KV_HEADS):
-                expected = torch.full((NUM_TOKENS,), DROPPED, dtype=torch.int8)
-                valid = positions[head] >= 0
-                expected[positions[head][valid].long()] = kept[head][valid]
-                assert torch.equal(read[layer, head], expected)
-    requests = read_pool(state)
-    assert [request["num_tokens"] for request in requests] == [NUM_TOKENS] * 2
-    for slot, request in zip((0, 2), requests, strict=True):
-        for digit, name in (("0", "high"), ("1", "low")):
-            counts = [[head.count(digit) for head in heads] for heads in request["tiers"]]
-            assert counts == request[name] == state.num_tokens[slot, :, :, int(digit)].tolist()
+    for layer in range(small_pool.NUM_LAYERS):
+        tiers = torch.randint(0, 3, (small_pool.NUM_KV_HEADS, NUM_TOKENS), generator=generator)
+        tiers[:, -small_pool.WINDOW :] = HIGH
+        for slot, span in ((2, slice(0, 5)), (0, slice(5, NUM_TOKENS))):
+            sums = torch.zeros(tiers[:, span].shape).tolist()
+            rows = [(slot, range(span.start, span.stop))]
+            small_pool.store(kernels, state, layer, rows, tiers[:, span].tolist(), sums)
+        read = token_tiers(state, (2, 0), NUM_TOKENS)
+        assert torch.equal(read[layer], tiers.to(torch.int8))
+    (request,) = read_pool(state, [((2, 0), NUM_TOKENS)])
+    assert request["num_tokens"] == NUM_TOKENS
+    for digit, name in (("0", "high"), ("1", "low")):
+        counts = [[head.count(digit) for head in heads] for heads in request["tiers"]]
+        held = state.num_tokens[[2, 0], :, :, int(digit)].sum(0)
+        assert counts == request[name] == held.tolist()
 
 
 def test_heads_of_ranks_are_joined_by_layer() -> None:

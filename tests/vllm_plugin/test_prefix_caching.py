@@ -13,10 +13,12 @@ from stepping import (
     check_idle,
     check_quotas,
     drive,
-    manager,
     scheduler,
     worker,
 )
+
+from diffkv.vllm_plugin.options import Options
+from diffkv.vllm_plugin.support import least_budget
 
 SEGMENT = 128
 EXACT = {"segment": SEGMENT}
@@ -207,12 +209,15 @@ class TestLongPrompts:
     @pytest.fixture(scope="class")
     def small(self) -> Iterator[Any]:
         """A pool that holds a prompt only if it is compressed."""
+        longest, requests = 4096, 4
+        layout = Options(quant="k8v8-k4v1").layout(64, 4)
         with engine(
-            "k8v4-k4v2",
+            "k8v8-k4v1",
             COMPRESSED,
-            max_model_len=2048,
+            max_model_len=longest,
+            max_num_seqs=requests,
             max_num_batched_tokens=128,
-            kv_cache_memory_bytes=1300 << 10,
+            kv_cache_memory_bytes=least_budget(layout, 3, 2, longest, requests, SEGMENT),
             watermark=0.0,
         ) as llm:
             yield llm
@@ -221,14 +226,13 @@ class TestLongPrompts:
         shape = worker().shape
         exact = shape.num_pages / shape.num_heads * shape.layout.exact().high.tokens_per_page
         text = [1, *words(int(2 * exact), 1)]
-        assert len(text) + NEW_TOKENS <= 2048
         answer, _ = ask(small, text)
         assert len(answer) == NEW_TOKENS
         check_idle(small)
 
     def test_rows_nobody_uses_make_room(self, small: Any) -> None:
         """More texts than the pool holds: each is answered, and the oldest are given up first."""
-        texts = [[1, *words(500, 20 + i)] for i in range(6)]
+        texts = [[1, *words(1500, 20 + i)] for i in range(6)]
         for text in texts:
             ask(small, text)
         check_idle(small)
@@ -238,7 +242,7 @@ class TestLongPrompts:
     def test_one_that_is_too_large_ends_alone(self, small: Any) -> None:
         """All of its tokens stay high, and the pool does not hold them."""
         requests = {
-            "large": Request([1, *words(1900, 2)], NEW_TOKENS, {"diffkv": "off"}),
+            "large": Request([1, *words(4000, 2)], NEW_TOKENS, {"diffkv": "off"}),
             "small": Request([1, *words(50, 3)], NEW_TOKENS),
         }
         driven = drive(small, requests, lambda step: None)
