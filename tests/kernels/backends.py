@@ -1,5 +1,6 @@
 """The operations as contract tests call them: with tensors on the CPU, whatever the device is."""
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -115,6 +116,18 @@ REFERENCE = Backend("reference", reference, "cpu")
 CPU = Backend("cpu", cpu, "cpu")
 
 
+def gather(
+    ops: Backend, state: PoolState, layer: int, slots: list[int], lens: list[int], first: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Key, value and tiers of some rows, each in a place of such a length; before the first one, 7."""
+    num, heads = first + sum(lens), state.num_kv_heads
+    key = torch.full((num, heads, state.layout.head_dim), 7.0, dtype=state.dtype)
+    value, tiers = key.clone(), torch.full((heads, num), 7, dtype=torch.int8)
+    starts = torch.tensor([first, *lens], dtype=torch.int32).cumsum(0).int()[: len(slots)]
+    ops.gather(state, layer, ints(*slots), starts.contiguous(), key, value, tiers)
+    return key, value, tiers
+
+
 class Pair:
     """A pool of a backend and one of the reference: every call goes to both, and they stay the same.
 
@@ -148,16 +161,23 @@ class Pair:
         starts: list[int] | None = None,
     ) -> None:
         """Store random tokens; tiers and sums are random too unless they are given."""
-        tokens, num = make_tokens(self.expected, slots, lens, starts), sum(lens)
+        tokens, num = make_tokens(self.expected, slots, lens, starts, layer), sum(lens)
         tiers = make_tiers(self.expected, num) if tiers is None else tiers
         sums = make_sums(self.expected, num) if sums is None else sums
         self.both("store_prompt", layer, tokens, tiers, sums)
 
-    def gather(self, layer: int, slot: int, max_tokens: int) -> None:
-        """Read a request back."""
-        for got, wanted in zip(*self.both("gather", layer, slot, max_tokens), strict=True):
-            assert got.dtype == wanted.dtype
-            assert torch.equal(got, wanted)
+    def gather(self, layer: int, slots: list[int], lens: list[int], first: int = 0) -> None:
+        """Read rows back into places of such lengths, the first of which begins at `first`."""
+        got = gather(self.kernels, self.state, layer, slots, lens, first)
+        wanted = gather(REFERENCE, self.expected, layer, slots, lens, first)
+        assert all(torch.equal(*each) for each in zip(got, wanted, strict=True))
+        self.check()
+
+    def exact(self) -> "Pair":
+        """The same pools, for rows whose tokens are as the model made them."""
+        pair = copy.copy(self)
+        pair.state, pair.expected = self.state.exact(), self.expected.exact()
+        return pair
 
     def plan(self, slots: Tensor, seq_lens: Tensor) -> tuple[DecodePlan, DecodePlan]:
         """Plan a decode step."""

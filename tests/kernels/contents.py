@@ -1,5 +1,6 @@
 """What a pool holds, read straight from its bytes: an account of a page that is not the reference's."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,9 @@ class Head:
     """The n tokens that one head keeps, high ones first.
 
     Attributes:
-        key: [n, head_dim] float64.
+        key: [n, head_dim] float64, as stored: less the centre.
         value: likewise.
+        centre: [n, head_dim] float64, their row's.
         sums: [n] float32, significance sums; 0 in a tier that is not tracked.
         positions: [n] int32; -1 likewise.
         tiers: [n] int64.
@@ -24,6 +26,7 @@ class Head:
 
     key: Tensor
     value: Tensor
+    centre: Tensor
     sums: Tensor
     positions: Tensor
     tiers: Tensor
@@ -59,8 +62,29 @@ def read_head(state: PoolState, slot: int, layer: int, head: int) -> Head:
         if tier.tracked:
             sums = read(tier.sums, 4, torch.float32)[:, 0]
             positions = read(tier.positions, 4, torch.int32)[:, 0]
-        parts.append((*vectors, sums, positions, torch.full((num,), number)))
+        centre = torch.zeros(num, state.layout.head_dim, dtype=torch.float64)
+        if state.centre_dim:
+            centre += state.centres[slot, layer, head].double()
+        parts.append((*vectors, centre, sums, positions, torch.full((num,), number)))
     return Head(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+def read_request(state: PoolState, slot: int, layer: int, head: int) -> tuple[Head, Tensor]:
+    """The n tokens of all rows of a request, the open one's last, and which are in that: [n] bool."""
+    rows = [*state.chains[slot, : int(state.chain_lens[slot])].tolist(), slot]
+    heads = [read_head(state, row, layer, head) for row in rows]
+    fields = zip(*(vars(each).values() for each in heads), strict=True)
+    is_open = [torch.full((len(each.tiers),), each is heads[-1]) for each in heads]
+    return Head(*map(torch.cat, fields)), torch.cat(is_open)
+
+
+def pages_of(state: PoolState, slots: list[int]) -> Tensor:
+    """Which pages some rows hold: [num_pages] bool."""
+    held = torch.zeros(state.num_pages, dtype=torch.bool)
+    rows = itertools.product(slots, range(state.num_layers), range(state.num_kv_heads))
+    for row, tier in itertools.product(rows, range(len(state.layout.tiers))):
+        held[page_ids(state, row, tier)] = True
+    return held
 
 
 def sum_bytes(state: PoolState) -> Tensor:

@@ -31,20 +31,34 @@ def make_state(
     page_bytes: int | None = None,
     drops: bool = True,
     leaf_entries: int = 4,
+    segment: int = 0,
+    centres: float = 1.0,
 ) -> PoolState:
-    """An empty pool with room for `max_tokens` in every slot, its free pages and leaves shuffled."""
+    """An empty pool with room for `max_tokens` in every slot, its free pages and leaves shuffled.
+
+    Requests can have closed rows where `segment` is not 0. Centres are random, `centres` times as far
+    apart as keys are.
+    """
     config = QuantConfig.parse(quant)
     layout = PageLayout.derive(config, head_dim, page_bytes, dtype.itemsize, drops)
     heads = (num_layers, num_kv_heads)
     if num_pages is None:
-        num_pages = num_slots * num_layers * num_kv_heads * layout.max_pages(max_tokens)
-    shape = PoolShape(layout, *heads, num_slots, max_tokens, num_pages, leaf_entries)
+        most = max(layout.max_pages(max_tokens), layout.exact().max_pages(max_tokens))
+        num_pages = num_slots * num_layers * num_kv_heads * most
+    shape = PoolShape(layout, *heads, num_slots, max_tokens, num_pages, leaf_entries, segment)
     buffer = torch.zeros(shape.table_bytes + num_pages * layout.page_bytes, dtype=torch.uint8)
     state = pool.create(shape, buffer, dtype, window)
     generator = torch.Generator().manual_seed(num_pages)
     for ring in (state.free_ring, state.free_leaves):
         ring.copy_(torch.randperm(len(ring), generator=generator))
+    state.centres.copy_(centres * torch.randn(state.centres.shape, generator=generator))
     return state
+
+
+def set_chain(state: PoolState, slot: int, rows: list[int]) -> None:
+    """Let some closed rows stand before an open one."""
+    state.chains[slot, : len(rows)] = torch.tensor(rows, dtype=torch.int32)
+    state.chain_lens[slot] = len(rows)
 
 
 def copy_of(state: PoolState) -> PoolState:
@@ -60,15 +74,22 @@ def assert_same(state: PoolState, expected: PoolState) -> None:
 
 
 def make_tokens(
-    state: PoolState, slots: list[int], lens: list[int], starts: list[int] | None = None
+    state: PoolState,
+    slots: list[int],
+    lens: list[int],
+    starts: list[int] | None = None,
+    layer: int = 0,
 ) -> PromptTokens:
-    """Random tokens for slots; positions begin at `starts`."""
+    """Random tokens for slots; positions begin at `starts`, and keys lie around their row's centre."""
     heads, head_dim, num = state.num_kv_heads, state.layout.head_dim, sum(lens)
     starts = starts or [0] * len(lens)
+    key = torch.randn(num, heads, head_dim)
+    if state.centre_dim:
+        key += state.centres[slots, layer].float().repeat_interleave(torch.tensor(lens), 0)
     return PromptTokens(
         torch.tensor(slots, dtype=torch.int32),
         torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32),
-        torch.randn(num, heads, head_dim).to(state.dtype),
+        key.to(state.dtype),
         torch.randn(num, heads, head_dim).to(state.dtype),
         torch.cat(
             [torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lens, strict=True)]
@@ -94,7 +115,7 @@ def fill(ops, state: PoolState, lens: list[int], high: float = 0.4, dropped: flo
     """Store random tokens into all layers: slot i gets lens[i] tokens."""
     slots = list(range(len(lens)))
     for layer in range(state.num_layers):
-        tokens = make_tokens(state, slots, lens)
+        tokens = make_tokens(state, slots, lens, layer=layer)
         num = sum(lens)
         tiers, sums = make_tiers(state, num, high, dropped), make_sums(state, num)
         ops.store_prompt(state, layer, tokens, tiers, sums)

@@ -28,7 +28,7 @@ def lived(kernels: Backend, steps: int, *args, **options) -> Iterator[tuple[Pair
     for layer in range(state.num_layers):
         pair.store([0, -1, 2, 1], [40, 7, 5, 33], layer)
         pair.store([2], [1], layer, starts=[5])
-        pair.gather(layer, 0, 41)
+        pair.gather(layer, [0, 2], [41, 7])
     for i in range(steps):
         places.append(pair.step([0, -1, 2, 1], [41 + i, 3, 7 + i, 34 + i]).places)
     pool.check_invariants(pair.state)

@@ -85,7 +85,8 @@ def test_other_operations_do_not_wait_either(launches):
     state = make_state("k8v4-k4v2")
     starts = torch.tensor([0, 5], dtype=torch.int32)
     query, key = torch.zeros(5, 8, 64), torch.zeros(5, 2, 64)
+    row, read, tiers = starts[:1], key.bfloat16(), torch.zeros(2, 5, dtype=torch.int8)
     with Recorder() as recorder:
         kernels.significance(query, key, starts, starts, 0.125, 64)
-        kernels.gather(state, 0, 0, 9)
+        kernels.gather(state, 0, row, row, read, read, tiers)
     assert set(recorder.operations) <= {"aten.empty", "aten.fill_", "aten.empty_like"}

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from backends import Pair, ints, on_cpu
+from backends import CPU, Pair, gather, ints, on_cpu
 from make import DTYPES, assert_same, copy_of, make_state, make_sums, make_tiers, make_tokens
 
 from diffkv.kernels import cpu
@@ -20,8 +20,7 @@ def test_ragged_requests(kernels, quant, dtype):
     pair = Pair(kernels, make_state(quant, dtype=dtype, num_layers=2, num_slots=5))
     pair.store([3, 0, -1, 4], [37, 1, 60, 20], layer=1)
     check_invariants(pair.state)
-    for slot in (0, 1, 3, 4):
-        pair.gather(1, slot, 40)
+    pair.gather(1, [4, 1, 0, 3], [20, 3, 1, 40], first=2)
     pair.release([4, -1, 0])
     check_invariants(pair.state)
 
@@ -30,7 +29,7 @@ def test_ragged_requests(kernels, quant, dtype):
 def test_head_dims(kernels, head_dim):
     pair = Pair(kernels, make_state("k8v4-k4v2", head_dim))
     pair.store([1], [45])
-    pair.gather(0, 1, 45)
+    pair.gather(0, [1], [45])
 
 
 @pytest.mark.parametrize("tier", [HIGH, LOW])
@@ -44,15 +43,16 @@ def test_page_boundary(kernels, extra, tier):
     pair.store([0], [num], tiers=torch.full((2, num), tier, dtype=torch.int8))
     assert pair.expected.num_pages_held[0, 0, 0, tier] == (2 if extra == 1 else 1)
     assert pair.expected.num_pages_held[0, 0, 0, 1 - tier] == 0
-    pair.gather(0, 0, num)
+    pair.gather(0, [0], [num])
 
 
 def test_all_dropped_and_no_token(kernels):
     pair = Pair(kernels, make_state("k8v4-k4v2"))
     pair.store([0, 2], [9, 0], tiers=torch.full((2, 9), DROPPED, dtype=torch.int8))
     assert not pair.expected.num_pages_held.any()
-    pair.gather(0, 0, 3)
-    pair.gather(0, 0, 0)
+    pair.gather(0, [0, 1, 2], [3, 0, 1])
+    pair.gather(0, [0], [0])
+    pair.gather(0, [], [])
     pair.store([0], [0])
     pair.release([-1], 0)
     pair.release([])
@@ -64,7 +64,7 @@ def test_appending_in_chunks(kernels):
     for num in (5, 300, 1, 30):
         pair.store([2], [num], starts=[start])
         start += num
-    pair.gather(0, 2, start)
+    pair.gather(0, [2], [start])
 
 
 def test_rows_of_key_and_value_may_be_apart(kernels):
@@ -74,6 +74,19 @@ def test_rows_of_key_and_value_may_be_apart(kernels):
     tokens = dataclasses.replace(tokens, key=packed[:, :2], value=packed[:, 2:])
     tiers, sums = make_tiers(pair.expected, 20), make_sums(pair.expected, 20)
     pair.both("store_prompt", 0, tokens, tiers, sums)
+
+
+def test_rows_of_what_is_gathered_may_be_apart():
+    """Of the CPU's kernels: GPUs write them packed."""
+    state = make_state("k8v4-k4v2")
+    CPU.fill(state, [30, 12])
+    key, value, tiers = gather(CPU, state, 0, [1, 0], [12, 30])
+    wide = torch.zeros(42, 6, 64).bfloat16()
+
+    cpu.gather(state, 0, ints(1, 0), ints(0, 12), wide[:, 1:3], wide[:, 4:], tiers)
+
+    assert torch.equal(wide[:, 1:3], key) and torch.equal(wide[:, 4:], value)
+    assert not wide[:, [0, 3]].any()
 
 
 def test_overrun_leaves_the_state_alone(kernels):
@@ -106,17 +119,25 @@ def test_release_of_one_layer(kernels):
 
 def test_too_small_a_buffer_is_refused():
     """By the CPU's kernels only: others would have to wait for the device."""
-    from backends import CPU
-
     state = make_state("k8v4")
     CPU.fill(state, [20], dropped=0.0)
-    with pytest.raises(ValueError, match="max_tokens"):
-        cpu.gather(state, 0, 0, 19)
+    key, tiers = torch.zeros(50, 2, 64).bfloat16(), torch.zeros(2, 50, dtype=torch.int8)
+    for slots, starts in (
+        (ints(0, 1), ints(0, 19)),
+        (ints(1, 0), ints(0, 31)),
+        (ints(1, 1), ints(9, 8)),
+    ):
+        with pytest.raises(ValueError, match="must leave each row"):
+            cpu.gather(state, 0, slots, starts, key, key.clone(), tiers)
+    for slots, starts in ((ints(-1), ints(0)), (ints(0), ints(-1))):
+        with pytest.raises(ValueError, match="must not be negative"):
+            cpu.gather(state, 0, slots, starts, key, key.clone(), tiers)
+    assert not key.any()
 
 
 def test_full_page_table_is_refused_before_anything_changes():
     """Likewise."""
-    state = make_state("k8v4", max_tokens=32)
+    state = make_state("k8v4", max_tokens=32, num_pages=100)
     num = state.max_pages * state.layout.high.tokens_per_page + 1
     before = copy_of(state)
     tiers = torch.zeros(2, num, dtype=torch.int8)
@@ -149,7 +170,14 @@ def test_wrong_slots_are_refused(kernels):
     state = kernels.place(make_state("k8v4"))
     with pytest.raises(ValueError, match="slots must be"):
         kernels.release(state, ints(0).long(), 0)
-    with pytest.raises(ValueError, match="slot must be in"):
-        kernels.gather(state, 0, 3, 9)
-    with pytest.raises(ValueError, match="layer must be in"):
-        kernels.gather(state, 1, 0, 9)
+    one, key, tiers = ints(0), torch.zeros(9, 2, 64).bfloat16(), torch.zeros(2, 9, dtype=torch.int8)
+    for args, word in (
+        ((1, one, one, key, key, tiers), "layer must be in"),
+        ((0, one.long(), one, key, key, tiers), "slots must be"),
+        ((0, one, ints(0, 1), key, key, tiers), "starts must be"),
+        ((0, one, one, key.float(), key, tiers), "key must be"),
+        ((0, one, one, key, key[:8], tiers), "value must be"),
+        ((0, one, one, key, key, tiers.T), "tiers must be"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            kernels.gather(state, *args)

@@ -34,7 +34,7 @@ def test_pages_are_those_of_the_reference(kernels, quant):
         pair.store([0, 1], [61, 9], layer)
     for step in range(2 if kernels.is_slow else 20):
         pair.step([1, -1, 0], [10 + step, 1, 62 + step])
-    pair.gather(1, 0, 90)
+    pair.gather(1, [1, 0], [30, 90])
     pair.release([0, 1])
 
 

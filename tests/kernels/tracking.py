@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from backends import Backend, ints, on_cpu
+from backends import Backend, gather, ints, on_cpu
 from contents import read_head
 from make import make_state, make_sums, make_tiers, make_tokens
 from torch import Tensor
@@ -19,7 +19,7 @@ def _store(ops: Backend, pools: list[PoolState], slot: int, num: int) -> None:
     """A prompt of random tiers, some of its tokens dropped, as a policy may do."""
     state = pools[0]
     for layer in range(state.num_layers):
-        tokens = make_tokens(state, [slot], [num])
+        tokens = make_tokens(state, [slot], [num], layer=layer)
         tiers, sums = make_tiers(state, num), make_sums(state, num)
         tiers[:, -state.window :] = 0
         for each in pools:
@@ -62,17 +62,10 @@ def _assert_alike(state: PoolState, tracked: PoolState) -> None:
 
 
 def _assert_gathered_alike(ops: Backend, state: PoolState, tracked: PoolState) -> None:
-    """Likewise of what `gather` returns, which says -1 for what it does not know."""
-    most = int(state.num_tokens.sum(-1).max())
-    key, value, positions, tiers = ops.gather(state, 0, SLOTS[0], most)
-    wanted = ops.gather(tracked, 0, SLOTS[0], most)
-    assert torch.equal(key, wanted[0]) and torch.equal(value, wanted[1])
-    assert torch.equal(tiers, wanted[3])
-    known = torch.zeros_like(tiers, dtype=torch.bool)
-    for number, tier in enumerate(state.layout.tiers):
-        known |= (tiers == number) & tier.tracked
-    assert torch.equal(positions[known], wanted[2][known])
-    assert (positions[~known] == -1).all()
+    """Likewise of what `gather` reads back."""
+    lens = [int(state.num_tokens[slot].sum(-1).max()) for slot in SLOTS]
+    read = (gather(ops, each, 0, list(SLOTS), lens) for each in (state, tracked))
+    assert all(torch.equal(*each) for each in zip(*read, strict=True))
 
 
 def run(ops: Backend, quant: str, head_dim: int, dtype: torch.dtype, steps: int) -> PoolState:

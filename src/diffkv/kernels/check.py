@@ -13,6 +13,7 @@ __all__ = [
     "check_index",
     "check_new_tokens",
     "check_packed",
+    "check_read",
     "check_scored",
     "check_state",
     "check_tensor",
@@ -96,6 +97,12 @@ def check_state(state: PoolState, device: torch.device) -> None:
             f"state.layout must be derived for elements of {state.dtype.itemsize} bytes "
             f"({state.dtype}), got element_bytes {state.layout.element_bytes}"
         )
+    centre_dim = state.layout.head_dim if state.layout.centred else 0
+    if state.centre_dim != centre_dim:
+        raise ValueError(
+            f"state.centres must have {centre_dim} elements each (as state.layout says), "
+            f"got {state.centre_dim}"
+        )
     for name, spec in TENSORS.items():
         shape = sizes_of(spec.shape, state)
         check_tensor(f"state.{name}", getattr(state, name), device, spec.dtype, *shape)
@@ -119,6 +126,27 @@ def check_tokens(
     return (
         check_packed("tokens.key", tokens.key, device, state.dtype, *shape),
         check_packed("tokens.value", tokens.value, device, state.dtype, *shape),
+    )
+
+
+def check_read(
+    state: PoolState,
+    slots: Tensor,
+    starts: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiers: Tensor,
+    device: torch.device,
+) -> tuple[int, int]:
+    """Raise ValueError unless `gather` can write them; returns strides as `check_tokens` does."""
+    num, heads = len(key), state.num_kv_heads
+    check_tensor("slots", slots, device, torch.int32, slots.numel())
+    check_tensor("starts", starts, device, torch.int32, slots.numel())
+    check_tensor("tiers", tiers, device, torch.int8, heads, num)
+    shape = (num, heads, state.layout.head_dim)
+    return (
+        check_packed("key", key, device, state.dtype, *shape),
+        check_packed("value", value, device, state.dtype, *shape),
     )
 
 

@@ -52,7 +52,10 @@ PAGE_FUNCTIONS = {
         c_void_p, c_int64, c_void_p, c_void_p, c_int64, *(c_void_p, c_int64) * 2,
         c_void_p, c_void_p, c_void_p, c_int64, c_int,
     ),
-    "gather": (c_void_p, *(c_int64,) * 3, *(c_void_p,) * 4, c_int),
+    "gather": (
+        c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, *(c_void_p, c_int64) * 2,
+        c_void_p, c_int,
+    ),
     "release": (c_void_p, c_void_p, c_int64, c_int64, c_int),
     "plan_decode": (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int),
     "append": (
@@ -71,7 +74,8 @@ TIER_FIELDS = (
 
 STATUS_ERRORS = {
     1: "the page table is full: a request keeps more tokens than its table was made for",
-    2: "max_tokens must be at least as many as any head keeps",
+    2: "starts must leave each row, in order, a place for as many tokens as any of its heads keeps",
+    3: "slots and starts must not be negative",
 }
 """Messages of the numbers of `Status` in csrc/pool.h."""
 
@@ -82,6 +86,7 @@ SIZES = (
     "num_layers",
     "num_kv_heads",
     "directory_width",
+    "chain_width",
     "leaf_shift",
     "window",
 )
@@ -92,6 +97,7 @@ C_TYPES = {
     torch.int32: "int32_t",
     torch.int64: "int64_t",
     torch.float32: "float",
+    torch.bfloat16: "uint16_t",
 }
 
 
@@ -147,6 +153,7 @@ def render(layout: PageLayout, dtype: torch.dtype, group: int | None = None) -> 
         f"constexpr int HEAD_DIM = {layout.head_dim};\n"
         f"constexpr int PAGE_BYTES = {layout.page_bytes};\n"
         f"constexpr int DTYPE = {DTYPES[dtype]};\n"
+        f"constexpr bool CENTRED = {int(layout.centred)};\n"
         f"constexpr int SCORED_QUERIES = {SCORED_QUERIES};\n"
         + (f"constexpr int GROUP = {group};\n" if group else "")
         + f"struct Tier {{\n  int {', '.join(TIER_FIELDS)};\n}};\n"

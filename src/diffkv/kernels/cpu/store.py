@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffkv.kernels.check import check_index, check_tensor, check_tokens
+from diffkv.kernels.check import check_index, check_read, check_tensor, check_tokens
 from diffkv.kernels.cpu.library import CPU, check_status, handle
 from diffkv.state import PoolState, PromptTokens
 
@@ -29,28 +29,30 @@ def store_prompt(
 
 
 def gather(
-    state: PoolState, layer: int, slot: int, max_tokens: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Same contract as `reference.gather`.
+    state: PoolState,
+    layer: int,
+    slots: Tensor,
+    starts: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiers: Tensor,
+) -> None:
+    """Same contract as `reference.gather`. Rows of key and value may be apart.
 
     Raises:
-        ValueError: a head keeps more than `max_tokens`.
+        ValueError: a head keeps more than its row has a place for; nothing is written.
     """
     pool = handle(state)
     check_index("layer", layer, state.num_layers)
-    check_index("slot", slot, state.num_slots)
-    shape = (state.num_kv_heads, max_tokens)
-    key = torch.empty(*shape, state.layout.head_dim, dtype=state.dtype)
-    value = torch.empty_like(key)
-    positions = torch.empty(shape, dtype=torch.int32)
-    tiers = torch.empty(shape, dtype=torch.int8)
+    key_stride, value_stride = check_read(state, slots, starts, key, value, tiers, CPU)
+    element = state.dtype.itemsize
     check_status(
         pool.library.gather(
-            pool.address, layer, slot, max_tokens, key.data_ptr(), value.data_ptr(),
-            positions.data_ptr(), tiers.data_ptr(), torch.get_num_threads(),
+            pool.address, layer, slots.data_ptr(), starts.data_ptr(), slots.numel(), len(key),
+            key.data_ptr(), key_stride * element, value.data_ptr(), value_stride * element,
+            tiers.data_ptr(), torch.get_num_threads(),
         )
     )  # fmt: skip
-    return key, value, positions, tiers
 
 
 def release(state: PoolState, slots: Tensor, layer: int) -> None:

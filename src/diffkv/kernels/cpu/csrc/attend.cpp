@@ -5,6 +5,11 @@
 //   output = sum over tokens of (p * v_scale) * codes, plus sum over tokens of p * v_zero
 // both per group of elements. Work is cut into items of a fixed number of pages, whatever the
 // number of threads or requests, and merged in a fixed order: results are the same bit for bit.
+//
+// A request's items are those of its closed rows, then of its open one. To softmax it is all the
+// same what all keys have in common, so scores are those of keys less the open row's centre: of
+// closed rows, what their centres differ by is added when an item is done, and of the open row
+// nothing.
 
 #include <algorithm>
 #include <atomic>
@@ -50,7 +55,7 @@ struct Call {
   uint8_t* output;
   int64_t output_stride;
   float scale;    // of the scores, which are logarithms to base 2
-  float* scores;  // [kept item, group, item_stride]
+  float* scores;  // [kept item or, for items that keep none, thread; group; item_stride]
   // Per item: [item, group] twice, [item, group, D].
   float *largest, *total, *partial;
   float* lse;  // [request, head, group]
@@ -118,15 +123,32 @@ INLINE void weigh_tile(const Tile<TIER>& tile, int num, const float* scores, con
   }
 }
 
-// One item for G query heads from `first_head` of its group on. Flattened: a lambda that is called
-// takes its vectors through memory.
+// What the scores of an item of a closed row lack: query . (its centre - that of the open row).
+template <int G>
+INLINE void score_centre(const Call& call, const Item& item, const uint8_t* query, float* scores) {
+  float apart[whole_vectors(D)] = {}, q[whole_vectors(D)] = {};
+  call.pool.add_centre(item.row, 1.0f, apart);
+  call.pool.add_centre(item.open, -1.0f, apart);
+  for (int h = 0; h < G; h++) {
+    load_row<layout::DTYPE>(query + h * ROW_BYTES, q, D);
+    Floats sum{};
+    for (int j = 0; j < D; j += LANES)
+      sum = madd(load<Floats>(q + j), load<Floats>(apart + j), sum);
+    scores[h] = sum_lanes(sum) * call.scale;
+  }
+}
+
+// One item for G query heads from `first_head` of its group on; `kept_scores` is the place of its
+// scores if the tier is tracked. Flattened: a lambda that is called takes its vectors through
+// memory.
 template <int TIER, int G>
 __attribute__((flatten)) void attend_item(const Call& call, const Item& item, int64_t number,
-                                          int first_head, Ahead& ahead) {
+                                          int first_head, float* kept_scores, Ahead& ahead) {
   constexpr Side side = value_side(TIER);
   constexpr int GROUPS = num_groups(side), GROUP_WIDTH = D / GROUPS;
   const int64_t head = item.head * GROUP + first_head, at = number * GROUP + first_head;
-  const Queries<TIER, G> queries(call.query + item.request * call.query_stride + head * ROW_BYTES);
+  const uint8_t* query = call.query + item.request * call.query_stride + head * ROW_BYTES;
+  const Queries<TIER, G> queries(query);
   alignas(LINE_BYTES) float out[G][D] = {}, weights[GROUPS][G][tile_tokens(TIER)];
   float largest[G], keep[G];
   Floats total[G] = {}, zeros[G][GROUPS] = {};
@@ -134,14 +156,14 @@ __attribute__((flatten)) void attend_item(const Call& call, const Item& item, in
   constexpr bool KEEPS = is_tracked(TIER);
   alignas(LINE_BYTES) float tile_scores[KEEPS ? 1 : G * score_stride(TIER)];
   float* scores = tile_scores;
-  if constexpr (KEEPS) scores = call.scores + (item.kept * GROUP + first_head) * item_stride();
+  if constexpr (KEEPS) scores = kept_scores + first_head * item_stride();
+  const int scores_step = KEEPS && item.kept >= 0 ? tile_tokens(TIER) : 0;
   Tile<TIER> tile;
   constexpr int VALUE_BLOCKS =
       integer_values(TIER) ? integer_value_blocks(TIER, G) : float_value_blocks(TIER, G);
   Schedule<TIER, VALUE_BLOCKS> lines;
 
-  for (int done = 0; done < item.num_tokens;
-       done += tile_tokens(TIER), scores += KEEPS ? tile_tokens(TIER) : 0) {
+  for (int done = 0; done < item.num_tokens; done += tile_tokens(TIER), scores += scores_step) {
     const int num = std::min(tile_tokens(TIER), item.num_tokens - done);
     tile.find(call.pool, item, done, num);
     if (first_head == 0) ahead.take(lines.lines, lines.NUM);
@@ -162,8 +184,11 @@ __attribute__((flatten)) void attend_item(const Call& call, const Item& item, in
       add_float_values<TIER, G>(tile, num, weights, keep, out, lines);
   }
 
+  float more[G] = {};
+  if constexpr (layout::CENTRED)
+    if (item.row != item.open) score_centre<G>(call, item, query, more);
   for (int h = 0; h < G; h++) {
-    call.largest[at + h] = largest[h];
+    call.largest[at + h] = largest[h] + more[h];
     call.total[at + h] = sum_lanes(total[h]);
     for (int g = 0; g < GROUPS; g++) {
       const float zero = sum_lanes(zeros[h][g]);
@@ -175,11 +200,11 @@ __attribute__((flatten)) void attend_item(const Call& call, const Item& item, in
 
 // Groups of more than MAX_BLOCK query heads are cut into blocks of nearly equal size.
 template <int TIER>
-void attend_group(const Call& call, const Item& item, int64_t number, Ahead& ahead) {
+void attend_group(const Call& call, const Item& item, int64_t number, float* scores, Ahead& ahead) {
   constexpr int BLOCKS = (GROUP + MAX_BLOCK - 1) / MAX_BLOCK;
   each<BLOCKS>([&](auto b) {
     constexpr int FIRST = GROUP * b / BLOCKS, SIZE = GROUP * (b + 1) / BLOCKS - FIRST;
-    attend_item<TIER, SIZE>(call, item, number, FIRST, ahead);
+    attend_item<TIER, SIZE>(call, item, number, FIRST, scores, ahead);
   });
 }
 
@@ -236,6 +261,48 @@ void add_sums(const Call& call, const Item& item) {
   }
 }
 
+// All items of a call, and which of them keep their scores.
+struct WorkList {
+  std::vector<Item> items;      // by request, head, row and tier
+  std::vector<int64_t> starts;  // of each request and head, and the end
+  std::vector<int64_t> kept;    // items with sums
+
+  void fill(const Pool& pool, int64_t layer, const int32_t* slots, int64_t num_requests) {
+    items.clear();
+    kept.clear();
+    starts.assign(1, 0);
+    for (int64_t r = 0; r < num_requests; r++)
+      for (int64_t head = 0; head < pool.num_kv_heads; head++) {
+        if (slots[r] >= 0) {
+          const int64_t open = pool.row(slots[r], layer, head);
+          const int32_t* chain = pool.chains + slots[r] * pool.chain_width;
+          for (int32_t k = 0; k < pool.chain_lens[slots[r]]; k++)
+            add_row(pool, {r, head, pool.row(chain[k], layer, head), open});
+          add_row(pool, {r, head, open, open});
+        }
+        starts.push_back((int64_t)items.size());
+      }
+  }
+
+ private:
+  // Add the items of a row, which `item` names.
+  void add_row(const Pool& pool, Item item) {
+    for (int tier = 0; tier < NUM_TIERS; tier++) {
+      const bool keeps = is_tracked(tier) && item.row == item.open;
+      const int pages = pages_per_item(tier), num = pool.tokens(item.row, tier);
+      const int item_tokens = pages * layout::TIERS[tier].tokens_per_page;
+      item.tier = tier;
+      item.first_page = 0;
+      for (int done = 0; done < num; done += item_tokens, item.first_page += pages) {
+        item.num_tokens = std::min(item_tokens, num - done);
+        item.kept = keeps ? (int64_t)kept.size() : -1;
+        if (keeps) kept.push_back((int64_t)items.size());
+        items.push_back(item);
+      }
+    }
+  }
+};
+
 // Memory of the calling thread that grows and is kept between calls.
 struct Scratch {
   float* memory = nullptr;
@@ -261,43 +328,27 @@ EXPORT int diffkv_attend(const Pool* pool_ptr, int64_t layer, const int32_t* slo
                          int64_t num_requests, const uint8_t* query, int64_t query_stride,
                          uint8_t* output, int64_t output_stride, float scale, int threads) {
   static thread_local Scratch scratch;
-  static thread_local std::vector<Item> items;
-  static thread_local std::vector<int64_t> starts, kept;
+  static thread_local WorkList work_list;
   const Pool& pool = *pool_ptr;
   const int64_t heads = pool.num_kv_heads;
-  items.clear();
-  kept.clear();
-  starts.assign(1, 0);
-  for (int64_t r = 0; r < num_requests; r++)
-    for (int64_t head = 0; head < heads; head++) {
-      for (int tier = 0; tier < NUM_TIERS && slots[r] >= 0; tier++) {
-        const int64_t row = pool.row(slots[r], layer, head);
-        const int pages = pages_per_item(tier), num = pool.tokens(row, tier);
-        const int item_tokens = pages * layout::TIERS[tier].tokens_per_page;
-        for (int done = 0, page = 0; done < num; done += item_tokens, page += pages) {
-          const int64_t place = is_tracked(tier) ? (int64_t)kept.size() : -1;
-          if (is_tracked(tier)) kept.push_back((int64_t)items.size());
-          items.push_back({r, head, row, tier, page, std::min(item_tokens, num - done), place});
-        }
-      }
-      starts.push_back((int64_t)items.size());
-    }
-
-  const int64_t N = (int64_t)items.size(), num_heads = num_requests * heads, rows = N * GROUP;
-  const int64_t num_kept = (int64_t)kept.size(), num_scores = num_kept * GROUP * item_stride();
+  work_list.fill(pool, layer, slots, num_requests);
+  const int64_t N = (int64_t)work_list.items.size(), num_heads = num_requests * heads;
+  const int64_t num_kept = (int64_t)work_list.kept.size(), rows = N * GROUP;
+  const int useful = (int)std::max<int64_t>(1, std::min<int64_t>(threads, std::max(N, num_heads)));
+  const int64_t num_scores = (num_kept + useful) * GROUP * item_stride();
   float* memory = scratch.get(num_scores + rows * (2 + D) + num_heads * GROUP);
   float* scores = memory;
   float* partial = scores + num_scores;
   float* largest = partial + rows * D;
   const Call call = {pool,   query,   query_stride,   output,  output_stride,     scale * LOG2_E,
                      scores, largest, largest + rows, partial, largest + 2 * rows};
-  const Item* work = items.data();
-  const int64_t *bounds = starts.data(), *with_sums = kept.data();
-  const int useful = (int)std::max<int64_t>(1, std::min<int64_t>(threads, std::max(N, num_heads)));
-  std::atomic<int64_t> taken{0};
+  const Item* work = work_list.items.data();
+  const int64_t *bounds = work_list.starts.data(), *with_sums = work_list.kept.data();
+  std::atomic<int64_t> taken{0}, seats{num_kept};
 #pragma omp parallel num_threads(useful)
   {
     Ahead ahead(pool);
+    const int64_t seat = seats++;
     int64_t i = taken++;
     if (i < N) {
       ahead.start(work[i]);
@@ -308,8 +359,10 @@ EXPORT int diffkv_attend(const Pool* pool_ptr, int64_t layer, const int32_t* slo
       // Known one item early, so that its first pages can be asked for.
       const int64_t next = taken++;
       ahead.follow(next < N ? work + next : nullptr);
+      const int64_t place = work[i].kept >= 0 ? work[i].kept : seat;
+      float* to = scores + place * GROUP * item_stride();
       with_tier(work[i].tier,
-                [&](auto tier) { attend_group<tier.value>(call, work[i], i, ahead); });
+                [&](auto tier) { attend_group<tier.value>(call, work[i], i, to, ahead); });
       i = next;
     }
 #pragma omp barrier

@@ -216,8 +216,9 @@ EXPORT int diffkv_append(const Pool* pool_ptr, int64_t layer, const int32_t* slo
     if (slots[r] < 0 || place[0] < 0) continue;
     uint8_t* page = pool.page(place[0]);
     if (place[2] >= 0) demote(page, place[1], pool.page(place[2]), place[3]);
-    write_vector<HIGH, true>(page, place[1], key + r * key_stride + head * ROW_BYTES);
-    write_vector<HIGH, false>(page, place[1], value + r * value_stride + head * ROW_BYTES);
+    const int64_t row = pool.row(slots[r], layer, head), at = head * ROW_BYTES;
+    write_vector<HIGH, true>(pool, row, page, place[1], key + r * key_stride + at);
+    write_vector<HIGH, false>(pool, row, page, place[1], value + r * value_stride + at);
     write_score<HIGH>(page, place[1], 0.0f, positions[r]);
   }
   return OK;

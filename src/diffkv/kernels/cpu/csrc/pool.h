@@ -15,7 +15,7 @@ constexpr int NUM_TIERS = sizeof(layout::TIERS) / sizeof(layout::TIERS[0]);
 constexpr int ROW_BYTES = layout::HEAD_DIM * dtype_bytes(layout::DTYPE);
 
 // What an operation returns; the Python side turns the others into errors.
-enum Status : int { OK = 0, TABLE_FULL = 1, TOO_MANY_TOKENS = 2 };
+enum Status : int { OK = 0, TABLE_FULL = 1, PLACE_TOO_SHORT = 2, NEGATIVE = 3 };
 
 // What operations do with a pool's tensors; a leaf names 1 << leaf_shift pages.
 struct Pool : Tensors {
@@ -24,6 +24,14 @@ struct Pool : Tensors {
   // Row of (slot, layer, head) in the tables.
   int64_t row(int64_t slot, int64_t layer, int64_t head) const {
     return (slot * num_layers + layer) * num_kv_heads + head;
+  }
+  // Add `times` the row's centre to x, in float32; layouts without centres have none to add.
+  void add_centre(int64_t row, float times, float* x) const {
+    if constexpr (layout::CENTRED) {
+      float centre[layout::HEAD_DIM];
+      load_row<BFLOAT16>(centres + row * layout::HEAD_DIM, centre, layout::HEAD_DIM);
+      for (int j = 0; j < layout::HEAD_DIM; j++) x[j] += times * centre[j];
+    }
   }
   int32_t& tokens(int64_t row, int tier) const { return num_tokens[row * 2 + tier]; }
   int32_t& held(int64_t row, int tier) const { return num_pages_held[row * 2 + tier]; }
@@ -123,16 +131,33 @@ INLINE void read_side(const uint8_t* page, int index, float* x) {
   }
 }
 
-// Write a vector of the model's dtype: 16-bit formats keep its bytes.
+// Write a vector of the model's dtype: 16-bit formats keep its bytes, and have no centres.
 template <int TIER, bool KEY>
-INLINE void write_vector(uint8_t* page, int index, const uint8_t* vector) {
+INLINE void write_vector(const Pool& pool, int64_t row, uint8_t* page, int index,
+                         const uint8_t* vector) {
   constexpr Side side = KEY ? key_side(TIER) : value_side(TIER);
   if constexpr (side.bits == 16) {
     std::memcpy(page + side.codes + (int64_t)index * side.code_bytes, vector, ROW_BYTES);
   } else {
     float x[layout::HEAD_DIM];
     load_row<layout::DTYPE>(vector, x, layout::HEAD_DIM);
+    if constexpr (KEY) pool.add_centre(row, -1.0f, x);
     write_side<TIER, KEY>(page, index, x);
+  }
+}
+
+// Read a vector to the model's dtype, likewise.
+template <int TIER, bool KEY>
+INLINE void read_vector(const Pool& pool, int64_t row, const uint8_t* page, int index,
+                        uint8_t* vector) {
+  constexpr Side side = KEY ? key_side(TIER) : value_side(TIER);
+  if constexpr (side.bits == 16) {
+    std::memcpy(vector, page + side.codes + (int64_t)index * side.code_bytes, ROW_BYTES);
+  } else {
+    float x[layout::HEAD_DIM];
+    read_side<TIER, KEY>(page, index, x);
+    if constexpr (KEY) pool.add_centre(row, 1.0f, x);
+    store_row<layout::DTYPE>(vector, x, layout::HEAD_DIM);
   }
 }
 

@@ -15,22 +15,20 @@ struct Span {
   int64_t slot, start, stop;
 };
 
+// Neighbouring places for tokens of one row, the first for its token `number`.
+struct Block {
+  int64_t slot, number, start, stop;
+};
+
 template <int TIER>
 void write_token(const Pool& pool, int64_t row, int64_t number, const uint8_t* key,
                  const uint8_t* value, float sum, int32_t position) {
   constexpr int T = tokens_per_page(TIER);
   uint8_t* page = pool.page(pool.entry(row, TIER, number / T));
   const int index = (int)(number % T);
-  write_vector<TIER, true>(page, index, key);
-  write_vector<TIER, false>(page, index, value);
+  write_vector<TIER, true>(pool, row, page, index, key);
+  write_vector<TIER, false>(pool, row, page, index, value);
   write_score<TIER>(page, index, sum, position);
-}
-
-template <int TIER, bool KEY>
-void read_vector(const uint8_t* page, int index, uint8_t* vector) {
-  float x[layout::HEAD_DIM];
-  read_side<TIER, KEY>(page, index, x);
-  store_row<layout::DTYPE>(vector, x, layout::HEAD_DIM);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -125,38 +123,46 @@ EXPORT int diffkv_store_prompt(const Pool* pool_ptr, int64_t layer, const int32_
   return OK;
 }
 
-EXPORT int diffkv_gather(const Pool* pool_ptr, int64_t layer, int64_t slot, int64_t max_tokens,
-                         uint8_t* key, uint8_t* value, int32_t* positions, int8_t* tiers,
+// key, value: [N, heads, head_dim] with the given bytes from token to token; tiers: [heads, N].
+EXPORT int diffkv_gather(const Pool* pool_ptr, int64_t layer, const int32_t* slots,
+                         const int32_t* starts, int64_t num_rows, int64_t num_tokens, uint8_t* key,
+                         int64_t key_stride, uint8_t* value, int64_t value_stride, int8_t* tiers,
                          int threads) {
   const Pool& pool = *pool_ptr;
-  for (int64_t head = 0; head < pool.num_kv_heads; head++) {
-    const int64_t row = pool.row(slot, layer, head);
-    if (pool.tokens(row, HIGH) + pool.tokens(row, LOW) > max_tokens) return TOO_MANY_TOKENS;
+  const int64_t heads = pool.num_kv_heads;
+  std::vector<Block> blocks;
+  for (int64_t r = 0; r < num_rows; r++) {
+    if (slots[r] < 0 || starts[r] < 0) return NEGATIVE;
+    const int64_t stop = r + 1 < num_rows ? starts[r + 1] : num_tokens;
+    for (int64_t head = 0; head < heads; head++) {
+      const int64_t row = pool.row(slots[r], layer, head);
+      if (pool.tokens(row, HIGH) + pool.tokens(row, LOW) > stop - starts[r]) return PLACE_TOO_SHORT;
+    }
+    for (int64_t i = starts[r]; i < stop; i += BLOCK_TOKENS)
+      blocks.push_back({slots[r], i - starts[r], i, std::min<int64_t>(i + BLOCK_TOKENS, stop)});
   }
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic)
-  for (int64_t head = 0; head < pool.num_kv_heads; head++)
-    for (int64_t start = 0; start < max_tokens; start += BLOCK_TOKENS) {
-      const int64_t row = pool.row(slot, layer, head);
-      const int64_t num_high = pool.tokens(row, HIGH), num = num_high + pool.tokens(row, LOW);
-      for (int64_t i = start; i < std::min<int64_t>(start + BLOCK_TOKENS, max_tokens); i++) {
-        const int64_t at = head * max_tokens + i;
+  for (int64_t b = 0; b < (int64_t)blocks.size(); b++)
+    for (int64_t head = 0; head < heads; head++) {
+      const Block& block = blocks[b];
+      const int64_t row = pool.row(block.slot, layer, head), num_high = pool.tokens(row, HIGH);
+      const int64_t num = num_high + pool.tokens(row, LOW);
+      for (int64_t at = block.start, i = block.number; at < block.stop; at++, i++) {
+        uint8_t *k = key + at * key_stride + head * ROW_BYTES,
+                *v = value + at * value_stride + head * ROW_BYTES;
         if (i >= num) {
-          std::memset(key + at * ROW_BYTES, 0, ROW_BYTES);
-          std::memset(value + at * ROW_BYTES, 0, ROW_BYTES);
-          positions[at] = -1;
-          tiers[at] = DROPPED;
+          std::memset(k, 0, ROW_BYTES);
+          std::memset(v, 0, ROW_BYTES);
+          tiers[head * num_tokens + at] = DROPPED;
           continue;
         }
         with_tier(i < num_high ? HIGH : LOW, [&](auto tier) {
           constexpr int TIER = tier.value, T = tokens_per_page(TIER);
           const int64_t n = TIER == HIGH ? i : i - num_high;
           const uint8_t* page = pool.page(pool.entry(row, TIER, n / T));
-          read_vector<TIER, true>(page, (int)(n % T), key + at * ROW_BYTES);
-          read_vector<TIER, false>(page, (int)(n % T), value + at * ROW_BYTES);
-          positions[at] = -1;
-          if constexpr (is_tracked(TIER))
-            std::memcpy(positions + at, page + layout::TIERS[TIER].positions + n % T * 4, 4);
-          tiers[at] = (int8_t)TIER;
+          read_vector<TIER, true>(pool, row, page, (int)(n % T), k);
+          read_vector<TIER, false>(pool, row, page, (int)(n % T), v);
+          tiers[head * num_tokens + at] = (int8_t)TIER;
         });
       }
     }

@@ -13,6 +13,7 @@ constexpr int LINE_BYTES = 64;  // of the machine's caches
 // Neighbouring pages of one head and tier.
 struct Item {
   int64_t request, head, row;
+  int64_t open;  // the open row of its request, which may be this one
   int tier, first_page, num_tokens;
   int64_t kept;  // place of its scores among those that are kept; -1 if they are not
 };
