@@ -140,9 +140,15 @@ def store_vectors(x, code_ptr, meta_ptr, mask, S: tl.constexpr, DTYPE: tl.conste
 
 @triton.jit
 def write_side(
-    x_ptr, centre_ptr, page_ptr, index, mask,
-    S: tl.constexpr, DTYPE: tl.constexpr, CENTRED: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    centre_ptr,
+    page_ptr,
+    index,
+    mask,
+    S: tl.constexpr,
+    DTYPE: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
     """Quantise vectors at `x_ptr` into tokens `index` of pages: less their centres, where CENTRED.
 
     All [T].

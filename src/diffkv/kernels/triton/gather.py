@@ -1,11 +1,10 @@
 """Read the tokens of rows back from pages."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.check import check_index, check_tensor
+from diffkv.kernels.check import check_index, check_read
 from diffkv.kernels.triton.codes import (
     code_pointers,
     load_elements,
@@ -71,6 +70,8 @@ def _gather_kernel(
     key_ptr,  # [N, H, D], out
     value_ptr,  # [N, H, D], out
     tiers_ptr,  # [H, N] i8, out
+    key_stride,
+    value_stride,
     layer,
     C,
     N,
@@ -108,7 +109,7 @@ def _gather_kernel(
     number = tl.where(tier == 1, i - high, i)
     table = table_of(leaves_ptr, directory_ptr, row, TABLE)
     element = tl.arange(0, D_PADDED)[None, :]
-    at = (place * H + head)[:, None] * D + element
+    at = head * D + element
     in_vector = exists[:, None] & (element < D)
     key = tl.zeros([B, D_PADDED], tl.float32)
     value = tl.zeros([B, D_PADDED], tl.float32)
@@ -121,12 +122,14 @@ def _gather_kernel(
         centre_at = centre_of(centres_ptr, slot, layer, head, L, H, TIERS[0].k)
         is_kept = in_vector & (tier != _DROPPED)[:, None]
         key += tl.load(centre_at[:, None] + element, mask=is_kept, other=0.0).to(tl.float32)
-    tl.store(key_ptr + at, rounded(key, DTYPE), mask=in_vector)
+    tl.store(key_ptr + (place * key_stride)[:, None] + at, rounded(key, DTYPE), mask=in_vector)
     for t in tl.static_range(NUM_TIERS):
         value = _read_side(
             value, number, tier == t, element, pages_ptr, table, False, t, TIERS, TABLE, PAGE, DTYPE
         )
-    tl.store(value_ptr + at, rounded(value, DTYPE), mask=in_vector)
+    tl.store(
+        value_ptr + (place * value_stride)[:, None] + at, rounded(value, DTYPE), mask=in_vector
+    )
     tl.store(tiers_ptr + head * N + place, tier.to(tl.int8), mask=exists)
 
 
@@ -139,23 +142,18 @@ def gather(
     value: Tensor,
     tiers: Tensor,
 ) -> None:
-    """Same contract as `reference.gather`. One launch, however many rows."""
+    """Same contract as `reference.gather`. One launch; rows of key and value may be apart."""
     work = workspace(state)
-    num, num_rows, heads, head_dim = (
-        len(key), slots.numel(), state.num_kv_heads, state.layout.head_dim,
-    )  # fmt: skip
+    heads, head_dim = state.num_kv_heads, state.layout.head_dim
+    num, num_rows = len(key), slots.numel()
     check_index("layer", layer, state.num_layers)
-    check_tensor("slots", slots, work.device, torch.int32, num_rows)
-    check_tensor("starts", starts, work.device, torch.int32, num_rows)
-    check_tensor("key", key, work.device, state.dtype, num, heads, head_dim)
-    check_tensor("value", value, work.device, state.dtype, num, heads, head_dim)
-    check_tensor("tiers", tiers, work.device, torch.int8, heads, num)
+    key_stride, value_stride = check_read(state, slots, starts, key, value, tiers, work.device)
     if not num or not num_rows:
         return
     block = tile_vectors(head_dim)
     _gather_kernel[(triton.cdiv(num, block), heads)](
         slots, starts, state.pages, state.leaves, state.directory, state.num_tokens, state.centres,
-        key, value, tiers, layer, num_rows, num,
+        key, value, tiers, key_stride, value_stride, layer, num_rows, num,
         L=state.num_layers, H=heads, TABLE=work.table,
         D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
         PAGE=state.layout.page_bytes, TIERS=work.tiers, CENTRED=state.centre_dim > 0,

@@ -188,9 +188,18 @@ def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT
 
 @triton.jit
 def centre_shift(
-    q_ptr, centres_ptr, slot, layer, head, scale,
-    L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    centres_ptr,
+    slot,
+    layer,
+    head,
+    scale,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    S: tl.constexpr,
+):
     """[GROUP] what a row's centre adds to the scores, times scale, of the query heads at q_ptr."""
     centre_ptr = centre_of(centres_ptr, slot, layer, head, L, H, S)
     g = tl.arange(0, GROUP)[:, None]

@@ -166,9 +166,15 @@ def _chain_chunks(length, TIERS: tl.constexpr):
 
 @triton.jit
 def _list_chains(
-    items_ptr, item, row, slot, length,
-    TIERS: tl.constexpr, CHAIN_WIDTH: tl.constexpr, CLOSED: tl.constexpr,
-):  # fmt: skip
+    items_ptr,
+    item,
+    row,
+    slot,
+    length,
+    TIERS: tl.constexpr,
+    CHAIN_WIDTH: tl.constexpr,
+    CLOSED: tl.constexpr,
+):
     """List the chunks of the closed rows of some rows, from number `item` on."""
     chunks, rows, parts = _chain_chunks(length, TIERS)
     each = tl.arange(0, CLOSED)[None, :]
@@ -322,10 +328,19 @@ def item_of_row(row_items_ptr, row, each):
 
 @triton.jit
 def closed_row(
-    chains_ptr, num_tokens_ptr, items_ptr, item, place, head, layer,
-    TIER: tl.constexpr, TIERS: tl.constexpr,
-    L: tl.constexpr, H: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
+    chains_ptr,
+    num_tokens_ptr,
+    items_ptr,
+    item,
+    place,
+    head,
+    layer,
+    TIER: tl.constexpr,
+    TIERS: tl.constexpr,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     """What an item has of a closed row, whose place in the chains is given.
 
     Returns the row's slot, the head's row of the tables, and the first page and the end, in tokens.
