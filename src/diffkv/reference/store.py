@@ -101,7 +101,7 @@ def gather(
         value: likewise.
         tiers: [num_kv_heads, N] int8, written: HIGH or LOW, and DROPPED past a head's last token.
     """
-    ends = [*starts.tolist()[1:], len(key)]
+    ends = [*starts.tolist(), len(key)][1:]
     for slot, start, end in zip(slots.tolist(), starts.tolist(), ends, strict=True):
         key[start:end], value[start:end], tiers[:, start:end] = 0, 0, DROPPED
         for head in range(state.num_kv_heads):

@@ -195,8 +195,15 @@ def _our_case(
 
 def _stored(state: PoolState, kernels: ops.Ops, slot: int, length: int) -> Tokens:
     """What the pages of a request hold, in no particular order."""
-    key, value, _, _ = kernels.gather(state, 0, slot, length)
-    return Tokens(key.transpose(0, 1), value.transpose(0, 1), [length])
+    device, heads = state.pages.device, state.num_kv_heads
+    key = torch.empty(length, heads, state.layout.head_dim, dtype=state.dtype, device=device)
+    value, tiers = (
+        torch.empty_like(key),
+        torch.empty(heads, length, dtype=torch.int8, device=device),
+    )
+    row, start = torch.tensor([[slot], [0]], dtype=torch.int32, device=device)
+    kernels.gather(state, 0, row, start, key, value, tiers)
+    return Tokens(key, value, [length])
 
 
 def _error(output: Tensor, exact: Tensor) -> float:

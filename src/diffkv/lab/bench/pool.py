@@ -153,7 +153,15 @@ def _prompt(
     scale = contents.head_dim**-0.5
     layers = range(contents.num_layers)
     kept = int(state.num_tokens[0].sum(-1).max())
-    watch.time("gather", lambda: [kernels.gather(state, i, 0, kept) for i in layers])
+    shape = (kept, contents.num_kv_heads, contents.head_dim)
+    key, value = (torch.empty(shape, dtype=DTYPE, device=device) for _ in range(2))
+    kept_tiers = torch.empty(contents.num_kv_heads, kept, dtype=torch.int8, device=device)
+
+    def gather_all() -> None:
+        for layer in layers:
+            kernels.gather(state, layer, slot, starts[:1], key, value, kept_tiers)
+
+    watch.time("gather", gather_all)
     watch.time("release one", lambda: kernels.release(state, slot, -1))
     sums = watch.time(
         "significance",

@@ -6,10 +6,10 @@
 // both per group of elements. Work is cut into items of a fixed number of pages, whatever the
 // number of threads or requests, and merged in a fixed order: results are the same bit for bit.
 //
-// A request's items are those of its closed rows, then of its open one. To softmax it is all the
-// same what all keys have in common, so scores are those of keys less the open row's centre: of
-// closed rows, what their centres differ by is added when an item is done, and of the open row
-// nothing.
+// A request's items are those of its closed rows, then of its open one. What all keys have in
+// common makes no difference to softmax, so scores are those of keys less the open row's centre: an
+// item of a closed row is done when what the two centres differ by is added, and one of the open
+// row lacks nothing, its sums neither.
 
 #include <algorithm>
 #include <atomic>
@@ -138,9 +138,8 @@ INLINE void score_centre(const Call& call, const Item& item, const uint8_t* quer
   }
 }
 
-// One item for G query heads from `first_head` of its group on; `kept_scores` is the place of its
-// scores if the tier is tracked. Flattened: a lambda that is called takes its vectors through
-// memory.
+// One item for G query heads from `first_head` of its group on; `kept_scores` is where its scores
+// go if the tier is tracked. Flattened: a lambda that is called takes its vectors through memory.
 template <int TIER, int G>
 __attribute__((flatten)) void attend_item(const Call& call, const Item& item, int64_t number,
                                           int first_head, float* kept_scores, Ahead& ahead) {
