@@ -8,7 +8,7 @@ import pytest
 
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import matrix
-from diffkv.vllm_plugin.matrix import MATRIX, NOT_TRIED, OFF, REFUSED, TRIED, WORKS
+from diffkv.vllm_plugin.matrix import MATRIX, NOT_TRIED, REFUSED, TRIED, WORKS
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,11 +118,11 @@ def test_every_claim_names_a_test_that_exists():
 
 
 def test_rows_are_whole():
-    assert {row.status for row in MATRIX} == {WORKS, REFUSED, OFF, TRIED, NOT_TRIED}
+    assert {row.status for row in MATRIX} == {WORKS, REFUSED, TRIED, NOT_TRIED}
     features = [(row.area, row.feature) for row in MATRIX]
     assert len(set(features)) == len(features)
     for row in MATRIX:
-        assert bool(row.change) == (row.status in (REFUSED, OFF)), row.feature
+        assert bool(row.change) == (row.status == REFUSED), row.feature
         assert row.asked is None or row.status == REFUSED
 
 

@@ -174,7 +174,6 @@ def test_sampling_is_checked_before_an_engine_starts(capsys: pytest.CaptureFixtu
         (["--kv-transfer-config.kv_connector=X"], "DiffKV is the KV connector"),
         (["--kv-offloading-size", "1"], "DiffKV is the KV connector"),
         (["--attention-backend", "FLASH_ATTN"], "DiffKV is the attention backend"),
-        (["--enable-prefix-caching"], "prefix caching does not go with DiffKV"),
         (["--speculative-config={}"], "speculative decoding does not go with DiffKV"),
         (["-sc", "{}"], "speculative decoding does not go with DiffKV"),
         (["--worker_extension_cls", "x.Y"], "DiffKV extends the worker"),
@@ -195,7 +194,7 @@ def test_a_connector_that_vllm_puts_in_its_place(capsys: pytest.CaptureFixture[s
 def test_options_from_python() -> None:
     from diffkv.vllm_plugin import engine_args
 
-    known = "there are quant, alpha_high, alpha_low, drops, window, policy, page_bytes, rotate"
+    known = "there are quant, alpha_high, alpha_low, drops, window, segment, policy, page_bytes"
     with pytest.raises(ConfigError, match=f"unknown DiffKV option 'alpha': {known}"):
         engine_args(alpha=3)
     for name in ("alpha_high", "alpha_low", "window", "page_bytes"):

@@ -11,7 +11,7 @@ from diffkv.quant import ConfigError
 
 __all__ = ["CONNECTOR", "MATRIX", "WITHOUT", "Row", "refuse", "to_markdown"]
 
-WORKS, REFUSED, OFF = "works", "refused", "turned off"
+WORKS, REFUSED = "works", "refused"
 TRIED, NOT_TRIED = "tried", "not tried"
 WITHOUT = "serve this model without DiffKV"
 
@@ -167,8 +167,13 @@ _MODELS = (
 
 _FEATURES = (
     Row(
-        "features", "chunked prefill", WORKS, "decided at the last chunk, as if it had come at once",
+        "features", "chunked prefill", WORKS, "decided segment by segment, as if it had come at once",
         "", (f"{TESTS}test_lossless.py::test_tokens_equal_stock",),
+    ),
+    Row(
+        "features", "prompts longer than the pool holds uncompressed", WORKS,
+        "one that is too large even compressed ends alone, with an error", "",
+        (f"{TESTS}test_prefix_caching.py::TestLongPrompts",),
     ),
     Row(
         "features", "preemption", WORKS, "by recomputation", "",
@@ -223,7 +228,7 @@ _FEATURES = (
     ),
     Row(
         "features", "beam search", WORKS,
-        "each step computes each beam's text anew, since prefixes are not shared: slow", "",
+        "each step computes what follows the last closed row of each beam's text: slow", "",
         (f"{TESTS}test_features.py::test_beam_search",),
     ),
     Row(
@@ -232,10 +237,9 @@ _FEATURES = (
         lambda config: config.model_config.enable_sleep_mode,
     ),
     Row(
-        "features", "prefix caching", OFF,
-        "heads keep different tokens, so requests cannot share pages; diffkv serve refuses the flag",
-        "leave out --enable-prefix-caching",
-        (f"{TESTS}test_bad_input.py::test_flags_that_do_not_go_together",),
+        "features", "prefix caching", WORKS,
+        "requests share closed rows, of a segment or of what an earlier turn stored", "",
+        (f"{TESTS}test_prefix_caching.py::test_turns_and_branches_equal_stock",),
     ),
     Row(
         "features", "speculative decoding", REFUSED, "rejected tokens would have to be taken back",
