@@ -184,9 +184,8 @@ def cases(
     }
     ring = {**tables, "TABLE": table, "B": 128}
     exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}
-    merged_chunks = {"MAX": triton.next_power_of_2(worklist.MAX_CHUNKS + closed)}
-    finish = {**grouped, "D": head_dim, "D_PADDED": padded, **merged_chunks}
-    recomputed = {**grouped, **products, **tables, **merged_chunks}
+    finish = {**grouped, "D": head_dim, "D_PADDED": padded}
+    recomputed = {**grouped, **products, **tables}
     tuning = workspace.Tuning()
     launch = {
         "num_stages": tuning.num_stages,

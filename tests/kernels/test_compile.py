@@ -14,6 +14,16 @@ NAMES = tuple(compiling.cases("k8v4-k4v2", 128, 4))
 WITH_SUMS = ("attend", "finish", "recompute", "list", "decide", "append", "write", "gather")
 """Kernels that differ where sums of low tokens are kept."""
 
+CHAINED = ("attend", "list")
+"""Kernels that differ where requests can have closed rows."""
+
+CASES = [
+    *((name, False, True) for name in NAMES),
+    *((name, True, True) for name in WITH_SUMS),
+    *((name, False, False) for name in CHAINED),
+]
+"""(kernel, whether sums of low tokens are kept, whether there are chains)."""
+
 
 @pytest.fixture(scope="module")
 def code_of():
@@ -27,11 +37,9 @@ def code_of():
 
 
 @pytest.mark.parametrize("arch", [89, 90])
-@pytest.mark.parametrize(
-    ("name", "drops"), [*((name, False) for name in NAMES), *((name, True) for name in WITH_SUMS)]
-)
-def test_nothing_spills(code_of, name, drops, arch):
-    code = code_of(name, "k8v4-k4v2", 128, 4, drops, arch=arch)
+@pytest.mark.parametrize(("name", "drops", "chained"), CASES)
+def test_nothing_spills(code_of, name, drops, chained, arch):
+    code = code_of(name, "k8v4-k4v2", 128, 4, drops, arch=arch, chained=chained)
     print(f"\n| {name} | sm_{arch} | {code.registers} | {code.shared_bytes} | {code.stack_bytes} |")
     assert code.stack_bytes == 0 and not re.search(r"\b(LDL|STL)\b", code.sass), "registers spill"
     assert code.registers <= 255

@@ -160,7 +160,7 @@ def _check(
 
 
 def _item_buffers(
-    state: PoolState, work: Workspace, rows: int, group: int
+    state: PoolState, work: Workspace, rows: int, most_rows: int, group: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
     """Items of work, those of each row and their number; partial outputs and log-sum-exps of items.
 
@@ -168,12 +168,12 @@ def _item_buffers(
     are as many in all as every request can have: they may be shared, so pages are no bound.
     """
     f32, i32 = torch.float32, torch.int32
-    pages = _most_pages(state, rows)
-    room = most_items(state.layout, rows, pages, _table(state), work.tuning.chunk_tokens)
-    num = room + rows * most_closed_chunks(state.layout, state.chain_width)
+    pages = _most_pages(state, most_rows)
+    room = most_items(state.layout, most_rows, pages, _table(state), work.tuning.chunk_tokens)
+    num = room + most_rows * most_closed_chunks(state.layout, state.chain_width)
     return (
         work.buffer("items", i32, num, ITEM_FIELDS),
-        work.buffer("row_items", i32, rows, ROW_FIELDS),
+        work.buffer("row_items", i32, rows, ROW_FIELDS, least=most_rows * ROW_FIELDS),
         work.buffer("num_items", i32, 3),
         work.buffer("partial", f32, num, group, state.layout.head_dim),
         work.buffer("lse", f32, num, group),
@@ -212,7 +212,9 @@ def attend(
     group, rows = num_q_heads // heads, num_requests * heads
     tile = tuning.tile or tile_tokens(state.layout)
     most_rows = work.num_requests(num_requests) * heads
-    items, row_items, num_items, partial, lse, room = _item_buffers(state, work, most_rows, group)
+    items, row_items, num_items, partial, lse, room = _item_buffers(
+        state, work, rows, most_rows, group
+    )
     probs, most, keeps_all = _score_buffers(state, work, most_rows, group, tile)
     score_tiles = len(most)
 
@@ -245,16 +247,15 @@ def attend(
     finishers = min(rows * chunks, work.multiprocessors * FINISH_PROGRAMS)
     if not any(tier.tracked for tier in state.layout.tiers):
         finishers = 0
-    most_merged = triton.next_power_of_2(chunks + closed)
     finish_kernel[(rows * group + finishers,)](
         output, state.pages, state.leaves, items, num_items, row_items, partial, lse, probs, most,
         score_tiles, rows * group,
-        D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), MAX=most_merged,
-        num_warps=2, num_stages=2, **shared,
+        D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), num_warps=2, num_stages=2,
+        **shared,
     )  # fmt: skip
     if not keeps_all:
         recompute_kernel[(programs,)](
             slots, state.centres, query, state.pages, state.leaves, items, num_items, row_items, lse,
-            scale * LOG2_E, score_tiles, layer, L=state.num_layers, H=heads, MAX=most_merged,
-            num_warps=1, num_stages=2, **shared, **products,
+            scale * LOG2_E, score_tiles, layer, L=state.num_layers, H=heads, num_warps=1,
+            num_stages=2, **shared, **products,
         )  # fmt: skip

@@ -9,7 +9,12 @@ from diffkv.kernels.triton.worklist import has_sums, item_of, item_of_row, num_i
 
 __all__ = ["finish_kernel", "recompute_kernel"]
 
+LISTED = tl.constexpr(64)
+"""Chunks whose log-sum-exps are read at a time; few heads have more."""
+
 MERGED = tl.constexpr(16)
+"""Chunks whose outputs are read at a time."""
+
 ADDED = tl.constexpr(256)
 """Tokens whose kept probabilities are added at a time."""
 
@@ -17,17 +22,22 @@ ADDED = tl.constexpr(256)
 @triton.jit
 def _merge(
     head, output_ptr, partial_ptr, lse_ptr, row_items_ptr,
-    G: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, MAX: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Merge one query head's chunks by their log-sum-exp; 0 if there are none."""
     row = head // G
     count = num_items_of(row_items_ptr, row)
-    each = tl.arange(0, MAX)
     d = tl.arange(0, D_PADDED)
-    at = item_of_row(row_items_ptr, row, each).to(tl.int64) * G + head % G
-    lse = tl.load(lse_ptr + at, mask=each < count, other=float("-inf"))
-    most = tl.maximum(tl.max(lse, 0), -1.0e30)
-    total = tl.maximum(tl.sum(tl.exp2(lse - most), 0), 1.0e-30)
+    most = tl.full([], -1.0e30, tl.float32)
+    total = tl.zeros([], tl.float32)
+    for start in range(0, count, LISTED):
+        each = start + tl.arange(0, LISTED)
+        at = item_of_row(row_items_ptr, row, each).to(tl.int64) * G + head % G
+        lse = tl.load(lse_ptr + at, mask=each < count, other=float("-inf"))
+        new_most = tl.maximum(most, tl.max(lse, 0))
+        total = total * tl.exp2(most - new_most) + tl.sum(tl.exp2(lse - new_most), 0)
+        most = new_most
+    total = tl.maximum(total, 1.0e-30)
     out = tl.zeros([D_PADDED], tl.float32)
     for start in range(0, count, MERGED):
         chunk = start + tl.arange(0, MERGED)
@@ -43,16 +53,21 @@ def _merge(
 
 
 @triton.jit
-def _row_lse(lse_ptr, row_items_ptr, row, G: tl.constexpr, GROUP: tl.constexpr, MAX: tl.constexpr):
+def _row_lse(lse_ptr, row_items_ptr, row, G: tl.constexpr, GROUP: tl.constexpr):
     """[GROUP] log-sum-exp of a head over all its chunks; infinity where there is no head."""
     count = num_items_of(row_items_ptr, row)
-    each = tl.arange(0, MAX)[:, None]
-    g = tl.arange(0, GROUP)[None, :]
-    at = item_of_row(row_items_ptr, row, each).to(tl.int64) * G + g
-    lse = tl.load(lse_ptr + at, mask=(each < count) & (g < G), other=float("-inf"))
-    most = tl.maximum(tl.max(lse, 0), -1.0e30)
-    total = most + tl.log2(tl.sum(tl.exp2(lse - most[None, :]), 0))
-    return tl.where(tl.arange(0, GROUP) < G, total, float("inf"))
+    g = tl.arange(0, GROUP)
+    most = tl.full([GROUP], -1.0e30, tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    for start in range(0, count, LISTED):
+        each = start + tl.arange(0, LISTED)
+        at = item_of_row(row_items_ptr, row, each).to(tl.int64)[:, None] * G + g[None, :]
+        mask = (each < count)[:, None] & (g < G)[None, :]
+        lse = tl.load(lse_ptr + at, mask=mask, other=float("-inf"))
+        new_most = tl.maximum(most, tl.max(lse, 0))
+        total = total * tl.exp2(most - new_most) + tl.sum(tl.exp2(lse - new_most[None, :]), 0)
+        most = new_most
+    return tl.where(g < G, most + tl.log2(total), float("inf"))
 
 
 @triton.jit
@@ -127,21 +142,20 @@ def finish_kernel(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     TIERS: tl.constexpr,
-    MAX: tl.constexpr,
 ):
     """The first programs merge a query head each, the others go through open rows' items again."""
     HIGH: tl.constexpr = TIERS[0]
     LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     pid = tl.program_id(0)
     if pid < num_heads:
-        _merge(pid, output_ptr, partial_ptr, lse_ptr, row_items_ptr, G, D, D_PADDED, MAX)
+        _merge(pid, output_ptr, partial_ptr, lse_ptr, row_items_ptr, G, D, D_PADDED)
     elif HIGH.tracked:
         num_items = tl.load(num_items_ptr)
         for item in range(pid - num_heads, num_items, tl.num_programs(0) - num_heads):
             row, tier, entry, num_tokens, score_tile = item_of(items_ptr, item)
             is_kept = score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles
             if is_kept & has_sums(tier, HIGH, LOW):
-                lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP, MAX)
+                lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP)
                 if tier == 0:
                     _add_kept(
                         num_tokens, score_tile, lse, pages_ptr, leaves_ptr + entry, probs_ptr,
@@ -175,7 +189,6 @@ def recompute_kernel(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     TIERS: tl.constexpr,
-    MAX: tl.constexpr,
     CENTRED: tl.constexpr,
     RAW_DOT: tl.constexpr,
     CODE_DOT: tl.constexpr,
@@ -189,7 +202,7 @@ def recompute_kernel(
         row, tier, entry, num_tokens, score_tile = item_of(items_ptr, item)
         is_kept = score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles
         if ~is_kept & has_sums(tier, HIGH, LOW):
-            lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP, MAX)
+            lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP)
             if tier == 0:
                 _add_recomputed(
                     row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr,

@@ -84,8 +84,8 @@ class Workspace:
         do, so with them buffers grow: by doubling, so that those outgrown are no larger together.
         """
         if not self.has_chains:
-            return max(num, self.num_slots)
-        return max(num, min(self.num_slots, triton.next_power_of_2(num)))
+            return self.num_slots
+        return min(self.num_slots, triton.next_power_of_2(num))
 
     def buffer(self, name: str, dtype: torch.dtype, *shape: int, least: int = 0) -> Tensor:
         """A buffer of a shape, contents undefined: the front of the one that has that name.
