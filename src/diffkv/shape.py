@@ -153,6 +153,34 @@ class PoolShape:
         one = replace(one, num_slots=1 + one.max_rows)
         return one.pages_bytes(one.request_pages(high_share)) + one.table_bytes
 
+    @classmethod
+    def least_budget(
+        cls,
+        layout: PageLayout,
+        num_layers: int,
+        num_kv_heads: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        segment: int,
+    ) -> int:
+        """Bytes, in whole pages for every layer, that hold one longest request and all tables.
+
+        More bytes make more slots, each with tables of its own, so the two are raised in turn until
+        they agree. One page for every layer is nobody's, as vLLM's first block is.
+        """
+        heads, block_bytes = num_layers * num_kv_heads, num_layers * layout.page_bytes
+        sizes = layout, num_layers, num_kv_heads
+        one = cls(*sizes, 1, max_model_len, 0, segment=segment)
+        request = cls.request_bytes(*sizes, max_model_len, segment)
+        slots = 0
+        while True:
+            others = max(0, slots - 1 - one.max_rows) * one.slot_bytes
+            budget = block_bytes * (1 + -(-(request + others) // block_bytes))
+            within = cls.slots_within(budget, layout, heads, max_num_seqs, segment)
+            if within <= slots:
+                return budget
+            slots = within
+
     def request_pages(self, high_share: float) -> int:
         """Pages of one request of the longest length, with so many of its tokens high.
 

@@ -17,8 +17,8 @@ from stepping import (
     worker,
 )
 
+from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.options import Options
-from diffkv.vllm_plugin.support import least_budget
 
 SEGMENT = 128
 EXACT = {"segment": SEGMENT}
@@ -217,7 +217,7 @@ class TestLongPrompts:
             max_model_len=longest,
             max_num_seqs=requests,
             max_num_batched_tokens=128,
-            kv_cache_memory_bytes=least_budget(layout, 3, 2, longest, requests, SEGMENT),
+            kv_cache_memory_bytes=PoolShape.least_budget(layout, 3, 2, longest, requests, SEGMENT),
             watermark=0.0,
         ) as llm:
             yield llm

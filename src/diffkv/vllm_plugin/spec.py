@@ -95,13 +95,16 @@ class DiffKVSpec(FullAttentionSpec):
         return None
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """This layer's share of what one request of the longest length can need, tables included."""
-        max_model_len = vllm_config.model_config.max_model_len
-        needed = PoolShape.request_bytes(
-            self.layout, self.num_layers, self.num_kv_heads, max_model_len, self.segment
+        """This layer's share of what one request of the longest length needs, all tables included."""
+        needed = PoolShape.least_budget(
+            self.layout,
+            self.num_layers,
+            self.num_kv_heads,
+            vllm_config.model_config.max_model_len,
+            self.max_num_seqs,
+            self.segment,
         )
-        null_block = self.num_layers * self.layout.page_bytes
-        return -(-(needed + null_block) // self.num_layers)
+        return -(-needed // self.num_layers)
 
     @classmethod
     def merge(cls, specs: list["DiffKVSpec"]) -> "DiffKVSpec":

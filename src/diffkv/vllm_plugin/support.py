@@ -4,7 +4,6 @@ from typing import Any
 
 import vllm
 
-from diffkv.layout import PageLayout
 from diffkv.quant import ConfigError
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin import matrix
@@ -15,7 +14,6 @@ __all__ = [
     "check_config",
     "check_layer",
     "check_version",
-    "least_budget",
     "minor_version",
 ]
 
@@ -24,6 +22,10 @@ SUPPORTED_VLLM = ("0.33", "0.32")
 
 TRIED_VLLM = "0.32"
 """The one of them that everything was run with: what a refusal says to install."""
+
+
+AUTO = -1
+"""As `--max-model-len`: the longest that the KV memory holds, which vLLM finds out by itself."""
 
 
 def minor_version() -> str:
@@ -65,9 +67,9 @@ def _check_budget(vllm_config: Any, options: Options) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layout = options.layout(model.get_head_size(), model.dtype.itemsize)
     budget = vllm_config.cache_config.kv_cache_memory_bytes
-    if budget is None:
+    if budget is None or model.original_max_model_len == AUTO:
         return
-    needed = least_budget(
+    needed = PoolShape.least_budget(
         layout,
         model.get_num_layers(parallel),
         model.get_num_kv_heads(parallel),
@@ -81,34 +83,6 @@ def _check_budget(vllm_config: Any, options: Options) -> None:
             f"raise it to {needed} (--kv-cache-memory-bytes), or lower --max-model-len or "
             f"--max-num-seqs"
         )
-
-
-def least_budget(
-    layout: PageLayout,
-    num_layers: int,
-    num_kv_heads: int,
-    max_model_len: int,
-    max_num_seqs: int,
-    segment: int,
-) -> int:
-    """Bytes, in whole blocks of vLLM, that hold one longest request and the tables of all slots.
-
-    More bytes make more slots (`PoolShape.fit`), each with tables of its own, so the two are raised
-    in turn until they agree.
-    """
-    heads, block_bytes = num_layers * num_kv_heads, num_layers * layout.page_bytes
-    sizes = layout, num_layers, num_kv_heads
-    one = PoolShape(*sizes, 1, max_model_len, 0, segment=segment)
-    request = PoolShape.request_bytes(*sizes, max_model_len, segment)
-    slots = budget = 0
-    while True:
-        others = max(0, slots - 1 - one.max_rows) * one.slot_bytes
-        # vLLM gives its first block to nobody
-        budget = block_bytes * (1 + -(-(request + others) // block_bytes))
-        within = PoolShape.slots_within(budget, layout, heads, max_num_seqs, segment)
-        if within <= slots:
-            return budget
-        slots = within
 
 
 def check_layer(**features: Any) -> None:

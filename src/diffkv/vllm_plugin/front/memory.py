@@ -9,7 +9,6 @@ from typing import Any
 
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.options import Options
-from diffkv.vllm_plugin.support import least_budget
 
 __all__ = ["needed_bytes"]
 
@@ -45,7 +44,7 @@ def needed_bytes(
         one, together = dense * longest, dense * sum(running)
     else:
         layout = options.layout(head_dim, element_bytes)
-        one = least_budget(layout, num_layers, heads, longest, most, options.segment)
+        one = PoolShape.least_budget(layout, num_layers, heads, longest, most, options.segment)
         requests = {
             length: PoolShape.request_bytes(
                 layout, num_layers, heads, length, options.segment, high_share=1
