@@ -184,9 +184,8 @@ def plan_format(
         )
     except ConfigError:
         return FormatPlan(str(quant), request / context, 0, layout.page_bytes, starts=False)
-    return FormatPlan(
-        str(quant), request / context, num_requests, layout.page_bytes, shape.table_bytes
-    )
+    fitting = min(num_requests, shape.num_pages // pages)  # some slots stay empty
+    return FormatPlan(str(quant), request / context, fitting, layout.page_bytes, shape.table_bytes)
 
 
 @dataclass(frozen=True)

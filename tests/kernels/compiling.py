@@ -42,6 +42,7 @@ TYPES = {
     "leaf_ends_ptr": "*i64",
     "thresholds_ptr": FLOATS,
     "scale": "fp32",
+    "centres_ptr": "*bf16",
     "signs_ptr": FLOATS,
     "norm": "fp32",
 }
@@ -82,10 +83,17 @@ def compiled(fn, constants, dtype, arch, **options):
 
 
 def code_of(
-    name: str, quant: str, head_dim: int, group: int, drops=False, dtype="bf16", arch=90
+    name: str,
+    quant: str,
+    head_dim: int,
+    group: int,
+    drops=False,
+    dtype="bf16",
+    arch=90,
+    chained=True,
 ) -> Code:
     """Compile one of `cases`."""
-    fn, constants, options = cases(quant, head_dim, group, drops, dtype)[name]
+    fn, constants, options = cases(quant, head_dim, group, drops, dtype, chained)[name]
     if dtype == "fp32" and "RAW_DOT" in constants:
         constants |= {"RAW_DOT": tl.float32, "CODE_DOT": tl.float32}
     binary = compiled(fn, constants, dtype, arch, **options)
@@ -103,9 +111,17 @@ def code_of(
 
 
 def cases(
-    quant: str, head_dim: int, group: int, drops: bool = False, dtype: str = "bf16"
+    quant: str,
+    head_dim: int,
+    group: int,
+    drops: bool = False,
+    dtype: str = "bf16",
+    chained: bool = True,
 ) -> dict[str, tuple]:
-    """(kernel, constants, options) of every kernel for one layout, as the wrappers launch them."""
+    """(kernel, constants, options) of every kernel for one layout, as the wrappers launch them.
+
+    Keys have centres where the layout says so, whether there are chains or not.
+    """
     layout = PageLayout.derive(QuantConfig.parse(quant), head_dim, drops=drops)
     tiers, side = constants.tiers_of(layout), constants.vector_side(4, 2, head_dim)
     padded, vectors = triton.next_power_of_2(head_dim), constants.tile_vectors(head_dim)
@@ -118,14 +134,19 @@ def cases(
         "GROUP": max(8, group),
         "TILE": constants.tile_tokens(layout),
     }
-    attention = {**grouped, "RAW_DOT": tl.bfloat16, "CODE_DOT": tl.float16, "FAST": True}
+    centred = {"CENTRED": layout.centred}
+    products = {"RAW_DOT": tl.bfloat16, "CODE_DOT": tl.float16, "FAST": True, **centred}
+    chunks = {**tables, "TABLE": table, "TOKENS": worklist.CHUNK_TOKENS}
+    attention = {**grouped, **products, **chunks, "CHAINED": chained}
+    chain_width = 264 * chained
+    closed = worklist.most_closed_chunks(layout, chain_width)
     listed = {
-        **tables,
-        "TABLE": table,
+        **chunks,
         "TIERS": tiers,
         "TILE": 64,
-        "TOKENS": worklist.CHUNK_TOKENS,
         "MAX": worklist.MAX_CHUNKS,
+        "CHAIN_WIDTH": chain_width,
+        "CLOSED": closed,
         "ROWS": 8,
         "COUNT": 1024,
     }
@@ -163,16 +184,23 @@ def cases(
     }
     ring = {**tables, "TABLE": table, "B": 128}
     exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}
-    finish = {**grouped, "D": head_dim, "D_PADDED": padded, "MAX": worklist.MAX_CHUNKS}
-    recomputed = {**attention, "MAX": worklist.MAX_CHUNKS}
+    merged_chunks = {"MAX": triton.next_power_of_2(worklist.MAX_CHUNKS + closed)}
+    finish = {**grouped, "D": head_dim, "D_PADDED": padded, **merged_chunks}
+    recomputed = {**grouped, **products, **tables, **merged_chunks}
     tuning = workspace.Tuning()
-    launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
+    launch = {
+        "num_stages": tuning.num_stages,
+        "num_warps": tuning.num_warps,
+        "maxnreg": tuning.max_registers,
+    }
     counted = {**tables, "TABLE": table, "TIERS": tiers, "B": 2048}
-    gathered = {**paged, "D": head_dim, "D_PADDED": padded, "B": vectors}
+    gathered = {**paged, **centred, "D": head_dim, "D_PADDED": padded, "STARTS": 64, "B": vectors}
+    written = {**paged, **centred, "D": head_dim, "B": vectors}
     applied = {"HEADS": LAYERS * HEADS, "TABLE": table, "TIERS": tiers, "B": 256, "COUNT": 4096}
     decided = {**paged, "WINDOW": 64, "B": 512}
     released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS, "TABLE": table}
     appended = {**tables, "D": head_dim, "PAGE": layout.page_bytes, "TIERS": tiers}
+    appended |= centred
     return {
         "attend": (kernel("attend", "_attend_kernel"), attention, launch),
         "finish": (kernel("finish", "finish_kernel"), finish, {"num_stages": 2, "num_warps": 2}),
@@ -188,7 +216,7 @@ def cases(
         "append": (kernel("append", "_append_kernel"), appended, {**exact, **one_warp}),
         "count": (kernel("store", "_count_kernel"), counted, {"num_warps": 8}),
         "enter": (kernel("store", "_enter_kernel"), ring, one_warp),
-        "write": (kernel("store", "_write_kernel"), {**paged, "D": head_dim, "B": vectors}, exact),
+        "write": (kernel("store", "_write_kernel"), written, exact),
         "scan": (kernel("ring", "scan_kernel"), {"TAKE": True, "B": 2048}, {"num_warps": 8}),
         "count pages": (kernel("release", "_count_kernel"), released, one_warp),
         "give back": (kernel("release", "_give_back_kernel"), ring, one_warp),

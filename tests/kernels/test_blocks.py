@@ -8,6 +8,7 @@ import torch
 from backends import Pair, ints
 from make import make_state
 from test_attend import attended, check, filled
+from test_chains import chained
 
 from diffkv import pool
 
@@ -70,6 +71,7 @@ def test_significance_where_probabilities_are_not_kept(triton, monkeypatch, scor
         workspace, "Tuning", lambda **kw: dataclasses.replace(tuning(**kw), score_tiles=score_tiles)
     )
     check(triton, filled(triton, "k8v4-k4v2", [150, 90, 33], 64, torch.float32), [0, 2, 1], 4)
+    check(triton, chained(triton, "k8v4-k4v2", 64, torch.float32), [1, -1, 0], 2)
 
 
 def test_a_long_request_is_split(triton):
@@ -84,3 +86,41 @@ def test_a_work_list_of_many_programs(triton, monkeypatch):
     set_blocks(monkeypatch, attend={"LIST_ROWS": 2, "LIST_COUNT": 4})
     state = filled(triton, "k8v4-k4v2", [40, 0, 90, 1], 64, torch.float32, num_slots=4)
     check(triton, state, [3, 0, 1, -1, 2], 2)
+
+
+def test_a_work_list_of_many_programs_with_chains(triton, monkeypatch):
+    set_blocks(monkeypatch, attend={"LIST_ROWS": 2, "LIST_COUNT": 4})
+    check(triton, chained(triton), [1, -1, 0, 2, 5], 2)
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 40])
+@pytest.mark.parametrize("quant", ["k8v4-k4v2", "k8v4"])
+def test_chains_of_every_length(triton, quant, length):
+    """Rows in four parts, in two, whole, and several to a chunk; some end in the middle of a leaf."""
+    lens = [5, 9, 0, 33, 70, 1, 20]
+    rows = [2 + i % 5 for i in range(length)]
+    shape = {"segment": 4, "max_tokens": 96, "num_kv_heads": 1}
+    state = chained(triton, quant, 64, torch.float32, lens=lens, chains={0: rows}, **shape)
+    check(triton, state, [1, 0], 3)
+
+
+def test_long_closed_rows_are_in_parts(triton):
+    """Each part of more tokens than the smallest chunk, and of more pages than a leaf names."""
+    shape = {"segment": 512, "num_kv_heads": 1}
+    state = chained(triton, lens=[9, 1300, 450], chains={0: [1], 2: [1, 1]}, **shape)
+    check(triton, state, [0, 2], 4)
+
+
+def test_buffers_grow_with_requests_where_there_are_chains(triton):
+    """Not with slots, most of which closed rows take; and by doubling."""
+    from diffkv.kernels.triton.workspace import workspace
+
+    state = triton.place(make_state("k8v4", num_slots=40, max_tokens=32, segment=16))
+    work = workspace(state)
+    sizes = []
+    for num in (1, 3, 4, 5):
+        attended(triton, state, list(range(num)), torch.randn(num, 4, 64).bfloat16())
+        sizes.append(work.buffers["row_items"].numel())
+    one = sizes[0]
+    assert sizes == [one, 4 * one, 4 * one, 8 * one]
+    assert work.num_requests(39) == 40

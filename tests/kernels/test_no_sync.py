@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backends import INTERPRETED
-from make import fill, make_state
+from make import fill, make_state, set_chain
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -49,9 +49,14 @@ def step(state, slots, seq_lens, tensors):
 
 
 @pytest.mark.parametrize("num_requests", [1, 3])
-def test_a_decode_step_is_only_launches(launches, num_requests):
-    state = make_state("k8v4-k4v2", num_layers=2)
+@pytest.mark.parametrize("chain", [[], [3], [4, 3]])
+def test_a_decode_step_is_only_launches(launches, chain, num_requests):
+    """As many of them with closed rows as without."""
+    shape = {"num_slots": 5, "segment": 64} if chain else {}
+    state = make_state("k8v4-k4v2", num_layers=2, **shape)
     fill(reference, state, [20, 9, 4])
+    if chain:
+        set_chain(state, 0, chain)
     slots = torch.arange(num_requests, dtype=torch.int32)
     seq_lens = torch.full((num_requests,), 21, dtype=torch.int32)
     shape = (num_requests, 8, 64)

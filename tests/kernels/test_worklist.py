@@ -1,5 +1,7 @@
 """The work list of attention: every token in one chunk, and no more chunks than there is room for."""
 
+import collections
+
 import pytest
 import torch
 from backends import INTERPRETED
@@ -16,18 +18,26 @@ from diffkv.shape import PoolShape
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="lists are made in Triton's interpreter")
 
 LAYERS = 1
+WIDTH = 300
 LENGTHS = st.one_of(st.integers(0, 300), st.integers(0, 40_000), st.just(4096), st.just(200_000))
 
 
-def listed(layout, counts, table, directory):
-    """(items of rows, fields of all) of a batch of requests with one head each."""
-    num, most = len(counts), worklist.most_chunks(table)
-    items = torch.full((num * most, worklist.ITEM_FIELDS), -1, dtype=torch.int32)
-    row_items, num_items = torch.zeros(num, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+def listed(layout, counts, table, directory, lengths=None):
+    """(fields of rows, of items of open rows, of closed ones) of a batch of requests with one head each.
+
+    There are chains where their lengths are given; slot i has its closed rows from place i * WIDTH on.
+    """
+    num, room = len(counts), len(counts) * worklist.most_chunks(table)
+    width = WIDTH if lengths else 0
+    closed = worklist.most_closed_chunks(layout, width)
+    items = torch.full((room + num * closed, worklist.ITEM_FIELDS), -1, dtype=torch.int32)
+    row_items = torch.zeros(num, worklist.ROW_FIELDS, dtype=torch.int32)
+    num_items = torch.zeros(3, dtype=torch.int32)
     num_tokens = torch.tensor(counts, dtype=torch.int32).view(num, LAYERS, 1, 2)
     slots = torch.arange(num, dtype=torch.int32)
     worklist.list_kernel[(-(-num // 4),)](
         slots,
+        torch.tensor(lengths or [0] * num, dtype=torch.int32),
         directory,
         num_tokens,
         items,
@@ -36,17 +46,22 @@ def listed(layout, counts, table, directory):
         0,
         num,
         3,
+        room,
         L=LAYERS,
         H=1,
         TABLE=constants.Table(*table),
         TIERS=constants.tiers_of(layout),
         TILE=32,
         TOKENS=worklist.CHUNK_TOKENS,
-        MAX=most,
+        MAX=worklist.most_chunks(table),
+        CHAIN_WIDTH=width,
+        CLOSED=closed,
         ROWS=4,
         COUNT=8,
     )
-    return row_items, items[: num_items[0]]
+    num_open, taken, num_closed = num_items.tolist()
+    assert taken == 3, "the first item that no program begins with"
+    return row_items, items[:num_open], items[room : room + num_closed]
 
 
 @pytest.mark.parametrize(
@@ -63,19 +78,21 @@ def test_every_token_is_in_one_chunk_and_all_chunks_have_room(quant, head_dim, r
     shape = PoolShape(layout, 1, 1, 1, max(map(sum, counts)), 1, entries)
     table = width, leaf = shape.directory_width, shape.leaf_entries
     directory = torch.randperm(len(counts) * width).to(torch.int32).view(len(counts), width)
-    row_items, items = listed(layout, counts, table, directory)
+    row_items, items, closed = listed(layout, counts, table, directory)
     pages = [
         -(-count // tier.tokens_per_page)
         for row in counts
         for count, tier in zip(row, layout.tiers, strict=False)
     ]
-    assert len(items) == int(row_items[:, 1].sum())
+    assert len(items) == int(row_items[:, 1].sum()) and not len(closed)
     assert len(items) <= worklist.most_items(layout, len(counts), sum(pages), table)
     assert int(row_items[:, 1].max()) <= worklist.most_chunks(table)
     longest = worklist.most_chunk_pages(layout, table)
-    for (first, num), row_counts, row in zip(row_items.tolist(), counts, range(99), strict=False):
+    for (first, num, _, _), row_counts, row in zip(
+        row_items.tolist(), counts, range(99), strict=False
+    ):
         seen = [0, 0]
-        for row_tier, entry, tokens, _ in items[first : first + num].tolist():
+        for row_tier, entry, tokens, _, _, _ in items[first : first + num].tolist():
             tier = row_tier % 2
             per_page = layout.tiers[tier].tokens_per_page
             assert row_tier // 2 == row
@@ -87,3 +104,32 @@ def test_every_token_is_in_one_chunk_and_all_chunks_have_room(quant, head_dim, r
             assert page % leaf + -(-tokens // per_page) <= leaf, "a chunk is within one leaf"
             seen[tier] += tokens
         assert tuple(seen) == row_counts
+
+
+@pytest.mark.parametrize("quant", ["k8v4-k4v2", "k16v16"])
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(0, WIDTH), min_size=1, max_size=9))
+def test_every_part_of_every_closed_row_is_in_one_chunk(quant, lengths):
+    """A chain's chunks depend on its length alone."""
+    layout = PageLayout.derive(QuantConfig.parse(quant), 128)
+    num, table = len(lengths), (9, 64)
+    directory = torch.zeros(num, table[0], dtype=torch.int32)
+    row_items, _, items = listed(layout, [(5, 0)] * num, table, directory, lengths)
+    assert len(items) == int(row_items[:, 3].sum())
+    room = num * worklist.most_chunks(table)
+    for row, length in enumerate(lengths):
+        first, count = row_items[row, 2:].tolist()
+        assert count <= worklist.most_closed_chunks(layout, WIDTH)
+        parts_of, counts_of = collections.defaultdict(list), set()
+        for row_tier, place, rows, score_tile, part, parts in items[first - room :][
+            :count
+        ].tolist():
+            assert row_tier // 2 == row and score_tile == -1 and rows > 0
+            counts_of.add(parts)
+            for closed in range(place, place + rows):
+                parts_of[row_tier % 2, closed - row * WIDTH].append(part)
+        tiers = range(len(layout.tiers))
+        assert set(parts_of) == {(tier, closed) for tier in tiers for closed in range(length)}
+        assert len(counts_of) == (length > 0)
+        for parts in parts_of.values():
+            assert parts == list(range(*counts_of))

@@ -84,7 +84,7 @@ class Workers:
         num_pages: of the pool.
         num_slots: likewise.
         rng: dice.
-        worst: chance that a row takes as many pages as it can.
+        worst: chance that a row takes as many pages as it can, and that a generated token takes one.
         rows: by slot.
         jobs: by vLLM's name.
     """
@@ -219,7 +219,9 @@ class Workers:
                 pages = self.roll(num_tokens - begin)
         else:
             assert not slots, "generated tokens close no row"
-            grown = open_row.pages + self.rng.binomial(KV_HEADS, 0.2, (RANKS, LAYERS))
+            grown = open_row.pages + self.rng.binomial(
+                KV_HEADS, max(0.2, self.worst), (RANKS, LAYERS)
+            )
             pages = np.minimum(grown, KV_HEADS * LAYOUT.max_pages(num_tokens - begin))
         rows[job.start.slot] = Stored(pages, begin, job.salt, job.start.thresholds)
         return rows
@@ -260,7 +262,12 @@ class World:
     ) -> None:
         args = engine_args("k8v4-k4v2", drops=True)
         args["kv_transfer_config"] = KVTransferConfig(**args["kv_transfer_config"])
-        args |= {"enable_prefix_caching": True, "max_num_batched_tokens": 160, **options}
+        args |= {
+            "enable_prefix_caching": True,
+            "max_num_batched_tokens": 160,
+            "watermark": 0.0,
+            **options,
+        }
         config = EngineArgs(
             MODEL, dtype="float32", max_model_len=model_len, max_num_seqs=MAX_RUNNING,
             async_scheduling=overlap, block_size=BLOCK, **args,

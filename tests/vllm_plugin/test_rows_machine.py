@@ -22,7 +22,7 @@ class Clients:
     def tokens(self) -> list[int]:
         """A prompt: a shared beginning and an end of its own, or what goes on from an earlier one."""
         rng, ended = self.rng, self.world.ended_tokens
-        longest = MODEL_LEN - 61
+        longest = MODEL_LEN - 121
         if ended and rng.random() < 0.5:
             tokens = list(ended[-1 - int(rng.integers(min(20, len(ended))))])
             if rng.random() < 0.3:  # re-tokenised, or a stop string that the client never saw
@@ -47,7 +47,7 @@ class Clients:
         }
         tokens, num = self.tokens(), 1 if rng.random() < 0.8 else 3
         for _ in range(num):  # several answers to one prompt come together
-            self.world.add(list(tokens), int(rng.integers(1, 60)), **settings)
+            self.world.add(list(tokens), int(rng.integers(1, 120)), **settings)
 
     def operate(self) -> None:
         world, dice = self.world, self.rng.random()
@@ -72,7 +72,7 @@ class Clients:
 @pytest.mark.parametrize("overlap", [False, True], ids=["one after the other", "overlapping"])
 @pytest.mark.parametrize(
     ("num_blocks", "worst", "policy"),
-    [(700, 0.1, "fcfs"), (320, 0.5, "fcfs"), (320, 0.5, "priority")],
+    [(700, 0.1, "fcfs"), (320, 0.8, "fcfs"), (320, 0.8, "priority")],
     ids=["roomy", "tight", "priority"],
 )
 def test_nothing_leaks_nothing_is_wrong_all_end(
@@ -88,7 +88,7 @@ def test_nothing_leaks_nothing_is_wrong_all_end(
     assert len(world.ends) + clients.num_aborted == world.num_added
     assert not workers.jobs and not world.manager._running
     assert workers.hits > 50 and workers.rows_closed > 200 and workers.rows_kept > 50
-    assert world.preemptions > (0 if num_blocks < 400 else -1)
+    assert world.preemptions > (30 if num_blocks < 400 else 5)
     assert set(workers.rows) == set(store._rows) == set(store._idle)
     assert world.scheduler.reset_prefix_cache()
     world.step()

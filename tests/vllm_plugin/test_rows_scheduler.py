@@ -56,6 +56,14 @@ class TestBounds:
         assert self.bounds.step(running, 151).open_blocks == 10 // LAYERS
         assert self.bounds.step(running, 151).rows == ()
 
+    def test_what_a_step_in_flight_may_need_is_kept(self) -> None:
+        """A report of the step before it may come while it runs."""
+        running = request(500, 64, 70)
+        running.in_flight.extend([(64, 20), (70, 8)])
+        assert self.bounds.held(running) == 20
+        running.in_flight.popleft()
+        assert self.bounds.held(running) == 8 > self.blocks(EXACT, 6)
+
 
 def fill(world: World) -> None:
     world.drain()

@@ -13,7 +13,9 @@ from diffkv.kernels.triton.codes import (
     position_pointers,
     store_vectors,
     sum_pointers,
+    write_side,
 )
+from diffkv.kernels.triton.table import centre_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.state import DecodePlan, PoolState
 
@@ -40,19 +42,10 @@ def _demote_side(
     store_vectors(x, low_code_ptr, meta_pointers(low_ptr, low_index, LOW), mask, LOW, DTYPE)
 
 
-@triton.jit
-def _write_side(x_ptr, page_ptr, index, mask, S: tl.constexpr):
-    """Quantise the vector at `x_ptr` into token `index` of a page. All [1]."""
-    element, exists = plane_elements(S)
-    x = tl.load(x_ptr[:, None, None] + element, mask=exists & mask[:, None, None], other=0.0)
-    code_ptr = code_pointers(page_ptr, index, S)
-    meta_ptr = meta_pointers(page_ptr, index, S)
-    store_vectors(x, code_ptr, meta_ptr, mask, S, x_ptr.dtype.element_ty)
-
-
 @triton.jit(do_not_specialize=["layer"])
 def _append_kernel(
     slots_ptr,  # [R]
+    centres_ptr,  # [S, L, H, D or 0] bf16
     positions_ptr,  # [R]
     places_ptr,  # [R, L, H, 4]
     key_ptr,  # [R, H, D]
@@ -66,6 +59,7 @@ def _append_kernel(
     D: tl.constexpr,
     PAGE: tl.constexpr,
     TIERS: tl.constexpr,
+    CENTRED: tl.constexpr,
 ):
     """One program per request and head."""
     DTYPE: tl.constexpr = key_ptr.dtype.element_ty
@@ -78,7 +72,8 @@ def _append_kernel(
     place_ptr = places_ptr + ((r * L + layer) * H + head) * 4 + one
     page = tl.load(place_ptr).to(tl.int64)
     index = tl.load(place_ptr + 1)
-    mask = (tl.load(slots_ptr + r + one) >= 0) & (page >= 0)
+    slot = tl.load(slots_ptr + r + one)
+    mask = (slot >= 0) & (page >= 0)
     page_ptr = pages_ptr + page * PAGE
     if len(TIERS) > 1:
         LOW: tl.constexpr = TIERS[1]
@@ -99,8 +94,13 @@ def _append_kernel(
             # The old token is read by other threads than those that overwrite it
             tl.debug_barrier()
     at = head * D + one
-    _write_side(key_ptr + r * key_stride + at, page_ptr, index, mask, HIGH_K)
-    _write_side(value_ptr + r * value_stride + at, page_ptr, index, mask, HIGH_V)
+    centre_ptr = centre_of(centres_ptr, slot, layer, head, L, H, HIGH_K)
+    write_side(
+        key_ptr + r * key_stride + at, centre_ptr, page_ptr, index, mask, HIGH_K, DTYPE, CENTRED
+    )
+    write_side(
+        value_ptr + r * value_stride + at, centre_ptr, page_ptr, index, mask, HIGH_V, DTYPE, False
+    )
     if HIGH.tracked:
         tl.store(sum_pointers(page_ptr, index, HIGH), tl.zeros([1], tl.float32), mask=mask)
         position = tl.load(positions_ptr + r + one)
@@ -116,8 +116,8 @@ def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: T
     if not num_requests:
         return
     _append_kernel[(num_requests, heads)](
-        plan.slots, plan.positions, plan.places, key, value, state.pages,
+        plan.slots, state.centres, plan.positions, plan.places, key, value, state.pages,
         key_stride, value_stride, layer,
         L=state.num_layers, H=heads, D=head_dim, PAGE=state.layout.page_bytes, TIERS=work.tiers,
-        enable_fp_fusion=False, num_warps=1,
+        CENTRED=state.centre_dim > 0, enable_fp_fusion=False, num_warps=1,
     )  # fmt: skip

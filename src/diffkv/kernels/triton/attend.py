@@ -1,9 +1,5 @@
 """Decode attention over both tiers: list the work, attend to every chunk, merge and add significance."""
 
-# Tuples of tensors grow in kernels by +, for Triton knows no (*a, b)
-# ruff: noqa: RUF005
-# mypy: disable-error-code="assignment"
-
 import math
 
 import torch
@@ -12,22 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.check import check_group, check_index, check_tensor
+from diffkv.kernels.triton.chunk import attend_item
 from diffkv.kernels.triton.constants import DTYPES, MIN_COLUMNS, tile_tokens
 from diffkv.kernels.triton.finish import finish_kernel, recompute_kernel
-from diffkv.kernels.triton.tile import (
-    folded,
-    load_query,
-    part_elements,
-    tile_places,
-    tile_scores,
-    tile_values,
-)
 from diffkv.kernels.triton.worklist import (
     ITEM_FIELDS,
+    ROW_FIELDS,
     item_of,
     list_kernel,
     most_chunk_pages,
     most_chunks,
+    most_closed_chunks,
     most_items,
 )
 from diffkv.kernels.triton.workspace import Workspace, workspace
@@ -49,123 +40,79 @@ SCORE_SHARE = 64
 MIN_SCORE_BYTES = 128 << 20
 
 
-@triton.jit
-def _attend_item(
-    item, row, entry, num_tokens, score_tile,
-    q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale, score_tiles,
-    T: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """One chunk: partial output, log-sum-exp, and probabilities relative to the tile's maximum.
-
-    Probabilities are kept for the sums of the tier, if it has any.
-    """
-    K: tl.constexpr = T.k
-    V: tl.constexpr = T.v
-    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    K_DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
-    V_DOT: tl.constexpr = RAW_DOT if V.bits == 16 else CODE_DOT
-    PARTS: tl.constexpr = V.planes * V.word
-    GROUPS: tl.constexpr = V.groups
-    SPLITS: tl.constexpr = V.split
-    head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
-    operands, totals, factor = load_query(head_ptr, G, GROUP, K, K_DOT)
-    g = tl.arange(0, GROUP)
-    keeps_scores = score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles
-
-    factor = factor * scale
-    most = tl.full([GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([8, GROUP], tl.float32)
-    sums = ()
-    for _ in tl.static_range(PARTS):
-        sums = sums + (tl.zeros([V.padded_words, GROUP], tl.float32),)
-    offsets = ()
-    for _ in tl.static_range(GROUPS):
-        offsets = offsets + (tl.zeros([8, GROUP], tl.float32),)
-    for tile in range(0, tl.cdiv(num_tokens, TILE)):
-        page_ptr, index, valid = tile_places(
-            pages_ptr, leaves_ptr + entry, tile, num_tokens, T, TILE, PAGE
-        )
-        scores = tile_scores(operands, totals, page_ptr, index, valid, K, GROUP, DTYPE, K_DOT, FAST)
-        new_most = tl.maximum(most, tl.max(scores, 0) * factor)
-        decay = tl.exp2(most - new_most)
-        most = new_most
-        p = tl.exp2(scores * factor[None, :] - most[None, :])
-        total = total * decay[None, :] + folded(p)
-        if T.tracked:
-            kept = (score_tile + tile).to(tl.int64)
-            in_group = g < tl.where(keeps_scores, G, 0)
-            at = probs_ptr + kept * (TILE * G) + tl.arange(0, TILE)[:, None] * G + g[None, :]
-            tl.store(at, p.to(probs_ptr.dtype.element_ty), mask=in_group[None, :])
-            tl.store(most_ptr + kept * G + g, most, mask=in_group)
-        sums, offsets = tile_values(sums, offsets, decay, p, page_ptr, index, V, DTYPE, V_DOT, FAST)
-
-    total_p = tl.sum(total, 0)
-    at = (item * G + g).to(tl.int64)
-    tl.store(lse_ptr + at, most + tl.log2(total_p), mask=g < G)
-    inside = tl.arange(0, V.padded_words) < V.width // V.word
-    for part in tl.static_range(PARTS):
-        element = part_elements(part, V)
-        out = sums[part] * (1.0 / (V.boost * V.unit))
-        if V.bits < 16:
-            if V.split == 1:
-                out += tl.sum(offsets[part // V.word * V.groups // V.planes], 0)[None, :]
-            else:
-                for u in tl.static_range(SPLITS):
-                    in_split = element // V.group_dim % V.split == u
-                    offset = tl.sum(offsets[part // V.word * V.split + u], 0)
-                    out += tl.where(in_split[:, None], offset[None, :], 0.0)
-        out_ptr = partial_ptr + at[None, :] * V.head_dim + element[:, None]
-        tl.store(out_ptr, out / total_p[None, :], mask=(g < G)[None, :] & inside[:, None])
-
-
-@triton.jit(do_not_specialize=["score_tiles"])
+@triton.jit(do_not_specialize=["score_tiles", "layer", "room"])
 def _attend_kernel(
+    slots_ptr,  # [R]
+    chains_ptr,  # [S, CHAIN_WIDTH]
+    directory_ptr,  # [S, L, H, W]
+    num_tokens_ptr,  # [S, L, H, 2]
+    centres_ptr,  # [S, L, H, D or 0] bf16
     q_ptr,  # [R, H * G, D]
     pages_ptr,  # [num_pages, PAGE]
     leaves_ptr,  # [num_leaves, E]
     items_ptr,  # [., ITEM_FIELDS]
-    num_items_ptr,  # [2] items, next one to take
+    num_items_ptr,  # [3] items of open rows, next one to take, items of closed rows
     partial_ptr,  # [items, G, D] f32, out
     lse_ptr,  # [items, G] f32, out, to base 2
     probs_ptr,  # [score_tiles, TILE, G] out
     most_ptr,  # [score_tiles, G] f32, out
     scale,
     score_tiles,
+    layer,
+    room,  # the first item of closed rows
+    L: tl.constexpr,
+    H: tl.constexpr,
+    TABLE: tl.constexpr,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     TIERS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    CHAINED: tl.constexpr,
     RAW_DOT: tl.constexpr,
     CODE_DOT: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Programs take items from the work list until none is left; who takes one changes no result."""
-    HIGH: tl.constexpr = TIERS[0]
-    LOW: tl.constexpr = TIERS[len(TIERS) - 1]
-    num_items = tl.load(num_items_ptr)
-    item = tl.program_id(0)
-    while item < num_items:
+    """Programs take items from the work list until none is left; who takes one changes no result.
+
+    Closed rows come first: their chunks are larger.
+    """
+    num_closed = 0
+    if CHAINED:
+        num_closed = tl.load(num_items_ptr + 2)
+    num_items = tl.load(num_items_ptr) + num_closed
+    number = tl.program_id(0)
+    while number < num_items:
         following = tl.atomic_add(num_items_ptr + 1, 1)  # early, so that nothing waits for it
-        row, tier, entry, num_tokens, score_tile = item_of(items_ptr, item)
+        item = number
+        if CHAINED:
+            item = tl.where(number < num_closed, room + number, number - num_closed)
+        row, tier, where, count, score_tile = item_of(items_ptr, item)
         if tier == 0:
-            _attend_item(
-                item, row, entry, num_tokens, score_tile,
+            attend_item(
+                item, row, where, count, score_tile, slots_ptr, chains_ptr, directory_ptr,
+                num_tokens_ptr, centres_ptr, items_ptr,
                 q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
-                score_tiles, HIGH, G, GROUP, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,
+                score_tiles, layer, 0, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
+                CHAINED, RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
         elif len(TIERS) > 1:
-            _attend_item(
-                item, row, entry, num_tokens, score_tile,
+            attend_item(
+                item, row, where, count, score_tile, slots_ptr, chains_ptr, directory_ptr,
+                num_tokens_ptr, centres_ptr, items_ptr,
                 q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
-                score_tiles, LOW, G, GROUP, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,
+                score_tiles, layer, 1, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
+                CHAINED, RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
-        item = following
+        number = following
 
 
-def _score_tiles(state: PoolState, work: Workspace, tile: int, tile_bytes: int) -> tuple[int, bool]:
-    """Tiles of one layer whose probabilities are kept, and whether that is all that it can have.
+def _score_tiles(
+    state: PoolState, work: Workspace, rows: int, tile: int, tile_bytes: int
+) -> tuple[int, bool]:
+    """Tiles of one layer whose probabilities are kept, and whether that is all that rows can have.
 
     Every chunk of a tier with sums has tiles of its own, and a head's last one as many as a full one.
     """
@@ -175,8 +122,7 @@ def _score_tiles(state: PoolState, work: Workspace, tile: int, tile_bytes: int) 
     most_per_page = max(tracked)
     most_pages = most_chunk_pages(state.layout, _table(state), work.tuning.chunk_tokens)
     chunk_tiles = triton.cdiv(most_pages * most_per_page, tile)
-    rows = work.num_slots * state.num_kv_heads
-    full = triton.cdiv(_most_pages(state, work) * most_per_page, tile)
+    full = triton.cdiv(_most_pages(state, rows) * most_per_page, tile)
     every = full + rows * (most_chunks(_table(state)) + len(tracked) * chunk_tiles)
     tiles = work.tuning.score_tiles
     if tiles is None:
@@ -189,8 +135,8 @@ def _table(state: PoolState) -> tuple[int, int]:
     return state.directory_width, state.leaf_entries
 
 
-def _most_pages(state: PoolState, work: Workspace) -> int:
-    return min(work.num_slots * state.num_kv_heads * state.max_pages, state.num_pages)
+def _most_pages(state: PoolState, rows: int) -> int:
+    return min(rows * state.max_pages, state.num_pages)
 
 
 def _check(
@@ -215,29 +161,34 @@ def _check(
 
 def _item_buffers(
     state: PoolState, work: Workspace, rows: int, group: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Items of work, those of each row and their number; partial outputs and log-sum-exps of items."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """Items of work, those of each row and their number; partial outputs and log-sum-exps of items.
+
+    The last is the number of items that there is room for before those of closed rows. Of these there
+    are as many in all as every request can have: they may be shared, so pages are no bound.
+    """
     f32, i32 = torch.float32, torch.int32
-    real_rows = work.num_slots * state.num_kv_heads
-    pages = _most_pages(state, work)
-    num = most_items(state.layout, real_rows, pages, _table(state), work.tuning.chunk_tokens)
+    pages = _most_pages(state, rows)
+    room = most_items(state.layout, rows, pages, _table(state), work.tuning.chunk_tokens)
+    num = room + rows * most_closed_chunks(state.layout, state.chain_width)
     return (
         work.buffer("items", i32, num, ITEM_FIELDS),
-        work.buffer("row_items", i32, rows, 2, least=2 * real_rows),
-        work.buffer("num_items", i32, 2),
+        work.buffer("row_items", i32, rows, ROW_FIELDS),
+        work.buffer("num_items", i32, 3),
         work.buffer("partial", f32, num, group, state.layout.head_dim),
         work.buffer("lse", f32, num, group),
+        room,
     )
 
 
 def _score_buffers(
-    state: PoolState, work: Workspace, group: int, tile: int
+    state: PoolState, work: Workspace, rows: int, group: int, tile: int
 ) -> tuple[Tensor, Tensor, bool]:
     """Probabilities and maxima of the tiles that are kept, and whether those are all."""
     f32 = torch.float32
     dtype = f32 if state.dtype is f32 else torch.float16
     tile_bytes = group * (tile * dtype.itemsize + f32.itemsize)
-    num, keeps_all = _score_tiles(state, work, tile, tile_bytes)
+    num, keeps_all = _score_tiles(state, work, rows, tile, tile_bytes)
     probs = work.buffer("probs", dtype, num, tile, group)
     return probs, work.buffer("most", f32, num, group), keeps_all
 
@@ -260,17 +211,19 @@ def attend(
     tuning, heads = work.tuning, state.num_kv_heads
     group, rows = num_q_heads // heads, num_requests * heads
     tile = tuning.tile or tile_tokens(state.layout)
-    items, row_items, num_items, partial, lse = _item_buffers(state, work, rows, group)
-    probs, most, keeps_all = _score_buffers(state, work, group, tile)
+    most_rows = work.num_requests(num_requests) * heads
+    items, row_items, num_items, partial, lse, room = _item_buffers(state, work, most_rows, group)
+    probs, most, keeps_all = _score_buffers(state, work, most_rows, group, tile)
     score_tiles = len(most)
 
-    chunks = most_chunks(_table(state))
-    programs = min(rows * chunks, work.multiprocessors * tuning.programs)
+    chunks, closed = most_chunks(_table(state)), most_closed_chunks(state.layout, state.chain_width)
+    programs = min(rows * (chunks + closed), work.multiprocessors * tuning.programs)
     tiles = {"TIERS": work.tiers, "TILE": tile}
+    tables = {"L": state.num_layers, "H": heads, "TABLE": work.table, "TOKENS": tuning.chunk_tokens}
     list_kernel[(triton.cdiv(rows, LIST_ROWS),)](
-        slots, state.directory, state.num_tokens, items, row_items, num_items, layer, rows, programs,
-        L=state.num_layers, H=heads, TABLE=work.table, TOKENS=tuning.chunk_tokens, MAX=chunks,
-        ROWS=LIST_ROWS, COUNT=LIST_COUNT, num_warps=4, **tiles,
+        slots, state.chain_lens, state.directory, state.num_tokens, items, row_items, num_items, layer,
+        rows, programs, room, MAX=chunks, CHAIN_WIDTH=state.chain_width, CLOSED=closed,
+        ROWS=LIST_ROWS, COUNT=LIST_COUNT, num_warps=4, **tiles, **tables,
     )  # fmt: skip
     dtype = DTYPES[state.dtype]
     # The interpreter has no products of bfloat16
@@ -280,24 +233,28 @@ def attend(
         "G": group, "GROUP": max(MIN_COLUMNS, triton.next_power_of_2(group)),
         "PAGE": state.layout.page_bytes, **tiles,
     }  # fmt: skip
-    products = {"RAW_DOT": raw_dot, "CODE_DOT": code_dot, "FAST": tuning.fast}
+    centred = {"CENTRED": state.centre_dim > 0}
+    products = {"RAW_DOT": raw_dot, "CODE_DOT": code_dot, "FAST": tuning.fast, **centred}
     _attend_kernel[(programs,)](
+        slots, state.chains, state.directory, state.num_tokens, state.centres,
         query, state.pages, state.leaves, items, num_items, partial, lse, probs, most,
-        scale * LOG2_E, score_tiles,
+        scale * LOG2_E, score_tiles, layer, room, CHAINED=state.chain_width > 0,
         num_warps=tuning.num_warps, num_stages=tuning.num_stages,
-        maxnreg=tuning.max_registers, **shared, **products,
+        maxnreg=tuning.max_registers, **shared, **products, **tables,
     )  # fmt: skip
     finishers = min(rows * chunks, work.multiprocessors * FINISH_PROGRAMS)
     if not any(tier.tracked for tier in state.layout.tiers):
         finishers = 0
+    most_merged = triton.next_power_of_2(chunks + closed)
     finish_kernel[(rows * group + finishers,)](
         output, state.pages, state.leaves, items, num_items, row_items, partial, lse, probs, most,
         score_tiles, rows * group,
-        D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), MAX=chunks,
+        D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), MAX=most_merged,
         num_warps=2, num_stages=2, **shared,
     )  # fmt: skip
     if not keeps_all:
         recompute_kernel[(programs,)](
-            query, state.pages, state.leaves, items, num_items, row_items, lse, scale * LOG2_E,
-            score_tiles, MAX=chunks, num_warps=1, num_stages=2, **shared, **products,
+            slots, state.centres, query, state.pages, state.leaves, items, num_items, row_items, lse,
+            scale * LOG2_E, score_tiles, layer, L=state.num_layers, H=heads, MAX=most_merged,
+            num_warps=1, num_stages=2, **shared, **products,
         )  # fmt: skip

@@ -18,6 +18,7 @@ __all__ = [
     "rounded",
     "store_vectors",
     "sum_pointers",
+    "write_side",
 ]
 
 _MAX = tl.constexpr(FLOAT16_MAX)
@@ -135,3 +136,28 @@ def store_vectors(x, code_ptr, meta_ptr, mask, S: tl.constexpr, DTYPE: tl.conste
             packed.to(tl.uint8),
             mask=mask[:, None] & (column < S.width),
         )
+
+
+@triton.jit
+def write_side(
+    x_ptr,
+    centre_ptr,
+    page_ptr,
+    index,
+    mask,
+    S: tl.constexpr,
+    DTYPE: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    """Quantise vectors at `x_ptr` into tokens `index` of pages: less their centres, where CENTRED.
+
+    All [T].
+    """
+    element, exists = plane_elements(S)
+    mask_of = mask[:, None, None] & exists
+    x = tl.load(x_ptr[:, None, None] + element, mask=mask_of, other=0.0)
+    if CENTRED:
+        centre = tl.load(centre_ptr[:, None, None] + element, mask=mask_of, other=0.0)
+        x = x.to(tl.float32) - centre.to(tl.float32)
+    code_ptr = code_pointers(page_ptr, index, S)
+    store_vectors(x, code_ptr, meta_pointers(page_ptr, index, S), mask, S, DTYPE)

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from diffkv.kernels.triton.codes import rounded, sum_pointers
-from diffkv.kernels.triton.tile import load_query, tile_places, tile_scores
-from diffkv.kernels.triton.worklist import has_sums, item_of
+from diffkv.kernels.triton.tile import centre_shift, load_query, tile_places, tile_scores
+from diffkv.kernels.triton.worklist import has_sums, item_of, item_of_row, num_items_of
 
 __all__ = ["finish_kernel", "recompute_kernel"]
 
@@ -21,18 +21,17 @@ def _merge(
 ):  # fmt: skip
     """Merge one query head's chunks by their log-sum-exp; 0 if there are none."""
     row = head // G
-    first = tl.load(row_items_ptr + row * 2)
-    count = tl.load(row_items_ptr + row * 2 + 1)
+    count = num_items_of(row_items_ptr, row)
     each = tl.arange(0, MAX)
     d = tl.arange(0, D_PADDED)
-    at = (first + each).to(tl.int64) * G + head % G
+    at = item_of_row(row_items_ptr, row, each).to(tl.int64) * G + head % G
     lse = tl.load(lse_ptr + at, mask=each < count, other=float("-inf"))
     most = tl.maximum(tl.max(lse, 0), -1.0e30)
     total = tl.maximum(tl.sum(tl.exp2(lse - most), 0), 1.0e-30)
     out = tl.zeros([D_PADDED], tl.float32)
     for start in range(0, count, MERGED):
         chunk = start + tl.arange(0, MERGED)
-        chunk_at = (first + chunk).to(tl.int64) * G + head % G
+        chunk_at = item_of_row(row_items_ptr, row, chunk).to(tl.int64) * G + head % G
         chunk_lse = tl.load(lse_ptr + chunk_at, mask=chunk < count, other=float("-inf"))
         weight = tl.exp2(chunk_lse - most) / total
         mask = (chunk < count)[:, None] & (d < D)[None, :]
@@ -45,12 +44,11 @@ def _merge(
 
 @triton.jit
 def _row_lse(lse_ptr, row_items_ptr, row, G: tl.constexpr, GROUP: tl.constexpr, MAX: tl.constexpr):
-    """[GROUP] log-sum-exp of a row over all its chunks; infinity where there is no head."""
-    first = tl.load(row_items_ptr + row * 2)
-    count = tl.load(row_items_ptr + row * 2 + 1)
+    """[GROUP] log-sum-exp of a head over all its chunks; infinity where there is no head."""
+    count = num_items_of(row_items_ptr, row)
     each = tl.arange(0, MAX)[:, None]
     g = tl.arange(0, GROUP)[None, :]
-    at = (first + each).to(tl.int64) * G + g
+    at = item_of_row(row_items_ptr, row, each).to(tl.int64) * G + g
     lse = tl.load(lse_ptr + at, mask=(each < count) & (g < G), other=float("-inf"))
     most = tl.maximum(tl.max(lse, 0), -1.0e30)
     total = most + tl.log2(tl.sum(tl.exp2(lse - most[None, :]), 0))
@@ -87,10 +85,10 @@ def _add_kept(
 
 @triton.jit
 def _add_recomputed(
-    row, num_tokens, lse, q_ptr, pages_ptr, entry_ptr, scale,
-    T: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
-    PAGE: tl.constexpr, TILE: tl.constexpr, RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr,
-    FAST: tl.constexpr,
+    row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr, entry_ptr, scale, layer,
+    T: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, CENTRED: tl.constexpr, RAW_DOT: tl.constexpr,
+    CODE_DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Like `_add_kept`, from keys."""
     K: tl.constexpr = T.k
@@ -98,6 +96,9 @@ def _add_recomputed(
     DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
     head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
     operands, totals, factor = load_query(head_ptr, G, GROUP, K, DOT)
+    if CENTRED:
+        slot = tl.load(slots_ptr + row // H)
+        lse -= centre_shift(head_ptr, centres_ptr, slot, layer, row % H, scale, L, H, G, GROUP, K)
     for tile in range(0, tl.cdiv(num_tokens, TILE)):
         page_ptr, index, valid = tile_places(pages_ptr, entry_ptr, tile, num_tokens, T, TILE, PAGE)
         scores = tile_scores(operands, totals, page_ptr, index, valid, K, GROUP, DTYPE, DOT, FAST)
@@ -111,8 +112,8 @@ def finish_kernel(
     pages_ptr,  # [num_pages, PAGE], its sums change
     leaves_ptr,  # [num_leaves, E]
     items_ptr,  # [., ITEM_FIELDS]
-    num_items_ptr,  # [2]
-    row_items_ptr,  # [R * H, 2]
+    num_items_ptr,  # [3]
+    row_items_ptr,  # [R * H, ROW_FIELDS]
     partial_ptr,  # [items, G, D] f32
     lse_ptr,  # [items, G] f32, to base 2
     probs_ptr,  # [score_tiles, TILE, G]
@@ -128,7 +129,7 @@ def finish_kernel(
     TIERS: tl.constexpr,
     MAX: tl.constexpr,
 ):
-    """The first programs merge a query head each, the others go through the work list again."""
+    """The first programs merge a query head each, the others go through open rows' items again."""
     HIGH: tl.constexpr = TIERS[0]
     LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     pid = tl.program_id(0)
@@ -153,23 +154,29 @@ def finish_kernel(
                     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["score_tiles"])
+@triton.jit(do_not_specialize=["score_tiles", "layer"])
 def recompute_kernel(
+    slots_ptr,  # [R]
+    centres_ptr,  # [S, L, H, D or 0] bf16
     q_ptr,  # [R, H * G, D]
     pages_ptr,  # [num_pages, PAGE], its sums change
     leaves_ptr,  # [num_leaves, E]
     items_ptr,  # [., ITEM_FIELDS]
-    num_items_ptr,  # [2]
-    row_items_ptr,  # [R * H, 2]
+    num_items_ptr,  # [3]
+    row_items_ptr,  # [R * H, ROW_FIELDS]
     lse_ptr,  # [items, G] f32, to base 2
     scale,
     score_tiles,
+    layer,
+    L: tl.constexpr,
+    H: tl.constexpr,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     TIERS: tl.constexpr,
     MAX: tl.constexpr,
+    CENTRED: tl.constexpr,
     RAW_DOT: tl.constexpr,
     CODE_DOT: tl.constexpr,
     FAST: tl.constexpr,
@@ -185,11 +192,13 @@ def recompute_kernel(
             lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP, MAX)
             if tier == 0:
                 _add_recomputed(
-                    row, num_tokens, lse, q_ptr, pages_ptr, leaves_ptr + entry, scale,
-                    HIGH, G, GROUP, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,
+                    row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr,
+                    leaves_ptr + entry, scale, layer,
+                    HIGH, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip
             elif len(TIERS) > 1 and LOW.tracked:
                 _add_recomputed(
-                    row, num_tokens, lse, q_ptr, pages_ptr, leaves_ptr + entry, scale,
-                    LOW, G, GROUP, PAGE, TILE, RAW_DOT, CODE_DOT, FAST,
+                    row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr,
+                    leaves_ptr + entry, scale, layer,
+                    LOW, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip

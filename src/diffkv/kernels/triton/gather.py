@@ -1,27 +1,29 @@
-"""Read the tokens of a request back from pages."""
+"""Read the tokens of rows back from pages."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.check import check_index
+from diffkv.kernels.check import check_index, check_read
 from diffkv.kernels.triton.codes import (
     code_pointers,
     load_elements,
     meta_pointers,
-    position_pointers,
     rounded,
 )
 from diffkv.kernels.triton.constants import tile_vectors
-from diffkv.kernels.triton.table import page_where, table_of
+from diffkv.kernels.triton.table import centre_of, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.policy import DROPPED
 from diffkv.state import PoolState
 
 __all__ = ["gather"]
 
+START_BLOCK = 64
+"""Rows that a program looks through at a time for those of its places."""
+
 _DROPPED = tl.constexpr(DROPPED)
+_NEVER = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -56,32 +58,22 @@ def _read_side(
     return _load_side(x, page_ptr, index, element, mask, S, DTYPE)
 
 
-@triton.jit
-def _read_positions(
-    position, number, mask, pages_ptr, table,
-    TIER: tl.constexpr, TIERS: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """Position [B], with those of tokens `number` of a tier where the mask says, if it is tracked."""
-    T: tl.constexpr = TIERS[TIER]
-    if T.tracked:
-        page_ptr, index = _places(number, mask, pages_ptr, table, TIER, T, TABLE, PAGE)
-        at = position_pointers(page_ptr, index, T)
-        position = tl.where(mask, tl.load(at, mask=mask, other=-1), position)
-    return position
-
-
-@triton.jit(do_not_specialize=["slot", "layer", "N"])
+@triton.jit(do_not_specialize=["layer", "C", "N"])
 def _gather_kernel(
+    slots_ptr,  # [C]
+    starts_ptr,  # [C]
     pages_ptr,  # [num_pages, PAGE]
     leaves_ptr,  # [num_leaves, E]
     directory_ptr,  # [S, L, H, W]
     num_tokens_ptr,  # [S, L, H, 2]
-    key_ptr,  # [H, N, D], out
-    value_ptr,  # [H, N, D], out
-    positions_ptr,  # [H, N], out
+    centres_ptr,  # [S, L, H, D or 0] bf16
+    key_ptr,  # [N, H, D], out
+    value_ptr,  # [N, H, D], out
     tiers_ptr,  # [H, N] i8, out
-    slot,
+    key_stride,
+    value_stride,
     layer,
+    C,
     N,
     L: tl.constexpr,
     H: tl.constexpr,
@@ -90,71 +82,80 @@ def _gather_kernel(
     D_PADDED: tl.constexpr,
     PAGE: tl.constexpr,
     TIERS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    STARTS: tl.constexpr,
     B: tl.constexpr,
 ):
-    """One program per B tokens of a head: high ones, then low ones, then none."""
+    """One program per B places of a head: of each row high tokens, then low ones, then none."""
     NUM_TIERS: tl.constexpr = len(TIERS)
     DTYPE: tl.constexpr = key_ptr.dtype.element_ty
-    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    place = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     head = tl.program_id(1).to(tl.int64)
-    exists = i < N
-    row = (slot.to(tl.int64) * L + layer) * H + head
-    high = tl.load(num_tokens_ptr + row * 2)
+    begun = tl.zeros([B], tl.int32)
+    for first in range(0, C, STARTS):
+        each = first + tl.arange(0, STARTS)
+        start = tl.load(starts_ptr + each, mask=each < C, other=_NEVER)
+        begun += tl.sum((start[None, :] <= place[:, None]).to(tl.int32), 1)
+    exists = (place < N) & (begun > 0)
+    i = place - tl.load(starts_ptr + begun - 1, mask=exists, other=0)
+    slot = tl.load(slots_ptr + begun - 1, mask=exists, other=0).to(tl.int64)
+    row = (slot * L + layer) * H + head
+    high = tl.load(num_tokens_ptr + row * 2, mask=exists, other=0)
     kept = high
-    tier = tl.where(i < high, 0, _DROPPED)
     if NUM_TIERS > 1:
-        kept = high + tl.load(num_tokens_ptr + row * 2 + 1)
-        tier = tl.where((i >= high) & (i < kept), 1, tier)
+        kept = high + tl.load(num_tokens_ptr + row * 2 + 1, mask=exists, other=0)
+    tier = tl.where(i < high, 0, tl.where(i < kept, 1, _DROPPED))
     tier = tl.where(exists, tier, _DROPPED)
     number = tl.where(tier == 1, i - high, i)
     table = table_of(leaves_ptr, directory_ptr, row, TABLE)
-    out = head * N + i
     element = tl.arange(0, D_PADDED)[None, :]
-    at = out[:, None] * D + element
+    at = head * D + element
     in_vector = exists[:, None] & (element < D)
     key = tl.zeros([B, D_PADDED], tl.float32)
     value = tl.zeros([B, D_PADDED], tl.float32)
-    position = tl.full([B], -1, tl.int32)
     # One side after the other: both at once do not fit registers
     for t in tl.static_range(NUM_TIERS):
         key = _read_side(
             key, number, tier == t, element, pages_ptr, table, True, t, TIERS, TABLE, PAGE, DTYPE
         )
-    tl.store(key_ptr + at, rounded(key, DTYPE), mask=in_vector)
+    if CENTRED:
+        centre_at = centre_of(centres_ptr, slot, layer, head, L, H, TIERS[0].k)
+        is_kept = in_vector & (tier != _DROPPED)[:, None]
+        key += tl.load(centre_at[:, None] + element, mask=is_kept, other=0.0).to(tl.float32)
+    tl.store(key_ptr + (place * key_stride)[:, None] + at, rounded(key, DTYPE), mask=in_vector)
     for t in tl.static_range(NUM_TIERS):
         value = _read_side(
             value, number, tier == t, element, pages_ptr, table, False, t, TIERS, TABLE, PAGE, DTYPE
         )
-    tl.store(value_ptr + at, rounded(value, DTYPE), mask=in_vector)
-    for t in tl.static_range(NUM_TIERS):
-        position = _read_positions(
-            position, number, tier == t, pages_ptr, table, t, TIERS, TABLE, PAGE
-        )
-    tl.store(positions_ptr + out, position, mask=exists)
-    tl.store(tiers_ptr + out, tier.to(tl.int8), mask=exists)
+    tl.store(
+        value_ptr + (place * value_stride)[:, None] + at, rounded(value, DTYPE), mask=in_vector
+    )
+    tl.store(tiers_ptr + head * N + place, tier.to(tl.int8), mask=exists)
 
 
 def gather(
-    state: PoolState, layer: int, slot: int, max_tokens: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Same contract as `reference.gather`."""
+    state: PoolState,
+    layer: int,
+    slots: Tensor,
+    starts: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiers: Tensor,
+) -> None:
+    """Same contract as `reference.gather`. One launch; rows of key and value may be apart."""
     work = workspace(state)
+    heads, head_dim = state.num_kv_heads, state.layout.head_dim
+    num, num_rows = len(key), slots.numel()
     check_index("layer", layer, state.num_layers)
-    check_index("slot", slot, state.num_slots)
-    if max_tokens < 0:
-        raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
-    shape, head_dim = (state.num_kv_heads, max_tokens), state.layout.head_dim
-    key = torch.empty(*shape, head_dim, dtype=state.dtype, device=work.device)
-    value = torch.empty(*shape, head_dim, dtype=state.dtype, device=work.device)
-    positions = torch.empty(shape, dtype=torch.int32, device=work.device)
-    tiers = torch.empty(shape, dtype=torch.int8, device=work.device)
+    key_stride, value_stride = check_read(state, slots, starts, key, value, tiers, work.device)
+    if not num or not num_rows:
+        return
     block = tile_vectors(head_dim)
-    if max_tokens:
-        _gather_kernel[(triton.cdiv(max_tokens, block), state.num_kv_heads)](
-            state.pages, state.leaves, state.directory, state.num_tokens, key, value, positions, tiers,
-            slot, layer, max_tokens,
-            L=state.num_layers, H=state.num_kv_heads, TABLE=work.table,
-            D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
-            PAGE=state.layout.page_bytes, TIERS=work.tiers, B=block, enable_fp_fusion=False,
-        )  # fmt: skip
-    return key, value, positions, tiers
+    _gather_kernel[(triton.cdiv(num, block), heads)](
+        slots, starts, state.pages, state.leaves, state.directory, state.num_tokens, state.centres,
+        key, value, tiers, key_stride, value_stride, layer, num_rows, num,
+        L=state.num_layers, H=heads, TABLE=work.table,
+        D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
+        PAGE=state.layout.page_bytes, TIERS=work.tiers, CENTRED=state.centre_dim > 0,
+        STARTS=START_BLOCK, B=block, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -302,11 +302,13 @@ def plan_decode(state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan
     num_requests, layers, heads = slots.numel(), state.num_layers, state.num_kv_heads
     check_tensor("slots", slots, work.device, torch.int32, num_requests)
     check_tensor("seq_lens", seq_lens, work.device, torch.int32, num_requests)
-    num, most = num_requests * layers * heads, work.num_slots * layers * heads
+    num, most = num_requests * layers * heads, work.num_requests(num_requests)
     i32 = torch.int32
-    places = work.buffer("plan_places", i32, num_requests, layers, heads, 4, least=4 * most)
-    positions = work.buffer("plan_positions", i32, num_requests, least=work.num_slots)
-    wants = work.buffer("plan_wants", torch.int8, num, least=most)
+    places = work.buffer(
+        "plan_places", i32, num_requests, layers, heads, 4, least=4 * most * layers * heads
+    )
+    positions = work.buffer("plan_positions", i32, num_requests, least=most)
+    wants = work.buffer("plan_wants", torch.int8, num, least=most * layers * heads)
     total = work.buffer("plan_total", i32, 2)
     plan = DecodePlan(slots, positions, places)
     if not num_requests:

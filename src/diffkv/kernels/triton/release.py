@@ -121,7 +121,7 @@ def release(state: PoolState, slots: Tensor, layer: int) -> None:
     if not num_requests:
         return
     first_layer, num_layers = (layer, 1) if layer >= 0 else (0, state.num_layers)
-    most = work.num_slots * state.num_layers
+    most = work.num_requests(num_requests) * state.num_layers
     rows = (2, num_requests, num_layers)
     totals = work.buffer("release_totals", torch.int32, *rows, least=2 * most)
     before = work.buffer("release_before", torch.int32, *rows, heads, 2, least=4 * most * heads)

@@ -7,16 +7,13 @@ from torch import Tensor
 
 from diffkv.kernels.check import check_index, check_tokens
 from diffkv.kernels.triton.codes import (
-    code_pointers,
-    meta_pointers,
-    plane_elements,
     position_pointers,
-    store_vectors,
     sum_pointers,
+    write_side,
 )
 from diffkv.kernels.triton.constants import tile_vectors
 from diffkv.kernels.triton.ring import scan_kernel
-from diffkv.kernels.triton.table import enter_page, num_leaves, page_where, table_of
+from diffkv.kernels.triton.table import centre_of, enter_page, num_leaves, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.policy import DROPPED
 from diffkv.state import PoolState, PromptTokens
@@ -144,19 +141,10 @@ def _enter_kernel(
 
 
 @triton.jit
-def _write_side(x_ptr, page_ptr, index, mask, S: tl.constexpr):
-    """Quantise vectors at `x_ptr` [T] into tokens `index` [T] of pages `page_ptr` [T]."""
-    element, exists = plane_elements(S)
-    x = tl.load(x_ptr[:, None, None] + element, mask=mask[:, None, None] & exists, other=0.0)
-    code_ptr = code_pointers(page_ptr, index, S)
-    meta_ptr = meta_pointers(page_ptr, index, S)
-    store_vectors(x, code_ptr, meta_ptr, mask, S, x_ptr.dtype.element_ty)
-
-
-@triton.jit
 def _write_tier(
-    key_ptr, value_ptr, score, position, number, table, pages_ptr, mask,
+    key_ptr, value_ptr, centre_ptr, score, position, number, table, pages_ptr, mask,
     TIER: tl.constexpr, TIERS: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
+    CENTRED: tl.constexpr,
 ):  # fmt: skip
     """Write tokens [T] of one head as tokens `number` of a tier."""
     T: tl.constexpr = TIERS[TIER]
@@ -165,8 +153,9 @@ def _write_tier(
     page = page_where(table, number // T.tokens, mask, TIER, TABLE).to(tl.int64)
     page_ptr = pages_ptr + page * PAGE
     index = number % T.tokens
-    _write_side(key_ptr, page_ptr, index, mask, K)
-    _write_side(value_ptr, page_ptr, index, mask, V)
+    DTYPE: tl.constexpr = key_ptr.dtype.element_ty
+    write_side(key_ptr, centre_ptr, page_ptr, index, mask, K, DTYPE, CENTRED)
+    write_side(value_ptr, centre_ptr, page_ptr, index, mask, V, DTYPE, False)
     if T.tracked:
         tl.store(sum_pointers(page_ptr, index, T), score, mask=mask)
         tl.store(position_pointers(page_ptr, index, T), position, mask=mask)
@@ -175,6 +164,7 @@ def _write_tier(
 @triton.jit(do_not_specialize=["layer", "N"])
 def _write_kernel(
     slots_ptr,  # [R]
+    centres_ptr,  # [S, L, H, D or 0] bf16
     first_ptr,  # [2, R, H, 2] i64
     token_ptr,  # [H, N]
     request_ptr,  # [N]
@@ -196,6 +186,7 @@ def _write_kernel(
     D: tl.constexpr,
     PAGE: tl.constexpr,
     TIERS: tl.constexpr,
+    CENTRED: tl.constexpr,
     B: tl.constexpr,
 ):
     """Quantise and write. One program per B tokens of a head."""
@@ -209,6 +200,7 @@ def _write_kernel(
     tier_of = tl.load(tiers_ptr + head * N + i, mask=kept, other=_DROPPED)
     slot = tl.load(slots_ptr + r, mask=kept, other=0).to(tl.int64)
     table = table_of(leaves_ptr, directory_ptr, (slot * L + layer) * H + head, TABLE)
+    centre_at = centre_of(centres_ptr, slot, layer, head, L, H, TIERS[0].k)
     score = tl.load(sums_ptr + head * N + i, mask=kept, other=0.0)
     position = tl.load(positions_ptr + i, mask=kept, other=0)
     for t in tl.static_range(NUM_TIERS):
@@ -219,6 +211,7 @@ def _write_kernel(
             _write_tier(
                 key_at,
                 value_at,
+                centre_at,
                 score,
                 position,
                 number,
@@ -229,6 +222,7 @@ def _write_kernel(
                 TIERS,
                 TABLE,
                 PAGE,
+                CENTRED,
             )
 
 
@@ -268,8 +262,9 @@ def store_prompt(
     )  # fmt: skip
     block = tile_vectors(head_dim)
     _write_kernel[(triton.cdiv(num, block), heads)](
-        tokens.slots, first, token, request, tokens.key, tokens.value, tokens.positions, tiers, sums,
-        state.pages, state.leaves, state.directory, key_stride, value_stride, layer, num,
-        D=head_dim, PAGE=state.layout.page_bytes, TIERS=work.tiers, B=block,
-        enable_fp_fusion=False, **tables,
+        tokens.slots, state.centres, first, token, request, tokens.key, tokens.value,
+        tokens.positions, tiers, sums, state.pages, state.leaves, state.directory, key_stride,
+        value_stride, layer, num,
+        D=head_dim, PAGE=state.layout.page_bytes, TIERS=work.tiers, CENTRED=state.centre_dim > 0,
+        B=block, enable_fp_fusion=False, **tables,
     )  # fmt: skip

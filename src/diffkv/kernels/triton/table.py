@@ -1,4 +1,4 @@
-"""Device functions for page tables: where a head's pages are named (`state.PoolState`).
+"""Device functions for tables of rows: a head's centre, and where its pages are named (`PoolState`).
 
 A head's table is a pair of pointers: to all leaves, and to its row of the directory. `TABLE` is a
 `constants.Table`.
@@ -7,7 +7,21 @@ A head's table is a pair of pointers: to all leaves, and to its row of the direc
 import triton
 import triton.language as tl
 
-__all__ = ["enter_page", "leaf_column", "num_leaves", "page_where", "table_of"]
+__all__ = [
+    "centre_of",
+    "enter_page",
+    "leaf_column",
+    "leaf_entry",
+    "num_leaves",
+    "page_where",
+    "table_of",
+]
+
+
+@triton.jit
+def centre_of(centres_ptr, slot, layer, head, L: tl.constexpr, H: tl.constexpr, S: tl.constexpr):
+    """Where the centre of a head's keys is, or those of some; S is a side of keys."""
+    return centres_ptr + ((slot.to(tl.int64) * L + layer) * H + head) * S.head_dim
 
 
 @triton.jit
@@ -24,6 +38,14 @@ def leaf_column(leaf, TIER: tl.constexpr, TABLE: tl.constexpr):
     else:
         column = TABLE.width - 1 - leaf
     return column
+
+
+@triton.jit
+def leaf_entry(directory_ptr, row, number, TIER: tl.constexpr, TABLE: tl.constexpr):
+    """The entry of all leaves that names page `number` of a tier, of a row of the directory."""
+    column = leaf_column(number // TABLE.entries, TIER, TABLE)
+    leaf = tl.load(directory_ptr + row * TABLE.width + column)
+    return leaf * TABLE.entries + number % TABLE.entries
 
 
 @triton.jit

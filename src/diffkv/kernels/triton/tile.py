@@ -16,8 +16,11 @@ as 8: a group of 4 heads as rows would leave three quarters of every tile idle.
 import triton
 import triton.language as tl
 
+from diffkv.kernels.triton.table import centre_of
+
 __all__ = [
     "BIAS",
+    "centre_shift",
     "folded",
     "load_query",
     "part_elements",
@@ -27,6 +30,8 @@ __all__ = [
 ]
 
 BIAS = tl.constexpr(1024.0)
+CENTRE_BLOCK = tl.constexpr(32)
+"""Elements of a product with a centre at a time: what was accumulated stays in registers meanwhile."""
 
 
 @triton.jit
@@ -179,6 +184,32 @@ def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT
             operands = operands + (x,)
             totals = totals + (tl.sum(x.to(tl.float32), 0),)
     return operands, totals, factor
+
+
+@triton.jit
+def centre_shift(
+    q_ptr,
+    centres_ptr,
+    slot,
+    layer,
+    head,
+    scale,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    S: tl.constexpr,
+):
+    """[GROUP] what a row's centre adds to the scores, times scale, of the query heads at q_ptr."""
+    centre_ptr = centre_of(centres_ptr, slot, layer, head, L, H, S)
+    g = tl.arange(0, GROUP)[:, None]
+    product = tl.zeros([GROUP], tl.float32)
+    for start in tl.static_range(0, S.head_dim, CENTRE_BLOCK):
+        d = start + tl.arange(0, CENTRE_BLOCK)[None, :]
+        q = tl.load(q_ptr + g * S.head_dim + d, mask=(g < G) & (d < S.head_dim), other=0.0)
+        centre = tl.load(centre_ptr + d, mask=d < S.head_dim, other=0.0)
+        product += tl.sum(q.to(tl.float32) * centre.to(tl.float32), 1)
+    return product * scale
 
 
 @triton.jit

@@ -5,9 +5,14 @@ that results do not depend on which other requests are in a batch. It grows with
 number: a short head alone on a GPU takes the time of one chunk, and many long heads the time of all, to
 which each adds what it costs to begin one and to merge its result.
 
-It is a power of two and no larger than a leaf of a page table, so that the pages of a chunk are named
-side by side: looking for the leaf of every page in the loop over them, whose loads then depend on each
-other three deep, makes attention slower.
+A chunk of an open row is a power of two and no larger than a leaf of a page table, so that its pages are
+named side by side: looking for the leaf of every page in the loop over them, whose loads then depend on
+each other three deep, makes attention slower.
+
+Closed rows are many, and about as long as a segment. How their pages are divided follows from the length
+of the chain alone, so that the list is made without a look at them: a chunk is a part of one row, or all
+that several have in a tier, and who attends to it looks up its leaves one by one. There may be little in
+it, or nothing.
 """
 
 import math
@@ -22,12 +27,17 @@ __all__ = [
     "CHUNK_TOKENS",
     "ITEM_FIELDS",
     "MAX_CHUNKS",
+    "ROW_FIELDS",
+    "closed_row",
     "has_sums",
     "item_of",
+    "item_of_row",
     "list_kernel",
     "most_chunk_pages",
     "most_chunks",
+    "most_closed_chunks",
     "most_items",
+    "num_items_of",
 ]
 
 MAX_CHUNKS = 64
@@ -39,18 +49,36 @@ CHUNK_TOKENS = 192
 CHUNK_ROOT = 3
 """A chunk has at least so many times the root of its head's tokens."""
 
-ITEM_FIELDS = 4
+CHAIN_CHUNKS = 32
+"""Most chunks of a chain and tier: as many as one program can merge, and enough to fill a GPU."""
+
+SPLIT_CHAIN = 16
+"""Most closed rows of a chain each of which is split in two; one that is alone is split in four."""
+
+ITEM_FIELDS = 6
 """int32 fields of an item: row * 2 + tier, entry of the leaves with its first page, tokens, first tile
-whose probabilities are kept."""
+whose probabilities are kept. Of closed rows: row * 2 + tier, place of the first one in the chains, how
+many, -1; then which part of each, and of how many."""
+
+ROW_FIELDS = 4
+"""int32 fields of a row: first item of the open row, how many, first one of closed rows, how many."""
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
+_ROW_FIELDS = tl.constexpr(ROW_FIELDS)
+_CHAIN_CHUNKS = tl.constexpr(CHAIN_CHUNKS)
+_SPLIT_CHAIN = tl.constexpr(SPLIT_CHAIN)
 _ROOT = tl.constexpr(CHUNK_ROOT)
 _MOST = tl.constexpr(MAX_CHUNKS)
 
 
 def most_chunks(table: tuple[int, int]) -> int:
-    """Most chunks of a head, as a power of two; `table` is the width of the directory and E."""
+    """Most chunks of a head's open row, as a power of two; `table` is the directory's width and E."""
     return triton.next_power_of_2(max(MAX_CHUNKS, table[0] + 2))
+
+
+def most_closed_chunks(layout: PageLayout, chain_width: int) -> int:
+    """Most chunks of a head's closed rows: a power of two, or 0 where there are no chains."""
+    return CHAIN_CHUNKS * len(layout.tiers) if chain_width else 0
 
 
 def most_chunk_pages(layout: PageLayout, table: tuple[int, int], tokens: int = CHUNK_TOKENS) -> int:
@@ -74,7 +102,7 @@ def most_items(
     table: tuple[int, int],
     tokens: int = CHUNK_TOKENS,
 ) -> int:
-    """Chunks that rows can have together whose heads hold so many pages, however they share them.
+    """Chunks that open rows can have together whose heads hold so many pages, however they share them.
 
     Where a head's pages have room for n high tokens of h a page, its chunks are at most n / tokens + 2
     and at most sqrt(n) / r + 2 h / tokens + 2, r being CHUNK_ROOT (it may have 2 h tokens less than n).
@@ -128,17 +156,55 @@ def _chunk_tiles(chunk, T: tl.constexpr, TILE: tl.constexpr):
     return tiles
 
 
-@triton.jit(do_not_specialize=["layer", "R_H", "programs"])
+@triton.jit
+def _chain_chunks(length, TIERS: tl.constexpr):
+    """(chunks, rows of one, parts of a row) of chains of some lengths."""
+    rows = tl.maximum(tl.cdiv(length, _CHAIN_CHUNKS), 1)
+    parts = tl.where(length == 1, 4, tl.where(length <= _SPLIT_CHAIN, 2, 1))
+    return tl.cdiv(length, rows) * parts * len(TIERS), rows, parts
+
+
+@triton.jit
+def _list_chains(
+    items_ptr,
+    item,
+    row,
+    slot,
+    length,
+    TIERS: tl.constexpr,
+    CHAIN_WIDTH: tl.constexpr,
+    CLOSED: tl.constexpr,
+):
+    """List the chunks of the closed rows of some rows, from number `item` on."""
+    chunks, rows, parts = _chain_chunks(length, TIERS)
+    each = tl.arange(0, CLOSED)[None, :]
+    mask = each < chunks[:, None]
+    in_tier = (chunks // len(TIERS))[:, None]
+    is_low = each >= in_tier
+    number = each - tl.where(is_low, in_tier, 0)
+    first_row = number // parts[:, None] * rows[:, None]
+    at = items_ptr + (item[:, None] + each) * _FIELDS
+    tl.store(at, row[:, None] * 2 + is_low.to(tl.int32), mask=mask)
+    tl.store(at + 1, slot[:, None] * CHAIN_WIDTH + first_row, mask=mask)
+    tl.store(at + 2, tl.minimum(length[:, None] - first_row, rows[:, None]), mask=mask)
+    tl.store(at + 3, -1, mask=mask)
+    tl.store(at + 4, number % parts[:, None], mask=mask)
+    tl.store(at + 5, tl.broadcast_to(parts[:, None], mask.shape), mask=mask)
+
+
+@triton.jit(do_not_specialize=["layer", "R_H", "programs", "room"])
 def list_kernel(
     slots_ptr,  # [R]
+    chain_lens_ptr,  # [S]
     directory_ptr,  # [S, L, H, W]
     num_tokens_ptr,  # [S, L, H, 2]
     items_ptr,  # [., ITEM_FIELDS] out
-    row_items_ptr,  # [R * H, 2] out: first item of a row, and how many
-    num_items_ptr,  # [2] out: items, and the first that no program begins with
+    row_items_ptr,  # [R * H, ROW_FIELDS] out
+    num_items_ptr,  # [3] out: items of open rows, first that no program begins with, of closed ones
     layer,
     R_H,
     programs,
+    room,  # the first item of closed rows
     L: tl.constexpr,
     H: tl.constexpr,
     TABLE: tl.constexpr,
@@ -146,6 +212,8 @@ def list_kernel(
     TILE: tl.constexpr,
     TOKENS: tl.constexpr,
     MAX: tl.constexpr,
+    CHAIN_WIDTH: tl.constexpr,
+    CLOSED: tl.constexpr,
     ROWS: tl.constexpr,
     COUNT: tl.constexpr,
 ):
@@ -155,10 +223,11 @@ def list_kernel(
     start = tl.program_id(0) * ROWS
     first_item = tl.zeros([], tl.int32)
     first_tile = tl.zeros([], tl.int32)
+    first_closed = tl.zeros([], tl.int32)
     for block in range(0, start, COUNT):
         row = block + tl.arange(0, COUNT)
         mask = row < start
-        _, _, _, high_pages, low_pages, chunk = _row_chunks(
+        slot, _, _, high_pages, low_pages, chunk = _row_chunks(
             slots_ptr, num_tokens_ptr, row, mask, layer, L, H, TABLE, TIERS, TOKENS
         )
         high_items = tl.cdiv(high_pages, chunk)
@@ -168,6 +237,9 @@ def list_kernel(
             high_items * _chunk_tiles(chunk, HIGH, TILE)
             + low_items * _chunk_tiles(chunk, LOW, TILE)
         )
+        if CLOSED > 0:
+            length = tl.load(chain_lens_ptr + slot, mask=slot >= 0, other=0)
+            first_closed += tl.sum(_chain_chunks(length, TIERS)[0])
 
     row = start + tl.arange(0, ROWS)
     exists = row < R_H
@@ -182,11 +254,22 @@ def list_kernel(
     tiles = high_items * high_tiles + low_items * low_tiles
     item = first_item + tl.cumsum(items, 0) - items
     score_tile = first_tile + tl.cumsum(tiles, 0) - tiles
-    tl.store(row_items_ptr + row * 2, item, mask=exists)
-    tl.store(row_items_ptr + row * 2 + 1, items, mask=exists)
+    closed = tl.zeros_like(items)
+    if CLOSED > 0:
+        length = tl.load(chain_lens_ptr + slot, mask=slot >= 0, other=0)
+        closed = _chain_chunks(length, TIERS)[0]
+    closed_item = room + first_closed + tl.cumsum(closed, 0) - closed
+    row_at = row_items_ptr + row * _ROW_FIELDS
+    tl.store(row_at, item, mask=exists)
+    tl.store(row_at + 1, items, mask=exists)
+    tl.store(row_at + 2, closed_item, mask=exists)
+    tl.store(row_at + 3, closed, mask=exists)
     if start + ROWS >= R_H:
         tl.store(num_items_ptr, first_item + tl.sum(items))
         tl.store(num_items_ptr + 1, programs)
+        tl.store(num_items_ptr + 2, first_closed + tl.sum(closed))
+    if CLOSED > 0:
+        _list_chains(items_ptr, closed_item, row, slot, length, TIERS, CHAIN_WIDTH, CLOSED)
 
     each = tl.arange(0, MAX)[None, :]
     mask = each < items[:, None]
@@ -222,10 +305,52 @@ def has_sums(tier, HIGH: tl.constexpr, LOW: tl.constexpr):
 
 @triton.jit
 def item_of(items_ptr, item):
-    """(row, tier, entry of the first page, tokens, first tile of kept scores) of an item."""
+    """(row, tier, and the other fields of all items): see `ITEM_FIELDS`."""
     at = items_ptr + item * _FIELDS
     row_tier = tl.load(at)
-    entry = tl.load(at + 1)
-    num_tokens = tl.load(at + 2)
-    score_tile = tl.load(at + 3)
-    return row_tier // 2, row_tier % 2, entry, num_tokens, score_tile
+    return row_tier // 2, row_tier % 2, tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def num_items_of(row_items_ptr, row):
+    """How many items a row has, of its open row and of closed ones."""
+    at = row_items_ptr + row * _ROW_FIELDS
+    return tl.load(at + 1) + tl.load(at + 3)
+
+
+@triton.jit
+def item_of_row(row_items_ptr, row, each):
+    """Items number `each` of a row, in the order in which they are merged."""
+    at = row_items_ptr + row * _ROW_FIELDS
+    num_open = tl.load(at + 1)
+    return each + tl.where(each < num_open, tl.load(at), tl.load(at + 2) - num_open)
+
+
+@triton.jit
+def closed_row(
+    chains_ptr,
+    num_tokens_ptr,
+    items_ptr,
+    item,
+    place,
+    head,
+    layer,
+    TIER: tl.constexpr,
+    TIERS: tl.constexpr,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """What an item has of a closed row, whose place in the chains is given.
+
+    Returns the row's slot, the head's row of the tables, and the first page and the end, in tokens.
+    """
+    part = tl.load(items_ptr + item * _FIELDS + 4)
+    parts = tl.load(items_ptr + item * _FIELDS + 5)
+    slot = tl.load(chains_ptr + place)
+    row = (slot * L + layer) * H + head
+    num_tokens = tl.load(num_tokens_ptr + row.to(tl.int64) * 2 + TIER)
+    pages = tl.cdiv(num_tokens, TIERS[TIER].tokens)
+    least: tl.constexpr = (TOKENS + TIERS[0].tokens - 1) // TIERS[0].tokens
+    each = tl.maximum(tl.cdiv(pages, parts), least)
+    return slot, row, part * each, tl.minimum(num_tokens, (part + 1) * each * TIERS[TIER].tokens)

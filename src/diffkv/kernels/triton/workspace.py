@@ -1,13 +1,15 @@
 """Scratch memory of a pool, kept as long as its state: a decode step allocates nothing.
 
 Buffers are made at the largest size that the state can need, so that one that a CUDA graph has captured
-is not outgrown; one that is outgrown all the same, by a batch padded beyond the slots, is kept alive.
+is not outgrown. One that is outgrown all the same is kept alive: by a batch padded beyond the slots, or
+by more requests than before, where slots do not say how many there can be.
 """
 
 import math
 from dataclasses import dataclass, field
 
 import torch
+import triton
 from torch import Tensor
 
 from diffkv.kernels.by_state import by_state
@@ -31,7 +33,8 @@ class Tuning:
         num_stages: tiles in flight.
         programs: per multiprocessor.
         tile: tokens of a tile, a power of two of at least 16; None: by head_dim.
-        max_registers: registers of a thread; None: the compiler's choice.
+        max_registers: registers of a thread, as many as so few programs can have. None: the compiler's
+            choice, which may spill some to make room for programs that there are not.
         fast: convert codes with `prmt`, which the interpreter does not know.
         score_tiles: tiles of one layer whose probabilities are kept between the passes; those of
             further tiles are computed twice. None: a share of the pool.
@@ -42,7 +45,7 @@ class Tuning:
     num_stages: int = 5
     programs: int = 8
     tile: int | None = None
-    max_registers: int | None = None
+    max_registers: int | None = 255
     fast: bool = True
     score_tiles: int | None = None
     chunk_tokens: int = CHUNK_TOKENS
@@ -56,7 +59,8 @@ class Workspace:
         tiers: tiers of the layout, high first.
         table: sizes of its page tables.
         device: device of every tensor.
-        num_slots: slots of the state.
+        num_slots: slots of the state, open rows and closed ones.
+        has_chains: whether a request may have more than its open row.
         multiprocessors: number of the device's multiprocessors.
         tuning: launch parameters of `attend`.
         buffers: flat buffers by name.
@@ -67,10 +71,21 @@ class Workspace:
     table: Table
     device: torch.device
     num_slots: int
+    has_chains: bool
     multiprocessors: int
     tuning: Tuning
     buffers: dict[str, Tensor] = field(default_factory=dict)
     outgrown: list[Tensor] = field(default_factory=list)
+
+    def num_requests(self, num: int) -> int:
+        """Requests that buffers should be made for where there are `num`.
+
+        Without chains that is the number of slots. Closed rows take slots too, many more than requests
+        do, so with them buffers grow: by doubling, so that those outgrown are no larger together.
+        """
+        if not self.has_chains:
+            return max(num, self.num_slots)
+        return max(num, min(self.num_slots, triton.next_power_of_2(num)))
 
     def buffer(self, name: str, dtype: torch.dtype, *shape: int, least: int = 0) -> Tensor:
         """A buffer of a shape, contents undefined: the front of the one that has that name.
@@ -106,6 +121,7 @@ def workspace(state: PoolState) -> Workspace:
         multiprocessors = INTERPRETED_MULTIPROCESSORS
     tuning = Tuning(fast=device.type == "cuda")
     table = Table(state.directory_width, state.leaf_entries)
+    has_chains = state.chain_width > 0
     return Workspace(
-        tiers_of(state.layout), table, device, state.num_slots, multiprocessors, tuning
+        tiers_of(state.layout), table, device, state.num_slots, has_chains, multiprocessors, tuning
     )

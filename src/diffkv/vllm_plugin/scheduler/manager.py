@@ -18,7 +18,6 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import RequestStatus
 
 from diffkv.policy import Thresholds
-from diffkv.segments import cuts
 from diffkv.vllm_plugin.messages import PagesHeld, Started
 from diffkv.vllm_plugin.scheduler.estimate import RowSizes
 from diffkv.vllm_plugin.scheduler.hits import Hits
@@ -202,20 +201,11 @@ class DiffKVManager(FullAttentionManager):
         apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
-        """Blocks that must be free for the request to grow to `num_tokens` tokens.
+        """Blocks that must be free for the request to grow to `num_tokens` tokens, or to be admitted.
 
         Those of idle rows that it found are among them. More than there are where it has to wait: where
         slots are short, where a running request waits for blocks, and where a session goes on, so that
         it is not scheduled before it has been restarted.
-
-        Args:
-            request_id: vLLM's name of it.
-            num_tokens: its tokens after the step; or all of them, to ask whether it may be admitted.
-            new_computed_blocks: nothing, see `find_longest_cache_hit`.
-            total_computed_tokens: tokens that rows hold, if it waits.
-            *args: not needed.
-            apply_admission_cap: whether it is about admission.
-            **kwargs: not needed.
         """
         never = int(self.block_pool.num_gpu_blocks)
         if self._goes_on(request_id):
@@ -230,53 +220,27 @@ class DiffKVManager(FullAttentionManager):
         idle = [row for row in running.chain if not row.users]
         num_idle = sum(len(row.blocks) for row in idle)
         if apply_admission_cap:
-            return min(num_idle + self._expected(running), self.num_usable)
+            most = self._scheduler_config.max_num_batched_tokens
+            expected = self._bounds.expected(running, self._sizes, most)
+            return min(num_idle + expected, self.num_usable)
         need = self._bounds.step(running, num_tokens)
-        wanted = num_idle + self._missing(running, need)
+        wanted, free = num_idle + need.missing(running), self.block_pool.get_num_free_blocks()
         slots = self.store.num_takeable - len(idle)
-        if self._slots(running, need) <= slots:
-            if wanted <= self.block_pool.get_num_free_blocks():
-                return wanted
+        if need.slots(running) <= slots and wanted <= free:
+            return wanted
         if self._is_too_large(running, need) and (runs or slots):
             # `allocate_new_blocks` comes to the same conclusion, and takes no more than an id
             return num_idle + (not runs)
         self._is_starved |= runs
         return never
 
-    def _expected(self, running: Running) -> int:
-        """Blocks that a prompt will take beyond the rows that it found.
-
-        If several steps compute it, tokens after its last segment wait as they are.
-        """
-        first, stop = running.start, running.prompt_len
-        blocks = 0
-        for start, end, is_complete in cuts(first, first, stop, self.shape.segment):
-            pages = self._sizes.expected(running.thresholds, end - start)
-            if not is_complete and stop - first > self._scheduler_config.max_num_batched_tokens:
-                pages = max(pages, self._bounds.waiting(end - start))
-            blocks += self._bounds.blocks(pages)
-        return max(1, blocks)
-
-    def _missing(self, running: Running, need: Need) -> int:
-        """Blocks that a step takes from the pool.
-
-        What the open row will not need any more goes to the rows that are closed.
-        """
-        return max(0, need.open_blocks + sum(need.row_blocks) - len(running.blocks))
-
-    @staticmethod
-    def _slots(running: Running, need: Need) -> int:
-        """Slots that a step takes."""
-        return len(need.rows) + (running.slot < 0)
-
     def _is_too_large(self, running: Running, need: Need) -> bool:
         """Whether a step asks for more than the whole pool has, once all pages are known."""
-        if not running.is_settled:
-            return False
         chain = sum(len(row.blocks) for row in running.chain)
-        blocks = chain + max(len(running.blocks), need.open_blocks + sum(need.row_blocks))
+        blocks = chain + len(running.blocks) + need.missing(running)
         num_rows = 1 + len(running.chain) + len(need.rows)
-        return blocks > self.num_usable or num_rows > self.shape.num_slots
+        is_more = blocks > self.num_usable or num_rows > self.shape.num_slots
+        return is_more and running.is_settled
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
@@ -289,8 +253,8 @@ class DiffKVManager(FullAttentionManager):
             new_ids = running.blocks[:1]
         if not running.failed:
             need = self._bounds.step(running, num_tokens)
-            missing = self._missing(running, need)
-            slots, free = self._slots(running, need), self.block_pool.get_num_free_blocks()
+            missing = need.missing(running)
+            slots, free = need.slots(running), self.block_pool.get_num_free_blocks()
             if missing > free or slots > self.store.num_takeable:
                 self._fail(running, num_tokens)
             else:

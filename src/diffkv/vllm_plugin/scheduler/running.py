@@ -17,24 +17,10 @@ from diffkv.policy import Thresholds
 from diffkv.segments import cuts
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.messages import PagesHeld
+from diffkv.vllm_plugin.scheduler.estimate import RowSizes
 from diffkv.vllm_plugin.scheduler.rows import Row
 
 __all__ = ["Bounds", "Need", "Running"]
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a step of a request may need.
-
-    Attributes:
-        rows: (first token, end) of each row that it closes.
-        row_blocks: blocks of each.
-        open_blocks: blocks of the open row, for as long as the step runs.
-    """
-
-    rows: tuple[tuple[int, int], ...]
-    row_blocks: tuple[int, ...]
-    open_blocks: int
 
 
 @dataclass(eq=False)
@@ -76,6 +62,32 @@ class Running:
     def is_settled(self) -> bool:
         """Whether the pages of all that it has stored are known."""
         return not self.in_flight and all(row.maker is None for row in self.chain)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a step of a request may need.
+
+    Attributes:
+        rows: (first token, end) of each row that it closes.
+        row_blocks: blocks of each.
+        open_blocks: blocks of the open row, for as long as the step runs.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+    row_blocks: tuple[int, ...]
+    open_blocks: int
+
+    def missing(self, running: Running) -> int:
+        """Blocks that the step takes from the pool.
+
+        What the open row will not need any more goes to the rows that are closed.
+        """
+        return max(0, self.open_blocks + sum(self.row_blocks) - len(running.blocks))
+
+    def slots(self, running: Running) -> int:
+        """Slots that the step takes."""
+        return len(self.rows) + (running.slot < 0)
 
 
 class Bounds:
@@ -135,3 +147,17 @@ class Bounds:
         after = self._open(running, rows[-1][1] if rows else running.start, num_tokens)
         open_pages = max(after, before - sum(pages))
         return Need(tuple(rows), tuple(map(self.blocks, pages)), max(1, self.blocks(open_pages)))
+
+    def expected(self, running: Running, sizes: RowSizes, tokens_of_a_step: int) -> int:
+        """Blocks that a prompt is expected to take beyond the rows that it found.
+
+        If several steps compute it, tokens after its last segment wait as they are.
+        """
+        first, stop = running.start, running.prompt_len
+        blocks = 0
+        for start, end, is_complete in cuts(first, first, stop, self._shape.segment):
+            pages = sizes.expected(running.thresholds, end - start)
+            if not is_complete and stop - first > tokens_of_a_step:
+                pages = max(pages, self.waiting(end - start))
+            blocks += self.blocks(pages)
+        return max(1, blocks)

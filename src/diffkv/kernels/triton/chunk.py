@@ -1,0 +1,243 @@
+"""Device functions of attention: one item of the work list, from the query to a partial output."""
+
+# Tuples of tensors grow in kernels by +, for Triton knows no (*a, b)
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
+import triton
+import triton.language as tl
+
+from diffkv.kernels.triton.table import leaf_entry
+from diffkv.kernels.triton.tile import (
+    centre_shift,
+    folded,
+    load_query,
+    part_elements,
+    tile_places,
+    tile_scores,
+    tile_values,
+)
+from diffkv.kernels.triton.worklist import closed_row
+
+__all__ = ["attend_item"]
+
+
+@triton.jit
+def _attend_tokens(
+    most,
+    total,
+    sums,
+    offsets,
+    operands,
+    totals,
+    factor,
+    shift,
+    entry,
+    num_tokens,
+    score_tile,
+    keeps_scores,
+    pages_ptr,
+    leaves_ptr,
+    probs_ptr,
+    most_ptr,
+    T: tl.constexpr,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    CENTRED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    K_DOT: tl.constexpr,
+    V_DOT: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Attend to some tokens whose pages are named side by side, and return what was accumulated.
+
+    `shift` [GROUP] is what is left out of all scores, in `most` too; it is not in what is kept.
+    """
+    K: tl.constexpr = T.k
+    V: tl.constexpr = T.v
+    g = tl.arange(0, GROUP)
+    for tile in range(0, tl.cdiv(num_tokens, TILE)):
+        page_ptr, index, valid = tile_places(
+            pages_ptr, leaves_ptr + entry, tile, num_tokens, T, TILE, PAGE
+        )
+        scores = tile_scores(operands, totals, page_ptr, index, valid, K, GROUP, DTYPE, K_DOT, FAST)
+        new_most = tl.maximum(most, tl.max(scores, 0) * factor)
+        decay = tl.exp2(most - new_most)
+        most = new_most
+        p = tl.exp2(scores * factor[None, :] - most[None, :])
+        total = total * decay[None, :] + folded(p)
+        if T.tracked:
+            kept = (score_tile + tile).to(tl.int64)
+            in_group = g < tl.where(keeps_scores, G, 0)
+            at = probs_ptr + kept * (TILE * G) + tl.arange(0, TILE)[:, None] * G + g[None, :]
+            tl.store(at, p.to(probs_ptr.dtype.element_ty), mask=in_group[None, :])
+            whole = most + shift if CENTRED else most
+            tl.store(most_ptr + kept * G + g, whole, mask=in_group)
+        sums, offsets = tile_values(sums, offsets, decay, p, page_ptr, index, V, DTYPE, V_DOT, FAST)
+    return most, total, sums, offsets
+
+
+@triton.jit
+def attend_item(
+    item, row, where, count, score_tile, slots_ptr, chains_ptr, directory_ptr, num_tokens_ptr,
+    centres_ptr, items_ptr,
+    q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale, score_tiles, layer,
+    TIER: tl.constexpr, TIERS: tl.constexpr, L: tl.constexpr, H: tl.constexpr, TABLE: tl.constexpr,
+    G: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    TOKENS: tl.constexpr, CENTRED: tl.constexpr, CHAINED: tl.constexpr,
+    RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """One chunk: partial output, log-sum-exp, and probabilities relative to the tile's maximum.
+
+    Probabilities are kept for the sums of the tier, if it has any, of an open row.
+    """
+    T: tl.constexpr = TIERS[TIER]
+    K: tl.constexpr = T.k
+    V: tl.constexpr = T.v
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    K_DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
+    V_DOT: tl.constexpr = RAW_DOT if V.bits == 16 else CODE_DOT
+    PARTS: tl.constexpr = V.planes * V.word
+    GROUPS: tl.constexpr = V.groups
+    SPLITS: tl.constexpr = V.split
+    head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
+    operands, totals, factor = load_query(head_ptr, G, GROUP, K, K_DOT)
+    g = tl.arange(0, GROUP)
+
+    factor = factor * scale
+    most = tl.full([GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([8, GROUP], tl.float32)
+    sums = ()
+    for _ in tl.static_range(PARTS):
+        sums = sums + (tl.zeros([V.padded_words, GROUP], tl.float32),)
+    offsets = ()
+    for _ in tl.static_range(GROUPS):
+        offsets = offsets + (tl.zeros([8, GROUP], tl.float32),)
+    shift = tl.zeros([GROUP], tl.float32)
+    if CENTRED:
+        slot = tl.load(slots_ptr + row // H)
+    if CHAINED:
+        is_closed = score_tile < 0
+        keeps_scores = ~is_closed & (score_tile + tl.cdiv(count, TILE) <= score_tiles)
+        entry = where
+        num_tokens = count
+        table_row = row
+        first_page = 0
+        end_token = 1
+        for place in range(where, where + tl.where(is_closed, count, 1)):
+            if is_closed:
+                slot, table_row, first_page, end_token = closed_row(
+                    chains_ptr,
+                    num_tokens_ptr,
+                    items_ptr,
+                    item,
+                    place,
+                    row % H,
+                    layer,
+                    TIER,
+                    TIERS,
+                    L,
+                    H,
+                    TOKENS,
+                )
+            if CENTRED:
+                shift = centre_shift(
+                    head_ptr, centres_ptr, slot, layer, row % H, scale, L, H, G, GROUP, K
+                )
+                most -= shift
+            for leaf in range(
+                first_page // TABLE.entries, tl.cdiv(end_token, TABLE.entries * T.tokens)
+            ):
+                if is_closed:
+                    first = tl.maximum(first_page, leaf * TABLE.entries)
+                    entry = leaf_entry(directory_ptr, table_row.to(tl.int64), first, TIER, TABLE)
+                    end = tl.minimum(end_token, (leaf + 1) * (TABLE.entries * T.tokens))
+                    num_tokens = end - first * T.tokens
+                most, total, sums, offsets = _attend_tokens(
+                    most,
+                    total,
+                    sums,
+                    offsets,
+                    operands,
+                    totals,
+                    factor,
+                    shift,
+                    entry,
+                    num_tokens,
+                    score_tile,
+                    keeps_scores,
+                    pages_ptr,
+                    leaves_ptr,
+                    probs_ptr,
+                    most_ptr,
+                    T,
+                    G,
+                    GROUP,
+                    PAGE,
+                    TILE,
+                    CENTRED,
+                    DTYPE,
+                    K_DOT,
+                    V_DOT,
+                    FAST,
+                )
+            if CENTRED:
+                most += shift
+    else:
+        if CENTRED:
+            shift = centre_shift(
+                head_ptr, centres_ptr, slot, layer, row % H, scale, L, H, G, GROUP, K
+            )
+        keeps_scores = score_tile + tl.cdiv(count, TILE) <= score_tiles
+        most, total, sums, offsets = _attend_tokens(
+            most,
+            total,
+            sums,
+            offsets,
+            operands,
+            totals,
+            factor,
+            shift,
+            where,
+            count,
+            score_tile,
+            keeps_scores,
+            pages_ptr,
+            leaves_ptr,
+            probs_ptr,
+            most_ptr,
+            T,
+            G,
+            GROUP,
+            PAGE,
+            TILE,
+            CENTRED,
+            DTYPE,
+            K_DOT,
+            V_DOT,
+            FAST,
+        )
+        if CENTRED:
+            most += shift
+
+    total_p = tl.sum(total, 0)
+    if CHAINED:
+        total_p = tl.where(total_p > 0.0, total_p, 1.0)  # there may be no token: lse is -inf
+    at = (item * G + g).to(tl.int64)
+    tl.store(lse_ptr + at, most + tl.log2(total_p), mask=g < G)
+    inside = tl.arange(0, V.padded_words) < V.width // V.word
+    for part in tl.static_range(PARTS):
+        element = part_elements(part, V)
+        out = sums[part] * (1.0 / (V.boost * V.unit))
+        if V.bits < 16:
+            if V.split == 1:
+                out += tl.sum(offsets[part // V.word * V.groups // V.planes], 0)[None, :]
+            else:
+                for u in tl.static_range(SPLITS):
+                    in_split = element // V.group_dim % V.split == u
+                    offset = tl.sum(offsets[part // V.word * V.split + u], 0)
+                    out += tl.where(in_split[:, None], offset[None, :], 0.0)
+        out_ptr = partial_ptr + at[None, :] * V.head_dim + element[:, None]
+        tl.store(out_ptr, out / total_p[None, :], mask=(g < G)[None, :] & inside[:, None])
