@@ -26,8 +26,9 @@ SCALE = 20
 
 SMOKE = {
     "conversations": 3, "turns": 3, "system_len": 600, "turn_len": 90, "answer_len": 8, "repeats": 1,
-    "check": True,
+    "segment": 256, "check": True,
 }  # fmt: skip
+"""Segments are short, so that conversations as short share rows of their system prompt."""
 CHECK_FAILED = 1
 
 
