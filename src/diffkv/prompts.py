@@ -268,8 +268,8 @@ class PromptPath:
         else:
             tiers = self._tiers(parts, means, seen, stored)
         if self._state.layout.low is not None:
-            starts = accumulate((part.length for part in parts), initial=0)
-            for part, start in zip(parts, starts, strict=False):
+            firsts = accumulate((part.length for part in parts), initial=0)
+            for part, start in zip(parts, firsts, strict=False):
                 if part.target != part.slot:
                     row = slice(start, start + part.length)
                     fill_pages(
