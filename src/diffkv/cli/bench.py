@@ -15,6 +15,7 @@ from diffkv.cli import prompts
 from diffkv.cli.arguments import Listed, above_zero, num_bytes, num_tokens, positive
 from diffkv.cli.engine_options import model_folder
 from diffkv.cli.models import check_hub
+from diffkv.lab.bench.loads import LOADS, Sizes
 from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 
 if TYPE_CHECKING:
@@ -118,9 +119,15 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-bytes", type=num_bytes, help="KV budget (default: four requests in bf16)"
     )
-    parser.add_argument("--input-len", type=num_tokens, default=1024)
-    parser.add_argument("--output-len", type=num_tokens, default=128)
-    parser.add_argument("--num-prompts", type=positive, default=16)
+    usual = Sizes()
+    parser.add_argument(
+        "--load",
+        choices=LOADS,
+        help="sizes of requests that people have; those given apart override it",
+    )
+    parser.add_argument("--input-len", type=num_tokens, help=f"default: {usual.input_len}")
+    parser.add_argument("--output-len", type=num_tokens, help=f"default: {usual.output_len}")
+    parser.add_argument("--num-prompts", type=positive, help=f"default: {usual.num_prompts}")
 
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +136,10 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
                         help="random, shipped, or a file of JSON lines with prompts")  # fmt: skip
     parser.add_argument("--range-ratio", type=float, default=0.0, help="spread of random lengths")
     parser.add_argument("--repeats", type=positive, default=1)
+    parser.add_argument("--stock", nargs="*", action=Listed, metavar="DTYPE",
+                        help="vLLM's own caches, or none (default: bf16 fp8)")  # fmt: skip
+    parser.add_argument("--together", action="store_true",
+                        help="all engines there at once, started at once on a GPU")  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="where each engine spends its time")
     parser.add_argument("--paper", action="store_true", help="the original's models, with weights")
 
@@ -276,11 +287,22 @@ def _kv_bytes(args: argparse.Namespace, config: dict[str, Any], longest: int) ->
     return four_requests(config, longest)
 
 
+def _set_sizes(args: argparse.Namespace) -> None:
+    """Sizes that are not given are those of the load."""
+    sizes = LOADS[args.load] if args.load else Sizes()
+    for name, value in vars(sizes).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def _throughput(args: argparse.Namespace) -> None:
     from diffkv.lab.bench import throughput
     from diffkv.lab.bench.models import PAPER_MODELS
 
     options = _options(args)
+    _set_sizes(args)
+    if args.profile and args.together:
+        raise ConfigError("--profile looks at one engine at a time: leave out --together")
     if args.smoke:
         vars(args).update(num_prompts=6, input_len=260, output_len=8, repeats=1)
         if args.model is None:
@@ -299,6 +321,7 @@ def _throughput(args: argparse.Namespace) -> None:
             throughput.run(
                 engine, workload, _kv_bytes(args, config, workload.longest),
                 _compared(args, options, writer), args.repeats, writer, facts, args.profile,
+                args.together,
             )  # fmt: skip
 
 
@@ -335,9 +358,10 @@ def _compared(
     args: argparse.Namespace, options: list[dict[str, Any]], writer: "Writer"
 ) -> "list[Setting]":
     """The settings to compare; a smoke run leaves fp8 out, for its time."""
-    from diffkv.lab.bench.throughput import settings
+    from diffkv.lab.bench.throughput import STOCK, settings
 
-    compared = settings(options)
+    stock = getattr(args, "stock", None)
+    compared = settings(options, STOCK if stock is None else stock)
     if not args.smoke:
         return compared
     writer.note("smoke: stock fp8 is left out")
@@ -369,6 +393,7 @@ def _serving(args: argparse.Namespace) -> None:
     from diffkv.lab.bench import pages, serving
     from diffkv.lab.bench.throughput import Setting, settings
 
+    _set_sizes(args)
     # Requests that may lose tokens need sums of all of them
     compared = settings(_options(args, drops=True if args.request_alpha_low else None))
     if args.smoke:

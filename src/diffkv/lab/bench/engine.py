@@ -28,6 +28,9 @@ PROFILE_ROWS = 30
 ANSWER = "diffkv-bench: "
 """How a line of standard output begins that is meant for the parent; libraries print there too."""
 
+SHARE_NEEDED = 0.1
+"""Share of a GPU's memory that must be free before an engine starts."""
+
 WARM_PROMPTS = 4
 WARM_TOKENS = 4
 
@@ -219,7 +222,8 @@ class _DeviceProfile:
 def serve(job: Job, wanted: Iterable[str]) -> None:
     """Start an engine, warm it up with some requests, then run the cells whose numbers come, and answer.
 
-    CPUs run in eager mode, GPUs as vLLM's defaults say, with compiled code and graphs.
+    CPUs run in eager mode, GPUs as vLLM's defaults say, with compiled code and graphs. vLLM's check that
+    a GPU is empty at start is off: the cache has its bytes, and other engines may hold the rest.
     """
     from vllm.platforms import current_platform
 
@@ -230,6 +234,7 @@ def serve(job: Job, wanted: Iterable[str]) -> None:
     on_cpu = current_platform.device_type == "cpu"
     arguments = {
         "enforce_eager": on_cpu,
+        **({} if on_cpu else {"gpu_memory_utilization": SHARE_NEEDED}),
         "disable_log_stats": False,
         "enable_prefix_caching": False,
         "kv_cache_memory_bytes": job.kv_bytes,
