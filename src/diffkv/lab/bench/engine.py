@@ -128,8 +128,9 @@ def _drive(llm: Any, load: Load, profile: bool = False) -> tuple[_Steps, float]:
         return output
 
     def updating(output: Any, *args: Any, **kwargs: Any) -> Any:
-        # One that was under way when this run began is none of it
-        steps.ended(*made_of.pop(id(output), (0, 0)))
+        # A step that was under way when this run began is none of it, and no time is its own
+        if tokens := made_of.pop(id(output), None):
+            steps.ended(*tokens)
         return update(output, *args, **kwargs)
 
     scheduler.schedule, scheduler.update_from_output = scheduling, updating
