@@ -564,6 +564,18 @@ def test_sections_of_all_kinds(tmp_path):
     assert all(f"]({name})" in text and (tmp_path / name).exists() for name in drawn)
 
 
+def test_loads_have_tables_of_their_own(tmp_path):
+    page = Page("On a CPU")
+    (row,) = [each for each in rows_of_all_kinds() if each.kind == "throughput" and not each.error]
+    other = replace(row, case={**row.case, "requests": 9})
+    pages.add_sections(page, [row, other, row], tmp_path, with_plots=False)
+    page.write(tmp_path / "README.md")
+    _, few, many = (tmp_path / "README.md").read_text().split("m, w, ")
+    assert few.startswith("4 requests, 1,000 MB of KV for each engine:")
+    assert many.startswith("9 requests, ")
+    assert [part.count("| diffkv k8v4-k4v2 |") for part in (few, many)] == [2, 1]
+
+
 def test_sections_of_two_machines_without_plots(tmp_path):
     page = Page("On CPUs")
     other = replace(HERE, device="Other CPU (AMX)")
