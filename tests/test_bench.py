@@ -1,7 +1,9 @@
 """Parts of `diffkv bench` that need no engine; tests/vllm_plugin has runs of the commands."""
 
+import argparse
 import contextlib
 import itertools
+import re
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -11,6 +13,7 @@ import torch
 
 from diffkv import ops
 from diffkv.cli import main
+from diffkv.cli.bench import add_arguments, run
 from diffkv.lab import timing
 from diffkv.lab.bench import (
     attention,
@@ -356,6 +359,9 @@ class FakeChild:
     def __exit__(self, *_):
         pass
 
+    def wait(self):
+        pass
+
     def run(self, cell):
         if self.job.engine.get("kv_cache_dtype") == "fp8":
             return {"error": "no fp8 here"}
@@ -382,11 +388,53 @@ def test_throughput_from_engines_to_rows(monkeypatch, capsys):
     assert (fp8.error, fp8.measured) == ("no fp8 here", {})
     assert (ours["vs_stock_bf16"], ours["tokens_per_s_max"]) == (2.0, 20.0)
     printed = capsys.readouterr().out
-    assert "1 of 2, diffkv k8v4: 20.0 tokens/s" in printed
+    assert "1 of 2, diffkv k8v4:     20.0 tokens/s, decoding 40.0, prefill 60" in printed
     assert "stock fp8              did not run: no fp8 here" in printed
     assert "2.00x of bf16, decoding 2.00x, prefill 2.00x" in printed
     with pytest.raises(ConfigError, match="no engine could run: no fp8 here"):
         throughput.run({}, workload, 1 << 20, compared[1:2], 1, Writer(HERE), {})
+
+
+@pytest.mark.parametrize(("together", "engines"), [(False, 6), (True, 3)])
+def test_repeats_start_their_own_engines_unless_all_are_there(monkeypatch, together, engines):
+    entered = []
+    monkeypatch.setattr(FakeChild, "__enter__", lambda self: entered.append(self.job) or self)
+    monkeypatch.setattr(throughput, "Child", FakeChild)
+    monkeypatch.setattr(child, "Child", FakeChild)
+    workload = throughput.random_workload(3, 10, 4, 0.0, vocabulary=512)
+    compared = throughput.settings([{"quant": "k8v4"}], ["bf16", "int4_per_token_head"])
+    writer = Writer(HERE)
+    throughput.run({}, workload, 1 << 20, compared, 2, writer, {}, together=together)
+    assert len(entered) == engines
+    assert [row["engine"] for row in writer.rows] == [
+        "stock bf16",
+        "stock int4_per_token_head",
+        "diffkv",
+    ]
+    assert entered[1].engine["kv_cache_dtype"] == "int4_per_token_head"
+    assert "kv_cache_dtype" not in entered[0].engine
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ("", (16, 1024, 128)),
+        ("--load reasoning", (192, 1024, 2048)),
+        ("--load long-context --num-prompts 8", (8, 16384, 512)),
+        ("--output-len 7 --load chat", (256, 2048, 7)),
+    ],
+)
+def test_a_load_sets_sizes_that_are_not_given(monkeypatch, options, sizes):
+    def random_workload(num, input_len, output_len, range_ratio, vocabulary):
+        raise ConfigError(f"asked for {(num, input_len, output_len)}")
+
+    monkeypatch.setattr(throughput, "random_workload", random_workload)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["throughput", "--random-weights", "llama-3-8b", *options.split()])
+    args.flags = []
+    with pytest.raises(ConfigError, match=re.escape(f"asked for {sizes}")):
+        run(args)
 
 
 def test_a_map_from_engines_to_rows(monkeypatch, capsys):
@@ -523,6 +571,18 @@ def test_sections_of_all_kinds(tmp_path):
     assert all(f"]({name})" in text and (tmp_path / name).exists() for name in drawn)
 
 
+def test_loads_have_tables_of_their_own(tmp_path):
+    page = Page("On a CPU")
+    (row,) = [each for each in rows_of_all_kinds() if each.kind == "throughput" and not each.error]
+    other = replace(row, case={**row.case, "requests": 9})
+    pages.add_sections(page, [row, other, row], tmp_path, with_plots=False)
+    page.write(tmp_path / "README.md")
+    _, few, many = (tmp_path / "README.md").read_text().split("m, w, ")
+    assert few.startswith("4 requests, 1,000 MB of KV for each engine:")
+    assert many.startswith("9 requests, ")
+    assert [part.count("| diffkv k8v4-k4v2 |") for part in (few, many)] == [2, 1]
+
+
 def test_sections_of_two_machines_without_plots(tmp_path):
     page = Page("On CPUs")
     other = replace(HERE, device="Other CPU (AMX)")
@@ -552,6 +612,7 @@ def test_sizes_of_known_models():
         ("throughput --random-weights gpt-9", "--random-weights must be one of bench-tiny"),
         ("map --random-weights bench-tiny --kv-bytes 1K", "no budget holds a request"),
         ("throughput --paper", "--paper needs --kv-bytes"),
+        ("throughput --profile --together", "leave out --together"),
         ("throughput --alpha-high -1", "alpha_high"),
         ("throughput --workload /no/such/file", "is no file of JSON lines"),
         ("attention --ctx 0", "diffkv: --ctx must be a whole number of at least 1, got '0'"),

@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from diffkv.lab import rows
 from diffkv.lab.bench.child import Child, in_turn
-from diffkv.lab.bench.engine import Job
+from diffkv.lab.bench.engine import Job, _drive
 from diffkv.lab.rows import Row
 
 TIMEOUT_SECONDS = 300
@@ -118,6 +120,52 @@ def test_agent(tmp_path: Path) -> None:
     assert stock["bytes_per_token"] == pytest.approx(3 * 2 * 2 * 64 * 2, rel=0.01)
     assert ours["bytes_per_token"] < stock["bytes_per_token"] / 2
     assert ours["vs_stock_bf16"] == ours["tokens_per_s"] / stock["tokens_per_s"]
+
+
+class RunsAhead:
+    """A scheduler and an engine that fetch a step's output after the next step was launched."""
+
+    LAUNCH_SECONDS = 0.05
+
+    def __init__(self) -> None:
+        self.request = SimpleNamespace(num_computed_tokens=0, num_tokens=10)
+        self.requests = {"0-0": self.request}
+        self.running = [self.request]
+        pool = SimpleNamespace(num_gpu_blocks=9, get_num_free_blocks=lambda: 4)
+        self.kv_cache_manager = SimpleNamespace(block_pool=pool)
+        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=self))
+        self.llm_engine = self
+        self.queue: list[object] = [object()]  # left over from the run before
+
+    def add_request(self, name: str, *_: object) -> None:
+        assert name in self.requests
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.queue)
+
+    def schedule(self) -> object:
+        tokens = 1 if self.request.num_computed_tokens else 10
+        self.request.num_computed_tokens += tokens
+        return SimpleNamespace(num_scheduled_tokens={"0-0": tokens})
+
+    def update_from_output(self, _: object) -> None:
+        self.request.num_tokens += 1
+
+    def step(self) -> list[object]:
+        if self.request.num_computed_tokens < 11:
+            self.queue.append(self.schedule())
+            time.sleep(self.LAUNCH_SECONDS)
+        self.update_from_output(self.queue.pop(0))
+        return []
+
+
+def test_a_step_left_over_takes_no_time_from_the_first() -> None:
+    steps, seconds, _ = _drive(RunsAhead(), ([[[1] * 10]], [2]))
+    assert (steps.prefill_tokens, steps.decode_tokens, steps.decode_steps) == (10, 1, 1)
+    assert (
+        steps.prefill_seconds > 2 * RunsAhead.LAUNCH_SECONDS
+    )  # its own launch, and the next one's
+    assert steps.prefill_seconds + steps.decode_seconds <= seconds
 
 
 def test_an_engine_that_cannot_start_says_why() -> None:

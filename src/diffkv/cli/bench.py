@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffkv.cli import bench_agent, prompts
-from diffkv.cli.arguments import Listed, above_zero, num_bytes, num_tokens, positive
 from diffkv.cli.bench_engines import (
     BENCH_SMALL,
-    add_model,
-    add_thresholds,
     engine_flags,
     find_model,
     make_writer,
     model_facts,
     options_by_quant,
 )
-from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
+from diffkv.cli.bench_options import KIB, RANDOM, add_arguments
+from diffkv.lab.bench.loads import LOADS, Sizes
+from diffkv.quant import ConfigError, QuantConfig
 
 if TYPE_CHECKING:
     from diffkv.lab.bench.throughput import Setting
@@ -32,138 +31,9 @@ __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
 PASSES_FLAGS_ON = True
 """`attention` and `manager` refuse what is not listed here; the others pass it on to vLLM."""
 
-KIB = 1024
 FULL_GRID = {"ctx": [KIB, 4 * KIB, 16 * KIB, 64 * KIB], "batch": [1, 8, 32, 128], "group": [4, 8]}
 SMOKE_REPEATS = 3
 SHIPPED = "shipped"
-RANDOM = "random"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    commands = parser.add_subparsers(dest="bench", metavar="WHAT", required=True)
-    for name, text, add in (
-        ("attention", "decode attention, beside vLLM's own kernels", _add_attention),
-        ("manager", "the pool's own work, and how it grows", _add_manager),
-        ("throughput", "offline tokens a second, at one KV budget", _add_throughput),
-        ("map", "throughput by context, requests and KV budget: where the gain is", _add_map),
-        (
-            "agent",
-            "conversations that grow by turns, with prefix caching",
-            bench_agent.add_arguments,
-        ),
-        ("serving", "latency and goodput of a server, by request rate", _add_serving),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--smoke", action="store_true", help="a minute's worth, to see it run")
-        command.add_argument("--json", action="store_true", help="JSON lines on standard output")
-        command.add_argument("--out", type=Path, help="a file for the JSON lines")
-        add(command)
-
-
-def _add_attention(parser: argparse.ArgumentParser) -> None:
-    from diffkv.lab.bench.fill import TIER_MIXES
-
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--quant",
-        nargs="+",
-        action=Listed,
-        default=["k8v4", DEFAULT_QUANT, "k16v16"],
-        help="formats",
-    )
-    parser.add_argument("--tiers", nargs="+", action=Listed, choices=TIER_MIXES, default=["low", "mix"],
-                        help="all tokens high, all low, or 20 %% high (default: low mix)")  # fmt: skip
-    parser.add_argument(
-        "--ctx", nargs="+", action=Listed, type=num_tokens, default=[KIB, 4 * KIB, 16 * KIB]
-    )
-    parser.add_argument("--batch", nargs="+", action=Listed, type=positive, default=[1, 8])
-    parser.add_argument(
-        "--group",
-        nargs="+",
-        action=Listed,
-        type=positive,
-        default=[4],
-        help="query heads a KV head",
-    )
-    parser.add_argument("--kv-heads", type=positive, default=8)
-    parser.add_argument("--head-dim", type=positive, default=128)
-    parser.add_argument("--ragged", choices=["no", "yes", "both"], nargs="?", const="yes",
-                        default="no", help="lengths and tiers that differ")  # fmt: skip
-    parser.add_argument("--threads", type=positive, help="of the CPU (default: torch's)")
-    parser.add_argument("--cpu-time", action="store_true",
-                        help="time of the one thread, on a machine that is shared")  # fmt: skip
-    parser.add_argument("--warm", action="store_true",
-                        help="no flush of the caches between calls: what arithmetic takes")  # fmt: skip
-    parser.add_argument("--repeats", type=positive, default=20)
-    parser.add_argument("--full", choices=["grid"], help="contexts, batches and groups of the grid")
-
-
-def _add_manager(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quant", default=DEFAULT_QUANT)
-    parser.add_argument("--layers", type=positive, default=32)
-    parser.add_argument("--kv-heads", type=positive, default=8)
-    parser.add_argument("--requests", type=positive, default=8)
-    parser.add_argument("--head-dim", type=positive, default=128)
-    parser.add_argument("--steps", type=positive, default=20, help="decode steps that are timed")
-    parser.add_argument("--threads", type=positive, help="of the CPU (default: torch's)")
-    parser.add_argument(
-        "--full", action="store_true", help="to 64K tokens, 256 requests, 2560 heads"
-    )
-
-
-def _add_source(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.add_argument("--quant", nargs="+", action=Listed, default=[DEFAULT_QUANT])
-    add_thresholds(parser)
-
-
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
-    parser.add_argument(
-        "--kv-bytes", type=num_bytes, help="KV budget (default: four requests in bf16)"
-    )
-    parser.add_argument("--input-len", type=num_tokens, default=1024)
-    parser.add_argument("--output-len", type=num_tokens, default=128)
-    parser.add_argument("--num-prompts", type=positive, default=16)
-
-
-def _add_throughput(parser: argparse.ArgumentParser) -> None:
-    _add_engine_options(parser)
-    parser.add_argument("--workload", default=RANDOM,
-                        help="random, shipped, or a file of JSON lines with prompts")  # fmt: skip
-    parser.add_argument("--range-ratio", type=float, default=0.0, help="spread of random lengths")
-    parser.add_argument("--repeats", type=positive, default=1)
-    parser.add_argument("--profile", action="store_true", help="where each engine spends its time")
-    parser.add_argument("--paper", action="store_true", help="the original's models, with weights")
-
-
-def _add_map(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
-    parser.add_argument("--ctx", nargs="+", action=Listed, type=num_tokens, default=[256, KIB, 4 * KIB],
-                        help="tokens of a prompt (default: 256 1K 4K)")  # fmt: skip
-    parser.add_argument("--requests", nargs="+", action=Listed, type=positive, default=[1, 4, 12],
-                        help="all there at the start (default: 1 4 12)")  # fmt: skip
-    parser.add_argument("--kv-bytes", nargs="+", action=Listed, type=num_bytes,
-                        help="KV budgets (default: 2 and 16 of the longest in bf16)")  # fmt: skip
-    parser.add_argument("--output-len", type=num_tokens, default=64)
-    parser.add_argument("--repeats", type=positive, default=1)
-    parser.add_argument("--apart", action="store_true",
-                        help="one engine at a time, where memory does not hold all")  # fmt: skip
-    parser.add_argument("--plot", type=Path, help="a PNG of the map")
-
-
-def _add_serving(parser: argparse.ArgumentParser) -> None:
-    _add_engine_options(parser)
-    parser.add_argument("--url", help="of a running server, instead of starting some")
-    parser.add_argument("--rates", nargs="+", action=Listed, type=above_zero, default=[0.5, 1.0, 2.0],
-                        help="requests a second")  # fmt: skip
-    parser.add_argument("--goodput", nargs="+", action=Listed, default=[], metavar="METRIC:MS",
-                        help="what a good answer keeps to, such as ttft:5000 tpot:200")  # fmt: skip
-    parser.add_argument("--request-alpha-high", type=float, help="sent with every request")
-    parser.add_argument("--request-alpha-low", type=float, help="likewise")
-    parser.add_argument("--plot", type=Path, help="a PNG of latency against rate")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -236,11 +106,22 @@ def _kv_bytes(args: argparse.Namespace, config: dict[str, Any], longest: int) ->
     return room_for(4, config, longest)
 
 
+def _set_sizes(args: argparse.Namespace) -> None:
+    """Sizes that are not given are those of the load."""
+    sizes = LOADS[args.load] if args.load else Sizes()
+    for name, value in vars(sizes).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def _throughput(args: argparse.Namespace) -> None:
     from diffkv.lab.bench import throughput
     from diffkv.lab.bench.models import PAPER_MODELS
 
     options = options_by_quant(args, args.quant)
+    _set_sizes(args)
+    if args.profile and args.together:
+        raise ConfigError("--profile looks at one engine at a time: leave out --together")
     if args.smoke:
         vars(args).update(num_prompts=6, input_len=260, output_len=8, repeats=1)
         if args.model is None:
@@ -263,6 +144,7 @@ def _throughput(args: argparse.Namespace) -> None:
                 writer,
                 model_facts(args, engine),
                 args.profile,
+                args.together,
             )
 
 
@@ -297,9 +179,10 @@ def _compared(
     args: argparse.Namespace, options: list[dict[str, Any]], writer: "Writer"
 ) -> "list[Setting]":
     """The settings to compare; a smoke run leaves fp8 out, for its time."""
-    from diffkv.lab.bench.throughput import settings
+    from diffkv.lab.bench.throughput import STOCK, settings
 
-    compared = settings(options)
+    stock = getattr(args, "stock", None)
+    compared = settings(options, STOCK if stock is None else stock)
     if not args.smoke:
         return compared
     writer.note("smoke: stock fp8 is left out")
@@ -323,6 +206,7 @@ def _serving(args: argparse.Namespace) -> None:
     from diffkv.lab.bench import pages, serving
     from diffkv.lab.bench.throughput import Setting, settings
 
+    _set_sizes(args)
     # Requests that may lose tokens need sums of all of them
     drops = True if args.request_alpha_low else None
     compared = settings(options_by_quant(args, args.quant, drops=drops))

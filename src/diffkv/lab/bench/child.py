@@ -11,9 +11,11 @@ from statistics import median
 from threading import Timer
 from typing import IO, Any
 
+import torch
+
 from diffkv.lab.bench.engine import ANSWER, Job
 
-__all__ = ["Child", "in_rounds", "in_turn", "medians"]
+__all__ = ["Child", "in_rounds", "in_turn", "medians", "started"]
 
 COMMAND = (sys.executable, "-m", "diffkv.lab.bench.engine")
 TIMEOUT_SECONDS = 3600
@@ -23,7 +25,7 @@ CELL_RUNS = 5
 
 
 class Child:
-    """An engine that is warm and waits; it ends with the `with` block.
+    """An engine that starts with the `with` block, then waits, and ends with the block.
 
     Args:
         job: what it can run.
@@ -40,7 +42,9 @@ class Child:
         self._timer = Timer(TIMEOUT_SECONDS, self._process.kill)
         self._timer.daemon = True
         self._timer.start()
-        self._error = self._ask(json.dumps(asdict(self._job))).get("error")
+        self._tell(json.dumps(asdict(self._job)))
+        self._is_started = False
+        self._error: str | None = None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,22 +54,34 @@ class Child:
             print(self._read_log(), file=sys.stderr)
         self._log.close()
 
+    def wait(self) -> None:
+        """Return when the engine has started and is warm, or has failed."""
+        if not self._is_started:
+            self._is_started = True
+            self._error = self._heard().get("error")
+
     def run(self, cell: int) -> dict[str, Any]:
         """Run a cell of the job; what went wrong, now or before, is in the result as `error`."""
+        self.wait()
         if self._error is not None:
             return {"error": self._error}
-        result = self._ask(str(cell))
+        self._tell(str(cell))
+        result = self._heard()
         self._error = result.get("error")
         return result
 
-    def _ask(self, line: str) -> dict[str, Any]:
-        given, printed = self._process.stdin, self._process.stdout
-        assert given is not None and printed is not None
+    def _tell(self, line: str) -> None:
+        given = self._process.stdin
+        assert given is not None
         try:
             given.write(line + "\n")
             given.flush()
         except BrokenPipeError:
             pass  # what it has to say about its end is in its log
+
+    def _heard(self) -> dict[str, Any]:
+        printed = self._process.stdout
+        assert printed is not None
         for answer in printed:
             if answer.startswith(ANSWER):
                 result: dict[str, Any] = json.loads(answer.removeprefix(ANSWER))
@@ -76,6 +92,22 @@ class Child:
     def _read_log(self) -> str:
         self._log.seek(0)
         return self._log.read()
+
+
+def started(stack: ExitStack, jobs: Sequence[Job]) -> list[Child]:
+    """An engine for every job, all warm, until the stack ends.
+
+    With a GPU they start at once, since a start is mostly one core's work; on CPUs, where each takes all
+    cores, one after the other.
+    """
+    children = []
+    for job in jobs:
+        children.append(stack.enter_context(Child(job)))
+        if not torch.cuda.is_available():
+            children[-1].wait()
+    for child in children:
+        child.wait()
+    return children
 
 
 def in_rounds(
@@ -114,7 +146,7 @@ def in_turn(jobs: Sequence[Job], say: Callable[[str], None]) -> list[list[dict[s
         say: is told how far it is.
     """
     with ExitStack() as stack:
-        children = [stack.enter_context(Child(job)) for job in jobs]
+        children = started(stack, jobs)
         say(f"  {len(jobs)} engine(s) started")
         num_cells, found = len(jobs[0].cells), []
         for cell in range(num_cells):

@@ -27,6 +27,9 @@ KIB = 1 << 10
 ANSWER = "diffkv-bench: "
 """How a line of standard output begins that is meant for the parent; libraries print there too."""
 
+SHARE_NEEDED = 0.1
+"""Share of a GPU's memory that must be free before an engine starts."""
+
 WARM_PROMPTS = 4
 WARM_TOKENS = 4
 
@@ -130,8 +133,9 @@ def _drive(llm: Any, load: Load, profile: bool = False) -> tuple[_Steps, float, 
         return output
 
     def updating(output: Any, *args: Any, **kwargs: Any) -> Any:
-        # One that was under way when this run began is none of it
-        steps.ended(*made_of.pop(id(output), (0, 0)))
+        # A step that was under way when this run began is none of it, and no time is its own
+        if tokens := made_of.pop(id(output), None):
+            steps.ended(*tokens)
         return update(output, *args, **kwargs)
 
     scheduler.schedule, scheduler.update_from_output = scheduling, updating
@@ -181,7 +185,8 @@ def _peak_memory(device: str) -> int:
 def serve(job: Job, wanted: Iterable[str]) -> None:
     """Start an engine, warm it up with some requests, then run the cells whose numbers come, and answer.
 
-    CPUs run in eager mode, GPUs as vLLM's defaults say, with compiled code and graphs.
+    CPUs run in eager mode, GPUs as vLLM's defaults say, with compiled code and graphs. vLLM's check that
+    a GPU is empty at start is off: the cache has its bytes, and other engines may hold the rest.
     """
     from vllm.platforms import current_platform
 
@@ -192,6 +197,7 @@ def serve(job: Job, wanted: Iterable[str]) -> None:
     on_cpu = current_platform.device_type == "cpu"
     arguments = {
         "enforce_eager": on_cpu,
+        **({} if on_cpu else {"gpu_memory_utilization": SHARE_NEEDED}),
         "disable_log_stats": False,
         "enable_prefix_caching": False,
         "kv_cache_memory_bytes": job.kv_bytes,

@@ -188,12 +188,16 @@ def _overhead(page: Page, rows: Rows, _: object) -> None:
 
 
 def _throughput(page: Page, rows: Rows, _: object) -> None:
-    first = rows[0]
-    page.text(
-        f"{first['model']}, {first['workload']}, {first['requests']} requests, "
-        f"{first['kv_bytes'] / 1e6:,.0f} MB of KV for each engine:"
-    )
-    page.table(THROUGHPUT, rows)
+    loads: dict[str, list[Row]] = {}
+    for row in rows:
+        load = (
+            f"{row['model']}, {row['workload']}, {row['requests']} requests, "
+            f"{row['kv_bytes'] / 1e6:,.0f} MB of KV for each engine:"
+        )
+        loads.setdefault(load, []).append(row)
+    for load, here in loads.items():
+        page.text(load)
+        page.table(THROUGHPUT, here)
 
 
 def _map(page: Page, rows: Rows, path: Path | None) -> None:

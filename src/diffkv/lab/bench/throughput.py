@@ -3,11 +3,12 @@
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffkv.lab.bench.child import Child, medians
+from diffkv.lab.bench.child import Child, medians, started
 from diffkv.lab.bench.engine import Job, Load
 from diffkv.lab.rows import Row, Writer
 from diffkv.layout import bf16_bytes_per_token
@@ -31,7 +32,10 @@ __all__ = [
 
 OURS = "diffkv"
 STOCK = ("bf16", "fp8")
-"""Engines in rows are `OURS`, or "stock " with one of these."""
+"""Dtypes of vLLM's own cache that others are compared with.
+
+Engines in rows are `OURS`, or "stock " with a dtype.
+"""
 
 COMPARED = {
     "tokens_per_s": "vs_stock_",
@@ -63,7 +67,7 @@ class Setting:
     """One engine: vLLM's own cache in a dtype, or DiffKV's.
 
     Attributes:
-        name: name in its rows: "stock bf16", "stock fp8" or `OURS`.
+        name: name in its rows: "stock " with a dtype, or `OURS`.
         quant: format of the cache; None if it is not known.
         options: DiffKV's; None for vLLM's own.
         engine: arguments of vLLM's engine that make it so.
@@ -99,13 +103,13 @@ def _label(case: dict[str, Any]) -> str:
     return name + tiers + (NO_PREFIXES if case.get("prefix_caching") is False else "")
 
 
-def settings(options: Sequence[dict[str, Any]]) -> list[Setting]:
-    """Stock bf16, stock fp8, then DiffKV with each set of options."""
-    stock = [
-        Setting("stock bf16", "bf16", None, {}),
-        Setting("stock fp8", "fp8", None, {"kv_cache_dtype": "fp8"}),
+def settings(options: Sequence[dict[str, Any]], stock: Sequence[str] = STOCK) -> list[Setting]:
+    """vLLM's own cache in each dtype of `stock`, then DiffKV with each set of options."""
+    others = [
+        Setting(f"stock {dtype}", dtype, None, {} if dtype == "bf16" else {"kv_cache_dtype": dtype})
+        for dtype in stock
     ]
-    return stock + [Setting(OURS, each["quant"], each, {}) for each in options]
+    return others + [Setting(OURS, each["quant"], each, {}) for each in options]
 
 
 @dataclass(frozen=True)
@@ -184,8 +188,11 @@ def run(
     writer: Writer,
     facts: dict[str, Any],
     profile: bool = False,
+    together: bool = False,
 ) -> None:
     """Run every setting `repeats` times, in turn, each in a process of its own; a row for each setting.
+
+    Engines that are there together serve all repeats; else each repeat starts its own.
 
     Args:
         engine: arguments of vLLM's engine that all settings share, the model among them.
@@ -196,23 +203,32 @@ def run(
         writer: gets the rows.
         facts: settings that belong into every row.
         profile: print the first repeat's profile of each setting to standard error.
+        together: keep all engines, if there is memory for them.
 
     Raises:
         ConfigError: no setting could run.
     """
     results: list[list[dict[str, Any]]] = [[] for _ in compared]
     writer.note(f"{workload.name}, {len(workload.prompts)} requests, {kv_bytes} bytes of KV")
-    for repeat in range(repeats):
-        for setting, done in zip(compared, results, strict=True):
-            if done and "error" in done[-1]:
-                continue
-            shared = {"max_model_len": workload.longest + 1, "max_num_seqs": len(workload.prompts)}
-            arguments = {**shared, **engine, **setting.engine}
-            cells = [workload.load]
-            job = Job(arguments, setting.options, kv_bytes, cells, profile and repeat == 0)
-            with Child(job) as child:
-                done.append(child.run(0))
-            writer.note(f"  {repeat + 1} of {repeats}, {_progress(setting, done[-1])}")
+    shared = {
+        "max_model_len": workload.longest + 1,
+        "max_num_seqs": len(workload.prompts),
+        **engine,
+    }
+    cells = [workload.load]
+    jobs = [Job({**shared, **each.engine}, each.options, kv_bytes, cells) for each in compared]
+    with ExitStack() as stack:
+        kept = started(stack, jobs) if together else None
+        for repeat in range(repeats):
+            for index, (setting, done) in enumerate(zip(compared, results, strict=True)):
+                if done and "error" in done[-1]:
+                    continue
+                if kept is not None:
+                    done.append(kept[index].run(0))
+                else:
+                    with Child(replace(jobs[index], profile=profile and repeat == 0)) as child:
+                        done.append(child.run(0))
+                writer.note(f"  {repeat + 1} of {repeats}, {_progress(setting, done[-1])}")
     case = {"kv_bytes": kv_bytes, "workload": workload.name, "requests": len(workload.prompts)}
     case = {**facts, **case, "repeats": repeats}
     added = add_rows(writer, "throughput", case, compared, results, _text)
@@ -285,7 +301,18 @@ def _ratios(
 def _progress(setting: Setting, result: dict[str, Any]) -> str:
     if "error" in result:
         return f"{setting.label}: {result['error']}"
-    return f"{setting.label}: {result['tokens_per_s']:.1f} tokens/s"
+    return f"{setting.label}: {_figures(result)}"
+
+
+def _figures(found: Mapping[str, Any]) -> str:
+    text = (
+        f"{found['tokens_per_s']:8.1f} tokens/s, decoding {found['decode_tokens_per_s']:.1f}, prefill "
+        f"{found['prefill_tokens_per_s']:.0f}, at once {found['max_running']:.0f}, "
+        f"{found['preemptions']:.0f} preempted, {found['bytes_per_token']:.0f} B/token, "
+        f"{found['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    high = found.get("high_share")
+    return text if high is None else f"{text}, {high:.1%} high"
 
 
 def _text(row: Row) -> str:
@@ -293,11 +320,8 @@ def _text(row: Row) -> str:
     if row.error is not None:
         return f"{name:24} did not run: {row.error}"
     text = (
-        f"{name:24} {row['tokens_per_s']:8.1f} tokens/s, decoding {row['decode_tokens_per_s']:.1f} "
-        f"({row['decode_tokens_per_s_min']:.1f} to {row['decode_tokens_per_s_max']:.1f}), prefill "
-        f"{row['prefill_tokens_per_s']:.0f}, at once {row['max_running']:.0f}, "
-        f"{row['preemptions']:.0f} preempted, {row['bytes_per_token']:.0f} B/token, "
-        f"{row['peak_memory_bytes'] / 1e9:.2f} GB"
+        f"{name:24} {_figures(row.measured)}; decoding from {row['decode_tokens_per_s_min']:.1f} to "
+        f"{row['decode_tokens_per_s_max']:.1f}"
     )
     for code in STOCK:
         whole, decode, prefill = (row.get(name + code) for name in COMPARED.values())
