@@ -16,10 +16,10 @@ DEFAULT = Thresholds(3, 0)
 LAYOUT = PageLayout.derive(QuantConfig.parse("k8v4-k4v2"), 8, 256, 4)
 SHAPE = PoolShape(LAYOUT, 2, 2, 16, 1024, 1000)
 
-EXACT, NOTHING_DROPPED = "k16v16", {"alpha_low": 1e-30}
+EXACT, NOTHING_DROPPED = "k16v16", {"alpha_low": 1e-30, "segment": 128}
 """Prompts are scored and preempted, but nothing is lost: every token must be right."""
 TIGHT_BYTES = 14 << 20
-LOSSY = {"alpha_high": 3, "alpha_low": 1}
+LOSSY = {"alpha_high": 3, "alpha_low": 1, "segment": 128}
 
 
 class TestRowSizes:

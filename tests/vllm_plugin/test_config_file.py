@@ -46,7 +46,6 @@ def test_a_conflict_is_refused(config, text):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("enable-prefix-caching: true", "prefix caching does not go with DiffKV"),
         ("kv-transfer-config:\n  kv_connector: Other", "DiffKV is the KV connector"),
         ("attention-backend: FLASH_ATTN", "DiffKV is the attention backend"),
         ("model: other", "name the model on the command line only"),

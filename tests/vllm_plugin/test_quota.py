@@ -9,7 +9,7 @@ import stepping
 import torch
 from conftest import engine, metric, random_prompts
 from prometheus_client import REGISTRY
-from stepping import Request, check_empty, check_quotas, drive, manager, scheduler, worker
+from stepping import Request, check_empty, check_quotas, drive, scheduler, worker
 
 from diffkv import pool
 
@@ -23,7 +23,7 @@ def llm() -> Iterator[Any]:
     """Chunked prompts, and a pool that some ten of them fill."""
     with engine(
         QUANT,
-        {"alpha_high": 3, "alpha_low": 0.3},
+        {"alpha_high": 3, "alpha_low": 0.3, "segment": 256},
         max_model_len=MODEL_LEN,
         max_num_batched_tokens=CHUNK,
         kv_cache_memory_bytes=5 << 19,
@@ -63,22 +63,20 @@ class TestOneEngine:
         assert metric(llm, "vllm:num_preemptions") >= before
         check_empty(llm)
 
-    def test_quota_shrinks_when_a_prompt_is_compressed(self, llm: Any) -> None:
-        quotas: list[int] = []
+    def test_a_segment_and_a_chunk_of_a_prompt_are_uncompressed_at_most(self, llm: Any) -> None:
+        paid: list[int] = []
 
         def look(step: int) -> None:
-            quotas.extend(manager(llm)._held(r.request_id) for r in scheduler(llm).running)
+            if scheduler(llm).running:
+                paid.append(stepping.blocks_in_use(llm))
 
         prompt = stepping.shipped_prompts()[0]
         drive(llm, {"one": Request(prompt, new_tokens=8)}, look)
         shape = worker().shape
-        high = shape.layout.high
-        chunks = math.ceil(1071 / CHUNK)
-        most_high = shape.num_kv_heads * math.ceil(1071 / high.tokens_per_page)
-        # while it is prefilled all tokens are high; its last chunk decides, and half goes back
-        assert quotas[chunks - 2] > 0.6 * most_high
-        assert quotas[chunks - 1] < 0.75 * quotas[chunks - 2]
-        assert max(quotas[chunks - 1 :]) < 0.75 * quotas[chunks - 2]
+        exact = shape.layout.exact().high.tokens_per_page
+        uncompressed = shape.num_kv_heads * math.ceil(1071 / exact)
+        assert max(paid) < 0.7 * uncompressed
+        assert paid[-1] < 0.3 * uncompressed
         check_empty(llm)
 
     def test_usage_gauge_and_ours_agree(self, llm: Any) -> None:
@@ -94,14 +92,15 @@ class TestOneEngine:
             layers = worker().shape.num_layers
             assert usage == pytest.approx(stepping.blocks_in_use(llm) / stepping.usable_blocks(llm))
             running = {r.request_id for r in scheduler(llm).running}
-            slots = [r.slot for name, r in worker()._slots.requests.items() if name in running]
-            covered = int(pool.held_pages(worker().state, torch.tensor(slots).long()).sum())
+            used = [r.rows for name, r in worker().requests.items() if name in running]
+            slots = {slot for rows in used for slot in rows}
+            covered = int(pool.held_pages(worker().state, torch.tensor(sorted(slots)).long()).sum())
             assert covered <= usage * stepping.usable_blocks(llm) * layers + 1e-6
 
         drive(llm, requests(6), look)
         assert max(usage for usage, _ in seen) > 0.3
         assert metric(llm, "vllm:kv_cache_usage_perc") == 0
-        assert gauge("pages_held") == 0
+        assert gauge("pages_held") == worker().accounts.num_held  # rows that are kept
 
     @pytest.mark.parametrize("when", ["queued", "prefilling", "decoding"])
     def test_abort_leaves_nothing_behind(self, llm: Any, when: str) -> None:

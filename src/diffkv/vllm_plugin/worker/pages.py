@@ -38,7 +38,10 @@ def read_pool(
         raise ConfigError("this engine keeps no positions of low tokens: start it with drops")
     read = []
     for rows, num_tokens in requests:
-        tiers, counts = token_tiers(state, rows, num_tokens), state.num_tokens[rows].sum(0).cpu()
+        tiers, counts = (
+            token_tiers(state, rows, num_tokens),
+            state.num_tokens[list(rows)].sum(0).cpu(),
+        )
         read.append(
             {
                 "num_tokens": num_tokens,
