@@ -12,6 +12,7 @@ import torch
 from checkpoints import HIDDEN, VOCABULARY, make
 from conftest import engine, random_prompts
 from safetensors.torch import save_file
+from stepping import check_empty
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 FAMILY, HEAD_DIM, QUERY_HEADS = "llama3", 128, 4
