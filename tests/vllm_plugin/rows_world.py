@@ -131,9 +131,9 @@ class Workers:
             self._check_chain(start, tokens, salt)
             self.hits += bool(start.chain)
             pages = np.zeros((RANKS, LAYERS), dtype=np.int64)
-            self.rows[start.slot] = Stored(pages, start.num_closed, salt, start.thresholds)
+            self.rows[start.slot] = Stored(pages, start.starts[-1], salt, start.thresholds)
             self.jobs[start.request_id] = Job(
-                start, list(start.chain), tokens, start.num_closed, salt
+                start, list(start.chain), tokens, start.starts[-1], salt
             )
         for job in self.jobs.values():
             assert self.rows[job.start.slot].tokens is None, "an open row is closed"
@@ -147,7 +147,7 @@ class Workers:
             end += len(row.tokens)
             assert list(row.tokens) == tokens[row.start : end], "a hit has other tokens"
             assert (row.salt, row.thresholds) == (salt, start.thresholds)
-        assert end == start.num_closed < start.prompt_len == len(tokens)
+        assert end == start.starts[-1] < start.prompt_len == len(tokens)
 
     def run(self, message: StepMessage) -> tuple[dict[str, list[int]], KVConnectorOutput]:
         """The step: what each request samples, and what the workers report."""

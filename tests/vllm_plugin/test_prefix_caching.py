@@ -85,12 +85,6 @@ def test_turns_and_branches_equal_stock(
         check_empty(llm)
 
 
-@pytest.fixture(scope="module")
-def llm() -> Iterator[Any]:
-    with engine("k8v4-k4v2", COMPRESSED, max_model_len=1024, max_num_batched_tokens=512) as llm:
-        yield llm
-
-
 def ask(llm: Any, text: list[int], **request: Any) -> tuple[list[int], int]:
     """The answer, and how many tokens of the prompt were found."""
     driven = drive(
@@ -100,6 +94,11 @@ def ask(llm: Any, text: list[int], **request: Any) -> tuple[list[int], int]:
 
 
 class TestCompressed:
+    @pytest.fixture(scope="class")
+    def llm(self) -> Iterator[Any]:
+        with engine("k8v4-k4v2", COMPRESSED, max_model_len=1024, max_num_batched_tokens=512) as llm:
+            yield llm
+
     def test_a_hit_changes_no_token(self, llm: Any) -> None:
         text = [1, *words(700, 3)]
         assert llm.reset_prefix_cache()

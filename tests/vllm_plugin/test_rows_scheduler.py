@@ -83,7 +83,7 @@ class TestScheduler:
         world.step()
         # the last token that was sampled is not stored
         (job,) = world.workers.jobs.values()
-        assert job.start.num_closed == len(tokens) - 1 == 169
+        assert job.start.starts[-1] == len(tokens) - 1 == 169
         assert world.manager.store.at(job.start.chain[-1]).start == 128
         assert (world.queries, world.cached) == (150 + 173, 169)
         fill(world)

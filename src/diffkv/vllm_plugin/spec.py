@@ -95,7 +95,10 @@ class DiffKVSpec(FullAttentionSpec):
         return None
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """This layer's share of what one request of the longest length needs, all tables included."""
+        """This layer's share of what one request of the longest length needs, all tables included.
+
+        vLLM itself sets the block aside that is nobody's.
+        """
         needed = PoolShape.least_budget(
             self.layout,
             self.num_layers,
@@ -104,7 +107,7 @@ class DiffKVSpec(FullAttentionSpec):
             self.max_num_seqs,
             self.segment,
         )
-        return -(-needed // self.num_layers)
+        return -(-needed // self.num_layers) - self.layout.page_bytes
 
     @classmethod
     def merge(cls, specs: list["DiffKVSpec"]) -> "DiffKVSpec":
