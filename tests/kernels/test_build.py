@@ -188,9 +188,10 @@ def test_rendered_struct_is_the_state():
     lines = text[text.index("struct Tensors {") :].splitlines()[1:-1]
     pointers = [line.split(";")[0].split() for line in lines[:-1]]
     types = {"uint8_t*": torch.uint8, "int32_t*": torch.int32, "int64_t*": torch.int64}
+    types |= {"float*": torch.float32, "uint16_t*": torch.bfloat16}
     state = make_state("k8v4")
     for kind, name in pointers:
-        assert getattr(state, name).dtype is types.get(kind, torch.float32)
+        assert getattr(state, name).dtype is types[kind]
     assert lines[-1] == f"  int64_t {', '.join(library.SIZES)};"
     assert [name for _, name in pointers] == list(TENSORS)
 
