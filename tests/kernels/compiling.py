@@ -187,11 +187,7 @@ def cases(
     finish = {**grouped, "D": head_dim, "D_PADDED": padded}
     recomputed = {**grouped, **products, **tables}
     tuning = workspace.Tuning()
-    launch = {
-        "num_stages": tuning.num_stages,
-        "num_warps": tuning.num_warps,
-        "maxnreg": tuning.max_registers,
-    }
+    launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
     counted = {**tables, "TABLE": table, "TIERS": tiers, "B": 2048}
     gathered = {**paged, **centred, "D": head_dim, "D_PADDED": padded, "STARTS": 64, "B": vectors}
     written = {**paged, **centred, "D": head_dim, "B": vectors}

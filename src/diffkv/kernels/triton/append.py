@@ -94,7 +94,8 @@ def _append_kernel(
             # The old token is read by other threads than those that overwrite it
             tl.debug_barrier()
     at = head * D + one
-    centre_ptr = centre_of(centres_ptr, slot, layer, head, L, H, HIGH_K)
+    row = (slot.to(tl.int64) * L + layer) * H + head
+    centre_ptr = centre_of(centres_ptr, row, HIGH_K)
     write_side(
         key_ptr + r * key_stride + at, centre_ptr, page_ptr, index, mask, HIGH_K, DTYPE, CENTRED
     )

@@ -7,7 +7,6 @@
 import triton
 import triton.language as tl
 
-from diffkv.kernels.triton.table import leaf_entry
 from diffkv.kernels.triton.tile import (
     centre_shift,
     folded,
@@ -17,7 +16,7 @@ from diffkv.kernels.triton.tile import (
     tile_scores,
     tile_values,
 )
-from diffkv.kernels.triton.worklist import closed_row
+from diffkv.kernels.triton.worklist import leaf_of_chain
 
 __all__ = ["attend_item"]
 
@@ -116,80 +115,72 @@ def attend_item(
     for _ in tl.static_range(GROUPS):
         offsets = offsets + (tl.zeros([8, GROUP], tl.float32),)
     shift = tl.zeros([GROUP], tl.float32)
+    table_row = row
     if CENTRED:
-        slot = tl.load(slots_ptr + row // H)
+        table_row = (tl.load(slots_ptr + row // H) * L + layer) * H + row % H
     if CHAINED:
         is_closed = score_tile < 0
         keeps_scores = ~is_closed & (score_tile + tl.cdiv(count, TILE) <= score_tiles)
-        entry = where
-        num_tokens = count
-        table_row = row
-        first_page = 0
-        end_token = 1
-        for place in range(where, where + tl.where(is_closed, count, 1)):
+        place = where
+        end_place = where + tl.where(is_closed, count, 1)
+        page = 0
+        while place < end_place:
+            entry = where
+            num_tokens = count
+            place += 1
             if is_closed:
-                slot, table_row, first_page, end_token = closed_row(
+                table_row, entry, num_tokens, place, page = leaf_of_chain(
                     chains_ptr,
                     num_tokens_ptr,
+                    directory_ptr,
                     items_ptr,
                     item,
-                    place,
-                    row % H,
+                    place - 1,
+                    page,
                     layer,
                     TIER,
                     TIERS,
                     L,
                     H,
+                    TABLE,
                     TOKENS,
                 )
             if CENTRED:
-                shift = centre_shift(
-                    head_ptr, centres_ptr, slot, layer, row % H, scale, L, H, G, GROUP, K
-                )
+                shift = centre_shift(head_ptr, centres_ptr, table_row, scale, G, GROUP, K)
                 most -= shift
-            for leaf in range(
-                first_page // TABLE.entries, tl.cdiv(end_token, TABLE.entries * T.tokens)
-            ):
-                if is_closed:
-                    first = tl.maximum(first_page, leaf * TABLE.entries)
-                    entry = leaf_entry(directory_ptr, table_row.to(tl.int64), first, TIER, TABLE)
-                    end = tl.minimum(end_token, (leaf + 1) * (TABLE.entries * T.tokens))
-                    num_tokens = end - first * T.tokens
-                most, total, sums, offsets = _attend_tokens(
-                    most,
-                    total,
-                    sums,
-                    offsets,
-                    operands,
-                    totals,
-                    factor,
-                    shift,
-                    entry,
-                    num_tokens,
-                    score_tile,
-                    keeps_scores,
-                    pages_ptr,
-                    leaves_ptr,
-                    probs_ptr,
-                    most_ptr,
-                    T,
-                    G,
-                    GROUP,
-                    PAGE,
-                    TILE,
-                    CENTRED,
-                    DTYPE,
-                    K_DOT,
-                    V_DOT,
-                    FAST,
-                )
+            most, total, sums, offsets = _attend_tokens(
+                most,
+                total,
+                sums,
+                offsets,
+                operands,
+                totals,
+                factor,
+                shift,
+                entry,
+                num_tokens,
+                score_tile,
+                keeps_scores,
+                pages_ptr,
+                leaves_ptr,
+                probs_ptr,
+                most_ptr,
+                T,
+                G,
+                GROUP,
+                PAGE,
+                TILE,
+                CENTRED,
+                DTYPE,
+                K_DOT,
+                V_DOT,
+                FAST,
+            )
             if CENTRED:
                 most += shift
     else:
         if CENTRED:
-            shift = centre_shift(
-                head_ptr, centres_ptr, slot, layer, row % H, scale, L, H, G, GROUP, K
-            )
+            shift = centre_shift(head_ptr, centres_ptr, table_row, scale, G, GROUP, K)
         keeps_scores = score_tile + tl.cdiv(count, TILE) <= score_tiles
         most, total, sums, offsets = _attend_tokens(
             most,

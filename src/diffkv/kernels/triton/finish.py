@@ -112,8 +112,8 @@ def _add_recomputed(
     head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
     operands, totals, factor = load_query(head_ptr, G, GROUP, K, DOT)
     if CENTRED:
-        slot = tl.load(slots_ptr + row // H)
-        lse -= centre_shift(head_ptr, centres_ptr, slot, layer, row % H, scale, L, H, G, GROUP, K)
+        table_row = (tl.load(slots_ptr + row // H) * L + layer) * H + row % H
+        lse -= centre_shift(head_ptr, centres_ptr, table_row, scale, G, GROUP, K)
     for tile in range(0, tl.cdiv(num_tokens, TILE)):
         page_ptr, index, valid = tile_places(pages_ptr, entry_ptr, tile, num_tokens, T, TILE, PAGE)
         scores = tile_scores(operands, totals, page_ptr, index, valid, K, GROUP, DTYPE, DOT, FAST)

@@ -119,7 +119,7 @@ def _gather_kernel(
             key, number, tier == t, element, pages_ptr, table, True, t, TIERS, TABLE, PAGE, DTYPE
         )
     if CENTRED:
-        centre_at = centre_of(centres_ptr, slot, layer, head, L, H, TIERS[0].k)
+        centre_at = centre_of(centres_ptr, row, TIERS[0].k)
         is_kept = in_vector & (tier != _DROPPED)[:, None]
         key += tl.load(centre_at[:, None] + element, mask=is_kept, other=0.0).to(tl.float32)
     tl.store(key_ptr + (place * key_stride)[:, None] + at, rounded(key, DTYPE), mask=in_vector)

@@ -199,8 +199,9 @@ def _write_kernel(
     kept = (number >= 0) & (tl.load(first_ptr + r * (2 * H), mask=exists, other=-1) >= 0)
     tier_of = tl.load(tiers_ptr + head * N + i, mask=kept, other=_DROPPED)
     slot = tl.load(slots_ptr + r, mask=kept, other=0).to(tl.int64)
-    table = table_of(leaves_ptr, directory_ptr, (slot * L + layer) * H + head, TABLE)
-    centre_at = centre_of(centres_ptr, slot, layer, head, L, H, TIERS[0].k)
+    row = (slot * L + layer) * H + head
+    table = table_of(leaves_ptr, directory_ptr, row, TABLE)
+    centre_at = centre_of(centres_ptr, row, TIERS[0].k)
     score = tl.load(sums_ptr + head * N + i, mask=kept, other=0.0)
     position = tl.load(positions_ptr + i, mask=kept, other=0)
     for t in tl.static_range(NUM_TIERS):

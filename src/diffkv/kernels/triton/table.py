@@ -19,9 +19,9 @@ __all__ = [
 
 
 @triton.jit
-def centre_of(centres_ptr, slot, layer, head, L: tl.constexpr, H: tl.constexpr, S: tl.constexpr):
+def centre_of(centres_ptr, row, S: tl.constexpr):
     """Where the centre of a head's keys is, or those of some; S is a side of keys."""
-    return centres_ptr + ((slot.to(tl.int64) * L + layer) * H + head) * S.head_dim
+    return centres_ptr + row.to(tl.int64) * S.head_dim
 
 
 @triton.jit
@@ -41,10 +41,10 @@ def leaf_column(leaf, TIER: tl.constexpr, TABLE: tl.constexpr):
 
 
 @triton.jit
-def leaf_entry(directory_ptr, row, number, TIER: tl.constexpr, TABLE: tl.constexpr):
-    """The entry of all leaves that names page `number` of a tier, of a row of the directory."""
+def leaf_entry(directory_ptr, row, number, mask, TIER: tl.constexpr, TABLE: tl.constexpr):
+    """The entry of all leaves that names page `number` of a tier, of a row, if the mask says so."""
     column = leaf_column(number // TABLE.entries, TIER, TABLE)
-    leaf = tl.load(directory_ptr + row * TABLE.width + column)
+    leaf = tl.load(directory_ptr + row.to(tl.int64) * TABLE.width + column, mask=mask, other=0)
     return leaf * TABLE.entries + number % TABLE.entries
 
 

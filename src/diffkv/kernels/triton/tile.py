@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 BIAS = tl.constexpr(1024.0)
-CENTRE_BLOCK = tl.constexpr(32)
+CENTRE_BLOCK = tl.constexpr(64)
 """Elements of a product with a centre at a time: what was accumulated stays in registers meanwhile."""
 
 
@@ -188,20 +188,10 @@ def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT
 
 @triton.jit
 def centre_shift(
-    q_ptr,
-    centres_ptr,
-    slot,
-    layer,
-    head,
-    scale,
-    L: tl.constexpr,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    GROUP: tl.constexpr,
-    S: tl.constexpr,
+    q_ptr, centres_ptr, row, scale, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr
 ):
-    """[GROUP] what a row's centre adds to the scores, times scale, of the query heads at q_ptr."""
-    centre_ptr = centre_of(centres_ptr, slot, layer, head, L, H, S)
+    """[GROUP] what a centre adds to the scores, times scale, of the query heads at q_ptr."""
+    centre_ptr = centre_of(centres_ptr, row, S)
     g = tl.arange(0, GROUP)[:, None]
     product = tl.zeros([GROUP], tl.float32)
     for start in tl.static_range(0, S.head_dim, CENTRE_BLOCK):

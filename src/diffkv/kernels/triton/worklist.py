@@ -20,7 +20,7 @@ import math
 import triton
 import triton.language as tl
 
-from diffkv.kernels.triton.table import leaf_column
+from diffkv.kernels.triton.table import leaf_column, leaf_entry
 from diffkv.layout import PageLayout
 
 __all__ = [
@@ -28,10 +28,10 @@ __all__ = [
     "ITEM_FIELDS",
     "MAX_CHUNKS",
     "ROW_FIELDS",
-    "closed_row",
     "has_sums",
     "item_of",
     "item_of_row",
+    "leaf_of_chain",
     "list_kernel",
     "most_chunk_pages",
     "most_chunks",
@@ -327,30 +327,40 @@ def item_of_row(row_items_ptr, row, each):
 
 
 @triton.jit
-def closed_row(
+def leaf_of_chain(
     chains_ptr,
     num_tokens_ptr,
+    directory_ptr,
     items_ptr,
     item,
     place,
-    head,
+    page,
     layer,
     TIER: tl.constexpr,
     TIERS: tl.constexpr,
     L: tl.constexpr,
     H: tl.constexpr,
+    TABLE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """What an item has of a closed row, whose place in the chains is given.
+    """What an item has of a closed row, whose place in the chains is given, in one leaf from a page on.
 
-    Returns the row's slot, the head's row of the tables, and the first page and the end, in tokens.
+    Returns the head's row of the tables, the entry of the first page, how many tokens (maybe none), and
+    the place and page that follow. All is read again for every leaf, so that nothing of it takes
+    registers in the meantime.
     """
-    part = tl.load(items_ptr + item * _FIELDS + 4)
-    parts = tl.load(items_ptr + item * _FIELDS + 5)
-    slot = tl.load(chains_ptr + place)
-    row = (slot * L + layer) * H + head
-    num_tokens = tl.load(num_tokens_ptr + row.to(tl.int64) * 2 + TIER)
-    pages = tl.cdiv(num_tokens, TIERS[TIER].tokens)
+    T: tl.constexpr = TIERS[TIER]
+    at = items_ptr + item * _FIELDS
+    head, part, parts = tl.load(at) // 2 % H, tl.load(at + 4), tl.load(at + 5)
+    row = (tl.load(chains_ptr + place) * L + layer) * H + head
+    kept = tl.load(num_tokens_ptr + row.to(tl.int64) * 2 + TIER)
     least: tl.constexpr = (TOKENS + TIERS[0].tokens - 1) // TIERS[0].tokens
-    each = tl.maximum(tl.cdiv(pages, parts), least)
-    return slot, row, part * each, tl.minimum(num_tokens, (part + 1) * each * TIERS[TIER].tokens)
+    each = tl.maximum(tl.cdiv(tl.cdiv(kept, T.tokens), parts), least)
+    page = tl.maximum(page, part * each)
+    end = tl.minimum(kept, (part + 1) * each * T.tokens)
+    next_page = (page // TABLE.entries + 1) * TABLE.entries
+    num_tokens = tl.minimum(end, next_page * T.tokens) - page * T.tokens
+    entry = leaf_entry(directory_ptr, row, page, num_tokens > 0, TIER, TABLE)
+    is_last = next_page * T.tokens >= end
+    next_page = tl.where(is_last, 0, next_page)
+    return row, entry, num_tokens, place + is_last.to(tl.int32), next_page

@@ -33,8 +33,7 @@ class Tuning:
         num_stages: tiles in flight.
         programs: per multiprocessor.
         tile: tokens of a tile, a power of two of at least 16; None: by head_dim.
-        max_registers: registers of a thread, as many as so few programs can have. None: the compiler's
-            choice, which may spill some to make room for programs that there are not.
+        max_registers: registers of a thread; None: the compiler's choice.
         fast: convert codes with `prmt`, which the interpreter does not know.
         score_tiles: tiles of one layer whose probabilities are kept between the passes; those of
             further tiles are computed twice. None: a share of the pool.
@@ -45,7 +44,7 @@ class Tuning:
     num_stages: int = 5
     programs: int = 8
     tile: int | None = None
-    max_registers: int | None = 255
+    max_registers: int | None = None
     fast: bool = True
     score_tiles: int | None = None
     chunk_tokens: int = CHUNK_TOKENS
