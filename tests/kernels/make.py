@@ -85,7 +85,7 @@ def make_tokens(
     starts = starts or [0] * len(lens)
     key = torch.randn(num, heads, head_dim)
     if state.centre_dim:
-        key += state.centres[slots, layer].float().repeat_interleave(torch.tensor(lens), 0)
+        key += state.centres[:, layer].cpu()[slots].float().repeat_interleave(torch.tensor(lens), 0)
     return PromptTokens(
         torch.tensor(slots, dtype=torch.int32),
         torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32),

@@ -29,19 +29,19 @@ def test_pages_are_the_same_bytes(kernels, quant, dtype):
 
 def test_what_is_common_costs_no_precision(backend):
     """Where keys are a centre and little more, errors are those of the little."""
-    state = make_state("k4v4", 64, torch.float32, num_slots=1, centres=50.0)
+    state = backend.place(make_state("k4v4", 64, torch.float32, num_slots=1, centres=50.0))
     tokens = make_tokens(state, [0], [40])
     backend.store_prompt(state, 0, tokens, torch.zeros(2, 40, dtype=torch.int8), torch.zeros(2, 40))
 
     key, _, _ = gather(backend, state, 0, [0], [40])
 
-    little = tokens.key - state.centres[0, 0].float()
+    little = tokens.key - state.centres[0, 0].float().cpu()
     levels = (little.amax(-1) - little.amin(-1)) / 15
     assert ((key - tokens.key).abs().amax(-1) <= 0.51 * levels + 1e-4).all()
 
 
 def test_appended_tokens_have_centres(backend):
-    state = make_state("k8v4", 64, torch.float32, centres=50.0)
+    state = backend.place(make_state("k8v4", 64, torch.float32, centres=50.0))
     tokens = make_tokens(state, [0], [3])
     for i in range(3):
         plan = backend.plan_decode(state, ints(0), ints(i + 1))
@@ -59,7 +59,8 @@ def test_appended_tokens_have_centres(backend):
 @pytest.mark.parametrize("quant", ["k8v4-k4v2", "k8v4", "k16v16"])
 def test_waiting_tokens_come_back_as_they_were(backend, quant, dtype):
     """In one pool with ordinary rows, in several steps, and more of them than a leaf's pages hold."""
-    state = make_state(quant, dtype=dtype, num_layers=2, num_slots=4, max_tokens=160, segment=64)
+    sizes = {"num_layers": 2, "num_slots": 4, "max_tokens": 160, "segment": 64}
+    state = backend.place(make_state(quant, dtype=dtype, **sizes))
     exact = state.exact()
     prompt, late = make_tokens(state, [2, 0], [90, 3]), make_tokens(state, [2, 0], [1, 70], [90, 3])
     backend.fill(state, [0, 50])
