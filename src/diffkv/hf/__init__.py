@@ -7,8 +7,8 @@
     print(cache.use())
 
 The first forward pass is the prompt: exact attention, then its tokens are sorted into tiers and
-stored, segment by segment. A later one of one token adds it to each sequence and attends to pages; one of
-several tokens is the prompt of another turn. No dense copy is kept.
+stored, segment by segment. A later one of one token adds it to each sequence and attends to pages; one
+of several tokens is the prompt of another turn. No dense copy is kept.
 Batches may be padded on the left: padding is neither stored nor attended to.
 """
 
