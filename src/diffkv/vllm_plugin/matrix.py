@@ -173,7 +173,7 @@ _FEATURES = (
     Row(
         "features", "prompts longer than the pool holds uncompressed", WORKS,
         "one that is too large even compressed ends alone, with an error", "",
-        (f"{TESTS}test_prefix_caching.py::TestLongPrompts",),
+        (f"{TESTS}test_prefix_caching.py::test_twice_what_the_pool_could_hold_uncompressed",),
     ),
     Row(
         "features", "preemption", WORKS, "by recomputation", "",
