@@ -1,7 +1,7 @@
 """Load a server with concurrent streaming clients that come, go and hang up; then count what is left.
 
 Clients send prompts of random lengths, some hang up mid-stream. The pool is small enough to force
-preemptions. At the end: no unexpected error, no page held, and the greedy tokens of every answer that
+preemptions. At the end: no unexpected error, no block in use, and the greedy tokens of every answer that
 was read to its end are compared with those that the same prompt got alone. With k16v16 they must all
 be equal; with a lossy cache a preempted request is prefilled anew, decides anew, and may differ, so
 there the share of equal answers is printed. The last line is one JSON object; exit status 1 if a
@@ -198,8 +198,7 @@ async def run(args: argparse.Namespace) -> int:
             )
         )
         preemptions = await metric(url, "vllm:num_preemptions_total") - before
-        given_up = await metric(url, "diffkv_prompts_given_up_total")
-        held = await _held_at_last(url)
+        used = await _used_at_last(url)
     lossless = args.quant == "k16v16"
     result = {
         "quant": args.quant,
@@ -211,26 +210,25 @@ async def run(args: argparse.Namespace) -> int:
         "hung_up": outcome.hung_up,
         "equal_to_alone": outcome.equal,
         "preemptions": preemptions,
-        "prompts_given_up": given_up,
-        "pages_held_at_end": held,
+        "blocks_in_use_at_end": used,
         "errors": outcome.errors[:5],
         "num_errors": len(outcome.errors),
     }
-    passed = not outcome.errors and held == 0 and outcome.finished > 0
+    passed = not outcome.errors and used == 0 and outcome.finished > 0
     passed &= outcome.equal == outcome.finished or not lossless
     print(json.dumps({**result, "passed": passed}))
     return 0 if passed else 1
 
 
-async def _held_at_last(url: str) -> float:
-    """Pages held once nothing runs: requests that hung up are released within seconds."""
-    held = -1.0
+async def _used_at_last(url: str) -> float:
+    """Share of the blocks that requests hold once nothing runs: who hung up is gone within seconds."""
+    used = -1.0
     for _ in range(DRAIN_SECONDS):
-        held = await metric(url, "diffkv_pages_held")
-        if held == 0:
+        used = await metric(url, "vllm:kv_cache_usage_perc")
+        if used == 0:
             break
         await asyncio.sleep(1)
-    return held
+    return used
 
 
 def main() -> int:

@@ -139,7 +139,8 @@ HOOKS = (
             "vllm.v1.core.kv_cache_manager:KVCacheManager": "coordinator",
             "vllm.v1.request:RequestStatus": "RUNNING",
             "vllm.v1.request:Request": (
-                "request_id sampling_params num_tokens num_computed_tokens status resumable"
+                "request_id sampling_params num_tokens num_computed_tokens status resumable "
+                "block_hashes all_token_ids mm_features prompt_embeds"
             ),
         },
         overrides={
@@ -168,6 +169,8 @@ HOOKS = (
             "vllm.v1.core.block_pool:BlockPool.get_new_blocks(num_blocks)",
             "vllm.v1.core.block_pool:BlockPool.free_blocks(ordered_blocks)",
             "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks()",
+            "vllm.v1.core.block_pool:BlockPool.unpin_blocks(blocks, on_reuse)",
+            "vllm.v1.core.block_pool:BlockPool.touch(blocks)",
         ),
         reads={"vllm.v1.core.block_pool:BlockPool": "num_gpu_blocks"},
         bodies=("vllm.v1.core.block_pool:BlockPool.get_usage",),
@@ -210,6 +213,7 @@ HOOKS = (
             ): (
                 "__init__ bind_kv_cache_manager on_new_request get_num_new_matched_tokens "
                 "update_state_after_alloc build_connector_meta update_connector_output "
+                "get_block_ids_with_load_errors has_pending_block_frees reset_cache "
                 "register_kv_caches handle_preemptions build_connector_worker_meta "
                 "get_kv_connector_stats start_load_kv wait_for_layer_load save_kv_layer "
                 "wait_for_save build_kv_connector_stats build_prom_metrics"

@@ -19,7 +19,7 @@ def test_load() -> None:
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["num_errors"] == 0
-    assert result["pages_held_at_end"] == 0
+    assert result["blocks_in_use_at_end"] == 0
     assert result["preemptions"] > 0
     assert result["hung_up"] > 0
     assert result["equal_to_alone"] == result["finished"] > 0

