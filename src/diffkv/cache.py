@@ -4,7 +4,6 @@ Knows requests only as slots and no engine at all.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -74,8 +73,7 @@ class DiffKVCache:
         plan = self._ops.plan_decode(state, nobody, torch.ones_like(nobody))
         self._ops.append(state, 0, plan, key, key)
         self._ops.attend(state, 0, nobody, query, self._scale, torch.empty_like(query))
-        exact = replace(tokens, slots=nobody)
-        self._ops.store_prompt(self._prompts.exact, 0, exact, tiers, sums)
+        self._ops.store_prompt(self._prompts.exact, 0, tokens, tiers, sums)
         for each in (state, self._prompts.exact):
             first = self._slot_tensor([0])
             self._ops.gather(each, 0, first, first, key, torch.empty_like(key), tiers.clone())

@@ -18,8 +18,8 @@ from diffkv.ops import Ops
 from diffkv.packing import joined
 from diffkv.policies import Policy
 from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds, fill_pages
-from diffkv.prefill import Prefill
-from diffkv.reading import HeadPacking, Seen
+from diffkv.prefill import Prefill, Spans
+from diffkv.reading import Seen
 from diffkv.rotator import Rotator
 from diffkv.state import PoolState
 from diffkv.steps import Completion, Part, PromptChunk, PromptPlan, Scoring, Wave
@@ -190,11 +190,11 @@ class PromptPath:
         for part in wave.parts:
             query, key, value = (x[part.rows] for x in vectors)
             if not part.first:
-                alone = Wave.of([part], self._policy, self._state.window, False, self._device)
-                self._prefill(query, key, value, alone.spans, self._scale, output[part.rows])
+                alone = Spans.of([part.stop], [part.stop], self._device)
+                self._prefill(query, key, value, alone, self._scale, output[part.rows])
                 continue
             out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-            packed = HeadPacking.of(part, seen[part.slot])
+            packed = seen[part.slot].by_head(part)
             packed.attend(self._prefill, self._rotator.rotate(query), self._scale, out)
             self._rotator.unrotate(out)
             output[part.rows] = out
@@ -212,9 +212,7 @@ class PromptPath:
         key, value = joined([k for k, _ in own]), joined([v for _, v in own])
         packing, state = completion.packing, self._state
         if completion.scoring is None:
-            shape = (state.num_kv_heads, len(key))
-            tiers = torch.full(shape, HIGH, dtype=torch.int8, device=self._device)
-            sums = torch.zeros(shape, dtype=torch.float32, device=self._device)
+            sums, tiers = self._all_high(len(key))
         else:
             queries = [self._scoring_queries(layer, part, query) for part in completion.parts]
             sums, tiers = self._score(completion, completion.scoring, seen, stored, queries)
@@ -223,6 +221,12 @@ class PromptPath:
         if completion.centring is not None:
             completion.centring.centre(key, state.centres[:, layer])
         self._ops.store_prompt(state, layer, packing.tokens(key, value), tiers, sums)
+
+    def _all_high(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Sums and tiers of tokens that nothing decides: [num_kv_heads, num_tokens] each."""
+        shape = (self._state.num_kv_heads, num_tokens)
+        sums = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        return sums, torch.full(shape, HIGH, dtype=torch.int8, device=self._device)
 
     @staticmethod
     def _own(
@@ -301,22 +305,19 @@ class PromptPath:
     ) -> Tensor:
         most = self._policy.scored_queries
         if part.first:
-            packed = HeadPacking.of(part, seen[part.slot])
+            packed = seen[part.slot].by_head(part)
             return packed.significance(self._ops, part, query, self._scale, most)
-        alone = Scoring.of([part], self._policy, self._state.window, self._device)
+        alone = Spans.of([len(query)], [part.stop], self._device)
         starts = alone.query_starts, alone.key_starts
-        return self._ops.significance(
-            query, stored[0][part.rows], *starts, self._scale, alone.max_queries
-        )
+        return self._ops.significance(query, stored[0][part.rows], *starts, self._scale, len(query))
 
     def _scoring_queries(self, layer: int, part: Part, query: Tensor) -> Tensor:
         """The rotated queries that score a complete row, those of earlier chunks included."""
         rows = slice(
             max(part.rows.start, part.rows.stop - self._policy.scored_queries), part.rows.stop
         )
-        latest = self._rotator.rotate(query[rows])
-        earlier = self._queries.pop((part.slot, layer), None)
-        return latest if earlier is None else torch.cat([earlier, latest])
+        earlier = self._queries.pop((part.slot, layer), query[:0])
+        return torch.cat([earlier, self._rotator.rotate(query[rows])])
 
     def _wait(self, layer: int, wave: Wave, query: Tensor, stored: tuple[Tensor, Tensor]) -> None:
         """Keep tokens for the rest of their segment, and those queries that will score it."""
@@ -324,9 +325,7 @@ class PromptPath:
             return
         parts = [part for part in wave.parts if part.target is None]
         key, value = (joined([x[part.rows] for part in parts]) for x in stored)
-        shape = (self._state.num_kv_heads, len(key))
-        tiers = torch.full(shape, HIGH, dtype=torch.int8, device=self._device)
-        sums = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        sums, tiers = self._all_high(len(key))
         self._ops.store_prompt(self.exact, layer, wave.waiting.tokens(key, value), tiers, sums)
         for part in parts:
             num = part.stop - max(part.first, part.row_end - self._policy.scored_queries)
@@ -334,7 +333,4 @@ class PromptPath:
                 continue
             latest = self._rotator.rotate(query[part.rows.stop - num : part.rows.stop])
             place = part.slot, layer
-            earlier = self._queries.get(place)
-            self._queries[place] = (
-                latest.clone() if earlier is None else torch.cat([earlier, latest])
-            )
+            self._queries[place] = torch.cat([self._queries.get(place, query[:0]), latest])

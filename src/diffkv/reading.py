@@ -43,6 +43,7 @@ class Seen:
         self.key = torch.empty(shape, dtype=state.dtype, device=device)
         self.value = torch.empty_like(self.key)
         self.tiers = torch.full(shape[1::-1], HIGH, dtype=torch.int8, device=device)
+        self._by_head: HeadPacking | None = None
         if part.closed is not None:
             self._read(state, part.closed)
         if part.waited is not None:
@@ -67,6 +68,13 @@ class Seen:
         """Add a part's own tokens: [tokens, num_kv_heads, head_dim], rotated."""
         self.key[part.first : part.stop] = key
         self.value[part.first : part.stop] = value
+        self._by_head = None
+
+    def by_head(self, part: Part) -> "HeadPacking":
+        """A part that was added, each head a sequence of its own; made once."""
+        if self._by_head is None:
+            self._by_head = HeadPacking.of(part, self)
+        return self._by_head
 
     def close(self, part: Part) -> None:
         """From here on the row that a part has completed is seen as it is stored."""
@@ -100,8 +108,9 @@ class HeadPacking:
         """`Prefill` of one part: query and output are [tokens, num_q_heads, head_dim]."""
         heads, num = len(self.counts), len(query)
         spans = Spans.of([num] * heads, self.counts, query.device)
-        attended = torch.empty_like(self.by_head(query))
-        prefill(self.by_head(query), self.key, self.value, spans, scale, attended)
+        queries = self.by_head(query)
+        attended = torch.empty_like(queries)
+        prefill(queries, self.key, self.value, spans, scale, attended)
         per_head = attended.view(heads, num, -1, query.shape[2])
         output.copy_(per_head.transpose(0, 1).flatten(1, 2))
 

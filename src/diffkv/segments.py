@@ -6,7 +6,7 @@ with all tokens that are generated.
 
 from itertools import pairwise
 
-__all__ = ["SEGMENT", "cuts", "longest_row", "next_end"]
+__all__ = ["SEGMENT", "cuts", "longest_row", "next_end", "row_ends"]
 
 SEGMENT = 1024
 """Tokens of a segment unless a user says otherwise; 0: prompts are decided whole, and nothing is shared.
@@ -29,6 +29,15 @@ def longest_row(segment: int) -> int:
     return segment + segment // 2
 
 
+def row_ends(start: int, stop: int, segment: int) -> list[int]:
+    """Where segments end, up to and with `stop`, if one begins at `start`."""
+    ends, end = [], next_end(start, segment)
+    while end is not None and end <= stop:
+        ends.append(end)
+        end = next_end(end, segment)
+    return ends
+
+
 def cuts(start: int, first: int, stop: int, segment: int) -> list[tuple[int, int, bool]]:
     """The parts of some tokens of a prompt, by the segments that they belong to.
 
@@ -41,9 +50,6 @@ def cuts(start: int, first: int, stop: int, segment: int) -> list[tuple[int, int
     Returns:
         (first, stop, whether it completes a segment) of each part.
     """
-    bounds, end = [first], next_end(start, segment)
-    while end is not None and end <= stop:
-        bounds.append(end)
-        end = next_end(end, segment)
+    bounds = [first, *row_ends(start, stop, segment)]
     parts = [(a, b, True) for a, b in pairwise(bounds)]
     return parts if bounds[-1] == stop else [*parts, (bounds[-1], stop, False)]

@@ -17,6 +17,7 @@ from diffkv.cli.bench_engines import (
     make_writer,
     model_facts,
     options_by_quant,
+    room_for,
 )
 from diffkv.cli.bench_options import KIB, RANDOM, add_arguments
 from diffkv.lab.bench.loads import LOADS, Sizes
@@ -97,13 +98,7 @@ def _manager(args: argparse.Namespace) -> None:
 
 
 def _kv_bytes(args: argparse.Namespace, config: dict[str, Any], longest: int) -> int:
-    from diffkv.lab.bench.throughput import room_for
-
-    if args.kv_bytes:
-        return int(args.kv_bytes)
-    if not config:
-        raise ConfigError("a model id needs --kv-bytes: the sizes of its cache are not known here")
-    return room_for(4, config, longest)
+    return int(args.kv_bytes) if args.kv_bytes else room_for(4, config, longest)
 
 
 def _set_sizes(args: argparse.Namespace) -> None:
@@ -150,7 +145,6 @@ def _throughput(args: argparse.Namespace) -> None:
 
 def _map(args: argparse.Namespace) -> None:
     from diffkv.lab.bench import pages, prompt, sweep
-    from diffkv.lab.bench.throughput import room_for
 
     options = options_by_quant(args, args.quant)
     if args.smoke:

@@ -15,6 +15,7 @@ from diffkv.cli.bench_engines import (
     make_writer,
     model_facts,
     options_by_quant,
+    room_for,
 )
 from diffkv.cli.engine_options import REFERENCE
 from diffkv.quant import DEFAULT_QUANT, ConfigError
@@ -160,10 +161,6 @@ def _check_length(args: argparse.Namespace, chats: Any, config: dict[str, Any]) 
 
 
 def _budgets(config: dict[str, Any], chats: Any, smoke: bool) -> list[int]:
-    from diffkv.lab.bench.throughput import room_for
-
-    if not config:
-        raise ConfigError("a model id needs --kv-bytes: the sizes of its cache are not known here")
     num, longest = chats.conversations, chats.longest
     ample = room_for(num, config, longest)
     return [ample] if smoke else [ample, room_for(-(-num // 4), config, longest)]

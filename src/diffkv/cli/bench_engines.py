@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffkv.cli.arguments import positive
 from diffkv.cli.engine_options import model_folder
 from diffkv.cli.models import check_hub
+from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
     from diffkv.lab.rows import Writer
@@ -24,6 +25,7 @@ __all__ = [
     "make_writer",
     "model_facts",
     "options_by_quant",
+    "room_for",
 ]
 
 BENCH_SMALL = "bench-small"
@@ -112,6 +114,19 @@ def model_facts(args: argparse.Namespace, engine: dict[str, Any]) -> dict[str, A
     """What rows say of the model."""
     name = args.model or args.random_weights or BENCH_SMALL
     return {"model": name, "weights": engine.get("load_format", "own")}
+
+
+def room_for(requests: int, config: dict[str, Any], longest: int) -> int:
+    """A KV budget for so many requests in bf16, see `throughput.room_for`.
+
+    Raises:
+        ConfigError: the model's sizes are not known.
+    """
+    from diffkv.lab.bench import throughput
+
+    if not config:
+        raise ConfigError("a model id needs --kv-bytes: the sizes of its cache are not known here")
+    return throughput.room_for(requests, config, longest)
 
 
 def engine_flags(args: argparse.Namespace) -> dict[str, Any]:

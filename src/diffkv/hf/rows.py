@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from diffkv.cache import DiffKVCache, PromptChunk
 from diffkv.policy import Thresholds
-from diffkv.segments import cuts
+from diffkv.segments import row_ends
 
 __all__ = ["SequenceRows"]
 
@@ -57,11 +57,7 @@ class SequenceRows:
 
     def chunk(self, span: slice, num_stored: int, num_tokens: int, segment: int) -> PromptChunk:
         """All tokens of a prompt: those of `span` in the batch, from `num_stored` on."""
-        ends = [
-            stop
-            for _, stop, closes in cuts(self.starts[-1], num_stored, num_tokens, segment)
-            if closes
-        ]
+        ends = row_ends(self.starts[-1], num_tokens, segment)
         closing = tuple(self.slots.pop(0) for _ in ends)
         self.chain, self.starts = (*self.chain, *closing), (*self.starts, *ends)
         return PromptChunk(self.slot, span, num_stored, num_tokens, closing)

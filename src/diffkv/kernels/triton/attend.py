@@ -1,6 +1,7 @@
 """Decode attention over both tiers: list the work, attend to every chunk, merge and add significance."""
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -193,6 +194,16 @@ def _score_buffers(
     return probs, work.buffer("most", f32, num, group), keeps_all
 
 
+def _products(state: PoolState, fast: bool) -> dict[str, Any]:
+    """How scores and outputs are computed from what is stored."""
+    dtype = DTYPES[state.dtype]
+    # The interpreter has no products of bfloat16
+    raw_dot = dtype if fast or dtype is not tl.bfloat16 else tl.float32
+    code_dot = tl.float32 if dtype is tl.float32 else tl.float16
+    centred = state.centre_dim > 0
+    return {"RAW_DOT": raw_dot, "CODE_DOT": code_dot, "FAST": fast, "CENTRED": centred}
+
+
 def attend(
     state: PoolState, layer: int, slots: Tensor, query: Tensor, scale: float, output: Tensor
 ) -> None:
@@ -207,7 +218,6 @@ def attend(
     num_requests, num_q_heads, head_dim = query.shape
     if not num_requests:
         return
-
     tuning, heads = work.tuning, state.num_kv_heads
     group, rows = num_q_heads // heads, num_requests * heads
     tile = tuning.tile or tile_tokens(state.layout)
@@ -227,16 +237,11 @@ def attend(
         rows, programs, room, MAX=chunks, CHAIN_WIDTH=state.chain_width, CLOSED=closed,
         ROWS=LIST_ROWS, COUNT=LIST_COUNT, num_warps=4, **tiles, **tables,
     )  # fmt: skip
-    dtype = DTYPES[state.dtype]
-    # The interpreter has no products of bfloat16
-    raw_dot = dtype if tuning.fast or dtype is not tl.bfloat16 else tl.float32
-    code_dot = tl.float32 if dtype is tl.float32 else tl.float16
     shared = {
         "G": group, "GROUP": max(MIN_COLUMNS, triton.next_power_of_2(group)),
         "PAGE": state.layout.page_bytes, **tiles,
     }  # fmt: skip
-    centred = {"CENTRED": state.centre_dim > 0}
-    products = {"RAW_DOT": raw_dot, "CODE_DOT": code_dot, "FAST": tuning.fast, **centred}
+    products = _products(state, tuning.fast)
     _attend_kernel[(programs,)](
         slots, state.chains, state.directory, state.num_tokens, state.centres,
         query, state.pages, state.leaves, items, num_items, partial, lse, probs, most,

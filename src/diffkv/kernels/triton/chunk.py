@@ -30,7 +30,10 @@ def _attend_tokens(
     operands,
     totals,
     factor,
-    shift,
+    head_ptr,
+    centres_ptr,
+    table_row,
+    scale,
     entry,
     num_tokens,
     score_tile,
@@ -52,11 +55,14 @@ def _attend_tokens(
 ):
     """Attend to some tokens whose pages are named side by side, and return what was accumulated.
 
-    `shift` [GROUP] is what is left out of all scores, in `most` too; it is not in what is kept.
+    What the centre of their row adds to all scores is left out in the loop.
     """
     K: tl.constexpr = T.k
     V: tl.constexpr = T.v
     g = tl.arange(0, GROUP)
+    if CENTRED:
+        shift = centre_shift(head_ptr, centres_ptr, table_row, scale, G, GROUP, K)
+        most -= shift
     for tile in range(0, tl.cdiv(num_tokens, TILE)):
         page_ptr, index, valid = tile_places(
             pages_ptr, leaves_ptr + entry, tile, num_tokens, T, TILE, PAGE
@@ -75,7 +81,48 @@ def _attend_tokens(
             whole = most + shift if CENTRED else most
             tl.store(most_ptr + kept * G + g, whole, mask=in_group)
         sums, offsets = tile_values(sums, offsets, decay, p, page_ptr, index, V, DTYPE, V_DOT, FAST)
+    if CENTRED:
+        most += shift
     return most, total, sums, offsets
+
+
+@triton.jit
+def _store_partial(
+    item,
+    most,
+    total,
+    sums,
+    offsets,
+    partial_ptr,
+    lse_ptr,
+    V: tl.constexpr,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAY_BE_EMPTY: tl.constexpr,
+):
+    """Write the partial output of an item and its log-sum-exp, from what was accumulated."""
+    PARTS: tl.constexpr = V.planes * V.word
+    SPLITS: tl.constexpr = V.split
+    g = tl.arange(0, GROUP)
+    total_p = tl.sum(total, 0)
+    if MAY_BE_EMPTY:
+        total_p = tl.where(total_p > 0.0, total_p, 1.0)  # there may be no token: lse is -inf
+    at = (item * G + g).to(tl.int64)
+    tl.store(lse_ptr + at, most + tl.log2(total_p), mask=g < G)
+    inside = tl.arange(0, V.padded_words) < V.width // V.word
+    for part in tl.static_range(PARTS):
+        element = part_elements(part, V)
+        out = sums[part] * (1.0 / (V.boost * V.unit))
+        if V.bits < 16:
+            if V.split == 1:
+                out += tl.sum(offsets[part // V.word * V.groups // V.planes], 0)[None, :]
+            else:
+                for u in tl.static_range(SPLITS):
+                    in_split = element // V.group_dim % V.split == u
+                    offset = tl.sum(offsets[part // V.word * V.split + u], 0)
+                    out += tl.where(in_split[:, None], offset[None, :], 0.0)
+        out_ptr = partial_ptr + at[None, :] * V.head_dim + element[:, None]
+        tl.store(out_ptr, out / total_p[None, :], mask=(g < G)[None, :] & inside[:, None])
 
 
 @triton.jit
@@ -100,10 +147,8 @@ def attend_item(
     V_DOT: tl.constexpr = RAW_DOT if V.bits == 16 else CODE_DOT
     PARTS: tl.constexpr = V.planes * V.word
     GROUPS: tl.constexpr = V.groups
-    SPLITS: tl.constexpr = V.split
     head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
     operands, totals, factor = load_query(head_ptr, G, GROUP, K, K_DOT)
-    g = tl.arange(0, GROUP)
 
     factor = factor * scale
     most = tl.full([GROUP], float("-inf"), tl.float32)
@@ -114,7 +159,6 @@ def attend_item(
     offsets = ()
     for _ in tl.static_range(GROUPS):
         offsets = offsets + (tl.zeros([8, GROUP], tl.float32),)
-    shift = tl.zeros([GROUP], tl.float32)
     table_row = row
     if CENTRED:
         table_row = (tl.load(slots_ptr + row // H) * L + layer) * H + row % H
@@ -145,9 +189,6 @@ def attend_item(
                     TABLE,
                     TOKENS,
                 )
-            if CENTRED:
-                shift = centre_shift(head_ptr, centres_ptr, table_row, scale, G, GROUP, K)
-                most -= shift
             most, total, sums, offsets = _attend_tokens(
                 most,
                 total,
@@ -156,7 +197,10 @@ def attend_item(
                 operands,
                 totals,
                 factor,
-                shift,
+                head_ptr,
+                centres_ptr,
+                table_row,
+                scale,
                 entry,
                 num_tokens,
                 score_tile,
@@ -176,11 +220,7 @@ def attend_item(
                 V_DOT,
                 FAST,
             )
-            if CENTRED:
-                most += shift
     else:
-        if CENTRED:
-            shift = centre_shift(head_ptr, centres_ptr, table_row, scale, G, GROUP, K)
         keeps_scores = score_tile + tl.cdiv(count, TILE) <= score_tiles
         most, total, sums, offsets = _attend_tokens(
             most,
@@ -190,7 +230,10 @@ def attend_item(
             operands,
             totals,
             factor,
-            shift,
+            head_ptr,
+            centres_ptr,
+            table_row,
+            scale,
             where,
             count,
             score_tile,
@@ -210,25 +253,5 @@ def attend_item(
             V_DOT,
             FAST,
         )
-        if CENTRED:
-            most += shift
 
-    total_p = tl.sum(total, 0)
-    if CHAINED:
-        total_p = tl.where(total_p > 0.0, total_p, 1.0)  # there may be no token: lse is -inf
-    at = (item * G + g).to(tl.int64)
-    tl.store(lse_ptr + at, most + tl.log2(total_p), mask=g < G)
-    inside = tl.arange(0, V.padded_words) < V.width // V.word
-    for part in tl.static_range(PARTS):
-        element = part_elements(part, V)
-        out = sums[part] * (1.0 / (V.boost * V.unit))
-        if V.bits < 16:
-            if V.split == 1:
-                out += tl.sum(offsets[part // V.word * V.groups // V.planes], 0)[None, :]
-            else:
-                for u in tl.static_range(SPLITS):
-                    in_split = element // V.group_dim % V.split == u
-                    offset = tl.sum(offsets[part // V.word * V.split + u], 0)
-                    out += tl.where(in_split[:, None], offset[None, :], 0.0)
-        out_ptr = partial_ptr + at[None, :] * V.head_dim + element[:, None]
-        tl.store(out_ptr, out / total_p[None, :], mask=(g < G)[None, :] & inside[:, None])
+    _store_partial(item, most, total, sums, offsets, partial_ptr, lse_ptr, V, G, GROUP, CHAINED)

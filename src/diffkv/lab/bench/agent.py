@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from diffkv.lab.bench.child import Child, in_rounds
 from diffkv.lab.bench.engine import Job, Load
-from diffkv.lab.bench.throughput import OURS, STOCK, Setting, add_rows, label
+from diffkv.lab.bench.throughput import STOCK, Setting, add_rows, label
+from diffkv.lab.bench.throughput import settings as engines
 from diffkv.lab.rows import Row, Writer
 from diffkv.quant import ConfigError
 
@@ -98,11 +99,8 @@ def compared(
     ours = {each["quant"]: each for each in options}
 
     def setting(name: str, caching: bool) -> Setting:
-        engine: dict[str, Any] = {"enable_prefix_caching": caching}
-        if name not in STOCK:
-            return Setting(OURS, name, ours[name], engine)
-        dtype = {} if name == "bf16" else {"kv_cache_dtype": name}
-        return Setting(f"stock {name}", name, None, {**engine, **dtype})
+        (found,) = engines([], [name]) if name in STOCK else engines([ours[name]], [])
+        return replace(found, engine={**found.engine, "enable_prefix_caching": caching})
 
     return [setting(each, True) for each in caches] + [setting(each, False) for each in without]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from diffkv.policy import Thresholds
-from diffkv.segments import cuts, next_end
+from diffkv.segments import next_end, row_ends
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.scheduler.rows import Prefix, Row, RowStore
 from diffkv.vllm_plugin.scheduler.running import Running
@@ -62,8 +62,8 @@ class Hits:
             return 0
 
         def fits(num_rows: int, end: int) -> bool:
-            parts = cuts(end, end, request.num_tokens, self._segment)
-            return num_rows + sum(is_complete for *_, is_complete in parts) <= self._most_rows
+            more = len(row_ends(end, request.num_tokens, self._segment))
+            return num_rows + more <= self._most_rows
 
         prefix = self.prefix(request, self._read(request))
         found = self._store.find(prefix, max_tokens, fits)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffkv.policy import Thresholds
-from diffkv.segments import cuts
+from diffkv.segments import cuts, row_ends
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.messages import PagesHeld
 from diffkv.vllm_plugin.scheduler.estimate import RowSizes
@@ -139,8 +139,7 @@ class Bounds:
         rows: Sequence[tuple[int, int]] = ()
         before = 0
         if first < stop:
-            parts = cuts(running.start, first, stop, self._shape.segment)
-            ends = [end for _, end, is_complete in parts if is_complete]
+            ends = row_ends(running.start, stop, self._shape.segment)
             rows = list(zip([running.start, *ends], ends, strict=False))
             before = self.waiting(first - running.start)
         pages = [self._decided(end - start) for start, end in rows]

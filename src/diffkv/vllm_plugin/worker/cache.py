@@ -16,7 +16,7 @@ from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.quant import ConfigError
 from diffkv.rotation import signs_of
-from diffkv.segments import cuts
+from diffkv.segments import row_ends
 from diffkv.vllm_plugin.messages import PagesHeld, Started, StepMessage
 from diffkv.vllm_plugin.metrics import DiffKVStats
 from diffkv.vllm_plugin.options import Options
@@ -212,8 +212,7 @@ class WorkerCache:
         requests = {request.slot: request for request in self._scheduled.values()}
         for chunk in prompts:
             request = requests[chunk.slot]
-            parts = cuts(request.start, chunk.num_stored, chunk.end, self.shape.segment)
-            ends = [stop for _, stop, closes in parts if closes]
+            ends = row_ends(request.start, chunk.end, self.shape.segment)
             for slot, end in zip(chunk.closing, ends, strict=True):
                 self._rows.lengths[slot] = end - request.start
                 request.chain, request.start = (*request.chain, slot), end
