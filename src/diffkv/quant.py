@@ -15,6 +15,8 @@ __all__ = [
     "GROUPS",
     "MIN_SCALE",
     "OUTER",
+    "STEPS",
+    "STRETCHED_BITS",
     "ConfigError",
     "Format",
     "QuantConfig",
@@ -50,6 +52,12 @@ OUTER = 11 / 64
 Such a group has few values, as a vector with one outlier has after its rotation, and the ends are two
 of them.
 """
+
+STRETCHED_BITS = 4
+"""With so many bits or fewer, what is read back is as long as what was stored (docs/page-format.md)."""
+
+STEPS = 1023
+"""Parts of a group's range in which moments are counted: in integers, so that no order matters."""
 
 _FORMAT = re.compile(r"k(?P<k>\d+)v(?P<v>\d+)(?:g(?P<gk>\d+)x(?P<gv>\d+))?")
 

@@ -13,7 +13,16 @@ from diffkv.kernels.check import check_state
 from diffkv.kernels.cpu.build import load_library
 from diffkv.layout import PageLayout
 from diffkv.policy import SCORED_QUERIES
-from diffkv.quant import BITS, CUT_WIDTHS, FLOAT16_MAX, MIN_SCALE, OUTER, cut_of
+from diffkv.quant import (
+    BITS,
+    CUT_WIDTHS,
+    FLOAT16_MAX,
+    MIN_SCALE,
+    OUTER,
+    STEPS,
+    STRETCHED_BITS,
+    cut_of,
+)
 from diffkv.state import TENSORS, PoolState
 
 __all__ = [
@@ -133,6 +142,8 @@ def render_quantiser() -> str:
         f"constexpr float FLOAT16_MAX = {FLOAT16_MAX!r}f;\n"
         f"constexpr float MIN_SCALE = {MIN_SCALE!r}f;\n"
         f"constexpr float OUTER = {OUTER!r}f;\n"
+        f"constexpr float STEPS = {STEPS}.0f;\n"
+        f"constexpr int STRETCHED_BITS = {STRETCHED_BITS};\n"
         f"constexpr int CUT_WIDTHS = {len(CUT_WIDTHS)};\n"
         f"constexpr float CUTS[][CUT_WIDTHS] = {{{', '.join(f'{{{row}}}' for row in rows)}}};\n"
     )

@@ -7,7 +7,7 @@ element p * width + c, so that all planes of a byte are added up along one axis.
 import triton
 import triton.language as tl
 
-from diffkv.quant import FLOAT16_MAX, MIN_SCALE, OUTER
+from diffkv.quant import FLOAT16_MAX, MIN_SCALE, OUTER, STEPS, STRETCHED_BITS
 
 __all__ = [
     "code_pointers",
@@ -24,6 +24,8 @@ __all__ = [
 _MAX = tl.constexpr(FLOAT16_MAX)
 _MIN_SCALE = tl.constexpr(MIN_SCALE)
 _OUTER = tl.constexpr(OUTER)
+_STEPS = tl.constexpr(float(STEPS))
+_STRETCHED_BITS = tl.constexpr(STRETCHED_BITS)
 
 
 @triton.jit
@@ -88,6 +90,38 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _half_scale(scale):
+    return tl.minimum(tl.maximum(scale, _MIN_SCALE), _MAX).to(tl.float16)
+
+
+@triton.jit
+def _unbiased(x, code, inside, scale, zero, least, most, S: tl.constexpr):
+    """(scale, zero) that give a group back without bias, see `reference._unbiased`.
+
+    x, code, inside: [T, planes, padded]; scale, zero, least, most: [T].
+    """
+    span = most - least
+    wide = tl.broadcast_to(tl.maximum(span, _MIN_SCALE)[:, None, None], x.shape)
+    part = tl.floor(tl.div_rn(x - least[:, None, None], wide) * _STEPS + 0.5)
+    part = tl.where(inside, part, 0.0).to(tl.int32)
+    sum_x = tl.sum(tl.sum(part, axis=2), axis=1)
+    sum_c = tl.sum(tl.sum(code, axis=2), axis=1)
+    sum_xx = tl.sum(tl.sum(part * part, axis=2), axis=1).to(tl.int64)
+    sum_xc = tl.sum(tl.sum(part * code, axis=2), axis=1).to(tl.int64)
+    variance = S.group_dim * sum_xx - sum_x.to(tl.int64) * sum_x
+    covariance = S.group_dim * sum_xc - sum_x.to(tl.int64) * sum_c
+    width = tl.full(span.shape, S.group_dim, tl.float32)
+    step = tl.div_rn(span, tl.full(span.shape, _STEPS, tl.float32))
+    ratio = tl.div_rn(variance.to(tl.float32), tl.maximum(covariance, 1).to(tl.float32))
+    longer = _half_scale(step * ratio)
+    mean = least + step * tl.div_rn(sum_x.to(tl.float32), width)
+    base = mean - longer.to(tl.float32) * tl.div_rn(sum_c.to(tl.float32), width)
+    base = tl.minimum(tl.maximum(base, -_MAX), _MAX).to(tl.float16)
+    varies = (covariance > 0) & (span >= _MIN_SCALE)
+    return tl.where(varies, longer, scale), tl.where(varies, base, zero)
+
+
+@triton.jit
 def store_vectors(x, code_ptr, meta_ptr, mask, S: tl.constexpr, DTYPE: tl.constexpr):
     """Quantise a tile of vectors and store codes and meta.
 
@@ -103,12 +137,13 @@ def store_vectors(x, code_ptr, meta_ptr, mask, S: tl.constexpr, DTYPE: tl.conste
         x = x.to(tl.float32)
         x = tl.where(x == x, x, 0.0)
         x = tl.minimum(tl.maximum(x, -_MAX), _MAX)
-        zeros = tl.zeros_like(x)
-        scales = zeros + 1.0
+        codes = tl.zeros(x.shape, tl.int32)
         for group in tl.static_range(GROUPS):
             inside = exists & (element // S.group_dim == group)
             least = tl.min(tl.min(tl.where(inside, x, float("inf")), axis=2), axis=1)
+            least = least + 0.0  # -0.0 becomes 0.0: equal values, equal bytes
             most = tl.max(tl.max(tl.where(inside, x, float("-inf")), axis=2), axis=1)
+            first, last = least, most
             if S.cut > 0:
                 span = most - least
                 at_low = x - least[:, None, None] < (span * _OUTER)[:, None, None]
@@ -116,20 +151,22 @@ def store_vectors(x, code_ptr, meta_ptr, mask, S: tl.constexpr, DTYPE: tl.conste
                 outer = tl.where(inside, at_low.to(tl.int32) + at_high.to(tl.int32), 0)
                 few = 4 * tl.sum(tl.sum(outer, axis=2), axis=1) < S.group_dim
                 cut = tl.where(few, span * S.cut, 0.0)
-                least = least + cut
-                most = most - cut
+                first = least + cut
+                last = most - cut
             # div_rn, not /: codes must match the reference bit for bit
-            scale = tl.div_rn(most - least, tl.full(least.shape, LEVELS, tl.float32))
-            scale = tl.minimum(tl.maximum(scale, _MIN_SCALE), _MAX).to(tl.float16)
-            zero = (least + 0.0).to(tl.float16)  # -0.0 becomes 0.0: equal values, equal bytes
+            scale = _half_scale(tl.div_rn(last - first, tl.full(least.shape, LEVELS, tl.float32)))
+            zero = first.to(tl.float16)
+            steps = tl.broadcast_to(scale.to(tl.float32)[:, None, None], x.shape)
+            code = tl.floor(tl.div_rn(x - zero.to(tl.float32)[:, None, None], steps) + 0.5)
+            code = tl.minimum(tl.maximum(code, 0.0), LEVELS).to(tl.int32)
+            code = tl.where(inside, code, 0)
+            if S.bits <= _STRETCHED_BITS:
+                scale, zero = _unbiased(x, code, inside, scale, zero, least, most, S)
             tl.store(meta_ptr + 2 * group, scale, mask=mask)
             tl.store(meta_ptr + 2 * group + 1, zero, mask=mask)
-            scales = tl.where(inside, scale.to(tl.float32)[:, None, None], scales)
-            zeros = tl.where(inside, zero.to(tl.float32)[:, None, None], zeros)
-        code = tl.floor(tl.div_rn(x - zeros, scales) + 0.5)
-        code = tl.minimum(tl.maximum(code, 0.0), LEVELS).to(tl.int32)
+            codes += code
         shift = tl.arange(0, S.planes)[None, :, None] * S.bits
-        packed = tl.sum(tl.where(exists, code << shift, 0), axis=1)  # [T, padded]
+        packed = tl.sum(codes << shift, axis=1)  # [T, padded]
         column = tl.arange(0, S.padded)[None, :]
         tl.store(
             code_ptr[:, None] + column,
