@@ -103,7 +103,9 @@ class Chains:
     def _parts(self, chunk: PromptChunk, offset: int) -> list[Part]:
         """A chunk's parts; `offset` is where its tokens are among those of the plan."""
         request, parts = self._requests[chunk.slot], []
-        bounds = cuts(request.starts[-1], chunk.num_stored, chunk.end, self._segment)
+        bounds = cuts(
+            request.starts[-1], chunk.num_stored, chunk.end, self._segment, chunk.prompt_len
+        )
         if sum(closes for *_, closes in bounds) != len(chunk.closing):
             raise ValueError(
                 f"the rows {chunk.closing} are not as many as are complete in {bounds}"
@@ -123,7 +125,7 @@ class Chains:
     ) -> Part:
         request = self._requests[chunk.slot]
         start, device = request.starts[-1], self._device
-        row_end = next_end(start, self._segment) or chunk.prompt_len
+        row_end = next_end(start, self._segment, chunk.prompt_len) or chunk.prompt_len
         waited = [chunk.slot] if first > start else []
         stored = [target] if target is not None and stop < chunk.end else []
         return Part(
@@ -133,7 +135,7 @@ class Chains:
             first=first,
             stop=stop,
             end=chunk.end,
-            row_end=min(row_end, chunk.prompt_len),
+            row_end=row_end,
             target=target,
             is_last=stop == chunk.prompt_len,
             thresholds=request.thresholds if self.decides(chunk.slot) else None,

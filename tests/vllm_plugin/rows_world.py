@@ -202,7 +202,7 @@ class Workers:
         slots = message.closing.get(name, ())
         rows = {}
         if first < prompt_len:
-            parts = cuts(begin, first, min(num_tokens, prompt_len), SEGMENT)
+            parts = cuts(begin, first, min(num_tokens, prompt_len), SEGMENT, prompt_len)
             ends = [end for _, end, is_complete in parts if is_complete]
             for slot, end in zip(slots, ends, strict=True):
                 assert slot not in self.rows, f"slot {slot} is not empty"

@@ -62,7 +62,8 @@ class Hits:
             return 0
 
         def fits(num_rows: int, end: int) -> bool:
-            more = len(row_ends(end, request.num_tokens, self._segment))
+            length = request.num_tokens
+            more = len(row_ends(end, length, self._segment, length))
             return num_rows + more <= self._most_rows
 
         prefix = self.prefix(request, self._read(request))
@@ -106,7 +107,8 @@ class Hits:
             return None
         if chain and not self._store.is_found(chain[-1]):
             return None
-        row_end = next_end(chain[-1].end if chain else 0, self._segment)
+        sizes = self._segment, running.prompt_len
+        row_end = next_end(chain[-1].end if chain else 0, *sizes)
         while row_end is not None and row_end <= end:
-            row_end = next_end(row_end, self._segment)
-        return row_end if row_end is not None and row_end <= running.prompt_len else None
+            row_end = next_end(row_end, *sizes)
+        return row_end

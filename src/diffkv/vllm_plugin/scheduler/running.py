@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffkv.policy import Thresholds
-from diffkv.segments import cuts, row_ends
+from diffkv.segments import TAIL, cuts, row_ends
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.messages import PagesHeld
 from diffkv.vllm_plugin.scheduler.estimate import RowSizes
@@ -139,7 +139,7 @@ class Bounds:
         rows: Sequence[tuple[int, int]] = ()
         before = 0
         if first < stop:
-            ends = row_ends(running.start, stop, self._shape.segment)
+            ends = row_ends(running.start, stop, self._shape.segment, running.prompt_len)
             rows = list(zip([running.start, *ends], ends, strict=False))
             before = self.waiting(first - running.start)
         pages = [self._decided(end - start) for start, end in rows]
@@ -150,13 +150,13 @@ class Bounds:
     def expected(self, running: Running, sizes: RowSizes, tokens_of_a_step: int) -> int:
         """Blocks that a prompt is expected to take beyond the rows that it found.
 
-        If several steps compute it, tokens after its last segment wait as they are.
+        If several steps compute it, the tokens of its last row wait as they are.
         """
         first, stop = running.start, running.prompt_len
         blocks = 0
-        for start, end, is_complete in cuts(first, first, stop, self._shape.segment):
+        for start, end, _ in cuts(first, first, stop, self._shape.segment, stop):
             pages = sizes.expected(running.thresholds, end - start)
-            if not is_complete and stop - first > tokens_of_a_step:
+            if end > stop - TAIL and stop - first > tokens_of_a_step:
                 pages = max(pages, self.waiting(end - start))
             blocks += self.blocks(pages)
         return max(1, blocks)

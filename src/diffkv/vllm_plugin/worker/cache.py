@@ -212,7 +212,7 @@ class WorkerCache:
         requests = {request.slot: request for request in self._scheduled.values()}
         for chunk in prompts:
             request = requests[chunk.slot]
-            ends = row_ends(request.start, chunk.end, self.shape.segment)
+            ends = row_ends(request.start, chunk.end, self.shape.segment, chunk.prompt_len)
             for slot, end in zip(chunk.closing, ends, strict=True):
                 self._rows.lengths[slot] = end - request.start
                 request.chain, request.start = (*request.chain, slot), end
