@@ -113,12 +113,6 @@ class FakeChild:
     def __init__(self, job):
         self.job = job
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
     def run(self, cell):
         engine, is_ours = self.job.engine, self.job.options is not None
         if engine.get("kv_cache_dtype") == "fp8":
@@ -179,7 +173,7 @@ def test_medians_of_lists_are_by_place():
 
 
 def check_with_fakes(monkeypatch, answers, writer):
-    monkeypatch.setattr(agent, "Child", FakeChild)
+    monkeypatch.setattr(agent, "started", lambda stack, jobs: [FakeChild(job) for job in jobs])
     monkeypatch.setattr(FakeChild, "ours", answers)
     load = SMALL.random_load(512)
     options = {"quant": agent.EXACT}

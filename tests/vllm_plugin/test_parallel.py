@@ -68,7 +68,7 @@ def test_two_ranks_equal_one(
 
 
 def talk(llm: Any) -> tuple[list[list[list[int]]], int]:
-    """Answers of chats that share their beginning, by turn, and how many tokens of prompts were found."""
+    """Answers of chats that begin alike, by turn, and how many tokens of their prompts were found."""
     before = metric(llm, "vllm:prefix_cache_hits")
     chats = [[1, *words(SHARED - 1, 0)] for _ in range(NUM_CHATS)]
     answers: list[list[list[int]]] = []

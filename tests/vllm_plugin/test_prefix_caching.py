@@ -23,6 +23,7 @@ from diffkv.vllm_plugin.options import Options
 SEGMENT = 128
 EXACT = {"segment": SEGMENT}
 COMPRESSED = {"segment": SEGMENT, "alpha_high": 3}
+MESSAGE_END = 2
 NUM_CONVERSATIONS, NUM_TURNS, NEW_TOKENS = 5, 3, 20
 
 
@@ -117,6 +118,16 @@ class TestCompressed:
         # as if a stop string had been cut off, or the text tokenised differently
         for again in (answer[:-3], answer[1:], []):
             assert ask(llm, [*text, *again, 12, 13, 14])[1] == 320
+
+    def test_chats_over_one_system_message(self, llm: Any) -> None:
+        """It ends where no segment does: the model's end-of-sequence token tells where."""
+        system = [1, *words(300, 11), MESSAGE_END]
+        assert ask(llm, [*system, *words(40, 12)])[1] == 0
+        text = [*system, *words(40, 13)]
+        right, found = ask(llm, text)
+        assert found == len(system)
+        assert llm.reset_prefix_cache()
+        assert ask(llm, text) == (right, 0)
 
     def test_two_requests_go_on_from_one_row(self, llm: Any) -> None:
         text = [1, *words(300, 5)]

@@ -4,9 +4,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rows_world import EXACT, HEADS, LAYERS, LAYOUT, MAX_RUNNING, MODEL_LEN, SEGMENT, World
+from rows_world import (
+    EXACT,
+    HEADS,
+    LAYERS,
+    LAYOUT,
+    MAX_RUNNING,
+    MESSAGE_END,
+    MODEL_LEN,
+    SEGMENT,
+    World,
+)
 
 from diffkv.policy import Thresholds
+from diffkv.segments import RowEnds
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.messages import PagesHeld
 from diffkv.vllm_plugin.scheduler.running import Bounds, Running
@@ -16,7 +27,9 @@ SHAPE = PoolShape(LAYOUT, LAYERS, HEADS // LAYERS, 16, MODEL_LEN, 1000, segment=
 
 
 def request(num_tokens: int, start: int = 0, computed: int = 0) -> Running:
-    return Running(SimpleNamespace(), DEFAULT, num_tokens, 1, 0, [], start, computed)
+    return Running(
+        SimpleNamespace(), DEFAULT, RowEnds(SEGMENT, num_tokens), 1, 0, [], start, computed
+    )
 
 
 class TestBounds:
@@ -102,6 +115,15 @@ class TestScheduler:
         world.add(prompt, 4)
         fill(world)
         assert world.cached == 2 * 144
+
+    def test_chats_over_one_system_message(self) -> None:
+        """It ends where no segment does, and the chats find it whole."""
+        world = World(0, False, 700)
+        system = [*range(10, 110), MESSAGE_END]
+        for number in range(3):
+            world.add([*system, *range(200 + 50 * number, 240 + 50 * number)], 4)
+            fill(world)
+            assert world.cached == number * len(system)
 
     def test_several_answers_compute_a_prompt_once(self) -> None:
         world = World(0, False, 700)

@@ -2,10 +2,11 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from diffkv.lab.bench.child import Child, in_rounds
+from diffkv.lab.bench.child import in_rounds, started
 from diffkv.lab.bench.engine import Job, Load
 from diffkv.lab.bench.throughput import STOCK, Setting, add_rows, label
 from diffkv.lab.bench.throughput import settings as engines
@@ -215,14 +216,16 @@ def check(
     Raises:
         ConfigError: one of the two engines could not run.
     """
-    results = []
-    for setting in compared(["bf16", EXACT], [], [options]):
-        exact = {**engine, "dtype": "float32"}
-        job = _job(exact, chats, load, 2 * kv_bytes, setting, turns=True, answers=True)
-        with Child(job) as child:
-            results.append(child.run(0))
-        if "error" in results[-1]:
-            raise ConfigError(f"{setting.label} in float32 did not run: {results[-1]['error']}")
+    exact, settings = {**engine, "dtype": "float32"}, compared(["bf16", EXACT], [], [options])
+    jobs = [
+        _job(exact, chats, load, 2 * kv_bytes, setting, turns=True, answers=True)
+        for setting in settings
+    ]
+    with ExitStack() as stack:
+        results = [child.run(0) for child in started(stack, jobs)]
+    for setting, result in zip(settings, results, strict=True):
+        if "error" in result:
+            raise ConfigError(f"{setting.label} in float32 did not run: {result['error']}")
     stock, ours = results
     wrong = _first_difference(stock["answers"], ours["answers"])
     num_tokens = chats.conversations * chats.turns * chats.answer_len
