@@ -65,6 +65,10 @@ def test_conversations_share_the_system_prompt_alone():
         [[0, 1, 2, 3, 4, 11, 12], [13, 14], [15, 16]],
     ]
     assert lengths == [1, 1]
+    assert SMALL.load(range(SMALL.num_given), 99)[0] == [
+        [[0, 1, 2, 3, 99, 5, 99], [7, 99], [9, 99]],
+        [[0, 1, 2, 3, 99, 11, 99], [13, 99], [15, 99]],
+    ]
     random = SMALL.random_load(512)
     assert random == SMALL.random_load(512)
     assert random != SMALL.random_load(512, seed=1)

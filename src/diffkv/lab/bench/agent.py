@@ -66,20 +66,31 @@ class Chats:
         }
         return Chats(**{**asdict(self), **lengths})
 
-    def load(self, tokens: Sequence[int]) -> Load:
-        """What an engine runs, cut out of `num_given` tokens."""
-        system, rest = list(tokens[: self.system_len]), iter(tokens[self.system_len :])
+    def load(self, tokens: Sequence[int], message_end: int | None = None) -> Load:
+        """What an engine runs, cut out of `num_given` tokens.
+
+        Args:
+            tokens: of all messages.
+            message_end: put in place of each message's last token, as chat templates end messages.
+        """
+        rest = iter(tokens)
+
+        def message(length: int) -> list[int]:
+            own = [next(rest) for _ in range(length)]
+            return own if message_end is None else [*own[:-1], message_end]
+
+        system = message(self.system_len)
         chats = [
-            [[next(rest) for _ in range(self.turn_len)] for _ in range(self.turns)]
-            for _ in range(self.conversations)
+            [message(self.turn_len) for _ in range(self.turns)] for _ in range(self.conversations)
         ]
         for turns in chats:
             turns[0] = [*system, *turns[0]]
         return chats, [self.answer_len] * self.conversations
 
-    def random_load(self, vocabulary: int, seed: int = 0) -> Load:
+    def random_load(self, vocabulary: int, message_end: int | None = None, seed: int = 0) -> Load:
         """The same of random tokens."""
-        return self.load(random.Random(seed).choices(range(3, vocabulary), k=self.num_given))
+        tokens = random.Random(seed).choices(range(3, vocabulary), k=self.num_given)
+        return self.load(tokens, message_end)
 
 
 TRACE = Chats(conversations=8, turns=30, system_len=12000, turn_len=1900, answer_len=350)
