@@ -80,7 +80,7 @@ def _views(state, raw, tier):
     fmt, tokens = layout.format, layout.tokens_per_page
 
     def segment(name, dtype):
-        offset, num_bytes = layout.segments[name]
+        offset, num_bytes = layout.regions[name]
         return raw[:, offset : offset + num_bytes].copy().view(dtype).reshape(len(raw), tokens, -1)
 
     def vectors(side, bits, groups):

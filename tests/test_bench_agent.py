@@ -65,6 +65,10 @@ def test_conversations_share_the_system_prompt_alone():
         [[0, 1, 2, 3, 4, 11, 12], [13, 14], [15, 16]],
     ]
     assert lengths == [1, 1]
+    assert SMALL.load(range(SMALL.num_given), 99)[0] == [
+        [[0, 1, 2, 3, 99, 5, 99], [7, 99], [9, 99]],
+        [[0, 1, 2, 3, 99, 11, 99], [13, 99], [15, 99]],
+    ]
     random = SMALL.random_load(512)
     assert random == SMALL.random_load(512)
     assert random != SMALL.random_load(512, seed=1)
@@ -112,12 +116,6 @@ class FakeChild:
 
     def __init__(self, job):
         self.job = job
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
     def run(self, cell):
         engine, is_ours = self.job.engine, self.job.options is not None
@@ -179,7 +177,7 @@ def test_medians_of_lists_are_by_place():
 
 
 def check_with_fakes(monkeypatch, answers, writer):
-    monkeypatch.setattr(agent, "Child", FakeChild)
+    monkeypatch.setattr(agent, "started", lambda stack, jobs: [FakeChild(job) for job in jobs])
     monkeypatch.setattr(FakeChild, "ours", answers)
     load = SMALL.random_load(512)
     options = {"quant": agent.EXACT}

@@ -45,7 +45,7 @@ def test_layout_json_is_one_object_with_every_fact():
         2,
     ]
     high, low = facts["tiers"]
-    segments = {
+    regions = {
         "k_codes": {"offset": 0, "bytes": 2048},
         "k_meta": {"offset": 2048, "bytes": 128},
         "v_codes": {"offset": 2176, "bytes": 1024},
@@ -62,10 +62,10 @@ def test_layout_json_is_one_object_with_every_fact():
         "unused_share": 0.0,
         "ratio_bf16": 112 / 512,
         "nominal_ratio_bf16": (4 + 2) / 32,
-        "segments": segments,
+        "regions": regions,
     }
     assert list(high) == list(low)
-    assert list(high["segments"]) == list(segments)
+    assert list(high["regions"]) == list(regions)
     assert high["bytes_per_token"] == 3584 / 17
 
 
@@ -80,7 +80,7 @@ def test_layout_json_agrees_with_the_layout(capsys, quant, head_dim):
         assert told["format"] == str(tier.format)
         assert told["tokens_per_page"] == tier.tokens_per_page
         assert told["nominal_ratio_bf16"] == tier.format.nominal_bits / 16
-        last = told["segments"]["positions"]
+        last = told["regions"]["positions"]
         assert last["offset"] + last["bytes"] == tier.end
 
 

@@ -154,7 +154,7 @@ EXPECTED_WITH_DROPS = {
 }
 
 # Tokens of a 6,784-byte page at head_dim 128, in the released DiffKV and here. It pads values to pairs
-# of tokens and segments to 32 or 128 bytes: one token less in three of its formats.
+# of tokens and regions to 32 or 128 bytes: one token less in three of its formats.
 ORIGINAL_PAGE_BYTES = 6784
 ORIGINAL = {
     "k8v8": (24, 24),
@@ -205,7 +205,7 @@ def test_a_tier_keeps_sums_only_for_victims(text, drops, tracked):
             == (other.token_bytes - 8 * (not tier.tracked))
         )
         if not tier.tracked:
-            assert tier.segments["sums"][1] == tier.segments["positions"][1] == 0
+            assert tier.regions["sums"][1] == tier.regions["positions"][1] == 0
 
 
 @pytest.mark.parametrize(("text", "tokens"), ORIGINAL.items())
@@ -222,9 +222,9 @@ def test_the_two_pairs_of_the_original():
 
 
 def test_offsets_of_one_page_by_hand():
-    # 17 tokens of k8v4: 128 + 4 + 64 + 4 + 4 + 4 bytes each, every segment but the last at 16 bytes.
+    # 17 tokens of k8v4: 128 + 4 + 64 + 4 + 4 + 4 bytes each, every region but the last at 16 bytes.
     high = derive("k8v4-k4v2", page_bytes=3584).high
-    assert high.segments == {
+    assert high.regions == {
         "k_codes": (0, 2176),
         "k_meta": (2176, 68),
         "v_codes": (2256, 1088),  # 2176 + 68 = 2244, rounded up
@@ -241,7 +241,7 @@ def test_sixteen_bits_store_the_models_dtype_and_no_scale():
     half, single = derive("k16v16").high, derive("k16v16", element_bytes=4).high
     assert (half.k_code_bytes, single.k_code_bytes) == (256, 512)
     assert (half.token_bytes, single.token_bytes) == (2 * 256, 2 * 512)
-    assert half.segments["k_meta"][1] == half.segments["v_meta"][1] == 0
+    assert half.regions["k_meta"][1] == half.regions["v_meta"][1] == 0
 
 
 @pytest.mark.parametrize("drops", [False, True])
@@ -251,13 +251,13 @@ def test_every_format_lies_inside_its_page(head_dim, drops):
         page_bytes = -(-TierLayout.place(fmt, head_dim, 2, drops, 17).end // 32) * 32
         layout = PageLayout.derive(QuantConfig(fmt), head_dim, page_bytes, drops=drops)
         tier = layout.high
-        spans = list(tier.segments.values())
+        spans = list(tier.regions.values())
 
         assert spans[0][0] == 0
         for (offset, num_bytes), (following, _) in pairwise(spans):
-            assert offset + num_bytes <= following, f"{fmt}: segments overlap"
+            assert offset + num_bytes <= following, f"{fmt}: regions overlap"
             assert following - (offset + num_bytes) < 16, f"{fmt}: a gap is wider than its padding"
-        assert all(offset % 16 == 0 for offset, _ in spans[:-1]), f"{fmt}: a segment is not aligned"
+        assert all(offset % 16 == 0 for offset, _ in spans[:-1]), f"{fmt}: a region is not aligned"
         assert spans[-1][0] == sum(spans[-2]), f"{fmt}: positions do not follow the sums"
         assert sum(spans[-1]) == tier.end <= page_bytes
         assert tier.tokens_per_page >= 17

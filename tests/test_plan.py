@@ -143,7 +143,7 @@ def test_llama_in_80_gib(capsys, llama):
     # ring, a centre. For all of them: the chain, its length, thresholds, the prompt's
     leaf = suitable_leaf_entries(layout.max_pages(8192))
     row = -(-layout.max_pages(8192) // leaf) + 1 + 4
-    table = 256 * (4 * (row + 2 * (leaf + 1)) + 2 * 128) + 4 * (2 * 8 + MORE_ROWS) + 16
+    table = 256 * (4 * (row + 2 * (leaf + 1)) + 2 * 128) + 4 * (2 * 10 + MORE_ROWS) + 16
     request = pages * (layout.page_bytes + 4 + -(-(leaf + 1) * 4 // leaf)) + 9 * table
     assert ours["bytes_per_token"] == request / 8192
     most = (facts["kv_bytes_per_gpu"] - FIXED_BYTES) // request
@@ -163,8 +163,8 @@ def test_what_is_planned_fits_the_pool():
     planned = plan_format(quant, rank, 5000, mix)
     layout = PageLayout.derive(quant, model.head_dim)
     shape = PoolShape.fit(rank.kv_bytes, layout, 28, 4, 5000, planned.num_requests, SEGMENT)
-    rows = [mix.tokens(quant, length) for length in (*[1024] * 4, 904)]
-    assert sum(map(sum, rows)) == 5000 - 4 * round(0.1 * 960) - round(0.1 * 840)
+    rows = [mix.tokens(quant, length) for length in (*[1024] * 4, 896, 8)]
+    assert sum(map(sum, rows)) == 5000 - 4 * round(0.1 * 960) - round(0.1 * 832)
     pages = (
         28
         * 4

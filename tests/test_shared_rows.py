@@ -11,12 +11,13 @@ from diffkv.cache import DiffKVCache, PromptChunk
 from diffkv.layout import PageLayout
 from diffkv.policy import Thresholds
 from diffkv.quant import QuantConfig
-from diffkv.segments import cuts, longest_row, next_end
+from diffkv.segments import RowEnds, first_message, longest_row, most_rows
 from diffkv.shape import PoolShape
 
 NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 2, 2, 16
 NUM_SLOTS, NUM_PAGES, MAX_MODEL_LEN, WINDOW = 24, 2400, 96, 4
 PROMPT, NEW, SEGMENT = 75, 5, 16
+LONG = 128  # no prompt is so long: the rest of one is all there is
 CHUNKS = ([75], [10, 20, 40, 75], [33, 64, 75], [16, 75], [1, 2, 15, 16, 17, 75])
 NOBODY = torch.empty(0, dtype=torch.int32)
 ALL_HIGH = Thresholds()
@@ -91,7 +92,7 @@ class Run:
     def prefill(self, request, end, sequence):
         """One chunk of a prompt in a step of its own."""
         first = request.num_tokens
-        ends = [b for _, b, closes in cuts(request.starts[-1], first, end, self.segment) if closes]
+        ends = RowEnds(self.segment, request.prompt_len).up_to(request.starts[-1], end)
         closing = tuple(self.free.pop(0) for _ in ends)
         chunk = PromptChunk(request.slot, slice(0, end - first), first, request.prompt_len, closing)
         step = self.cache.plan([chunk], NOBODY.long(), NOBODY, NOBODY)
@@ -136,14 +137,14 @@ class Run:
         self.check()
 
 
-@pytest.mark.parametrize("segment", [0, SEGMENT, 32])
+@pytest.mark.parametrize("segment", [0, SEGMENT, 32, LONG])
 @pytest.mark.parametrize("chunks", CHUNKS, ids=str)
 def test_exact_tokens_are_attended_exactly(kernels, segment, chunks):
     sequence = vectors(PROMPT + NEW)
     run = Run(make_cache("k16v16", kernels, segment), segment)
     outputs, request = run.whole(sequence, chunks, ALL_HIGH)
     torch.testing.assert_close(outputs, exact(sequence), atol=1e-5, rtol=1e-5)
-    assert len(request.chain) == (PROMPT // segment if segment else 0)
+    assert len(request.chain) == {0: 0, SEGMENT: 4, 32: 2, LONG: 1}[segment]
     run.end(request, *request.chain)
     head, tail = run.cache.state.ring_ends.tolist()
     assert tail - head == NUM_PAGES
@@ -153,19 +154,20 @@ def test_exact_tokens_are_attended_exactly(kernels, segment, chunks):
     ("quant", "alphas", "drops"),
     [("k8v4-k4v2", (3, 0), False), ("k8v4-k4v2", (1, 0.5), True), ("k8v8", (0.7, 0.7), True)],
 )
-def test_hits_and_chunks_change_nothing(kernels, quant, alphas, drops):
+@pytest.mark.parametrize("segment", [SEGMENT, LONG])
+def test_hits_and_chunks_change_nothing(kernels, quant, alphas, drops, segment):
     """A row is the same whoever computed it, and in whatever chunks: tiers, and bytes after a hit."""
     sequence, thresholds = vectors(PROMPT + NEW), Thresholds(*alphas)
-    first = Run(make_cache(quant, kernels, drops=drops))
+    first = Run(make_cache(quant, kernels, segment, drops), segment)
     outputs, request = first.whole(sequence, [PROMPT], thresholds)
     state = first.cache.state
     for chunks in CHUNKS[1:]:
-        again, other = Run(make_cache(quant, kernels, drops=drops)), None
+        again = Run(make_cache(quant, kernels, segment, drops), segment)
         chunked, other = again.whole(sequence, chunks, thresholds)
         torch.testing.assert_close(chunked, outputs, atol=1e-5, rtol=1e-5)
         rows, others = [*request.chain, request.slot], [*other.chain, other.slot]
         assert torch.equal(state.num_tokens[rows], again.cache.state.num_tokens[others])
-    for hit in (1, 2, 4):
+    for hit in {1, len(request.chain) // 2 + 1, len(request.chain)}:
         chain, starts = request.chain[:hit], request.starts[: hit + 1]
         shared, other = first.whole(sequence, [PROMPT], thresholds, chain, starts)
         assert torch.equal(shared, outputs[:, starts[-1] :])
@@ -208,14 +210,50 @@ def test_an_open_row_may_begin_empty(kernels):
 
 
 def test_rows_end_at_fixed_positions():
-    assert next_end(0, 1024) == next_end(400, 1024) == 1024
-    assert next_end(600, 1024) == next_end(1024, 1024) == 2048
-    assert next_end(0, 0) is None
+    ends = RowEnds(1024, 4000)
+    assert ends.after(0) == ends.after(400) == 1024
+    assert ends.after(600) == ends.after(1024) == 2048
+    assert RowEnds(0, 4000).after(0) is None
     assert longest_row(1024) == 1536
-    assert cuts(0, 0, 2500, 1024) == [(0, 1024, True), (1024, 2048, True), (2048, 2500, False)]
-    assert cuts(1024, 1500, 2048, 1024) == [(1500, 2048, True)]
-    assert cuts(700, 700, 1500, 1024) == [(700, 1500, False)]
-    assert cuts(0, 10, 5000, 0) == [(10, 5000, False)]
+    assert ends.cuts(0, 0, 2100) == [(0, 1024, True), (1024, 2048, True), (2048, 2100, False)]
+    assert ends.cuts(1024, 1500, 2048) == [(1500, 2048, True)]
+    assert ends.cuts(700, 700, 1500) == [(700, 1500, False)]
+    assert RowEnds(0, 5000).cuts(0, 10, 5000) == [(10, 5000, False)]
+
+
+def test_the_rest_of_a_prompt_is_a_row_where_it_is_worth_one():
+    """It ends before the last token, so that the same prompt finds it, and at a multiple of 16."""
+    rests = [RowEnds(1024, length).after(0) for length in (128, 129, 144, 145)]
+    assert rests == [None, 128, 128, 144]
+    assert RowEnds(1024, 720).after(586) is None
+    assert RowEnds(1024, 721).after(586) == 720
+    assert RowEnds(1024, 650).after(640) is None
+    ends = RowEnds(1024, 2500)
+    assert ends.cuts(0, 0, 2500)[2:] == [(2048, 2496, True), (2496, 2500, False)]
+    assert ends.cuts(1024, 1500, 2490) == [(1500, 2048, True), (2048, 2490, False)]
+    assert ends.cuts(2048, 2490, 2500) == [(2490, 2496, True), (2496, 2500, False)]
+
+
+def test_the_first_message_is_a_row_where_it_is_worth_one():
+    end = {2, 7}
+    text = [1, *[5] * 9, 2, *[5] * 600, 7, *[5] * 40, 2, *[5] * 500]
+    assert first_message(text, end, 1024) == 612  # the first one has no eighth of a segment
+    assert first_message(text, end, 64) == 11
+    assert first_message(text[:611], end, 1024) == first_message(text, end, 0) == 0
+    ends = RowEnds(1024, 1153, 612)
+    assert ends.up_to(0, 1153) == [612, 1152]
+    assert RowEnds(1024, 3000, 612).up_to(0, 3000) == [612, 2048, 2992]
+    assert RowEnds(1024, 3000, 1100).up_to(0, 3000) == [1024, 2048, 2992]
+    assert RowEnds(1024, 3000, 1500).up_to(0, 3000) == [1024, 1500, 2048, 2992]
+    assert RowEnds(1024, 612, 612).up_to(0, 612) == [608]
+    assert RowEnds(1024, 613, 612).up_to(0, 613) == [612]
+
+
+def test_a_prompt_has_not_more_rows_than_there_is_room_for():
+    for length in range(1, 5000, 13):
+        for message in range(0, length, 37):
+            rows = RowEnds(1024, length, message).up_to(0, length)
+            assert len(rows) <= most_rows(length, 1024), (length, message)
 
 
 def test_rows_must_have_slots():

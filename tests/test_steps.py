@@ -13,6 +13,7 @@ from diffkv.packing import spans_of
 from diffkv.policies import parse
 from diffkv.policy import SCORED_QUERIES, Thresholds, num_queries_seen, paper_tiers
 from diffkv.quant import QuantConfig
+from diffkv.segments import RowEnds
 from diffkv.shape import PoolShape
 from diffkv.steps import PromptChunk
 
@@ -27,14 +28,14 @@ def chains(policy="paper", segment=0):
     layout = PageLayout.derive(QuantConfig.parse("k8v4-k4v2"), 64, drops=True)
     shape = PoolShape(layout, 1, 1, 20, 512, 1, segment=segment)
     buffer = torch.zeros(shape.table_bytes + layout.page_bytes, dtype=torch.uint8)
-    return Chains(pool.create(shape, buffer, torch.bfloat16, WINDOW), policy, segment)
+    return Chains(pool.create(shape, buffer, torch.bfloat16, WINDOW), policy)
 
 
 def whole(lengths, policy="paper"):
     """The wave of prompts of one chunk each, one after the other in a batch."""
     known, chunks, start = chains(baselines.parse(policy)), [], 0
     for slot, length in enumerate(lengths):
-        known.open(slot, THRESHOLDS[slot], (), (0,))
+        known.open(slot, RowEnds(0, length), THRESHOLDS[slot], (), (0,))
         chunks.append(PromptChunk(slot, slice(start, start + length), 0, length))
         start += length
     (wave,) = known.plan(chunks).waves
@@ -75,10 +76,9 @@ def test_a_policy_that_looks_at_keys_has_no_bounds():
 
 def test_chunks_are_cut_into_waves():
     known = chains(parse("paper"), segment=16)
-    for slot, chain in ((3, ()), (1, (8,)), (2, (9,)), (4, ())):
-        known.open(
-            slot, Thresholds() if slot == 4 else Thresholds(3, 0), chain, (0, 16)[: len(chain) + 1]
-        )
+    for slot, length, chain in ((3, 44, ()), (1, 21, (8,)), (2, 40, (9,)), (4, 5, ())):
+        thresholds = Thresholds() if slot == 4 else Thresholds(3, 0)
+        known.open(slot, RowEnds(16, length), thresholds, chain, (0, 16)[: len(chain) + 1])
     chunks = [
         PromptChunk(3, slice(2, 36), 10, 44, (10, 11)),  # two segments, and the end of the prompt
         PromptChunk(1, slice(36, 41), 16, 21),  # what follows a hit, to the end
@@ -114,7 +114,7 @@ def test_chunks_are_cut_into_waves():
 
 def test_thresholds_count_all_tokens_so_far():
     known = chains(parse("paper"), segment=16)
-    known.open(0, Thresholds(3, 0), (5,), (0, 16))
+    known.open(0, RowEnds(16, 40), Thresholds(3, 0), (5,), (0, 16))
     (wave,) = known.plan([PromptChunk(0, slice(0, 16), 16, 40, (6,))]).waves
     bounds = wave.complete[0].scoring.bounds
     torch.testing.assert_close(bounds.least_high, torch.full((16,), 3 / 32))

@@ -297,6 +297,7 @@ HOOKS = (
             "vllm.config:ModelConfig.get_num_kv_heads(parallel_config)",
             "vllm.config:ModelConfig.get_head_size()",
             "vllm.config:ModelConfig.get_vocab_size()",
+            "vllm.config:ModelConfig.try_get_generation_config()",
             "vllm.logger:init_logger(name)",
         ),
         reads={

@@ -15,6 +15,7 @@ from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds
 from diffkv.prefill import Prefill, torch_prefill
 from diffkv.prompts import PromptPath
 from diffkv.rotator import Rotator
+from diffkv.segments import RowEnds
 from diffkv.state import DecodePlan, PoolState, PromptTokens
 from diffkv.steps import PromptChunk, Step
 
@@ -49,9 +50,10 @@ class DiffKVCache:
         self._ops = ops
         self._scale = scale
         self._policy = policy
+        self._segment = segment
         self._device = state.pages.device
         self._rotator = Rotator(ops, signs)
-        self._prompts = PromptPath(state, ops, scale, policy, prefill, self._rotator, segment)
+        self._prompts = PromptPath(state, ops, scale, policy, prefill, self._rotator)
 
     def warm_up(self, num_q_heads: int) -> None:
         """Run every operation once on nothing, so that compiling does not delay the first request.
@@ -86,6 +88,7 @@ class DiffKVCache:
         thresholds: Thresholds,
         chain: Sequence[int] = (),
         starts: Sequence[int] = (0,),
+        message: int = 0,
     ) -> None:
         """Begin a request in an empty slot. A policy without thresholds lets go of them.
 
@@ -95,6 +98,7 @@ class DiffKVCache:
             thresholds: the request's thresholds.
             chain: closed rows that hold its first tokens.
             starts: where the tokens of each of them begin, and where the open row's do.
+            message: end of the prompt's first message, see `segments.first_message`; 0: there is none.
 
         Raises:
             ValueError: the slot is not empty, or alpha_low is above 0 and the layout does not drop.
@@ -105,7 +109,8 @@ class DiffKVCache:
             thresholds = Thresholds()
         if thresholds.alpha_low > 0 and not self.state.layout.drops:
             raise ValueError(f"alpha_low must be 0 without drops, got {thresholds.alpha_low}")
-        self._prompts.open(slot, thresholds, chain, starts)
+        ends = RowEnds(self._segment, prompt_len, message)
+        self._prompts.open(slot, ends, thresholds, chain, starts)
         self.state.prompt_lens[slot] = prompt_len
         self.state.thresholds[slot, 0] = thresholds.alpha_high
         self.state.thresholds[slot, 1] = thresholds.alpha_low

@@ -4,12 +4,13 @@ Arithmetic on sizes only: nothing is loaded or measured. A rank of tensor parall
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from diffkv.layout import PageLayout, bf16_bytes_per_token
 from diffkv.model_config import ModelConfig
 from diffkv.policy import WINDOW
 from diffkv.quant import ConfigError, QuantConfig
-from diffkv.segments import SEGMENT
+from diffkv.segments import SEGMENT, RowEnds
 from diffkv.shape import FIXED_BYTES, PoolShape
 
 __all__ = [
@@ -164,7 +165,8 @@ def plan_format(
     model = rank.model
     layout = PageLayout.derive(quant, model.head_dim, None, model.element_bytes, drops)
     one = PoolShape(layout, model.num_layers, rank.num_kv_heads, 1, context, 0, segment=SEGMENT)
-    rows = [SEGMENT] * one.max_rows + [context - one.max_rows * SEGMENT]
+    bounds = [0, *RowEnds(SEGMENT, context).up_to(0, context), context]
+    rows = [end - start for start, end in pairwise(bounds)]
     pages = one.num_heads * sum(
         -(-num // tier.tokens_per_page)
         for length in rows

@@ -9,7 +9,7 @@ import torch
 from diffkv.packing import RowPlaces, spans_of
 from diffkv.policies import Policy
 from diffkv.policy import Thresholds
-from diffkv.segments import cuts, next_end
+from diffkv.segments import RowEnds
 from diffkv.state import PoolState
 from diffkv.steps import Part, PromptChunk, PromptPlan, Wave
 
@@ -22,11 +22,13 @@ class _Request:
 
     Attributes:
         thresholds: as they are with the tiers that there are.
+        ends: where closed rows of its prompt end.
         chain: its closed rows.
         starts: where the tokens of each begin, and where those of the open row do.
     """
 
     thresholds: Thresholds
+    ends: RowEnds
     chain: tuple[int, ...] = ()
     starts: tuple[int, ...] = (0,)
 
@@ -37,13 +39,11 @@ class Chains:
     Args:
         state: the pool, whose chains change.
         policy: decides rows.
-        segment: tokens after which a row of a prompt is closed.
     """
 
-    def __init__(self, state: PoolState, policy: Policy, segment: int) -> None:
+    def __init__(self, state: PoolState, policy: Policy) -> None:
         self._state = state
         self._policy = policy
-        self._segment = segment
         self._device = state.pages.device
         self._requests: dict[int, _Request] = {}
 
@@ -52,11 +52,16 @@ class Chains:
         return slot in self._requests
 
     def open(
-        self, slot: int, thresholds: Thresholds, chain: Sequence[int], starts: Sequence[int]
+        self,
+        slot: int,
+        ends: RowEnds,
+        thresholds: Thresholds,
+        chain: Sequence[int],
+        starts: Sequence[int],
     ) -> None:
         """Begin a request, see `DiffKVCache.open`."""
         tiers = thresholds.for_tiers(self._state.layout.low is not None)
-        self._requests[slot] = _Request(tiers)
+        self._requests[slot] = _Request(tiers, ends)
         self._extend(slot, chain, starts[1:])
 
     def end(self, slot: int) -> None:
@@ -103,7 +108,7 @@ class Chains:
     def _parts(self, chunk: PromptChunk, offset: int) -> list[Part]:
         """A chunk's parts; `offset` is where its tokens are among those of the plan."""
         request, parts = self._requests[chunk.slot], []
-        bounds = cuts(request.starts[-1], chunk.num_stored, chunk.end, self._segment)
+        bounds = request.ends.cuts(request.starts[-1], chunk.num_stored, chunk.end)
         if sum(closes for *_, closes in bounds) != len(chunk.closing):
             raise ValueError(
                 f"the rows {chunk.closing} are not as many as are complete in {bounds}"
@@ -123,7 +128,7 @@ class Chains:
     ) -> Part:
         request = self._requests[chunk.slot]
         start, device = request.starts[-1], self._device
-        row_end = next_end(start, self._segment) or chunk.prompt_len
+        row_end = request.ends.after(start) or chunk.prompt_len
         waited = [chunk.slot] if first > start else []
         stored = [target] if target is not None and stop < chunk.end else []
         return Part(
@@ -133,7 +138,7 @@ class Chains:
             first=first,
             stop=stop,
             end=chunk.end,
-            row_end=min(row_end, chunk.prompt_len),
+            row_end=row_end,
             target=target,
             is_last=stop == chunk.prompt_len,
             thresholds=request.thresholds if self.decides(chunk.slot) else None,

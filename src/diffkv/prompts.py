@@ -21,6 +21,7 @@ from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds, fill_pages
 from diffkv.prefill import Prefill, Spans
 from diffkv.reading import Seen
 from diffkv.rotator import Rotator
+from diffkv.segments import RowEnds
 from diffkv.state import PoolState
 from diffkv.steps import Completion, Part, PromptChunk, PromptPlan, Scoring, Wave
 from diffkv.value_range import ValueRange
@@ -48,7 +49,6 @@ class PromptPath:
         policy: Policy,
         prefill: Prefill,
         rotator: Rotator,
-        segment: int,
     ) -> None:
         self._state = state
         self.exact = state.exact()
@@ -58,7 +58,7 @@ class PromptPath:
         self._prefill = prefill
         self._rotator = rotator
         self._device = state.pages.device
-        self._chains = Chains(state, policy, segment)
+        self._chains = Chains(state, policy)
         self._queries: dict[tuple[int, int], Tensor] = {}
         bits = _fewest_bits(state.layout)
         self.value_range = ValueRange(state.num_layers, self._device, *bits, bool(state.centre_dim))
@@ -68,10 +68,15 @@ class PromptPath:
         return slot in self._chains
 
     def open(
-        self, slot: int, thresholds: Thresholds, chain: Sequence[int], starts: Sequence[int]
+        self,
+        slot: int,
+        ends: RowEnds,
+        thresholds: Thresholds,
+        chain: Sequence[int],
+        starts: Sequence[int],
     ) -> None:
         """Begin a request, see `DiffKVCache.open`."""
-        self._chains.open(slot, thresholds, chain, starts)
+        self._chains.open(slot, ends, thresholds, chain, starts)
 
     def end(self, slot: int) -> None:
         """Forget a request."""

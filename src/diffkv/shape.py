@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from diffkv.layout import PageLayout, bf16_bytes_per_token
 from diffkv.quant import ConfigError
-from diffkv.segments import longest_row
+from diffkv.segments import longest_row, most_rows
 from diffkv.state import TENSORS
 
 __all__ = [
@@ -34,8 +34,8 @@ FIXED_BYTES = (len(TENSORS) + 1) * TABLE_ALIGNMENT_BYTES
 HIGH_SHARE = 0.25
 """Share of a prompt's tokens that must find room in the high tier before an engine starts."""
 
-MORE_ROWS = 8
-"""Closed rows of a request beyond twice its segments: each turn of a conversation may end in one."""
+MORE_ROWS = 32
+"""Closed rows of a request beyond twice its segments: each turn of a conversation may add two."""
 
 SPARE_ROWS = 0.25
 """Closed rows beyond those that would fill a pool: some are shorter than a segment."""
@@ -98,7 +98,8 @@ class PoolShape:
 
         There is an open row for each of `max_num_seqs` requests, or for fewer where the pool cannot hold
         that many requests even of one token: a request holds at least one page for every layer and head.
-        There are closed rows for as many segments as the pool can hold, and some more.
+        There are closed rows for as many segments as the pool can hold, and some more, and one for the
+        rest of each request's prompt.
 
         Raises:
             ConfigError: the budget does not hold one request of `max_model_len` tokens.
@@ -134,7 +135,7 @@ class PoolShape:
             return slots
         token_bytes = min(map(layout.page_token_bytes, range(len(layout.tiers))))
         segment_bytes = num_heads * segment * token_bytes
-        return slots + math.ceil((1 + SPARE_ROWS) * budget_bytes / segment_bytes)
+        return 2 * slots + math.ceil((1 + SPARE_ROWS) * budget_bytes / segment_bytes)
 
     @staticmethod
     def request_bytes(
@@ -208,8 +209,8 @@ class PoolShape:
 
     @property
     def max_rows(self) -> int:
-        """Closed rows of the longest request, if none is shorter than a segment."""
-        return self.max_model_len // self.segment if self.segment else 0
+        """Closed rows of the longest request, if it is computed from its first token on."""
+        return most_rows(self.max_model_len, self.segment)
 
     @property
     def chain_width(self) -> int:

@@ -16,8 +16,8 @@ META_BYTES = 4
 SUM_BYTES = 4
 POSITION_BYTES = 4
 
-SEGMENT_ALIGNMENT_BYTES = 16
-"""Segments start where a 16-byte vector load may."""
+REGION_ALIGNMENT_BYTES = 16
+"""Regions start where a 16-byte vector load may."""
 
 
 def align(offset: int, alignment: int) -> int:
@@ -36,9 +36,9 @@ def _meta_bytes(bits: int, groups: int) -> int:
 
 @dataclass(frozen=True)
 class TierLayout:
-    """Where the segments of one tier start inside a page. Offsets in bytes.
+    """Where the regions of one tier start inside a page. Offsets in bytes.
 
-    A page of T = `tokens_per_page` tokens holds, in this order, each segment aligned to 16 bytes
+    A page of T = `tokens_per_page` tokens holds, in this order, each region aligned to 16 bytes
     except the last, which follows the one before it:
 
         k_codes    [T, k_code_bytes] uint8   (16 bits: the model's dtype)
@@ -84,10 +84,10 @@ class TierLayout:
         )
         starts = []
         offset = 0
-        for segment_bytes in token_bytes:
-            offset = align(offset, SEGMENT_ALIGNMENT_BYTES)
+        for region_bytes in token_bytes:
+            offset = align(offset, REGION_ALIGNMENT_BYTES)
             starts.append(offset)
-            offset += tokens * segment_bytes
+            offset += tokens * region_bytes
         k_codes, k_meta, v_codes, v_meta, sums = starts
         positions = offset
         end = positions + (tokens * POSITION_BYTES if tracked else 0)
@@ -136,8 +136,8 @@ class TierLayout:
         return self.vector_bytes + (SUM_BYTES + POSITION_BYTES if self.tracked else 0)
 
     @property
-    def segments(self) -> dict[str, tuple[int, int]]:
-        """(offset, bytes) of each segment, in page order; absent ones have 0 bytes."""
+    def regions(self) -> dict[str, tuple[int, int]]:
+        """(offset, bytes) of each region, in page order; absent ones have 0 bytes."""
         fmt = self.format
         token_bytes = {
             "k_codes": self.k_code_bytes,

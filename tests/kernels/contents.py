@@ -43,7 +43,7 @@ def read_head(state: PoolState, slot: int, layer: int, head: int) -> Head:
         index = token % tier.tokens_per_page
 
         def read(start: int, each: int, dtype: torch.dtype, pages=pages, index=index) -> Tensor:
-            """[n, each bytes as dtype] of a segment."""
+            """[n, each bytes as dtype] of a region."""
             columns = start + index[:, None] * each + torch.arange(each)
             return pages.gather(1, columns).view(dtype)
 

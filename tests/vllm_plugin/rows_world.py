@@ -26,7 +26,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from diffkv.layout import PageLayout
 from diffkv.policy import Thresholds
 from diffkv.quant import QuantConfig
-from diffkv.segments import cuts
+from diffkv.segments import RowEnds
 from diffkv.vllm_plugin import engine_args
 from diffkv.vllm_plugin.messages import (
     MAX_IN_FLIGHT,
@@ -41,6 +41,7 @@ from diffkv.vllm_plugin.spec import DiffKVSpec
 LAYERS, KV_HEADS, RANKS = 2, 2, 2
 HEADS = LAYERS * KV_HEADS
 BLOCK, SEGMENT = 16, 64
+MESSAGE_END = 2  # the model's end-of-sequence token
 MODEL_LEN, MAX_RUNNING = 512, 8
 LAYOUT = PageLayout.derive(QuantConfig.parse("k8v4-k4v2"), 8, 256, 4)
 EXACT = LAYOUT.exact()
@@ -202,7 +203,8 @@ class Workers:
         slots = message.closing.get(name, ())
         rows = {}
         if first < prompt_len:
-            parts = cuts(begin, first, min(num_tokens, prompt_len), SEGMENT)
+            row_ends = RowEnds(SEGMENT, prompt_len, job.start.message)
+            parts = row_ends.cuts(begin, first, min(num_tokens, prompt_len))
             ends = [end for _, end, is_complete in parts if is_complete]
             for slot, end in zip(slots, ends, strict=True):
                 assert slot not in self.rows, f"slot {slot} is not empty"

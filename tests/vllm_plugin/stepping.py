@@ -143,7 +143,9 @@ def check_idle(llm: Any) -> None:
     assert worker().accounts.num_held == int(pool.held_pages(state, slots_of(rows.lengths)).sum())
     assert blocks_in_use(llm) == 0
     assert scheduler(llm).kv_cache_manager.usage == 0
-    assert not any((ours.req_to_blocks, ours._running, ours._requests, ours._hits._of_hashes))
+    assert not any(
+        (ours.req_to_blocks, ours._running, ours._requests, ours._hits._of_hashes, ours._hits._ends)
+    )
     assert not scheduler(llm).connector.scheduler._thresholds
 
 

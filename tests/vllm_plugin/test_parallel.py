@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import test_models
 from checkpoints import make
-from conftest import MODEL, engine
+from conftest import MODEL, engine, greedy, metric
 from test_models import Answer, arguments, decode, drift, token_ids
+from test_prefix_caching import words
 
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.messages import PagesHeld, ReportMessage
 
+SHARED, NUM_CHATS, NUM_TURNS, NEW_TOKENS = 150, 4, 3, 20
 SUMMATION_DRIFT = 1e-3
 """In nats: two halves of a sum are added in another order, and a code may fall on its other side."""
 
@@ -63,6 +65,36 @@ def test_two_ranks_equal_one(
     assert sum(r["totals"]["num_pages"] for r in ranks) == pytest.approx(
         one["totals"]["num_pages"], rel=0.01
     )
+
+
+def talk(llm: Any) -> tuple[list[list[list[int]]], int]:
+    """Answers of chats that begin alike, by turn, and how many tokens of their prompts were found."""
+    before = metric(llm, "vllm:prefix_cache_hits")
+    chats = [[1, *words(SHARED - 1, 0)] for _ in range(NUM_CHATS)]
+    answers: list[list[list[int]]] = []
+    for turn in range(NUM_TURNS):
+        chats = [
+            [*chat, *(answers[-1][number] if answers else ()), *words(25, 10 * turn + number)]
+            for number, chat in enumerate(chats)
+        ]
+        answers.append(greedy(llm, chats, NEW_TOKENS).token_ids)
+    return answers, int(metric(llm, "vllm:prefix_cache_hits") - before)
+
+
+def test_turns_of_two_ranks_equal_stock(model: Path, two_ranks: dict[str, Any]) -> None:
+    args = arguments(model, **two_ranks)
+    with engine(**args) as llm:
+        expected, _ = talk(llm)
+    args["enable_prefix_caching"] = True
+    with engine("k16v16", {"segment": 64}, **args) as llm:
+        answers, found = talk(llm)
+        assert answers == expected
+        least = (NUM_TURNS - 1) * NUM_CHATS * SHARED
+        assert found > least
+        # each request's rows are in use no more, and what it found is found again
+        assert talk(llm)[0] == expected
+        assert llm.reset_prefix_cache()
+        assert talk(llm) == (expected, found)
 
 
 def test_the_fullest_rank_decides() -> None:

@@ -23,6 +23,7 @@ from diffkv.vllm_plugin.options import Options
 SEGMENT = 128
 EXACT = {"segment": SEGMENT}
 COMPRESSED = {"segment": SEGMENT, "alpha_high": 3}
+MESSAGE_END = 2
 NUM_CONVERSATIONS, NUM_TURNS, NEW_TOKENS = 5, 3, 20
 
 
@@ -104,7 +105,7 @@ class TestCompressed:
         assert llm.reset_prefix_cache()
         first = ask(llm, text)
         assert first[1] == 0
-        assert ask(llm, text) == (first[0], 640)
+        assert ask(llm, text) == (first[0], 688)  # whole blocks of 16 before the last token
         assert llm.reset_prefix_cache()
         assert ask(llm, text) == first
         check_idle(llm)
@@ -114,10 +115,19 @@ class TestCompressed:
         answer, _ = ask(llm, text)
         stored = len(text) + len(answer) - 1  # the last token was sampled and not stored
         assert ask(llm, [*text, *answer, 11])[1] == stored
-        again = answer[
-            :-3
-        ]  # as if a stop string had been cut off, or the text tokenised differently
-        assert ask(llm, [*text, *again, 12, 13, 14])[1] == 256
+        # as if a stop string had been cut off, or the text tokenised differently
+        for again in (answer[:-3], answer[1:], []):
+            assert ask(llm, [*text, *again, 12, 13, 14])[1] == 320
+
+    def test_chats_over_one_system_message(self, llm: Any) -> None:
+        """It ends where no segment does: the model's end-of-sequence token tells where."""
+        system = [1, *words(300, 11), MESSAGE_END]
+        assert ask(llm, [*system, *words(40, 12)])[1] == 0
+        text = [*system, *words(40, 13)]
+        right, found = ask(llm, text)
+        assert found == len(system)
+        assert llm.reset_prefix_cache()
+        assert ask(llm, text) == (right, 0)
 
     def test_two_requests_go_on_from_one_row(self, llm: Any) -> None:
         text = [1, *words(300, 5)]
@@ -163,8 +173,8 @@ class TestCompressed:
         ask(llm, text)
         answer, found = ask(llm, text, **other)
         assert found == 0
-        assert ask(llm, text, **other) == (answer, 384)
-        assert ask(llm, text)[1] == 384
+        assert ask(llm, text, **other) == (answer, 400)
+        assert ask(llm, text)[1] == 400
 
     def test_several_answers_to_one_prompt(self, llm: Any) -> None:
         from vllm import SamplingParams

@@ -4,9 +4,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rows_world import EXACT, HEADS, LAYERS, LAYOUT, MAX_RUNNING, MODEL_LEN, SEGMENT, World
+from rows_world import (
+    EXACT,
+    HEADS,
+    LAYERS,
+    LAYOUT,
+    MAX_RUNNING,
+    MESSAGE_END,
+    MODEL_LEN,
+    SEGMENT,
+    World,
+)
 
 from diffkv.policy import Thresholds
+from diffkv.segments import RowEnds
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.messages import PagesHeld
 from diffkv.vllm_plugin.scheduler.running import Bounds, Running
@@ -16,7 +27,9 @@ SHAPE = PoolShape(LAYOUT, LAYERS, HEADS // LAYERS, 16, MODEL_LEN, 1000, segment=
 
 
 def request(num_tokens: int, start: int = 0, computed: int = 0) -> Running:
-    return Running(SimpleNamespace(), DEFAULT, num_tokens, 1, 0, [], start, computed)
+    return Running(
+        SimpleNamespace(), DEFAULT, RowEnds(SEGMENT, num_tokens), 1, 0, [], start, computed
+    )
 
 
 class TestBounds:
@@ -44,8 +57,10 @@ class TestBounds:
 
     def test_the_rest_of_a_prompt_is_decided_with_its_last_chunk(self) -> None:
         need = self.bounds.step(request(150), 150)
-        assert need.rows == ((0, 64), (64, 128))
-        assert need.open_blocks == self.blocks(LAYOUT, 22)
+        assert need.rows == ((0, 64), (64, 128), (128, 144))
+        assert need.row_blocks[2] == self.blocks(LAYOUT, 16)
+        assert need.open_blocks == self.blocks(LAYOUT, 6)
+        assert self.bounds.step(request(135), 135).open_blocks == self.blocks(LAYOUT, 7)
         assert self.bounds.step(request(128), 128).open_blocks == 1
 
     def test_generated_tokens_need_what_the_report_leaves_possible(self) -> None:
@@ -84,9 +99,31 @@ class TestScheduler:
         # the last token that was sampled is not stored
         (job,) = world.workers.jobs.values()
         assert job.start.starts[-1] == len(tokens) - 1 == 169
-        assert world.manager.store.at(job.start.chain[-1]).start == 128
+        assert world.manager.store.at(job.start.chain[-1]).start == 144
         assert (world.queries, world.cached) == (150 + 173, 169)
         fill(world)
+
+    def test_a_turn_whose_answer_comes_back_otherwise(self) -> None:
+        """All but the last tokens of the prompt are found, whole blocks, as with vLLM's own cache."""
+        world = World(0, False, 700)
+        prompt = list(range(10, 160))
+        world.add(prompt, 20)
+        fill(world)
+        world.add([*prompt, 5, 6, 7], 4)
+        fill(world)
+        assert (world.queries, world.cached) == (150 + 153, 144)
+        world.add(prompt, 4)
+        fill(world)
+        assert world.cached == 2 * 144
+
+    def test_chats_over_one_system_message(self) -> None:
+        """It ends where no segment does, and the chats find it whole."""
+        world = World(0, False, 700)
+        system = [*range(10, 110), MESSAGE_END]
+        for number in range(3):
+            world.add([*system, *range(200 + 50 * number, 240 + 50 * number)], 4)
+            fill(world)
+            assert world.cached == number * len(system)
 
     def test_several_answers_compute_a_prompt_once(self) -> None:
         world = World(0, False, 700)
@@ -95,11 +132,11 @@ class TestScheduler:
         fill(world)
         assert world.workers.hits == 3
         # the prompt's own rows, and those that the answers left
-        assert world.workers.rows_closed == 470 // SEGMENT
+        assert world.workers.rows_closed == 470 // SEGMENT + 1
         assert world.workers.rows_kept == 4
 
     def test_a_prompt_of_twice_the_uncompressed_length_is_served(self) -> None:
-        world = World(0, False, 430, worst=0.0, model_len=2 * MODEL_LEN)
+        world = World(0, False, 480, worst=0.0, model_len=2 * MODEL_LEN)
         uncompressed = HEADS * EXACT.max_pages(2 * MODEL_LEN - 20)
         assert uncompressed > 1.8 * world.workers.num_pages
         world.add(list(range(10, 2 * MODEL_LEN - 10)), 10)
@@ -108,7 +145,7 @@ class TestScheduler:
 
     @pytest.mark.parametrize("overlap", [False, True])
     def test_what_is_too_large_for_the_whole_pool_ends_alone(self, overlap: bool) -> None:
-        world = World(0, overlap, 430, worst=1.0, model_len=2 * MODEL_LEN)
+        world = World(0, overlap, 480, worst=1.0, model_len=2 * MODEL_LEN)
         large = world.add(list(range(10, 2 * MODEL_LEN - 10)), 10, extra_args={"diffkv": "off"})
         small = [world.add(list(range(600, 640 + i)), 10) for i in range(5)]
         fill(world)
@@ -137,7 +174,7 @@ class TestScheduler:
             world.add(list(range(10, 160)), 5)
             fill(world)
         assert world.workers.hits == 0 and not world.manager.store._rows
-        assert world.workers.rows_closed == 4
+        assert world.workers.rows_closed == 6
 
     def test_slots_are_open_rows_and_closed_ones(self) -> None:
         world = World(0, False, 700)

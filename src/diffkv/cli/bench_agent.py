@@ -167,9 +167,11 @@ def _budgets(config: dict[str, Any], chats: Any, smoke: bool) -> list[int]:
 
 
 def _load(args: argparse.Namespace, chats: Any, model: str, config: dict[str, Any]) -> Any:
-    """Tokens of all conversations."""
+    """Tokens of all conversations. Messages end as the model's own do, like those of a chat template."""
+    ends = config.get("eos_token_id")
+    end = ends[0] if isinstance(ends, list) else ends
     if args.text is None:
-        return chats.random_load(config.get("vocab_size", 512))
+        return chats.random_load(config.get("vocab_size", 512), end)
     from diffkv.lab.bench.throughput import tokenizer
 
     tokens = tokenizer(model).encode(prompts.read_text(args.text, "--text")).ids
@@ -178,4 +180,4 @@ def _load(args: argparse.Namespace, chats: Any, model: str, config: dict[str, An
             f"--text {args.text} has {len(tokens):,} tokens, and the conversations take "
             f"{chats.num_given:,}: take a longer one, or fewer or shorter turns"
         )
-    return chats.load(tokens)
+    return chats.load(tokens, end)

@@ -79,9 +79,9 @@ def _describe_tier(layout: PageLayout, tier: int) -> dict[str, Any]:
         "unused_share": placed.unused_share(layout.page_bytes),
         "ratio_bf16": layout.page_token_bytes(tier) / bf16_bytes,
         "nominal_ratio_bf16": (placed.k_code_bytes + placed.v_code_bytes) / bf16_bytes,
-        "segments": {
+        "regions": {
             name: {"offset": offset, "bytes": num_bytes}
-            for name, (offset, num_bytes) in placed.segments.items()
+            for name, (offset, num_bytes) in placed.regions.items()
         },
     }
 
@@ -105,15 +105,13 @@ def _report(facts: dict[str, Any], dtype: str) -> str:
         )
         for tier in tiers
     ]
-    places = [
-        ("segment", *(f"{tier['tier']} {word}" for tier in tiers for word in ("at", "bytes")))
-    ]
+    places = [("region", *(f"{tier['tier']} {word}" for tier in tiers for word in ("at", "bytes")))]
     places += [
         (
             name,
-            *(str(tier["segments"][name][fact]) for tier in tiers for fact in ("offset", "bytes")),
+            *(str(tier["regions"][name][fact]) for tier in tiers for fact in ("offset", "bytes")),
         )
-        for name in tiers[0]["segments"]
+        for name in tiers[0]["regions"]
     ]
     heading = (
         f"{facts['quant']} at head_dim {facts['head_dim']}, {dtype}: "

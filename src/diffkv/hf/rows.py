@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from diffkv.cache import DiffKVCache, PromptChunk
 from diffkv.policy import Thresholds
-from diffkv.segments import row_ends
+from diffkv.segments import RowEnds
 
 __all__ = ["SequenceRows"]
 
@@ -57,7 +57,7 @@ class SequenceRows:
 
     def chunk(self, span: slice, num_stored: int, num_tokens: int, segment: int) -> PromptChunk:
         """All tokens of a prompt: those of `span` in the batch, from `num_stored` on."""
-        ends = row_ends(self.starts[-1], num_tokens, segment)
+        ends = RowEnds(segment, num_tokens).up_to(self.starts[-1], num_tokens)
         closing = tuple(self.slots.pop(0) for _ in ends)
         self.chain, self.starts = (*self.chain, *closing), (*self.starts, *ends)
         return PromptChunk(self.slot, span, num_stored, num_tokens, closing)

@@ -11,8 +11,8 @@ from diffkv.reference.pages import (
     centred,
     enter_page,
     page_id,
+    page_view,
     read_token,
-    segment,
     write_token,
 )
 from diffkv.reference.ring import take
@@ -86,8 +86,8 @@ def _least(
         return math.inf, None
     best: tuple[float, int, tuple[int, int] | None] = (math.inf, 0, None)
     for page, index in _tokens(state, row, tier):
-        total = segment(state, page, layout.sums + index * 4, 1, torch.float32)
-        position = segment(state, page, layout.positions + index * 4, 1, torch.int32)
+        total = page_view(state, page, layout.sums + index * 4, 1, torch.float32)
+        position = page_view(state, page, layout.positions + index * 4, 1, torch.int32)
         if decode_candidates(position, num_tokens, state.window).item():
             seen = num_queries_seen(
                 position, torch.tensor(num_tokens), state.prompt_lens[row[0]].cpu()
@@ -207,4 +207,4 @@ def _add_sums(state: PoolState, row: tuple[int, int, int], probs: Tensor) -> Non
     ]
     for (layout, (page, index)), p in zip(places, probs[len(probs) - len(places) :], strict=True):
         if layout.tracked:
-            segment(state, page, layout.sums + index * 4, 1, torch.float32)[0] += p
+            page_view(state, page, layout.sums + index * 4, 1, torch.float32)[0] += p

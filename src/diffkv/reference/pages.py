@@ -17,15 +17,15 @@ __all__ = [
     "enter_page",
     "page_id",
     "page_ids",
+    "page_view",
     "read_token",
-    "segment",
     "write_token",
 ]
 
 Number = TypeVar("Number", int, Tensor)
 
 
-def segment(state: PoolState, page: int, start: int, num: int, dtype: torch.dtype) -> Tensor:
+def page_view(state: PoolState, page: int, start: int, num: int, dtype: torch.dtype) -> Tensor:
     """A view of `num` elements of `dtype` that start at byte `start` of a page."""
     row = state.pages[page]
     return row[start : start + num * dtype.itemsize].view(dtype)
@@ -78,9 +78,9 @@ def enter_page(state: PoolState, row: tuple[int, int, int], tier: int, page: int
 def _vector(
     state: PoolState, page: int, index: int, codes: int, meta: int, code_bytes: int, groups: int
 ) -> tuple[Tensor, Tensor]:
-    code = segment(state, page, codes + index * code_bytes, code_bytes, torch.uint8)
+    code = page_view(state, page, codes + index * code_bytes, code_bytes, torch.uint8)
     start = meta + index * groups * 4
-    return code, segment(state, page, start, groups * 2, torch.float16)
+    return code, page_view(state, page, start, groups * 2, torch.float16)
 
 
 def _parts(tier: TierLayout) -> tuple[tuple[int, int, int, int, int], ...]:
@@ -121,8 +121,8 @@ def write_token(
         code_place.copy_(codes[0])
         meta_place.copy_(meta.flatten())
     if layout.tracked:
-        segment(state, page, layout.sums + index * 4, 1, torch.float32)[0] = score[0]
-        segment(state, page, layout.positions + index * 4, 1, torch.int32)[0] = score[1]
+        page_view(state, page, layout.sums + index * 4, 1, torch.float32)[0] = score[0]
+        page_view(state, page, layout.positions + index * 4, 1, torch.int32)[0] = score[1]
 
 
 def read_token(
@@ -143,6 +143,6 @@ def read_token(
         vectors.append(x[0].to(dtype))
     if not layout.tracked:
         return vectors[0], vectors[1], 0.0, -1
-    total = float(segment(state, page, layout.sums + index * 4, 1, torch.float32)[0])
-    position = int(segment(state, page, layout.positions + index * 4, 1, torch.int32)[0])
+    total = float(page_view(state, page, layout.sums + index * 4, 1, torch.float32)[0])
+    position = int(page_view(state, page, layout.positions + index * 4, 1, torch.int32)[0])
     return vectors[0], vectors[1], total, position

@@ -38,6 +38,7 @@ class Started:
             row do, from which the request is computed.
         prompt_len: tokens that are prefilled, those of the chain included; after a preemption generated
             ones are among them.
+        message: end of the first message among them, see `segments.first_message`.
         thresholds: the request's own.
         epoch: number of this admission; reports of an earlier one may still come.
     """
@@ -48,6 +49,7 @@ class Started:
     chain: tuple[int, ...]
     starts: tuple[int, ...]
     prompt_len: int
+    message: int
     thresholds: Thresholds
     epoch: int
 

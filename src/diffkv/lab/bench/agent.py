@@ -2,10 +2,11 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from diffkv.lab.bench.child import Child, in_rounds
+from diffkv.lab.bench.child import in_rounds, started
 from diffkv.lab.bench.engine import Job, Load
 from diffkv.lab.bench.throughput import STOCK, Setting, add_rows, label
 from diffkv.lab.bench.throughput import settings as engines
@@ -65,20 +66,31 @@ class Chats:
         }
         return Chats(**{**asdict(self), **lengths})
 
-    def load(self, tokens: Sequence[int]) -> Load:
-        """What an engine runs, cut out of `num_given` tokens."""
-        system, rest = list(tokens[: self.system_len]), iter(tokens[self.system_len :])
+    def load(self, tokens: Sequence[int], message_end: int | None = None) -> Load:
+        """What an engine runs, cut out of `num_given` tokens.
+
+        Args:
+            tokens: of all messages.
+            message_end: put in place of each message's last token, as chat templates end messages.
+        """
+        rest = iter(tokens)
+
+        def message(length: int) -> list[int]:
+            own = [next(rest) for _ in range(length)]
+            return own if message_end is None else [*own[:-1], message_end]
+
+        system = message(self.system_len)
         chats = [
-            [[next(rest) for _ in range(self.turn_len)] for _ in range(self.turns)]
-            for _ in range(self.conversations)
+            [message(self.turn_len) for _ in range(self.turns)] for _ in range(self.conversations)
         ]
         for turns in chats:
             turns[0] = [*system, *turns[0]]
         return chats, [self.answer_len] * self.conversations
 
-    def random_load(self, vocabulary: int, seed: int = 0) -> Load:
+    def random_load(self, vocabulary: int, message_end: int | None = None, seed: int = 0) -> Load:
         """The same of random tokens."""
-        return self.load(random.Random(seed).choices(range(3, vocabulary), k=self.num_given))
+        tokens = random.Random(seed).choices(range(3, vocabulary), k=self.num_given)
+        return self.load(tokens, message_end)
 
 
 TRACE = Chats(conversations=8, turns=30, system_len=12000, turn_len=1900, answer_len=350)
@@ -215,14 +227,16 @@ def check(
     Raises:
         ConfigError: one of the two engines could not run.
     """
-    results = []
-    for setting in compared(["bf16", EXACT], [], [options]):
-        exact = {**engine, "dtype": "float32"}
-        job = _job(exact, chats, load, 2 * kv_bytes, setting, turns=True, answers=True)
-        with Child(job) as child:
-            results.append(child.run(0))
-        if "error" in results[-1]:
-            raise ConfigError(f"{setting.label} in float32 did not run: {results[-1]['error']}")
+    exact, settings = {**engine, "dtype": "float32"}, compared(["bf16", EXACT], [], [options])
+    jobs = [
+        _job(exact, chats, load, 2 * kv_bytes, setting, turns=True, answers=True)
+        for setting in settings
+    ]
+    with ExitStack() as stack:
+        results = [child.run(0) for child in started(stack, jobs)]
+    for setting, result in zip(settings, results, strict=True):
+        if "error" in result:
+            raise ConfigError(f"{setting.label} in float32 did not run: {result['error']}")
     stock, ours = results
     wrong = _first_difference(stock["answers"], ours["answers"])
     num_tokens = chats.conversations * chats.turns * chats.answer_len

@@ -11,8 +11,6 @@ from statistics import median
 from threading import Timer
 from typing import IO, Any
 
-import torch
-
 from diffkv.lab.bench.engine import ANSWER, Job
 
 __all__ = ["Child", "in_rounds", "in_turn", "medians", "started"]
@@ -97,14 +95,9 @@ class Child:
 def started(stack: ExitStack, jobs: Sequence[Job]) -> list[Child]:
     """An engine for every job, all warm, until the stack ends.
 
-    With a GPU they start at once, since a start is mostly one core's work; on CPUs, where each takes all
-    cores, one after the other.
+    They start at once, since a start is mostly imports, which are one core's work.
     """
-    children = []
-    for job in jobs:
-        children.append(stack.enter_context(Child(job)))
-        if not torch.cuda.is_available():
-            children[-1].wait()
+    children = [stack.enter_context(Child(job)) for job in jobs]
     for child in children:
         child.wait()
     return children

@@ -1,15 +1,16 @@
 """Prefix caching: the closed rows that hold a waiting request's first tokens."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from itertools import chain
 from typing import Any
 
 from diffkv.policy import Thresholds
-from diffkv.segments import next_end, row_ends
+from diffkv.segments import RowEnds, first_message
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.scheduler.rows import Prefix, Row, RowStore
 from diffkv.vllm_plugin.scheduler.running import Running
 
-__all__ = ["Hits"]
+__all__ = ["Hits", "message_ends"]
 
 
 class Hits:
@@ -19,6 +20,7 @@ class Hits:
         store: the closed rows.
         shape: the pool's.
         block_size: tokens of a hashed block.
+        message_ends: tokens that end a message in the model's chats.
         read: a request's thresholds.
     """
 
@@ -27,15 +29,18 @@ class Hits:
         store: RowStore,
         shape: PoolShape,
         block_size: int,
+        message_ends: Collection[int],
         read: Callable[[Any], Thresholds],
     ) -> None:
         self._store = store
         self._segment = shape.segment
+        self._message_ends = message_ends
         self._most_rows = min(shape.chain_width, shape.num_slots - 1)
         self._block_size = block_size
         self._read = read
         self._of_hashes: dict[int, Any] = {}
         self._found: dict[str, list[Row]] = {}
+        self._ends: dict[str, RowEnds] = {}
 
     def know(self, request: Any) -> None:
         """A request arrives."""
@@ -45,6 +50,17 @@ class Hits:
         """A request ended."""
         self._of_hashes.pop(id(request.block_hashes), None)
         self._found.pop(request.request_id, None)
+        self._ends.pop(request.request_id, None)
+
+    def ends(self, request: Any) -> RowEnds:
+        """Where the closed rows of a request end, all tokens that it has being its prompt."""
+        name, length = request.request_id, request.num_tokens
+        ends = self._ends.get(name)
+        if ends is None or ends.prompt_len != length:
+            tokens = request.all_token_ids
+            message = first_message(tokens, self._message_ends, self._segment)
+            ends = self._ends[name] = RowEnds(self._segment, length, message)
+        return ends
 
     def prefix(self, request: Any, thresholds: Thresholds) -> Prefix:
         """The tokens of a request, as rows are found by them."""
@@ -61,8 +77,10 @@ class Hits:
         if request is None or not self._store.keeps:
             return 0
 
+        ends = self.ends(request)
+
         def fits(num_rows: int, end: int) -> bool:
-            more = len(row_ends(end, request.num_tokens, self._segment))
+            more = len(ends.up_to(end, ends.prompt_len))
             return num_rows + more <= self._most_rows
 
         prefix = self.prefix(request, self._read(request))
@@ -101,12 +119,23 @@ class Hits:
 
         None if there is none, if others would not find it, or if the request is not as far as that.
         """
-        chain = running.chain
+        rows = running.chain
         if running.failed or end > running.num_tokens:
             return None
-        if chain and not self._store.is_found(chain[-1]):
+        if rows and not self._store.is_found(rows[-1]):
             return None
-        row_end = next_end(chain[-1].end if chain else 0, self._segment)
+        row_end = running.ends.after(rows[-1].end if rows else 0)
         while row_end is not None and row_end <= end:
-            row_end = next_end(row_end, self._segment)
-        return row_end if row_end is not None and row_end <= running.prompt_len else None
+            row_end = running.ends.after(row_end)
+        return row_end
+
+
+def message_ends(model_config: Any) -> frozenset[int]:
+    """Tokens that end a message in a model's chats: those that end its answers.
+
+    With most chat templates they end the system's and the user's messages too.
+    """
+    known = [getattr(model_config.hf_text_config, "eos_token_id", None)]
+    known.append(model_config.try_get_generation_config().get("eos_token_id"))
+    each = (tokens if isinstance(tokens, list) else [tokens] for tokens in known)
+    return frozenset(chain.from_iterable(each)) - {None}

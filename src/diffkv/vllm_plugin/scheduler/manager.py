@@ -20,7 +20,7 @@ from vllm.v1.request import RequestStatus
 from diffkv.policy import Thresholds
 from diffkv.vllm_plugin.messages import PagesHeld, Started
 from diffkv.vllm_plugin.scheduler.estimate import RowSizes
-from diffkv.vllm_plugin.scheduler.hits import Hits
+from diffkv.vllm_plugin.scheduler.hits import Hits, message_ends
 from diffkv.vllm_plugin.scheduler.rows import Row, RowStore
 from diffkv.vllm_plugin.scheduler.running import Bounds, Need, Running
 from diffkv.vllm_plugin.spec import DiffKVSpec
@@ -72,7 +72,8 @@ class DiffKVManager(FullAttentionManager):
         self._sizes = RowSizes(self.shape, worst)
         keeps = self.enable_caching and self.shape.segment > 0
         self.store = RowStore(self.shape.num_slots, self.block_pool, keeps)
-        self._hits = Hits(self.store, self.shape, self.block_size, read)
+        ends = message_ends(vllm_config.model_config)
+        self._hits = Hits(self.store, self.shape, self.block_size, ends, read)
         self._read = read
         self._scheduler_config = vllm_config.scheduler_config
 
@@ -186,10 +187,8 @@ class DiffKVManager(FullAttentionManager):
         assert num_computed == (chain[-1].end if chain else 0), (
             f"vLLM has found {num_computed} tokens of {request_id}, rows hold another number"
         )
-        length = request.num_tokens
-        return Running(
-            request, self._read(request), length, 0, -1, chain, num_computed, num_computed
-        )
+        ends = self._hits.ends(request)
+        return Running(request, self._read(request), ends, 0, -1, chain, num_computed, num_computed)
 
     def get_num_blocks_to_allocate(
         self,
@@ -284,6 +283,7 @@ class DiffKVManager(FullAttentionManager):
                 tuple(row.slot for row in found),
                 (0, *(row.end for row in found)),
                 running.prompt_len,
+                running.ends.message,
                 running.thresholds,
                 running.epoch,
             )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffkv.policy import Thresholds
-from diffkv.segments import cuts, row_ends
+from diffkv.segments import RowEnds
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.messages import PagesHeld
 from diffkv.vllm_plugin.scheduler.estimate import RowSizes
@@ -30,7 +30,7 @@ class Running:
     Attributes:
         request: vLLM's.
         thresholds: its own.
-        prompt_len: tokens that it had then: its prompt.
+        ends: where the closed rows of its prompt end: of all tokens that it had then.
         epoch: number of this admission.
         slot: slot of its open row.
         chain: closed rows before that.
@@ -46,7 +46,7 @@ class Running:
 
     request: Any
     thresholds: Thresholds
-    prompt_len: int
+    ends: RowEnds
     epoch: int
     slot: int
     chain: list[Row]
@@ -57,6 +57,11 @@ class Running:
     in_flight: deque[tuple[int, int]] = field(default_factory=deque)
     report: PagesHeld | None = None
     failed: bool = False
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of its prompt."""
+        return self.ends.prompt_len
 
     @property
     def is_settled(self) -> bool:
@@ -139,7 +144,7 @@ class Bounds:
         rows: Sequence[tuple[int, int]] = ()
         before = 0
         if first < stop:
-            ends = row_ends(running.start, stop, self._shape.segment)
+            ends = running.ends.up_to(running.start, stop)
             rows = list(zip([running.start, *ends], ends, strict=False))
             before = self.waiting(first - running.start)
         pages = [self._decided(end - start) for start, end in rows]
@@ -150,13 +155,13 @@ class Bounds:
     def expected(self, running: Running, sizes: RowSizes, tokens_of_a_step: int) -> int:
         """Blocks that a prompt is expected to take beyond the rows that it found.
 
-        If several steps compute it, tokens after its last segment wait as they are.
+        If several steps compute it, the tokens of its last row wait as they are.
         """
         first, stop = running.start, running.prompt_len
         blocks = 0
-        for start, end, is_complete in cuts(first, first, stop, self._shape.segment):
+        for start, end, _ in running.ends.cuts(first, first, stop):
             pages = sizes.expected(running.thresholds, end - start)
-            if not is_complete and stop - first > tokens_of_a_step:
+            if running.ends.is_last(end) and stop - first > tokens_of_a_step:
                 pages = max(pages, self.waiting(end - start))
             blocks += self.blocks(pages)
         return max(1, blocks)

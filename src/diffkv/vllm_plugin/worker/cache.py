@@ -16,7 +16,7 @@ from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.quant import ConfigError
 from diffkv.rotation import signs_of
-from diffkv.segments import row_ends
+from diffkv.segments import RowEnds
 from diffkv.vllm_plugin.messages import PagesHeld, Started, StepMessage
 from diffkv.vllm_plugin.metrics import DiffKVStats
 from diffkv.vllm_plugin.options import Options
@@ -171,12 +171,18 @@ class WorkerCache:
     def _start(self, started: Iterable[Started]) -> None:
         rows = self._rows
         for start in started:
-            slot, prompt_len = start.slot, start.prompt_len
-            self.cache.open(slot, prompt_len, start.thresholds, start.chain, start.starts)
+            slot, prompt_len, chain, message = (
+                start.slot,
+                start.prompt_len,
+                start.chain,
+                start.message,
+            )
+            self.cache.open(slot, prompt_len, start.thresholds, chain, start.starts, message)
             rows.of_block[start.block_id] = slot
             rows.prompt_lens[slot] = prompt_len
+            ends = RowEnds(self.shape.segment, prompt_len, message)
             rows.requests[start.request_id] = RunningRequest(
-                slot, start.block_id, prompt_len, start.epoch, start.chain, start.starts[-1]
+                slot, start.block_id, ends, start.epoch, chain, start.starts[-1]
             )
 
     def load_errors(self) -> set[int]:
@@ -212,7 +218,7 @@ class WorkerCache:
         requests = {request.slot: request for request in self._scheduled.values()}
         for chunk in prompts:
             request = requests[chunk.slot]
-            ends = row_ends(request.start, chunk.end, self.shape.segment)
+            ends = request.ends.up_to(request.start, chunk.end)
             for slot, end in zip(chunk.closing, ends, strict=True):
                 self._rows.lengths[slot] = end - request.start
                 request.chain, request.start = (*request.chain, slot), end

@@ -78,7 +78,7 @@ def token_tiers(state: PoolState, rows: Sequence[int], num_tokens: int) -> Tenso
 def _positions(state: PoolState, row: tuple[int, int, int], tier: int) -> Tensor:
     """[tokens] int64 on the CPU: positions of the tokens that a (slot, layer, head) has in a tier."""
     spec = state.layout.tiers[tier]
-    offset, num_bytes = spec.segments["positions"]
+    offset, num_bytes = spec.regions["positions"]
     stored = state.pages[:, offset : offset + num_bytes].view(torch.int32)
     number = torch.arange(int(state.num_tokens[(*row, tier)]), device=stored.device)
     pages = page_ids(state, row, tier)[number // spec.tokens_per_page]

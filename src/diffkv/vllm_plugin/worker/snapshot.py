@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkv import pool
+from diffkv.segments import RowEnds
 from diffkv.state import PoolState
 from diffkv.vllm_plugin.messages import MAX_IN_FLIGHT, PagesHeld
 
@@ -24,7 +25,7 @@ class RunningRequest:
     Attributes:
         slot: slot of its open row.
         block_id: the vLLM block that identifies it.
-        prompt_len: tokens that are prefilled.
+        ends: where the closed rows of its prompt end.
         epoch: the admission of the request that this is.
         chain: slots of its closed rows.
         start: tokens of those, after which the open row begins.
@@ -35,7 +36,7 @@ class RunningRequest:
 
     slot: int
     block_id: int
-    prompt_len: int
+    ends: RowEnds
     epoch: int
     chain: tuple[int, ...] = ()
     start: int = 0
@@ -51,7 +52,7 @@ class RunningRequest:
     @property
     def is_prompt(self) -> bool:
         """Whether the current step is part of its prompt."""
-        return self.num_tokens <= self.prompt_len
+        return self.num_tokens <= self.ends.prompt_len
 
 
 @dataclass(frozen=True)
