@@ -238,7 +238,8 @@ _FEATURES = (
     ),
     Row(
         "features", "prefix caching", WORKS,
-        "requests share closed rows, of a segment or of what an earlier turn stored", "",
+        "requests share closed rows: segments, first messages, prompts, what earlier turns stored",
+        "",
         (f"{TESTS}test_prefix_caching.py::test_turns_and_branches_equal_stock",),
     ),
     Row(
