@@ -9,6 +9,7 @@ heads of its group. A token's *mean* is its sum over the number of queries that 
 the number of tokens of the request before the token that is about to be added.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ class Thresholds:
         """Refuse what is no threshold. `not >=` also catches NaN."""
         for name in ("alpha_high", "alpha_low"):
             value = getattr(self, name)
-            if not 0 <= value < float("inf"):
+            if not 0 <= value <= sys.float_info.max:  # whole numbers may be larger, too
                 raise ConfigError(f"{name} must be a number of 0 or more, got {value}")
         if self.alpha_high < self.alpha_low:
             raise ConfigError(

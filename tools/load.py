@@ -7,29 +7,30 @@ be equal; with a lossy cache a preempted request is prefilled anew, decides anew
 there the share of equal answers is printed. The last line is one JSON object; exit status 1 if a
 check fails.
 
-    python benchmarks/load.py --seconds 300
-    python benchmarks/load.py --seconds 60 --quant k8v4-k4v2 --clients 64
+    python tools/load.py --seconds 300
+    python tools/load.py --seconds 60 --quant k8v4-k4v2 --clients 64
+    python tools/load.py --seconds 600 --quant k8v4-k4v2 --clients 8 --kv-memory 33554432 --watch 10
 
 Other flags go to `diffkv serve`: on a GPU `--dtype bfloat16 --no-enforce-eager` is how users run it.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
-import os
 import random
-import socket
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
+from memory import Watch
+from servers import DIFFKV, Server, running
 
 MODEL = "reference"
-START_SECONDS = 240
 DRAIN_SECONDS = 30
 WORDS = [f"k{i}" for i in range(200)] + [f"v{i}" for i in range(100)] + [";", "w1", "w2", "."]
 
@@ -64,27 +65,17 @@ def make_jobs(num: int, longest: int, most_tokens: int, seed: int) -> list[Job]:
     ]
 
 
-@asynccontextmanager
-async def server(args: argparse.Namespace) -> AsyncIterator[str]:
-    """A server of its own for the run, or the one at --url."""
+@contextlib.contextmanager
+def server(args: argparse.Namespace) -> Iterator[Server | None]:
+    """A server of its own for the run; None where --url names one."""
     if args.url:
-        yield args.url
+        yield None
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
-        sys.executable,
-        "-m",
-        "diffkv",
-        "serve",
+        *DIFFKV,
         MODEL,
         "--quant",
         args.quant,
-        "--port",
-        str(port),
-        "--host",
-        "127.0.0.1",
         "--dtype",
         "float32",
         "--enforce-eager",
@@ -97,29 +88,8 @@ async def server(args: argparse.Namespace) -> AsyncIterator[str]:
         "--disable-uvicorn-access-log",
         *args.flags,
     ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ})
-    url = f"http://127.0.0.1:{port}"
-    try:
-        await _wait_until_up(url, process)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-async def _wait_until_up(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    async with httpx.AsyncClient() as client:
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise SystemExit(f"the server ended with status {process.returncode}")
-            try:
-                if (await client.get(f"{url}/health")).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            await asyncio.sleep(1)
-    raise SystemExit(f"the server was not up after {START_SECONDS} s")
+    with tempfile.TemporaryDirectory() as folder, running(command, Path(folder) / "log") as started:
+        yield started
 
 
 async def ask(
@@ -186,17 +156,25 @@ async def run(args: argparse.Namespace) -> int:
     """Everything; the exit status."""
     jobs = make_jobs(args.prompts, args.longest, args.most_tokens, args.seed)
     outcome = Outcome()
-    async with server(args) as url:
+    with server(args) as started:
+        url = args.url if started is None else started.url
         async with httpx.AsyncClient(timeout=600) as client:
             alone = [await ask(client, url, job) or "" for job in jobs]
         until = time.monotonic() + args.seconds
         before = await metric(url, "vllm:num_preemptions_total")
+        watch, watching = None, None
+        if args.watch:
+            assert started is not None, "with --url there are no processes to watch"
+            watch = Watch(started, args.watch, lambda: outcome.finished + outcome.hung_up)
+            watching = asyncio.create_task(watch.run())
         await asyncio.gather(
             *(
                 run_client(n, url, jobs, alone, until, args.abort_share, outcome)
                 for n in range(args.clients)
             )
         )
+        if watching is not None:
+            watching.cancel()
         preemptions = await metric(url, "vllm:num_preemptions_total") - before
         used = await _used_at_last(url)
     lossless = args.quant == "k16v16"
@@ -213,6 +191,7 @@ async def run(args: argparse.Namespace) -> int:
         "blocks_in_use_at_end": used,
         "errors": outcome.errors[:5],
         "num_errors": len(outcome.errors),
+        "mib_grown": watch.growth() if watch else None,
     }
     passed = not outcome.errors and used == 0 and outcome.finished > 0
     passed &= outcome.equal == outcome.finished or not lossless
@@ -246,7 +225,16 @@ def main() -> int:
     parser.add_argument("--abort-share", type=float, default=0.2)
     parser.add_argument("--kv-memory", type=int, default=8 << 20, help="bytes")
     parser.add_argument("--seed", type=int, default=0)
-    args, args.flags = parser.parse_known_args()
+    parser.add_argument(
+        "--watch",
+        type=float,
+        metavar="SECONDS",
+        help="print the memory of the server's processes every so many seconds",
+    )
+    args, flags = parser.parse_known_args()
+    args.flags = flags
+    if args.watch and args.url:
+        parser.error("--watch needs a server of its own: leave out --url")
     return asyncio.run(run(args))
 
 
