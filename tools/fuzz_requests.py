@@ -23,6 +23,7 @@ from fuzz_values import (
     MODEL_LEN,
     RESPONSES,
     TOKENIZE,
+    XARGS,
 )
 
 __all__ = ["ENDPOINTS", "Case", "make_case"]
@@ -212,6 +213,8 @@ def make_case(seed: int, number: int) -> Case:
         body["temperature"] = 0 if rng.random() < 0.9 else rng.choice((0.7, 2, -1, math.nan))
         if rng.random() < 0.3:
             body["stream"] = True
+        if rng.random() < 0.1:
+            body["vllm_xargs"] = rng.choice(XARGS)
     _change(rng, body, endpoint)
     raw, kind = _raw(rng, json.dumps(body))
     is_stream = body.get("stream") is True

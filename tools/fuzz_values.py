@@ -17,6 +17,7 @@ __all__ = [
     "RESPONSES",
     "TIER_SETTINGS",
     "TOKENIZE",
+    "XARGS",
 ]
 
 MODEL = "reference"
