@@ -17,11 +17,13 @@ anything differs.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import re
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,6 +43,9 @@ TOLERANCE = 2e-3
 NUM_SEQS = 16
 KV_BYTES = 160 << 20
 REQUEST_SECONDS = 120
+HASTY_SECONDS = 0.05
+"""After which a client hangs up that waits for no answer."""
+
 LEFT_ALONE = set(
     "id created created_at completed_at request_id response_id item_id system_fingerprint metrics "
     "cached_tokens prompt_tokens_details input_tokens_details cache_read_input_tokens "
@@ -99,10 +104,8 @@ async def _send(client: httpx.AsyncClient, case: Case) -> Answer:
     headers = {"Content-Type": case.content_type} if case.content_type else {}
     request = client.build_request("POST", case.path, content=case.body, headers=headers)
     if case.leaves_after == 0:
-        try:
-            await asyncio.wait_for(client.send(request), 0.05)
-        except (TimeoutError, asyncio.TimeoutError):
-            pass
+        with contextlib.suppress(asyncio.TimeoutError, httpx.HTTPError):
+            await asyncio.wait_for(client.send(request), HASTY_SECONDS)
         return Answer(0)
     response = await client.send(request, stream=True)
     try:
@@ -160,9 +163,9 @@ def replay(command: Sequence[str], cases: Sequence[Case], clients: int) -> Repla
         log = Path(folder) / "log"
         # to reset the prefix cache
         with running(command, log, {"VLLM_SERVER_DEV_MODE": "1"}) as server:
-            before = _probe(server)
-            start = asyncio.run(_timed(server.url, cases, clients, found))
-            found.seconds = start
+            before, start = _probe(server), time.monotonic()
+            found.answers = asyncio.run(_replay(server.url, cases, clients))
+            found.seconds = time.monotonic() - start
             try:
                 after = _probe(server)
             except (AssertionError, httpx.HTTPError) as error:
@@ -178,13 +181,6 @@ def replay(command: Sequence[str], cases: Sequence[Case], clients: int) -> Repla
         lines = log.read_text().splitlines()
         found.faults += [line for line in lines if "(EngineCore" in line and "ERROR" in line][:20]
     return found
-
-
-async def _timed(url: str, cases: Sequence[Case], clients: int, found: Replay) -> float:
-    loop = asyncio.get_running_loop()
-    start = loop.time()
-    found.answers = await _replay(url, cases, clients)
-    return loop.time() - start
 
 
 def _same(ours: Any, stock: Any) -> bool:

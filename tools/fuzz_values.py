@@ -159,7 +159,7 @@ SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "structured_outputs": STRUCTURED,
     "response_format": FORMATS,
     "priority": (0, 1, -5, 2**63),
-    "cache_salt": ("a", "b" * 1024, "", "b" * 1025),
+    "cache_salt": ("a", "b", "b" * 128, "", "b" * 129, "a@b"),
     "kv_transfer_params": ({}, {"do_remote_prefill": True}, {"do_remote_decode": True, "x": []}),
     "return_token_ids": (True, False),
     "return_tokens_as_token_ids": (True,),

@@ -11,7 +11,7 @@ check fails.
     python tools/load.py --seconds 60 --quant k8v4-k4v2 --clients 64
     python tools/load.py --seconds 600 --quant k8v4-k4v2 --clients 8 --kv-memory 33554432 --watch 10
 
-Other flags go to `diffkv serve`: on a GPU `--dtype bfloat16 --no-enforce-eager` is how users run it.
+Other flags go to the server: on a GPU `--dtype bfloat16 --no-enforce-eager` is how users run it.
 """
 
 import argparse
@@ -28,9 +28,10 @@ from pathlib import Path
 
 import httpx
 from memory import Watch
-from servers import DIFFKV, Server, running
+from servers import DIFFKV, STOCK, Server, running
 
 MODEL = "reference"
+FOLDER = Path(__file__).parents[1] / "src" / "diffkv" / "data" / MODEL
 DRAIN_SECONDS = 30
 WORDS = [f"k{i}" for i in range(200)] + [f"v{i}" for i in range(100)] + [";", "w1", "w2", "."]
 
@@ -71,23 +72,11 @@ def server(args: argparse.Namespace) -> Iterator[Server | None]:
     if args.url:
         yield None
         return
-    command = [
-        *DIFFKV,
-        MODEL,
-        "--quant",
-        args.quant,
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "1024",
-        "--max-num-seqs",
-        str(args.clients),
-        "--kv-cache-memory-bytes",
-        str(args.kv_memory),
-        "--disable-uvicorn-access-log",
-        *args.flags,
-    ]
+    ours = [*DIFFKV, MODEL, "--quant", args.quant]
+    stock = [*STOCK, str(FOLDER), "--served-model-name", MODEL]
+    common = f"""--dtype float32 --enforce-eager --max-model-len 1024 --max-num-seqs {args.clients}
+        --kv-cache-memory-bytes {args.kv_memory} --disable-uvicorn-access-log""".split()
+    command = [*(stock if args.stock else ours), *common, *args.flags]
     with tempfile.TemporaryDirectory() as folder, running(command, Path(folder) / "log") as started:
         yield started
 
@@ -177,9 +166,9 @@ async def run(args: argparse.Namespace) -> int:
             watching.cancel()
         preemptions = await metric(url, "vllm:num_preemptions_total") - before
         used = await _used_at_last(url)
-    lossless = args.quant == "k16v16"
+    lossless = args.stock or args.quant == "k16v16"
     result = {
-        "quant": args.quant,
+        "quant": "stock" if args.stock else args.quant,
         "flags": args.flags,
         "clients": args.clients,
         "seconds": args.seconds,
@@ -217,6 +206,7 @@ def main() -> int:
     )
     parser.add_argument("--url", help="a running server; default: start one on the shipped model")
     parser.add_argument("--quant", default="k16v16")
+    parser.add_argument("--stock", action="store_true", help="vLLM's own server, to compare with")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--prompts", type=int, default=24, help="different prompts")
