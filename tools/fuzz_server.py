@@ -33,7 +33,7 @@ from typing import Any
 import httpx
 from fuzz_requests import Case, make_case
 from fuzz_values import GOOD_SETTINGS, MODEL, MODEL_LEN, TIER_SETTINGS
-from servers import DIFFKV, STOCK, Server, running
+from servers import DIFFKV, STOCK, Server, end_servers_when_terminated, running
 
 FOLDER = Path(__file__).parents[1] / "src" / "diffkv" / "data" / "reference"
 LOSSLESS = "k16v16"
@@ -276,6 +276,7 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="print all answers")
     parser.add_argument("flags", nargs="*", help="after --: flags of both servers")
     args = parser.parse_args()
+    end_servers_when_terminated()
     cases = [make_case(args.seed, args.first + i) for i in range(args.num)]
     ours, stock = (
         replay(command, cases, args.clients) for command in _commands(args.quant, args.flags)

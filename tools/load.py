@@ -28,7 +28,7 @@ from pathlib import Path
 
 import httpx
 from memory import Watch
-from servers import DIFFKV, STOCK, Server, running
+from servers import DIFFKV, STOCK, Server, end_servers_when_terminated, running
 
 MODEL = "reference"
 FOLDER = Path(__file__).parents[1] / "src" / "diffkv" / "data" / MODEL
@@ -225,6 +225,7 @@ def main() -> int:
     args.flags = flags
     if args.watch and args.url:
         parser.error("--watch needs a server of its own: leave out --url")
+    end_servers_when_terminated()
     return asyncio.run(run(args))
 
 

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import httpx
 
-__all__ = ["BIND", "DIFFKV", "STOCK", "Process", "Server", "free_port", "processes", "running"]
+__all__ = [
+    "BIND",
+    "DIFFKV",
+    "STOCK",
+    "Process",
+    "Server",
+    "end_servers_when_terminated",
+    "free_port",
+    "processes",
+    "running",
+]
 
 DIFFKV = (sys.executable, "-m", "diffkv", "serve")
 STOCK = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
@@ -24,6 +34,9 @@ STOP_SECONDS = 30
 SETTLE_SECONDS = 30
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
+PATIENT = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60"}
+"""Connections are kept open: where a server waits for its turn longer than vLLM's five seconds, it
+closes one that a client has just sent a request on."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,11 @@ def processes(session: int) -> list[Process]:
     return sorted(found, key=lambda process: process.pid)
 
 
+def end_servers_when_terminated() -> None:
+    """Have this process leave its blocks when it is told to end, those of `running` among them."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as probe:
@@ -153,7 +171,7 @@ def running(
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env={**kept, **(environment or {})},
+            env={**kept, **PATIENT, **(environment or {})},
         )
     try:
         _wait_until_up(url, process, log)
