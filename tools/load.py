@@ -33,6 +33,10 @@ from servers import DIFFKV, STOCK, Server, end_servers_when_terminated, running
 MODEL = "reference"
 FOLDER = Path(__file__).parents[1] / "src" / "diffkv" / "data" / MODEL
 DRAIN_SECONDS = 30
+NO_PRIMITIVES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+"""Of a server whose memory is watched: torch on CPUs keeps what it has prepared for each size of a
+multiplication, up to a thousand, which looks like a leak until all sizes have come."""
+
 WORDS = [f"k{i}" for i in range(200)] + [f"v{i}" for i in range(100)] + [";", "w1", "w2", "."]
 
 
@@ -77,8 +81,10 @@ def server(args: argparse.Namespace) -> Iterator[Server | None]:
     common = f"""--dtype float32 --enforce-eager --max-model-len 1024 --max-num-seqs {args.clients}
         --kv-cache-memory-bytes {args.kv_memory} --disable-uvicorn-access-log""".split()
     command = [*(stock if args.stock else ours), *common, *args.flags]
-    with tempfile.TemporaryDirectory() as folder, running(command, Path(folder) / "log") as started:
-        yield started
+    environment = NO_PRIMITIVES if args.watch else {}
+    with tempfile.TemporaryDirectory() as folder:
+        with running(command, Path(folder) / "log", environment) as started:
+            yield started
 
 
 async def ask(
