@@ -23,6 +23,7 @@ __all__ = [
     "DROPPED",
     "HIGH",
     "LOW",
+    "MOST_TOKENS",
     "SCORED_QUERIES",
     "WINDOW",
     "DecodeAction",
@@ -46,6 +47,9 @@ SCORED_QUERIES = 64
 
 WINDOW = 64
 """Most recent tokens that always stay high, unless an engine is told otherwise."""
+
+MOST_TOKENS = 2**31 - 1
+"""The largest number of tokens that kernels take, for a window too."""
 
 PromptPolicy = Callable[[Tensor, "Thresholds", int], Tensor]
 """A policy for prompts: (means [num_kv_heads, N], thresholds, window) -> tiers [num_kv_heads, N]."""

@@ -73,6 +73,16 @@ def test_bad_settings_are_400_before_a_stream_begins(
     assert message in response.json()["error"]["message"]
 
 
+def test_settings_of_sampling_params_are_checked_too() -> None:
+    """vLLM's own route for tokens has them there."""
+    body = {"prompt": "a", "sampling_params": {"extra_args": {"diffkv": "of"}}}
+    response = post(body, **KEY)
+    assert response.status_code == 400
+    assert 'diffkv must be "on" or "off"' in response.json()["error"]["message"]
+    for others in ({"sampling_params": 1}, {"sampling_params": {"extra_args": [1]}}):
+        assert post({"prompt": "a", **others}, **KEY).status_code == 200
+
+
 def test_an_escaped_name_is_the_same_name() -> None:
     response = post(ESCAPED, **KEY)
     assert response.status_code == 400

@@ -61,7 +61,12 @@ async def check_settings(raw_request: Request) -> None:
     """
     await validate_json_request(raw_request)
     body = await raw_request.json()
-    settings = body.get("vllm_xargs") if isinstance(body, dict) else None
     options = options_of(raw_request.app.state.vllm_config)
-    if isinstance(settings, dict) and options is not None:
-        thresholds_of(settings, options)
+    if options is None or not isinstance(body, dict):
+        return
+    # OpenAI's and Anthropic's routes; vLLM's own for tokens (--enable-scale-out)
+    sampling = body.get("sampling_params")
+    own = sampling.get("extra_args") if isinstance(sampling, dict) else None
+    for settings in (body.get("vllm_xargs"), own):
+        if isinstance(settings, dict):
+            thresholds_of(settings, options)
