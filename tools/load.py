@@ -4,8 +4,9 @@ Clients send prompts of random lengths, some hang up mid-stream. The pool is sma
 preemptions. At the end: no unexpected error, no block in use, and the greedy tokens of every answer that
 was read to its end are compared with those that the same prompt got alone. With k16v16 they must all
 be equal; with a lossy cache a preempted request is prefilled anew, decides anew, and may differ, so
-there the share of equal answers is printed. The last line is one JSON object; exit status 1 if a
-check fails.
+there the share of equal answers is printed. With --watch the memory of the server's processes is
+printed at intervals, and they must not have grown since their warm-up. The last line is one JSON
+object; exit status 1 if a check fails.
 
     python tools/load.py --seconds 300
     python tools/load.py --seconds 60 --quant k8v4-k4v2 --clients 64
@@ -33,6 +34,9 @@ from servers import DIFFKV, STOCK, Server, end_servers_when_terminated, running
 MODEL = "reference"
 FOLDER = Path(__file__).parents[1] / "src" / "diffkv" / "data" / MODEL
 DRAIN_SECONDS = 30
+MOST_GROWN = 32
+"""MiB by which a process may have grown: heaps breathe."""
+
 NO_PRIMITIVES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
 """Of a server whose memory is watched: torch on CPUs keeps what it has prepared for each size of a
 multiplication, up to a thousand, which looks like a leak until all sizes have come."""
@@ -172,6 +176,7 @@ async def run(args: argparse.Namespace) -> int:
             watching.cancel()
         preemptions = await metric(url, "vllm:num_preemptions_total") - before
         used = await _used_at_last(url)
+    grown = watch.growth() if watch else {}
     lossless = args.stock or args.quant == "k16v16"
     result = {
         "quant": "stock" if args.stock else args.quant,
@@ -186,10 +191,11 @@ async def run(args: argparse.Namespace) -> int:
         "blocks_in_use_at_end": used,
         "errors": outcome.errors[:5],
         "num_errors": len(outcome.errors),
-        "mib_grown": watch.growth() if watch else None,
+        "mib_grown": grown,
     }
     passed = not outcome.errors and used == 0 and outcome.finished > 0
     passed &= outcome.equal == outcome.finished or not lossless
+    passed &= all(mib < MOST_GROWN for mib in grown.values())
     print(json.dumps({**result, "passed": passed}))
     return 0 if passed else 1
 
@@ -231,6 +237,8 @@ def main() -> int:
     args.flags = flags
     if args.watch and args.url:
         parser.error("--watch needs a server of its own: leave out --url")
+    if args.watch and not 0 < 4 * args.watch <= args.seconds:
+        parser.error("--watch needs four readings at least: lower it, or raise --seconds")
     end_servers_when_terminated()
     return asyncio.run(run(args))
 
