@@ -208,3 +208,41 @@ def test_formats_by_layer_are_refused(capsys, tmp_path, monkeypatch, arguments):
         f"diffkv: formats by layer, as in '{BY_LAYER}', are not supported: they gain nothing over one "
         f"configuration of the same bytes; name one for all layers, as in k8v4-k4v2"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["layout", "--quant", "k8v4", "--quant", "k16v16"],
+            "--quant is given twice, with k8v4 and k16v16",
+        ),
+        # the first of them is the default, and small numbers are one object
+        (
+            ["layout", "--head-dim", "128", "--head-dim=64"],
+            "--head-dim is given twice, with 128 and 64",
+        ),
+        (
+            ["bench", "attention", "--device", "cpu", "--device", "cuda"],
+            "--device is given twice, with cpu and cuda",
+        ),
+        (
+            ["generate", "--max-tokens", "5", "--max-tokens", "6"],
+            "--max-tokens is given twice, with 5 and 6",
+        ),
+        (
+            ["serve", "reference", "--window", "64", "--window", "65"],
+            "--window is given twice, with 64 and 65",
+        ),
+        (["generate", "--drops", "--no-drops"], "--drops and --no-drops are both given"),
+    ],
+)
+def test_one_value_given_twice_is_refused(capsys, arguments, message):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"diffkv: {message}: keep one\n"
+
+
+def test_the_same_value_twice_is_one(capsys):
+    twice = ["--quant", "k8v4", "--quant=k8v4", "--json", "--json"]
+    assert layout_json(capsys, *twice)["quant"] == "k8v4"
+    assert layout_json(capsys, "--quant", "k8v8")["quant"] == "k8v8"

@@ -143,7 +143,7 @@ def test_every_option_is_known_to_somebody(present_page, known_options):
     ]
     files += vllm_path("entrypoints").glob("*/cli_args.py")  # versions have it in different folders
     sources = "".join(path.read_text(encoding="utf-8") for path in files)
-    sources += "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("benchmarks/*.py"))
+    sources += "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tools/*.py"))
     sources += "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("training/**/*.py"))
     for option in rest:
         name = option.removeprefix("--")

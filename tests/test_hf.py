@@ -166,6 +166,11 @@ def test_refusals(model, attached, inputs):
             attached(ids[:, -8:])
     with pytest.raises(ConfigError, match="low tier"):
         DiffKVHFCache(attached, "k8v4", policy=baselines.parse("topk:survivors=low"))
+    for window in (0, 2**64):
+        with pytest.raises(
+            ConfigError, match=f"window must be 1 to 2147483647 tokens, got {window}"
+        ):
+            DiffKVHFCache(attached, window=window)
     hf.detach(model)
     with pytest.raises(ConfigError, match="attach"):
         DiffKVHFCache(model)

@@ -225,7 +225,7 @@ class TestDecode:
 
 class TestThresholds:
     @pytest.mark.parametrize("name", ["alpha_high", "alpha_low"])
-    @pytest.mark.parametrize("value", [math.nan, -0.01, -INF, INF])
+    @pytest.mark.parametrize("value", [math.nan, -0.01, -INF, INF, 10**400])
     def test_what_is_no_number_of_zero_or_more_is_refused(self, name, value):
         values = {"alpha_high": 1.0, "alpha_low": 0.0, name: value}
         with pytest.raises(ConfigError) as error:

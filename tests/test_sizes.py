@@ -42,13 +42,18 @@ def test_tokens(text, tokens):
     assert parse_tokens(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "12 Gb/s", "iB", "0", "0.2", "1e9", "5 iB"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "GiB", "-1", "12 Gb/s", "iB", "0", "0.2", "1e9", "5 iB", "9" * 5000, "9" * 400 + ".5"],
+)
 def test_bad_bytes(text):
     with pytest.raises(ConfigError, match="must be bytes or a number with a unit"):
         parse_bytes(text)
 
 
-@pytest.mark.parametrize("text", ["32KB", "32KiB", "5B", "0", "1.0001K", "many", "0.5"])
+@pytest.mark.parametrize(
+    "text", ["32KB", "32KiB", "5B", "0", "1.0001K", "many", "0.5", "9" * 400 + ".5K"]
+)
 def test_bad_tokens(text):
     with pytest.raises(ConfigError, match="must be a"):
         parse_tokens(text)

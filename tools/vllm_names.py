@@ -242,7 +242,10 @@ HOOKS = (
             "vllm.entrypoints.serve.utils.api_utils:validate_json_request(raw_request)",
             f"{PROCESSOR}.builtin:process_dict_updates(req_entries, batch_update, new_state)",
         ),
-        reads={f"{PROCESSOR}:BatchUpdate": ""},
+        reads={
+            f"{PROCESSOR}:BatchUpdate": "",
+            "vllm.v1.engine.async_llm:AsyncLLM": "output_handler",
+        },
         overrides={
             ("diffkv.vllm_plugin.front.admission:Admission", f"{PROCESSOR}:LogitsProcessor"): (
                 "__init__ validate_params apply is_argmax_invariant update_state"

@@ -9,6 +9,7 @@ heads of its group. A token's *mean* is its sum over the number of queries that 
 the number of tokens of the request before the token that is about to be added.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ __all__ = [
     "DROPPED",
     "HIGH",
     "LOW",
+    "MOST_TOKENS",
     "SCORED_QUERIES",
     "WINDOW",
     "DecodeAction",
@@ -46,6 +48,9 @@ SCORED_QUERIES = 64
 WINDOW = 64
 """Most recent tokens that always stay high, unless an engine is told otherwise."""
 
+MOST_TOKENS = 2**31 - 1
+"""The largest number of tokens that kernels take, for a window too."""
+
 PromptPolicy = Callable[[Tensor, "Thresholds", int], Tensor]
 """A policy for prompts: (means [num_kv_heads, N], thresholds, window) -> tiers [num_kv_heads, N]."""
 
@@ -64,7 +69,7 @@ class Thresholds:
         """Refuse what is no threshold. `not >=` also catches NaN."""
         for name in ("alpha_high", "alpha_low"):
             value = getattr(self, name)
-            if not 0 <= value < float("inf"):
+            if not 0 <= value <= sys.float_info.max:  # whole numbers may be larger, too
                 raise ConfigError(f"{name} must be a number of 0 or more, got {value}")
         if self.alpha_high < self.alpha_low:
             raise ConfigError(

@@ -13,6 +13,9 @@ __all__ = ["parse_bytes", "parse_tokens"]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?b)?|b)?", re.IGNORECASE)
 _LETTERS = "kmgt"
 
+MOST_DIGITS = 100
+"""More than sizes have, and fewer than Python can read."""
+
 
 def parse_bytes(text: str) -> int:
     """Read `512MiB`, `80GB`, `1.5g`, `2G`, or a number of bytes.
@@ -48,8 +51,10 @@ def _parse(text: str) -> float | None:
     if match is None:
         return None
     number, letter, behind = match.groups()
-    if letter is None:
-        return float(number) if "." in number else int(number)
-    is_binary = behind.lower() == "ib" if behind else letter.isupper()
-    unit = (1024 if is_binary else 1000) ** (_LETTERS.index(letter.lower()) + 1)
+    if len(number) > MOST_DIGITS:
+        return None
+    unit = 1
+    if letter is not None:
+        is_binary = behind.lower() == "ib" if behind else letter.isupper()
+        unit = (1024 if is_binary else 1000) ** (_LETTERS.index(letter.lower()) + 1)
     return float(number) * unit if "." in number else int(number) * unit

@@ -55,6 +55,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--alpha-high", "inf"], "alpha_high must be a number of 0 or more, got inf", "0 or more"),
         (["--alpha-high", "much"], "--alpha-high: invalid float value: 'much'", "float"),
         (["--window", "0"], "window must be at least 1 token, got 0", "at least 1"),
+        (["--window", "9" * 20], "window must be at most 2147483647 tokens, got 999", "at most"),
+        (["--segment", "9" * 20], "segment must be at most 2147483647 tokens, got 999", "at most"),
         (["--kernels", "cuda"], "--kernels: invalid choice: 'cuda'", "reference"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag", "vLLM"),
         (["--max-model-len", "999999"], "max_model_len (999999) is greater than", "4096"),

@@ -1,11 +1,11 @@
-"""Concurrent streaming clients, hang-ups and preemptions; a longer run: benchmarks/load.py."""
+"""Concurrent streaming clients, hang-ups and preemptions; a longer run: tools/load.py."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "load.py"
+SCRIPT = Path(__file__).parents[2] / "tools" / "load.py"
 SECONDS = 45
 
 

@@ -14,7 +14,7 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from diffkv.vllm_plugin.front.middleware import SettingsCheck
+from diffkv.vllm_plugin.front.middleware import ENGINE_DIED, SettingsCheck
 from diffkv.vllm_plugin.matrix import CONNECTOR
 
 KEY = {"Authorization": "Bearer secret"}
@@ -73,6 +73,16 @@ def test_bad_settings_are_400_before_a_stream_begins(
     assert message in response.json()["error"]["message"]
 
 
+def test_settings_of_sampling_params_are_checked_too() -> None:
+    """vLLM's own route for tokens has them there."""
+    body = {"prompt": "a", "sampling_params": {"extra_args": {"diffkv": "of"}}}
+    response = post(body, **KEY)
+    assert response.status_code == 400
+    assert 'diffkv must be "on" or "off"' in response.json()["error"]["message"]
+    for others in ({"sampling_params": 1}, {"sampling_params": {"extra_args": [1]}}):
+        assert post({"prompt": "a", **others}, **KEY).status_code == 200
+
+
 def test_an_escaped_name_is_the_same_name() -> None:
     response = post(ESCAPED, **KEY)
     assert response.status_code == 400
@@ -125,6 +135,33 @@ def test_nothing_of_a_body_is_read_without_the_key() -> None:
 
     asyncio.run(application()(scope, receive, send))
     assert sent[0]["status"] == 401
+
+
+async def ended(app: FastAPI, outputs: Any) -> bool:
+    """Start the application and stop it; whether it says that the engine had died."""
+    app.state.engine_client = SimpleNamespace(output_handler=outputs)
+    arguments, messages = app.state.args, ["lifespan.startup", "lifespan.shutdown"]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": messages.pop(0)}
+
+    async def send(message: Any) -> None:
+        assert message["type"].endswith("complete"), message
+
+    await app({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
+    return bool(getattr(arguments, ENGINE_DIED))
+
+
+def test_the_end_of_the_server_knows_whether_the_engine_died() -> None:
+    async def check() -> None:
+        task = asyncio.get_running_loop().create_future
+        running, cancelled, failed = task(), task(), task()
+        cancelled.cancel()
+        failed.set_result(None)
+        for outputs, died in ((running, False), (cancelled, False), (failed, True), (None, False)):
+            assert await ended(application(), outputs) is died
+
+    asyncio.run(check())
 
 
 def test_every_json_route_of_vllm_has_the_dependency() -> None:

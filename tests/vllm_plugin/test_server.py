@@ -2,17 +2,12 @@
 
 import contextlib
 import json
-import os
 import random
-import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -20,12 +15,10 @@ import openai
 import pytest
 import stepping
 from conftest import MODEL
+from servers import BIND, DIFFKV, Server, running
 
 KV_BYTES = 24 << 20
 MODEL_LEN = 2048
-START_SECONDS = 420
-SETTLE_SECONDS = 30
-BIND = "VLLM_CPU_OMP_THREADS_BIND"
 # Prompts of eight requests fit one step: borders of chunks would depend on the company, and show.
 FLAGS = (
     "--max-model-len", str(MODEL_LEN), "--enforce-eager", "--dtype", "float32",
@@ -34,86 +27,13 @@ FLAGS = (
 )  # fmt: skip
 
 
-@dataclass
-class Server:
-    """A running one.
-
-    Attributes:
-        url: without a path.
-        model: name that it serves.
-        log: what it prints.
-    """
-
-    url: str
-    model: str
-    log: Path
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
-
-    def metrics(self) -> dict[str, float]:
-        """Values by name, labels left out; those of the same name are added."""
-        found: dict[str, float] = {}
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
-            if line and not line.startswith("#"):
-                name, value = line.split("{")[0].split(" ")[0], line.rsplit(" ", 1)[1]
-                found[name] = found.get(name, 0) + float(value)
-        return found
-
-    def wait_until_empty(self) -> dict[str, float]:
-        """Gauges, once no request holds a block; fails if that does not come to pass."""
-        deadline = time.monotonic() + SETTLE_SECONDS
-        while True:
-            found = self.metrics()
-            busy = found["vllm:num_requests_running"] + found["vllm:num_requests_waiting"]
-            used = found["vllm:kv_cache_usage_perc"]
-            if not busy and not used:
-                return found
-            assert time.monotonic() < deadline, f"{used:.2%} used, {busy:.0f} requests known"
-            time.sleep(0.2)
+def client_of(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def tokens_of(gauges: dict[str, float]) -> float:
     """Tokens of all rows that are there, mean over heads."""
     return sum(gauges[f"diffkv_tokens_{name}"] for name in ("high", "low", "dropped"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def running(command: list[str], model: str, log: Path, **variables: str) -> Iterator[Server]:
-    """A server process, ready; its whole process group ends with the block."""
-    port = free_port()
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_") or k == BIND}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port), "--host", "127.0.0.1"],
-            stdout=output, stderr=output, start_new_session=True, env=kept | variables,
-        )  # fmt: skip
-    server = Server(f"http://127.0.0.1:{port}", model, log)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
-                    break
-            assert process.poll() is None, f"the server ended:\n{log.read_text()[-3000:]}"
-            assert time.monotonic() < deadline, f"no server:\n{log.read_text()[-3000:]}"
-            time.sleep(0.5)
-        yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            pass
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 PROMPT = "<bos> k1 v2 ; k3 v4 ; k5 v6 ; k7 v8 ; ? k5"
@@ -123,15 +43,14 @@ LONG = stepping.shipped_prompts()
 @pytest.fixture(scope="class")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "diffkv", "serve", "reference", *FLAGS, "--drops"]
-    with running(command, "reference", log) as server:
+    with running([*DIFFKV, "reference", *FLAGS, "--drops"], log) as server:
         yield server
 
 
 class TestServer:
     @pytest.fixture
     def client(self, server: Server) -> openai.OpenAI:
-        return server.client()
+        return client_of(server)
 
     def test_banner(self, server: Server) -> None:
         log = server.log.read_text()
@@ -271,7 +190,7 @@ class TestServer:
         alone = [
             "".join(
                 event.choices[0].text
-                for event in server.client().completions.create(prompt=prompt, **arguments)
+                for event in client_of(server).completions.create(prompt=prompt, **arguments)
             )
             for prompt in LONG
         ]
@@ -280,7 +199,7 @@ class TestServer:
         texts: dict[int, str] = {}
 
         def ask(i: int) -> None:
-            client = server.client()
+            client = client_of(server)
             pieces: list[str] = []
             if leaves_after.get(i) == 0:
                 with contextlib.suppress(openai.APITimeoutError):
@@ -334,13 +253,13 @@ def test_plain_vllm_with_documented_flags(tmp_path: Path) -> None:
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL,
         "--served-model-name", "plain", *FLAGS, *flags,
     ]  # fmt: skip
-    with running(command, "plain", tmp_path / "log") as server:
-        done = server.client().completions.create(
+    with running(command, tmp_path / "log") as server:
+        done = client_of(server).completions.create(
             model="plain", prompt=LONG[0], max_tokens=4, temperature=0
         )
         assert done.choices[0].text.split() == ["k92", "v1", "k252", "v99"]
         with pytest.raises(openai.BadRequestError, match="got -2"):
-            server.client().completions.create(
+            client_of(server).completions.create(
                 model="plain", prompt=PROMPT, extra_body={"vllm_xargs": {"diffkv_alpha_low": -2}}
             )
         found = server.wait_until_empty()
@@ -352,13 +271,11 @@ def test_plain_vllm_with_documented_flags(tmp_path: Path) -> None:
 
 def test_two_replicas(tmp_path: Path) -> None:
     """Data parallelism: two engines behind one address, each with a pool of its own."""
-    command = [
-        sys.executable, "-m", "diffkv", "serve", "reference", *FLAGS, "--data-parallel-size", "2",
-    ]  # fmt: skip
-    with running(command, "reference", tmp_path / "log", **{BIND: "0|1"}) as server:
+    command = [*DIFFKV, "reference", *FLAGS, "--data-parallel-size", "2"]
+    with running(command, tmp_path / "log", {BIND: "0|1"}) as server:
 
         def ask(prompt: str) -> str:
-            done = server.client().completions.create(
+            done = client_of(server).completions.create(
                 model="reference", prompt=prompt, max_tokens=8, temperature=0
             )
             return done.choices[0].text

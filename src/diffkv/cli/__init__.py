@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from diffkv import __version__
+from diffkv.cli.arguments import Once
 from diffkv.quant import ConfigError
 
 __all__ = ["COMMANDS", "main"]
@@ -38,7 +39,7 @@ USER_ERROR = 2
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses what it does not know, abbreviations too, in one line and a hint."""
+    """Refuses what it does not know, abbreviations too, in one line and a hint; takes no value twice."""
 
     def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
         super().__init__(
@@ -48,6 +49,7 @@ class _Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self.register("action", None, Once)
 
     def error(self, message: str) -> NoReturn:
         refused = re.fullmatch(r"argument (\S+): (must be .*)", message)

@@ -1,13 +1,29 @@
 """Types and actions of options that several commands have."""
 
-from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import (
+    Action,
+    ArgumentParser,
+    ArgumentTypeError,
+    BooleanOptionalAction,
+    Namespace,
+)
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffkv.quant import ConfigError
 from diffkv.sizes import parse_bytes, parse_tokens
 
-__all__ = ["Joined", "Listed", "above_zero", "at_least", "num_bytes", "num_tokens", "positive"]
+__all__ = [
+    "Joined",
+    "Listed",
+    "Once",
+    "Switch",
+    "above_zero",
+    "at_least",
+    "num_bytes",
+    "num_tokens",
+    "positive",
+]
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -54,6 +70,50 @@ def _read(parse: Callable[[str], int], text: str) -> int:
         return parse(text)
     except ConfigError as error:
         raise ArgumentTypeError(str(error)) from None
+
+
+class Once(Action):
+    """Action of an option that takes one value: given twice with different ones, it is refused."""
+
+    _read: Namespace | None = None
+
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        namespace: Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Take the value.
+
+        Raises:
+            ConfigError: names the option and both values.
+        """
+        before = getattr(namespace, self.dest, None)
+        self.take(namespace, values, f"{option_string} is given twice, with {before} and {values}")
+
+    def take(self, namespace: Namespace, value: Any, conflict: str) -> None:
+        """Set the value, unless this command line has set another one."""
+        if self._read is namespace and getattr(namespace, self.dest) != value:
+            raise ConfigError(f"{conflict}: keep one")
+        self._read = namespace
+        setattr(namespace, self.dest, value)
+
+
+class Switch(BooleanOptionalAction, Once):
+    """Action of an option that is turned on or, with `no-`, off: both together are refused."""
+
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        namespace: Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Turn it on or off."""
+        assert option_string is not None, "it is an option"
+        conflict = f"{' and '.join(self.option_strings)} are both given"
+        self.take(namespace, not option_string.startswith("--no-"), conflict)
 
 
 class Listed(Action):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkv import presets
-from diffkv.cli.arguments import num_bytes
+from diffkv.cli.arguments import Switch, num_bytes
 from diffkv.cli.models import config_file, load_config
 from diffkv.fetch import MODELS, fetch
 from diffkv.policies import PAPER
@@ -66,7 +66,7 @@ def add_cache_options(parser: argparse.ArgumentParser, policy_help: str = POLICY
         "--alpha-low", type=float, help="and is dropped if it is < this / N (default: 0, nothing)"
     )
     group.add_argument(
-        "--drops", action=argparse.BooleanOptionalAction,
+        "--drops", action=Switch,
         help="keep what a request needs to set diffkv_alpha_low: 8 bytes a low token (default: only if "
         "--alpha-low is above 0)",
     )  # fmt: skip

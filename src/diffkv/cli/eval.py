@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from diffkv.cli import eval_kld, eval_lm, prompts
-from diffkv.cli.arguments import Joined, Listed, at_least, num_tokens, positive
+from diffkv.cli.arguments import Joined, Listed, Once, at_least, num_tokens, positive
 from diffkv.cli.engine_options import (
     REFERENCE,
     SHIPPED,
@@ -195,6 +195,7 @@ def _caches(args: argparse.Namespace) -> "list[CacheSpec]":
     if args.methods is None:
         return [_cache(args)]
     parser = _MethodParser(add_help=False, allow_abbrev=False)
+    parser.register("action", None, Once)
     add_cache_options(parser)
     caches = []
     for number, line in enumerate(prompts.read_text(args.methods, "--methods").splitlines(), 1):

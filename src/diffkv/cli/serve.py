@@ -26,5 +26,4 @@ def run(args: argparse.Namespace) -> int:
 
     model = model_folder(args.model)
     check_hub(model)
-    serve(model, args.model, cache_options(args), args.flags)
-    return 0
+    return serve(model, args.model, cache_options(args), args.flags)

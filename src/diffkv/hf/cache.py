@@ -19,7 +19,7 @@ from diffkv.hf.rows import SequenceRows
 from diffkv.layout import PageLayout
 from diffkv.packing import on_device
 from diffkv.policies import PAPER, Policy, parse
-from diffkv.policy import WINDOW, Thresholds
+from diffkv.policy import MOST_TOKENS, WINDOW, Thresholds
 from diffkv.pool import contents, create, restore
 from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 from diffkv.rotation import choose, signs_of
@@ -339,8 +339,8 @@ def _check(model: PreTrainedModel, config: Any, window: int) -> None:
             f"{type(model).__name__} has layers of {', '.join(others)}: only models whose layers all "
             f"have full attention are supported"
         )
-    if window < 1:
-        raise ConfigError(f"window must be at least 1, got {window}")
+    if not 1 <= window <= MOST_TOKENS:
+        raise ConfigError(f"window must be 1 to {MOST_TOKENS} tokens, got {window}")
 
 
 def _paddings(mask: Tensor | None, batch: int, num_tokens: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffkv import policies, rotation
 from diffkv.layout import PageLayout
-from diffkv.policy import WINDOW, Thresholds
+from diffkv.policy import MOST_TOKENS, WINDOW, Thresholds
 from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 from diffkv.segments import SEGMENT
 from diffkv.vllm_plugin.matrix import CONNECTOR
@@ -63,6 +63,11 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise ConfigError(f"{name} must be a number, got {value!r}")
+        for name in ("window", "segment"):
+            if getattr(self, name) > MOST_TOKENS:
+                raise ConfigError(
+                    f"{name} must be at most {MOST_TOKENS} tokens, got {getattr(self, name)}"
+                )
         if self.window < 1:
             raise ConfigError(f"window must be at least 1 token, got {self.window}")
         if self.segment and self.segment < self.window:

@@ -115,7 +115,7 @@ def _threshold(threshold: str, value: Any, is_settable: bool) -> float | None:
         raise ConfigError(message)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: a whole number beyond all floats
         raise ConfigError(message) from None
     if not 0 <= number < float("inf"):
         raise ConfigError(message)

@@ -14,7 +14,10 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from diffkv.vllm_plugin.options import options_of
 from diffkv.vllm_plugin.requests import thresholds_of
 
-__all__ = ["SettingsCheck", "check_settings"]
+__all__ = ["ENGINE_DIED", "SettingsCheck", "check_settings"]
+
+ENGINE_DIED = "diffkv_engine_died"
+"""Attribute of the server's arguments."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -25,7 +28,8 @@ class SettingsCheck:
     """ASGI middleware that `diffkv serve` passes to vLLM as `--middleware`.
 
     It stands before vLLM's gates, so it looks at no request. It is only how a plugin gets hold of the
-    application, to put `check_settings` in the place of the dependency that vLLM's JSON routes have.
+    application, to put `check_settings` in the place of the dependency that vLLM's JSON routes have, and
+    to note at its end whether the engine had died, in the arguments that `diffkv serve` gave vLLM.
     """
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
@@ -33,8 +37,17 @@ class SettingsCheck:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass everything on as it came."""
-        scope["app"].dependency_overrides.setdefault(validate_json_request, check_settings)
+        app = scope["app"]
+        app.dependency_overrides.setdefault(validate_json_request, check_settings)
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+        state = app.state  # vLLM takes it from the application at its end
         await self._app(scope, receive, send)
+        # vLLM cancels the task that waits for the engine's outputs, unless that found the engine dead
+        outputs = getattr(state.engine_client, "output_handler", None)
+        died = outputs is not None and outputs.done() and not outputs.cancelled()
+        setattr(state.args, ENGINE_DIED, died)
 
 
 async def check_settings(raw_request: Request) -> None:
@@ -48,7 +61,12 @@ async def check_settings(raw_request: Request) -> None:
     """
     await validate_json_request(raw_request)
     body = await raw_request.json()
-    settings = body.get("vllm_xargs") if isinstance(body, dict) else None
     options = options_of(raw_request.app.state.vllm_config)
-    if isinstance(settings, dict) and options is not None:
-        thresholds_of(settings, options)
+    if options is None or not isinstance(body, dict):
+        return
+    # OpenAI's and Anthropic's routes; vLLM's own for tokens (--enable-scale-out)
+    sampling = body.get("sampling_params")
+    own = sampling.get("extra_args") if isinstance(sampling, dict) else None
+    for settings in (body.get("vllm_xargs"), own):
+        if isinstance(settings, dict):
+            thresholds_of(settings, options)

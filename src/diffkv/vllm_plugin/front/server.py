@@ -1,12 +1,14 @@
 """`vllm serve` with DiffKV turned on."""
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.arguments import arguments_of
 from diffkv.vllm_plugin.front.config_file import with_config_file
+from diffkv.vllm_plugin.front.middleware import ENGINE_DIED
 from diffkv.vllm_plugin.front.offline import check_model, first_line, refuse_in_one_line
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.requests import admission_path
@@ -35,7 +37,7 @@ def serve_flags(options: Options) -> list[str]:
     return flags
 
 
-def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> None:
+def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
     """Run vLLM's OpenAI server until it is stopped.
 
     Args:
@@ -43,6 +45,10 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> None
         name: under which requests ask for it, unless a flag says another.
         options: DiffKV's.
         flags: flags of `vllm serve`, passed on as they are.
+
+    Returns:
+        The exit status: 0 if it was stopped, 1 if it ended because its engine had died, after which
+        vLLM's own command has 0 too.
 
     Raises:
         ConfigError: a flag that vLLM does not know or DiffKV cannot be combined with, a bad model.
@@ -82,6 +88,12 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> None
     check_config(config, options)
     configure_logging_from_args(args)
     ServeSubcommand.cmd(args)
+    if not getattr(args, ENGINE_DIED, False):
+        return 0
+    print(
+        "diffkv: the engine died, and so the server ended: its log has the reason", file=sys.stderr
+    )
+    return 1
 
 
 def _refuse_flags(flags: Sequence[str]) -> None:

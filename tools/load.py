@@ -4,33 +4,43 @@ Clients send prompts of random lengths, some hang up mid-stream. The pool is sma
 preemptions. At the end: no unexpected error, no block in use, and the greedy tokens of every answer that
 was read to its end are compared with those that the same prompt got alone. With k16v16 they must all
 be equal; with a lossy cache a preempted request is prefilled anew, decides anew, and may differ, so
-there the share of equal answers is printed. The last line is one JSON object; exit status 1 if a
-check fails.
+there the share of equal answers is printed. With --watch the memory of the server's processes is
+printed at intervals, and they must not have grown since their warm-up. The last line is one JSON
+object; exit status 1 if a check fails.
 
-    python benchmarks/load.py --seconds 300
-    python benchmarks/load.py --seconds 60 --quant k8v4-k4v2 --clients 64
+    python tools/load.py --seconds 300
+    python tools/load.py --seconds 60 --quant k8v4-k4v2 --clients 64
+    python tools/load.py --seconds 600 --quant k8v4-k4v2 --clients 8 --kv-memory 33554432 --watch 10
 
-Other flags go to `diffkv serve`: on a GPU `--dtype bfloat16 --no-enforce-eager` is how users run it.
+Other flags go to the server: on a GPU `--dtype bfloat16 --no-enforce-eager` is how users run it.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
-import os
 import random
-import socket
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
+from memory import Watch
+from servers import DIFFKV, STOCK, Server, end_servers_when_terminated, running
 
 MODEL = "reference"
-START_SECONDS = 240
+FOLDER = Path(__file__).parents[1] / "src" / "diffkv" / "data" / MODEL
 DRAIN_SECONDS = 30
+MOST_GROWN = 32
+"""MiB by which a process may have grown: heaps breathe."""
+
+NO_PRIMITIVES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+"""Of a server whose memory is watched: torch on CPUs keeps what it has prepared for each size of a
+multiplication, up to a thousand, which looks like a leak until all sizes have come."""
+
 WORDS = [f"k{i}" for i in range(200)] + [f"v{i}" for i in range(100)] + [";", "w1", "w2", "."]
 
 
@@ -64,62 +74,21 @@ def make_jobs(num: int, longest: int, most_tokens: int, seed: int) -> list[Job]:
     ]
 
 
-@asynccontextmanager
-async def server(args: argparse.Namespace) -> AsyncIterator[str]:
-    """A server of its own for the run, or the one at --url."""
+@contextlib.contextmanager
+def server(args: argparse.Namespace) -> Iterator[Server | None]:
+    """A server of its own for the run; None where --url names one."""
     if args.url:
-        yield args.url
+        yield None
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "diffkv",
-        "serve",
-        MODEL,
-        "--quant",
-        args.quant,
-        "--port",
-        str(port),
-        "--host",
-        "127.0.0.1",
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "1024",
-        "--max-num-seqs",
-        str(args.clients),
-        "--kv-cache-memory-bytes",
-        str(args.kv_memory),
-        "--disable-uvicorn-access-log",
-        *args.flags,
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ})
-    url = f"http://127.0.0.1:{port}"
-    try:
-        await _wait_until_up(url, process)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-async def _wait_until_up(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    async with httpx.AsyncClient() as client:
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise SystemExit(f"the server ended with status {process.returncode}")
-            try:
-                if (await client.get(f"{url}/health")).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            await asyncio.sleep(1)
-    raise SystemExit(f"the server was not up after {START_SECONDS} s")
+    ours = [*DIFFKV, MODEL, "--quant", args.quant]
+    stock = [*STOCK, str(FOLDER), "--served-model-name", MODEL]
+    common = f"""--dtype float32 --enforce-eager --max-model-len 1024 --max-num-seqs {args.clients}
+        --kv-cache-memory-bytes {args.kv_memory} --disable-uvicorn-access-log""".split()
+    command = [*(stock if args.stock else ours), *common, *args.flags]
+    environment = NO_PRIMITIVES if args.watch else {}
+    with tempfile.TemporaryDirectory() as folder:
+        with running(command, Path(folder) / "log", environment) as started:
+            yield started
 
 
 async def ask(
@@ -186,22 +155,31 @@ async def run(args: argparse.Namespace) -> int:
     """Everything; the exit status."""
     jobs = make_jobs(args.prompts, args.longest, args.most_tokens, args.seed)
     outcome = Outcome()
-    async with server(args) as url:
+    with server(args) as started:
+        url = args.url if started is None else started.url
         async with httpx.AsyncClient(timeout=600) as client:
             alone = [await ask(client, url, job) or "" for job in jobs]
         until = time.monotonic() + args.seconds
         before = await metric(url, "vllm:num_preemptions_total")
+        watch, watching = None, None
+        if args.watch:
+            assert started is not None, "with --url there are no processes to watch"
+            watch = Watch(started, args.watch, lambda: outcome.finished + outcome.hung_up)
+            watching = asyncio.create_task(watch.run())
         await asyncio.gather(
             *(
                 run_client(n, url, jobs, alone, until, args.abort_share, outcome)
                 for n in range(args.clients)
             )
         )
+        if watching is not None:
+            watching.cancel()
         preemptions = await metric(url, "vllm:num_preemptions_total") - before
         used = await _used_at_last(url)
-    lossless = args.quant == "k16v16"
+    grown = watch.growth() if watch else {}
+    lossless = args.stock or args.quant == "k16v16"
     result = {
-        "quant": args.quant,
+        "quant": "stock" if args.stock else args.quant,
         "flags": args.flags,
         "clients": args.clients,
         "seconds": args.seconds,
@@ -213,9 +191,11 @@ async def run(args: argparse.Namespace) -> int:
         "blocks_in_use_at_end": used,
         "errors": outcome.errors[:5],
         "num_errors": len(outcome.errors),
+        "mib_grown": grown,
     }
     passed = not outcome.errors and used == 0 and outcome.finished > 0
     passed &= outcome.equal == outcome.finished or not lossless
+    passed &= all(mib < MOST_GROWN for mib in grown.values())
     print(json.dumps({**result, "passed": passed}))
     return 0 if passed else 1
 
@@ -238,6 +218,7 @@ def main() -> int:
     )
     parser.add_argument("--url", help="a running server; default: start one on the shipped model")
     parser.add_argument("--quant", default="k16v16")
+    parser.add_argument("--stock", action="store_true", help="vLLM's own server, to compare with")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--prompts", type=int, default=24, help="different prompts")
@@ -246,7 +227,19 @@ def main() -> int:
     parser.add_argument("--abort-share", type=float, default=0.2)
     parser.add_argument("--kv-memory", type=int, default=8 << 20, help="bytes")
     parser.add_argument("--seed", type=int, default=0)
-    args, args.flags = parser.parse_known_args()
+    parser.add_argument(
+        "--watch",
+        type=float,
+        metavar="SECONDS",
+        help="print the memory of the server's processes every so many seconds",
+    )
+    args, flags = parser.parse_known_args()
+    args.flags = flags
+    if args.watch and args.url:
+        parser.error("--watch needs a server of its own: leave out --url")
+    if args.watch and not 0 < 4 * args.watch <= args.seconds:
+        parser.error("--watch needs four readings at least: lower it, or raise --seconds")
+    end_servers_when_terminated()
     return asyncio.run(run(args))
 
 
