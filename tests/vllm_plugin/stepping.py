@@ -173,7 +173,7 @@ def check_quotas(llm: Any) -> None:
     waiting = [
         request.slot
         for request in worker().requests.values()
-        if request.start < request.num_tokens < request.prompt_len
+        if request.start < request.num_tokens < request.ends.prompt_len
     ]
     pool.check_invariants(state, waiting)
     ours.store.check()

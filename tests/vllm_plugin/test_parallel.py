@@ -16,7 +16,7 @@ from test_prefix_caching import words
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.messages import PagesHeld, ReportMessage
 
-SHARED, NUM_CHATS, NUM_TURNS, NEW_TOKENS = 150, 4, 3, 20
+SHARED, NUM_CHATS, NUM_TURNS, NEW_TOKENS = 150, 3, 3, 6
 SUMMATION_DRIFT = 1e-3
 """In nats: two halves of a sum are added in another order, and a code may fall on its other side."""
 
@@ -89,10 +89,7 @@ def test_turns_of_two_ranks_equal_stock(model: Path, two_ranks: dict[str, Any]) 
     with engine("k16v16", {"segment": 64}, **args) as llm:
         answers, found = talk(llm)
         assert answers == expected
-        least = (NUM_TURNS - 1) * NUM_CHATS * SHARED
-        assert found > least
-        # each request's rows are in use no more, and what it found is found again
-        assert talk(llm)[0] == expected
+        assert found > (NUM_TURNS - 1) * NUM_CHATS * SHARED
         assert llm.reset_prefix_cache()
         assert talk(llm) == (expected, found)
 
