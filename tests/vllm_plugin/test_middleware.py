@@ -106,6 +106,8 @@ def test_bad_json_and_other_types_are_vllms_to_refuse() -> None:
     assert post('{"vllm_xargs": {"diffkv', **KEY).status_code in (400, 422)
     assert post("[1]", **KEY).status_code in (400, 422)
     assert post('{"prompt": 1, "vllm_xargs": 7}', **KEY).status_code in (400, 422)
+    empty = post("", **KEY).json()
+    assert "Field required" in str(empty), "as without our check"
     refused = post({"prompt": "a"}, **{**KEY, "Content-Type": "text/plain"})
     assert refused.status_code in (400, 415, 422)
 

@@ -60,7 +60,8 @@ async def check_settings(raw_request: Request) -> None:
         ConfigError: a ValueError, which vLLM answers with HTTP 400; it names the setting.
     """
     await validate_json_request(raw_request)
-    body = await raw_request.json()
+    # a request without a body is for vLLM to refuse
+    body = await raw_request.json() if await raw_request.body() else None
     options = options_of(raw_request.app.state.vllm_config)
     if options is None or not isinstance(body, dict):
         return
