@@ -242,10 +242,7 @@ HOOKS = (
             "vllm.entrypoints.serve.utils.api_utils:validate_json_request(raw_request)",
             f"{PROCESSOR}.builtin:process_dict_updates(req_entries, batch_update, new_state)",
         ),
-        reads={
-            f"{PROCESSOR}:BatchUpdate": "",
-            "vllm.v1.engine.async_llm:AsyncLLM": "output_handler",
-        },
+        reads={f"{PROCESSOR}:BatchUpdate": ""},
         overrides={
             ("diffkv.vllm_plugin.front.admission:Admission", f"{PROCESSOR}:LogitsProcessor"): (
                 "__init__ validate_params apply is_argmax_invariant update_state"
@@ -263,6 +260,7 @@ HOOKS = (
         bodies=(
             f"{PROCESSOR}:validate_logits_processors_parameters",
             "vllm.entrypoints.serve.utils.api_utils:validate_json_request",
+            "vllm.entrypoints.launchers.launcher:serve_http",
         ),
     ),
     Hook(

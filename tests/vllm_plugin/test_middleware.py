@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import signal
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +13,8 @@ import pytest
 from fastapi import Depends, FastAPI
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from servers import free_port
+from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
@@ -106,6 +111,8 @@ def test_bad_json_and_other_types_are_vllms_to_refuse() -> None:
     assert post('{"vllm_xargs": {"diffkv', **KEY).status_code in (400, 422)
     assert post("[1]", **KEY).status_code in (400, 422)
     assert post('{"prompt": 1, "vllm_xargs": 7}', **KEY).status_code in (400, 422)
+    empty = post("", **KEY).json()
+    assert "Field required" in str(empty), "as without our check"
     refused = post({"prompt": "a"}, **{**KEY, "Content-Type": "text/plain"})
     assert refused.status_code in (400, 415, 422)
 
@@ -137,31 +144,40 @@ def test_nothing_of_a_body_is_read_without_the_key() -> None:
     assert sent[0]["status"] == 401
 
 
-async def ended(app: FastAPI, outputs: Any) -> bool:
-    """Start the application and stop it; whether it says that the engine had died."""
-    app.state.engine_client = SimpleNamespace(output_handler=outputs)
-    arguments, messages = app.state.args, ["lifespan.startup", "lifespan.shutdown"]
-
-    async def receive() -> dict[str, Any]:
-        return {"type": messages.pop(0)}
-
-    async def send(message: Any) -> None:
-        assert message["type"].endswith("complete"), message
-
-    await app({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
+async def ended(end: Callable[[Any, Any], None]) -> bool:
+    """Serve with vLLM's own launcher until `end`; whether it says that the engine had died."""
+    app = application()
+    arguments = app.state.args
+    app.state.engine_client = SimpleNamespace(
+        errored=False,
+        is_running=True,
+        shutdown=lambda timeout: None,
+        vllm_config=SimpleNamespace(shutdown_timeout=0),
+    )
+    serving = asyncio.create_task(
+        launcher.serve_http(app, None, host="127.0.0.1", port=free_port())
+    )
+    while not getattr(getattr(app.state, "server", None), "started", False):
+        await asyncio.sleep(0.01)
+    end(app.state.server, app.state.engine_client)
+    await (await serving)
     return bool(getattr(arguments, ENGINE_DIED))
 
 
-def test_the_end_of_the_server_knows_whether_the_engine_died() -> None:
-    async def check() -> None:
-        task = asyncio.get_running_loop().create_future
-        running, cancelled, failed = task(), task(), task()
-        cancelled.cancel()
-        failed.set_result(None)
-        for outputs, died in ((running, False), (cancelled, False), (failed, True), (None, False)):
-            assert await ended(application(), outputs) is died
+def die(server: Any, engine: Any) -> None:
+    engine.errored, engine.is_running = True, False
+    launcher.terminate_if_errored(server, engine)
 
-    asyncio.run(check())
+
+def stop(server: Any, engine: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("end", "died"), [(die, True), (stop, False)])
+def test_the_end_of_the_server_knows_whether_the_engine_died(
+    end: Callable[[Any, Any], None], died: bool
+) -> None:
+    assert asyncio.run(ended(end)) is died
 
 
 def test_every_json_route_of_vllm_has_the_dependency() -> None:

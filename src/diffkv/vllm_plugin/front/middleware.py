@@ -5,6 +5,7 @@ success by then. So they are also checked where vLLM checks a request's form: be
 key among them, in the JSON that it has parsed.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -42,12 +43,24 @@ class SettingsCheck:
         if scope["type"] != "lifespan":
             await self._app(scope, receive, send)
             return
-        state = app.state  # vLLM takes it from the application at its end
-        await self._app(scope, receive, send)
-        # vLLM cancels the task that waits for the engine's outputs, unless that found the engine dead
-        outputs = getattr(state.engine_client, "output_handler", None)
-        died = outputs is not None and outputs.done() and not outputs.cancelled()
-        setattr(state.args, ENGINE_DIED, died)
+        state = app.state  # vLLM takes it from the application before the server has ended
+
+        async def noted() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                setattr(state.args, ENGINE_DIED, _ends_by_itself(state.server))
+            return message
+
+        await self._app(scope, noted, send)
+
+
+def _ends_by_itself(server: Any) -> bool:
+    """Whether a server's task has come to its end, as vLLM lets it if the engine has died.
+
+    If the server is told to stop, vLLM cancels that task, and ends the server after it.
+    """
+    code = type(server).serve.__code__
+    return any(getattr(task.get_coro(), "cr_code", None) is code for task in asyncio.all_tasks())
 
 
 async def check_settings(raw_request: Request) -> None:
@@ -60,7 +73,8 @@ async def check_settings(raw_request: Request) -> None:
         ConfigError: a ValueError, which vLLM answers with HTTP 400; it names the setting.
     """
     await validate_json_request(raw_request)
-    body = await raw_request.json()
+    # a request without a body is for vLLM to refuse
+    body = await raw_request.json() if await raw_request.body() else None
     options = options_of(raw_request.app.state.vllm_config)
     if options is None or not isinstance(body, dict):
         return
