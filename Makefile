@@ -85,7 +85,7 @@ eval: env ## compare methods on the shipped models' tasks: docs/results/fidelity
 
 eval-reference:
 	$(EVAL) --methods $(FIDELITY)/reference/methods.txt --seed 0 1 2 --n 12 --out $(ANEW)/reference.jsonl
-	$(EVAL) --methods $(FIDELITY)/reference/methods.txt --suite kld --steps 64 --out $(ANEW)/reference.jsonl
+	$(EVAL) --methods $(FIDELITY)/reference/methods.txt --suite kld --steps 64 --contexts 1024 --out $(ANEW)/reference.jsonl
 
 eval-reference-128:
 	$(EVAL) --model reference-128 --methods $(FIDELITY)/reference-128/methods.txt --seed 0 1 2 --n 8 \

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from diffkv import hf
 from diffkv.hf import DiffKVHFCache
 from diffkv.lab.evaluation import baselines
+from diffkv.lab.evaluation.dense_cache import DenseCache
 from diffkv.lab.evaluation.engine import CacheSpec
+from diffkv.lab.evaluation.other_formats import OtherFormat
 from diffkv.lab.evaluation.tasks import Sample, Setting
 from diffkv.quant import ConfigError
 from diffkv.use import CacheUse
@@ -52,7 +54,7 @@ class HFModel:
     ) -> None:
         self.model = model
         self._tokenizer = tokenizer
-        self._batch_size = batch_size
+        self.batch_size = batch_size
 
     @property
     def vocabulary(self) -> Collection[str]:
@@ -60,9 +62,16 @@ class HFModel:
         words: Collection[str] = self._tokenizer.get_vocab().keys()
         return words
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that the model reads."""
+        tokens: int = self.model.config.get_text_config(decoder=True).max_position_embeddings
+        return tokens
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's own opening if `special`."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special).input_ids
+        # verbose: a text may be longer than the model's context before it is cut
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False).input_ids
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -91,9 +100,9 @@ class HFModel:
         for number, (prompt, question) in enumerate(rows):
             by_length.setdefault(len(question), []).append((number, prompt, question))
         return [
-            self._batch(same[first : first + self._batch_size])
+            self._batch(same[first : first + self.batch_size])
             for same in by_length.values()
-            for first in range(0, len(same), self._batch_size)
+            for first in range(0, len(same), self.batch_size)
         ]
 
     def _batch(self, rows: list[tuple[int, list[int], list[int]]]) -> Batch:
@@ -108,27 +117,28 @@ class HFModel:
         return Batch(numbers, prompts, is_token, questions.view(len(rows), -1))
 
     @torch.no_grad()
-    def forward(
-        self, cache: Cache, token_ids: Tensor, is_token: Tensor, last_only: bool = True
-    ) -> Tensor:
+    def forward(self, cache: Cache, token_ids: Tensor, is_token: Tensor | None = None) -> Tensor:
         """Add tokens to the cache.
 
         Args:
             cache: what came before.
             token_ids: [batch, num_tokens].
-            is_token: [batch, tokens of the cache and these] bool, False for padding.
-            last_only: whether only the last logits are wanted.
+            is_token: [batch, tokens of the cache and these] bool, False for padding; None: no padding.
 
         Returns:
-            [batch, 1 or num_tokens, vocabulary].
+            [batch, 1, vocabulary]: the last logits.
         """
-        positions = is_token.long().cumsum(1)[:, -token_ids.shape[1] :] - 1
+        positions = None
+        if is_token is not None:
+            positions = is_token.long().cumsum(1)[:, -token_ids.shape[1] :] - 1
+            positions = positions.clamp(min=0).to(self.model.device)
+            is_token = is_token.to(self.model.device)
         out: Tensor = self.model(
             token_ids.to(self.model.device),
-            attention_mask=is_token.to(self.model.device),
-            position_ids=positions.clamp(min=0).to(self.model.device),
+            attention_mask=is_token,
+            position_ids=positions,
             past_key_values=cache,
-            logits_to_keep=1 if last_only else 0,
+            logits_to_keep=1,
         ).logits
         return out
 
@@ -169,10 +179,18 @@ class HFModel:
             hf.PoolOptions(cache.page_bytes, cache.kernels, cache.segment),
         )
 
-    def full_cache(self) -> DynamicCache:
-        """Detach the model, and make an empty cache of transformers, in the model's dtype."""
+    def full_cache(self, max_tokens: int, other: OtherFormat | None = None) -> DenseCache:
+        """Detach the model, and make an empty dense cache for so many tokens a sequence.
+
+        Args:
+            max_tokens: most tokens of a sequence, padding included.
+            other: the format that it stores; None: the model's own dtype.
+
+        Raises:
+            ConfigError: the model's vectors do not fit the format.
+        """
         hf.detach(self.model)
-        return DynamicCache(config=self.model.config)
+        return DenseCache(self.model.config, max_tokens, other)
 
     def answer(
         self, samples: Sequence[Sample], num_tokens: int, cache: CacheSpec | None
@@ -180,10 +198,10 @@ class HFModel:
         """Answer samples; see `engine.Engine`."""
         texts, use = [""] * len(samples), CacheUse()
         for batch in self.batches(samples):
+            most = batch.prompts.shape[1] + batch.questions.shape[1] + num_tokens
             if cache is None:
-                rows = self.greedy(self.full_cache(), batch, num_tokens)
+                rows = self.greedy(self.full_cache(most), batch, num_tokens)
             else:
-                most = batch.prompts.shape[1] + batch.questions.shape[1] + num_tokens
                 ours = self.make_cache(cache, most)
                 rows = self.greedy(ours, batch, num_tokens)
                 use += ours.use()
