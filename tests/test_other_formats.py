@@ -11,6 +11,7 @@ from diffkv.cli.engine_options import model_folder
 from diffkv.lab.evaluation import hf_runs, kld
 from diffkv.lab.evaluation.dense_cache import DenseCache
 from diffkv.lab.evaluation.distances import Reading
+from diffkv.lab.evaluation.engine import NamedCache
 from diffkv.lab.evaluation.other_formats import OTHER_FORMATS, OtherFormat
 from diffkv.lab.evaluation.results import scores
 from diffkv.lab.provenance import collect
@@ -138,7 +139,7 @@ def test_a_dense_cache_attends_to_what_is_stored(model):
     """The prompt is exact; later tokens see what it became, and the use is what it takes."""
     zeros = OtherFormat("zeros", "us", 8, torch.zeros_like)
     ids = torch.tensor([[7, 8, 9, 10, 11]])
-    exact, other = model.full_cache(8), model.full_cache(8, zeros)
+    exact, other = model.full_cache(8), model.make_cache(zeros, 8)
     assert torch.equal(model.forward(exact, ids[:, :4]), model.forward(other, ids[:, :4]))
     assert not torch.equal(model.forward(exact, ids[:, 4:]), model.forward(other, ids[:, 4:]))
     assert all(bool((layer.values[:, :, :5] == 0).all()) for layer in other.layers)
@@ -188,11 +189,19 @@ def test_methods_through_the_command_and_resumed(capsys, tmp_path, monkeypatch):
     assert out.read_text() == before == capsys.readouterr().out
 
 
+def test_a_text_longer_than_the_model_reads_is_refused(capsys, model):
+    longest = model.longest
+    command = ["eval", "--suite", "kld", "--contexts", str(2 * longest), "--steps", "8"]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert f"--contexts must be at most {longest} for reference, got {2 * longest}" in err
+
+
 def test_figures_do_not_depend_on_batches(model):
     """Two texts at once or one by one: the same distances and the same first differences."""
     ids = torch.randint(4, 300, (2, 96), generator=torch.Generator().manual_seed(1)).tolist()
     reading = Reading([ids[0], ids[1], ids[0][:80]], 6)
-    cache = kld.NamedCache("q4_0", OTHER_FORMATS["q4_0"])
+    cache = NamedCache("q4_0", OTHER_FORMATS["q4_0"])
     rows = []
     for size in (1, 2):
         engine = hf_runs.HFModel(model.model, model._tokenizer, size)

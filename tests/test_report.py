@@ -105,6 +105,14 @@ def test_one_seed_keeps_its_own_interval_and_tasks_are_averaged(tmp_path):
     assert "| random k8v4-k4v2 alpha 3/0 | -30.0 (-32.0 to -29.0) |  |" in by_task
 
 
+def test_tasks_that_full_precision_fails_are_named_but_not_shown(tmp_path):
+    out = report(tmp_path, run(task(0.7), task(0.3, name="chain", full=0.79)))
+    text = (out / "report.md").read_text()
+    assert "less than 80% of them: chain (easy, 79.0%)." in text
+    assert "Full precision is right in 90.0%." in text and "Means over recall:" in text
+    assert [row["task"] for row in rows_of(out / "tasks.csv")] == ["recall"]
+
+
 def test_models_are_compared(tmp_path):
     rows = [
         run(task(0.9 - lost), task(0.7 - lost, name="chain"), model=f"made/{name}")

@@ -19,7 +19,7 @@ from diffkv.cli.models import check_hub
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
-    from diffkv.lab.evaluation.engine import CacheSpec
+    from diffkv.lab.evaluation.engine import Compared
     from diffkv.lab.evaluation.results import TaskScore
     from diffkv.lab.evaluation.synth import Plan
     from diffkv.lab.rows import Row, Writer
@@ -80,8 +80,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--methods",
         type=Path,
         metavar="FILE",
-        help="caches to compare, options of the group cache below, one cache a line; what a line leaves "
-        "out is as on the command line",
+        help="caches to compare, one a line: options of the group cache below, where what a line leaves "
+        "out is as on the command line, or the name of another engine's format (q8_0, …)",
     )
     parser.add_argument(
         "--dtype",
@@ -181,7 +181,7 @@ def _writer(args: argparse.Namespace, device: str) -> "Writer":
     return Writer(collect(device), args.out, resume=args.resume)
 
 
-def _hf(args: argparse.Namespace, caches: "list[CacheSpec]") -> "Iterator[Row]":
+def _hf(args: argparse.Namespace, caches: "list[Compared]") -> "Iterator[Row]":
     from diffkv.lab.evaluation.runs import run_tasks
 
     with eval_hf.loaded(args) as model:
@@ -198,7 +198,7 @@ def _report(args: argparse.Namespace, score: "TaskScore") -> None:
         print(f"diffkv: {score.task} {score.setting}", file=sys.stderr)
 
 
-def _vllm(args: argparse.Namespace, caches: "list[CacheSpec]") -> "Iterator[Row]":
+def _vllm(args: argparse.Namespace, caches: "list[Compared]") -> "Iterator[Row]":
     prompts.silence_engine()
     given = {"dtype": args.dtype} if args.dtype else {}
     arguments = prompts.engine_arguments(args, max_num_seqs=args.batch_size, **given)
@@ -220,9 +220,9 @@ def run(args: argparse.Namespace) -> int:
     if args.suite == eval_lm.SUITE:
         rows = eval_lm.evaluate(args)
     elif args.engine == "vllm":
-        rows = _vllm(args, eval_methods.caches(args))
+        rows = _vllm(args, [cache.kind for cache in eval_methods.caches(args)])
     else:
-        rows = _hf(args, eval_methods.caches(args))
+        rows = _hf(args, [cache.kind for cache in eval_methods.caches(args)])
     for row in rows:
         if not args.json:
             from diffkv.cli.eval_tables import print_row

@@ -134,7 +134,7 @@ def _writer(args: argparse.Namespace, device: str) -> "Writer":
 def _hf(args: argparse.Namespace) -> "Iterator[Row]":
     from diffkv.lab.evaluation import kld
 
-    caches = eval_methods.named_caches(args)
+    caches = eval_methods.caches(args)
     content = _content(args)
     with eval_hf.loaded(args) as model:
         writer = _writer(args, model.model.device.type)
@@ -212,6 +212,11 @@ def _reading(args: argparse.Namespace, content: str | None, reader: _Reader) -> 
     """Token ids of what is to be read."""
     from diffkv.lab.evaluation.distances import Reading, read_texts
 
+    longest = max(args.contexts or [0])
+    if longest > reader.longest:
+        raise ConfigError(
+            f"--contexts must be at most {reader.longest} for {args.model}, got {longest}"
+        )
     if content is None:
         from diffkv.lab.evaluation import english
 
@@ -226,7 +231,7 @@ def _reading(args: argparse.Namespace, content: str | None, reader: _Reader) -> 
     shortest = min(map(len, texts), default=0)
     if shortest < _least_tokens(args):
         raise ConfigError(
-            f"--steps {args.steps} needs texts of {max(_least_tokens(args), *(args.contexts or [0]))} "
+            f"--steps {args.steps} needs texts of {max(_least_tokens(args), longest)} "
             f"tokens, and the shortest has {shortest}: give longer ones, or lower --steps or --contexts"
         )
     return Reading(texts, args.steps)

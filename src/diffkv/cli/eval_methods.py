@@ -13,10 +13,9 @@ from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.options import Options
 
 if TYPE_CHECKING:
-    from diffkv.lab.evaluation.engine import CacheSpec
-    from diffkv.lab.evaluation.kld import NamedCache
+    from diffkv.lab.evaluation.engine import CacheSpec, NamedCache
 
-__all__ = ["caches", "named_caches", "words"]
+__all__ = ["caches", "words"]
 
 
 class _MethodParser(argparse.ArgumentParser):
@@ -26,32 +25,19 @@ class _MethodParser(argparse.ArgumentParser):
         raise ConfigError(f"--methods: {message}")
 
 
-def caches(args: argparse.Namespace) -> "list[CacheSpec]":
-    """The caches of DiffKV that are asked for: those of --methods, else the one of the command line.
+def caches(args: argparse.Namespace) -> "list[NamedCache]":
+    """The caches that are asked for: those of --against and of --methods, or the command line's last.
 
     Raises:
-        ConfigError: a file that cannot be read, a line that is no cache's, or no line at all.
+        ConfigError: a file that cannot be read, a line that is no cache's, or no line at all; an unknown
+            name, with those that there are.
     """
-    found = []
-    for where, others, merged in _lines(args):
-        if others:
-            raise ConfigError(f"{where}: unknown {others[0]!r}")
-        found.append(_cache(merged))
-    return found
-
-
-def named_caches(args: argparse.Namespace) -> "list[NamedCache]":
-    """The same with names, and formats of other engines where --methods or --against name them.
-
-    Raises:
-        ConfigError: as `caches`; an unknown name, with those that there are.
-    """
-    from diffkv.lab.evaluation.kld import NamedCache
+    from diffkv.lab.evaluation.engine import NamedCache
 
     found = [_named(args, "--against", name) for name in (args.against or "").split(",") if name]
     for where, others, merged in _lines(args):
         if others:
-            if len(others) > 1 or others[0].startswith("-") or _given(merged, args):
+            if len(others) > 1 or others[0].startswith("-") or vars(merged) != vars(args):
                 raise ConfigError(
                     f"{where}: a line has options of the cache or one name, got {' '.join(others)!r}"
                 )
@@ -59,8 +45,7 @@ def named_caches(args: argparse.Namespace) -> "list[NamedCache]":
         else:
             options = cache_options(merged, takes_policy=False)
             found.append(NamedCache(words(options, merged.policy), _cache(merged)))
-    unique = {cache.name: cache for cache in found}
-    return list(unique.values())
+    return list({cache.name: cache for cache in found}.values())
 
 
 def _lines(
@@ -81,10 +66,6 @@ def _lines(
     if not found:
         raise ConfigError(f"--methods {args.methods} names no cache")
     return found
-
-
-def _given(merged: argparse.Namespace, args: argparse.Namespace) -> bool:
-    return vars(merged) != vars(args)
 
 
 def _cache(args: argparse.Namespace) -> "CacheSpec":
@@ -109,7 +90,7 @@ def _cache(args: argparse.Namespace) -> "CacheSpec":
 
 def _named(args: argparse.Namespace, where: str, name: str) -> "NamedCache":
     """Another engine's format, or formats of ours with the options of the command line."""
-    from diffkv.lab.evaluation.kld import NamedCache
+    from diffkv.lab.evaluation.engine import NamedCache
     from diffkv.lab.evaluation.other_formats import OTHER_FORMATS
 
     if name in OTHER_FORMATS:

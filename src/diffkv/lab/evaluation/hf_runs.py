@@ -12,8 +12,7 @@ from diffkv import hf
 from diffkv.hf import DiffKVHFCache
 from diffkv.lab.evaluation import baselines
 from diffkv.lab.evaluation.dense_cache import DenseCache
-from diffkv.lab.evaluation.engine import CacheSpec
-from diffkv.lab.evaluation.other_formats import OtherFormat
+from diffkv.lab.evaluation.engine import CacheSpec, Compared
 from diffkv.lab.evaluation.tasks import Sample, Setting
 from diffkv.quant import ConfigError
 from diffkv.use import CacheUse
@@ -143,16 +142,8 @@ class HFModel:
         return out
 
     def greedy(self, cache: Cache, batch: Batch, num_tokens: int) -> list[list[int]]:
-        """Read prompts, then questions, then continue with the likeliest tokens.
-
-        A compressed cache reads a question token by token, as if the model had made it.
-        """
-        is_token = batch.is_token
-        logits = self.forward(cache, batch.prompts, is_token)
-        at_once = 1 if isinstance(cache, DiffKVHFCache) else max(1, batch.questions.shape[1])
-        for part in batch.questions.split(at_once, 1) if batch.questions.numel() else ():
-            is_token = torch.cat([is_token, torch.ones_like(part, dtype=torch.bool)], 1)
-            logits = self.forward(cache, part, is_token)
+        """Read prompts, then questions, then continue with the likeliest tokens."""
+        logits, is_token = self._read(cache, batch)
         answers: list[Tensor] = []
         while len(answers) < num_tokens:
             answers.append(logits[:, -1:].argmax(-1).cpu())
@@ -163,11 +154,51 @@ class HFModel:
         rows: list[list[int]] = torch.cat(answers, 1).tolist()
         return rows
 
-    def check(self, cache: CacheSpec, settings: Sequence[Setting]) -> None:
+    def choose(self, cache: Cache, batch: Batch, choices: Sequence[Sequence[str]]) -> list[str]:
+        """Read prompts, then questions, and take the likeliest of the words that each may go on with.
+
+        Args:
+            cache: an empty one.
+            batch: what is read.
+            choices: words of each sample, whose first tokens differ.
+
+        Returns:
+            The word that each chose.
+        """
+        logits, _ = self._read(cache, batch)
+        chosen = []
+        for row, words in zip(logits[:, -1], choices, strict=True):
+            first = [self.encode(f" {word}", special=False)[0] for word in words]
+            if len(set(first)) < len(first):
+                raise ValueError(f"first tokens of choices must differ: {', '.join(words)}")
+            chosen.append(words[int(row[first].argmax())])
+        return chosen
+
+    def _read(self, cache: Cache, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Read prompts, then questions: the last logits, and which tokens are no padding.
+
+        A cache of ours reads a question token by token, as if the model had made it.
+        """
+        is_token = batch.is_token
+        logits = self.forward(cache, batch.prompts, is_token)
+        at_once = 1 if isinstance(cache, DiffKVHFCache) else max(1, batch.questions.shape[1])
+        for part in batch.questions.split(at_once, 1) if batch.questions.numel() else ():
+            is_token = torch.cat([is_token, torch.ones_like(part, dtype=torch.bool)], 1)
+            logits = self.forward(cache, part, is_token)
+        return logits, is_token
+
+    def check(self, cache: Compared, settings: Sequence[Setting]) -> None:
         """Every cache and setting can be evaluated."""
 
-    def make_cache(self, cache: CacheSpec, max_tokens: int) -> DiffKVHFCache:
-        """Attach the model, and make an empty cache for so many tokens a sequence."""
+    def make_cache(self, cache: Compared, max_tokens: int) -> DiffKVHFCache | DenseCache:
+        """An empty cache for so many tokens a sequence, padding included; the model gets what it needs.
+
+        Raises:
+            ConfigError: the model's vectors do not fit the formats.
+        """
+        if not isinstance(cache, CacheSpec):
+            hf.detach(self.model)
+            return DenseCache(self.model.config, max_tokens, cache)
         return DiffKVHFCache(
             hf.attach(self.model),
             cache.quant,
@@ -179,34 +210,28 @@ class HFModel:
             hf.PoolOptions(cache.page_bytes, cache.kernels, cache.segment),
         )
 
-    def full_cache(self, max_tokens: int, other: OtherFormat | None = None) -> DenseCache:
-        """Detach the model, and make an empty dense cache for so many tokens a sequence.
-
-        Args:
-            max_tokens: most tokens of a sequence, padding included.
-            other: the format that it stores; None: the model's own dtype.
-
-        Raises:
-            ConfigError: the model's vectors do not fit the format.
-        """
+    def full_cache(self, max_tokens: int) -> DenseCache:
+        """The same, of the model's own dtype."""
         hf.detach(self.model)
-        return DenseCache(self.model.config, max_tokens, other)
+        return DenseCache(self.model.config, max_tokens)
 
     def answer(
-        self, samples: Sequence[Sample], num_tokens: int, cache: CacheSpec | None
+        self, samples: Sequence[Sample], num_tokens: int, cache: Compared | None
     ) -> tuple[list[str], CacheUse | None]:
         """Answer samples; see `engine.Engine`."""
         texts, use = [""] * len(samples), CacheUse()
         for batch in self.batches(samples):
             most = batch.prompts.shape[1] + batch.questions.shape[1] + num_tokens
-            if cache is None:
-                rows = self.greedy(self.full_cache(most), batch, num_tokens)
+            mine = self.full_cache(most) if cache is None else self.make_cache(cache, most)
+            choices = [samples[number].choices for number in batch.numbers]
+            if any(choices):
+                said = self.choose(mine, batch, choices)
             else:
-                ours = self.make_cache(cache, most)
-                rows = self.greedy(ours, batch, num_tokens)
-                use += ours.use()
-            for number, row in zip(batch.numbers, rows, strict=True):
-                texts[number] = self.decode(row)
+                said = [self.decode(row) for row in self.greedy(mine, batch, num_tokens)]
+            if cache is not None:
+                use += mine.use()
+            for number, text in zip(batch.numbers, said, strict=True):
+                texts[number] = text
         return texts, use if use.tokens else None
 
 

@@ -16,36 +16,13 @@ from diffkv.hf import DiffKVHFCache
 from diffkv.lab.evaluation.dense_cache import DenseCache
 from diffkv.lab.evaluation.distances import Reading, Report, compare_caches, scores_of
 from diffkv.lab.evaluation.divergence import Divergence, compare
-from diffkv.lab.evaluation.engine import CacheSpec
+from diffkv.lab.evaluation.engine import CacheSpec, NamedCache
 from diffkv.lab.evaluation.hf_runs import HFModel
-from diffkv.lab.evaluation.other_formats import OtherFormat
 from diffkv.lab.evaluation.results import ALL_TEXTS, DISTANCES, DistanceScore
 from diffkv.lab.rows import Row, Writer
 from diffkv.use import CacheUse
 
-__all__ = ["NamedCache", "rows"]
-
-
-@dataclass(frozen=True)
-class NamedCache:
-    """A cache to compare with full precision.
-
-    Attributes:
-        name: in tables and files.
-        kind: one of ours, or another engine's format.
-    """
-
-    name: str
-    kind: CacheSpec | OtherFormat
-
-    def case(self, model: str, engine: HFModel) -> dict[str, Any]:
-        """The cache, a model and its dtype as rows name them."""
-        settings = {}
-        if isinstance(self.kind, CacheSpec):
-            settings = asdict(self.kind.method(model, engine.name))
-        dtype = str(engine.model.dtype).removeprefix("torch.")
-        named = {"model": model, "engine": engine.name, "suite": "kld", "dtype": dtype}
-        return {**named, "cache": self.name, **settings}
+__all__ = ["rows"]
 
 
 @dataclass(frozen=True)
@@ -85,13 +62,23 @@ def rows(
         writer: of the rows; those that it has already are not measured again.
         report: progress.
     """
-    asked = [(each, {**each.case(model, engine), **reading.case()}) for each in caches]
+    asked = [(each, {**_case(each, model, engine), **reading.case()}) for each in caches]
     parts: list[_Part] = []
     if any(writer.find(DISTANCES, case) is None for _, case in asked):
         parts = _read_full(engine, reading, report)
     yield from compare_caches(
         asked, writer, lambda cache: _read(engine, cache, reading, parts, report)
     )
+
+
+def _case(cache: NamedCache, model: str, engine: HFModel) -> dict[str, Any]:
+    """A cache, a model and its dtype as rows name them."""
+    settings = {}
+    if isinstance(cache.kind, CacheSpec):
+        settings = asdict(cache.kind.method(model, engine.name))
+    dtype = str(engine.model.dtype).removeprefix("torch.")
+    named = {"model": model, "engine": engine.name, "suite": "kld", "dtype": dtype}
+    return {**named, "cache": cache.name, **settings}
 
 
 def _read_full(engine: HFModel, reading: Reading, report: Report) -> list[_Part]:
@@ -130,7 +117,7 @@ def _read(
     first = np.full(len(reading.texts), reading.steps)
     uses: dict[int | str, CacheUse] = {}
     for part in parts:
-        mine = _make(engine, cache.kind, part.prompts.shape[1] + reading.steps)
+        mine = engine.make_cache(cache.kind, part.prompts.shape[1] + reading.steps)
         engine.forward(mine, part.prompts)
         branch = copy.deepcopy(mine)
         steps = _compared(engine, mine, part)
@@ -142,14 +129,6 @@ def _read(
         report(cache.name, len(found), len(reading.texts))
     forced = Divergence.join([found[number] for number in range(len(reading.texts))], axis=0)
     return scores_of(reading, forced, first, lambda context: uses[context])
-
-
-def _make(
-    engine: HFModel, kind: CacheSpec | OtherFormat, max_tokens: int
-) -> DiffKVHFCache | DenseCache:
-    if isinstance(kind, CacheSpec):
-        return engine.make_cache(kind, max_tokens)
-    return engine.full_cache(max_tokens, kind)
 
 
 def _compared(engine: HFModel, cache: DiffKVHFCache | DenseCache, part: _Part) -> Divergence:

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from diffkv.lab.evaluation.results import Method
 from diffkv.quant import ConfigError
 from diffkv.rotation import hadamard_blocks, signs
 
@@ -59,6 +60,10 @@ class OtherFormat:
                 f"{self.name} has blocks of {block}: head_dim {head_dim} is no multiple"
             )
         return head_dim * self.bits / 8 + head_dim // block * self.meta_bytes
+
+    def method(self, model: str, engine: str) -> Method:
+        """The format, a model and an engine as rows name them: all tokens in one tier."""
+        return Method(model, engine, self.name, "none", 0.0, 0.0, window=0, rotate="none")
 
 
 def _away(x: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 
 from diffkv.lab.evaluation import synth
-from diffkv.lab.evaluation.engine import CacheSpec, Engine
-from diffkv.lab.evaluation.languages import LANGUAGES, English, ReferenceWords
+from diffkv.lab.evaluation.engine import Compared, Engine
+from diffkv.lab.evaluation.languages import LANGUAGES, English, Language, ReferenceWords
 from diffkv.lab.evaluation.results import TASKS, TaskScore, figures
 from diffkv.lab.rows import Row, Writer
 from diffkv.quant import ConfigError
@@ -14,7 +14,7 @@ from diffkv.quant import ConfigError
 __all__ = ["language_of", "run_tasks"]
 
 
-def language_of(vocabulary: Collection[str], name: str | None) -> ReferenceWords | English:
+def language_of(vocabulary: Collection[str], name: str | None) -> Language:
     """The language for a model: the one asked for, else the one whose words it has.
 
     Args:
@@ -40,7 +40,7 @@ def language_of(vocabulary: Collection[str], name: str | None) -> ReferenceWords
 def run_tasks(
     engine: Engine,
     model: str,
-    caches: Sequence[CacheSpec],
+    caches: Sequence[Compared],
     plans: Sequence[synth.Plan],
     writer: Writer,
     report: Callable[[TaskScore], None] = lambda score: None,

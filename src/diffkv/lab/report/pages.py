@@ -20,6 +20,9 @@ REPORT = "report.md"
 MARKERS = {"paper": "o", "none": "X", "window": "s", "topk": "^", "random": "v"}
 """Marker of a policy: the same in every plot."""
 
+LEAST_FULL = 0.8
+"""Share of a generated task that full precision does: of one that it fails, a loss says nothing."""
+
 NOTES = """\
 B/token: real bytes of the KV budget, whole pages and tables included; *vs bf16* is the ratio by them,
 *nominal* the one by bits of codes alone. Differences are points of accuracy, compressed minus full
@@ -104,6 +107,24 @@ def _section(page: Page, place: Place, group: Sequence[Summary], is_compared: bo
         page.table([MEANS[0], *_columns(tasks, cells)], means)
 
 
+def _without_failed(page: Page, found: Sequence[Summary]) -> list[Summary]:
+    """Scores of the tasks that full precision can do; the page names the others."""
+    failed = {
+        (*row.place, row.score.task): row.score.accuracy_full
+        for row in found
+        if row.suite == "synth" and row.score.accuracy_full < LEAST_FULL
+    }
+    if failed:
+        names = (
+            f"{task} ({setting}, {percent(full)})" for (_, _, setting, task), full in failed.items()
+        )
+        page.text(
+            f"Not shown, because full precision is right in less than {LEAST_FULL:.0%} of them: "
+            f"{', '.join(names)}."
+        )
+    return [row for row in found if (*row.place, row.score.task) not in failed]
+
+
 def _file_name(*words: str) -> str:
     """A name that any file system takes."""
     kept = "-".join(words).replace("/", "-").lower()
@@ -151,8 +172,8 @@ def write(
     Returns:
         Names of the files.
     """
-    tasks = summaries(loaded.tasks)
     page, written = Page("Results"), [REPORT]
+    tasks = _without_failed(page, summaries(loaded.tasks))
 
     def plot(name: str, text: str) -> None:
         written.append(name)
