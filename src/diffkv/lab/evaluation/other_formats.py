@@ -5,7 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -114,11 +114,16 @@ def _int4(x: Tensor) -> Tensor:
     return (codes - zero) * stored
 
 
+@cache
+def _rotation(head_dim: int, device: torch.device) -> Tensor:
+    """[head_dim, head_dim]: a random Hadamard rotation, to be multiplied from the right."""
+    return (signs(head_dim)[:, None] * hadamard_blocks(head_dim)).to(device)
+
+
 def _rotated(round_trip: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The same between a random Hadamard rotation and its inverse."""
-    head_dim = x.shape[-1]
-    hadamard, flips = hadamard_blocks(head_dim).to(x.device), signs(head_dim).to(x.device)
-    return round_trip(x * flips @ hadamard) @ hadamard * flips
+    """The same between a rotation and its inverse."""
+    rotation = _rotation(x.shape[-1], x.device)
+    return round_trip(x @ rotation) @ rotation.T
 
 
 OTHER_FORMATS = {
