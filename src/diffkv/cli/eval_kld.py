@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CACHES",
         help="caches beside the one that the options below describe: formats of ours such as k8v8-k4v4; "
         "in vLLM bf16 (the model in bf16, with its own cache) and any --kv-cache-dtype of vLLM; in "
-        "transformers bf16, fp8, q8_0, q4_0, int4_per_token_head (default: nothing; in vLLM "
-        f"{DEFAULT_AGAINST})",
+        "transformers formats of other engines, such as q8_0 (docs/evaluation.md; default: nothing, in "
+        f"vLLM {DEFAULT_AGAINST})",
     )
     group.add_argument(
         "--texts",
