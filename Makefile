@@ -24,14 +24,15 @@ TORCH := $(if $(WHEELS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-bac
 
 CPP := $(shell find src -name '*.cpp' -o -name '*.h')
 
-# What `make bench` and `make eval` write.
+# What `make bench`, `make eval` and `make eval-real` write.
 RESULTS := docs/results/cpu
 FIDELITY := docs/results/fidelity
+REAL := docs/results/real-model
 
-.PHONY: help env run test bench eval eval-reference eval-reference-128 eval-hostile lint format clean
+.PHONY: help env run test bench eval eval-real eval-reference eval-reference-128 eval-hostile lint format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
 
 env: $(INSTALLED) ## make .venv: this package, vLLM for CPU, the tools
 
@@ -85,7 +86,7 @@ eval: env ## compare methods on the shipped models' tasks: docs/results/fidelity
 
 eval-reference:
 	$(EVAL) --methods $(FIDELITY)/reference/methods.txt --seed 0 1 2 --n 12 --out $(ANEW)/reference.jsonl
-	$(EVAL) --methods $(FIDELITY)/reference/methods.txt --suite kld --steps 64 --out $(ANEW)/reference.jsonl
+	$(EVAL) --methods $(FIDELITY)/reference/methods.txt --suite kld --steps 64 --contexts 1024 --out $(ANEW)/reference.jsonl
 
 eval-reference-128:
 	$(EVAL) --model reference-128 --methods $(FIDELITY)/reference-128/methods.txt --seed 0 1 2 --n 8 \
@@ -95,6 +96,21 @@ eval-hostile: $(HOSTILE:%=build/hostile/%)
 	for model in $^; do $(EVAL) --model $$model --methods $(FIDELITY)/hostile/methods.txt --n 4 \
 		--language reference-128 --tasks retrieval,long-chain,pair-chain --settings hard \
 		--out $(ANEW)/hostile.jsonl || exit; done
+
+# Sizes for two cores. On a GPU: make eval-real DEVICE=cuda \
+#   TEXTS="--contexts 4K --num-texts 24 --steps 128 --batch-size 24" SAMPLES="--n 100 --batch-size 100"
+DEVICE ?= cpu
+TEXTS ?= --contexts 2K --num-texts 4 --steps 64
+SAMPLES ?= --settings hard --n 16
+SMOLLM := $(BIN)/diffkv eval --model smollm2 --dtype float32 --resume --out $(ANEW)/real-model.jsonl
+
+eval-real: env ## compare caches on a real model, other engines' formats beside ours: docs/results/real-model
+	@mkdir -p $(ANEW)
+	$(SMOLLM) --device $(DEVICE) --suite kld --methods $(REAL)/methods.txt $(TEXTS)
+	$(SMOLLM) --device $(DEVICE) --language statements --tokens 512 --methods $(REAL)/tasks.txt $(SAMPLES)
+	mv $(ANEW)/real-model.jsonl $(REAL)/results.jsonl
+	$(BIN)/diffkv report $(REAL)/results.jsonl --out $(REAL)
+	$(BIN)/python tools/real_model_tables.py
 
 # reference-128 has outliers of its own; the plain model is without them, and the others are made of it.
 build/hostile/plain:

@@ -1,6 +1,7 @@
 """Tasks are deterministic and well formed; a run prints what the schema says."""
 
 import json
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
@@ -12,9 +13,10 @@ from diffkv.cli import main
 from diffkv.cli.engine_options import model_folder
 from diffkv.lab.evaluation import hf_runs
 from diffkv.lab.evaluation.languages import LANGUAGES, English, ReferenceWords
-from diffkv.lab.evaluation.results import KLD, TASKS, scores
+from diffkv.lab.evaluation.other_formats import OTHER_FORMATS
+from diffkv.lab.evaluation.results import TASKS, scores
 from diffkv.lab.evaluation.runs import language_of
-from diffkv.lab.evaluation.tasks import FILLER_TOKENS, SETTINGS, draw
+from diffkv.lab.evaluation.tasks import FILLER_TOKENS, SETTINGS, Sample, draw
 from diffkv.lab.rows import Row, read
 
 NUM_TOKENS = 512
@@ -35,7 +37,7 @@ def test_samples_are_a_function_of_the_seed(language, task, setting):
     assert first[0] != first[1]
     assert first != draw(task, language, setting, NUM_TOKENS, 3, 2)
     for sample in first:
-        assert (sample.question == "") == (setting == "easy")
+        assert (sample.question == "") == (setting == "easy" and not sample.choices)
         right = language.separator.join(word for word, _ in sample.answer)
         assert language.score(right, sample.answer) == 1
         assert language.score("nothing", sample.answer) == 0
@@ -62,6 +64,25 @@ def test_sum_goes_step_by_step():
     assert question == "sum sum k3 k8 ;"
     assert [word for word, _ in answer] == ["n0", "k3", "n5", "n5", "k8", "n13", "n2"]
     assert [word for word, scored in answer if scored] == ["n5", "n5", "n13", "n2"]
+
+
+def test_a_choice_follows_the_last_word_of_the_question():
+    words = LANGUAGES["statements"]
+    (easy,), (hard,) = (draw("cloze", words, setting, NUM_TOKENS, 1, 0) for setting in SETTINGS)
+    (place, scored), *others = easy.answer
+    assert scored and not others and place in easy.choices and len(set(easy.choices)) == 3
+    person = easy.prompt.splitlines()[-1].removesuffix(" lives")
+    assert easy.question == " in" and f"{person} lives in {place}." in easy.prompt
+    assert hard.question == f"\n{person} lives in" and hard.choices == easy.choices
+
+
+def test_statements_are_scored_word_by_word():
+    words = LANGUAGES["statements"]
+    facts, question, answer = words.ask_copy(["anchor", "basket", "candle"])
+    assert facts == ["The list is: anchor, basket, candle."] and question == "The list is: anchor,"
+    assert words.score(" basket, candle.\nThe next", answer) == 1
+    assert words.score(" candle, basket.", answer) == 0
+    assert words.score(" basket", answer) == 0.5
 
 
 def test_language_follows_the_vocabulary():
@@ -121,6 +142,33 @@ def test_methods_and_seeds_of_one_command_can_be_resumed(capsys, tmp_path):
     assert (status, printed, out.read_text()) == (0, before, before)
 
 
+def test_formats_of_others_answer_too(capsys, tmp_path):
+    methods = tmp_path / "methods.txt"
+    methods.write_text("q8_0\n--quant k8v8\n")
+    status, out, _ = run(capsys, "--tasks", "sum", "--methods", str(methods))
+    assert status == 0
+    other, ours = (Row.parse(line) for line in out.splitlines())
+    assert (other["quant"], other["policy"], ours["quant"]) == ("q8_0", "none", "k8v8")
+    for score in scores(other):
+        assert score.accuracy == score.accuracy_full == 1 and score.high == 1
+        assert score.ratio_bf16 == pytest.approx(128 / 68, rel=1e-5)
+
+
+def test_choices_are_the_likeliest_of_the_words():
+    model = hf_runs.load(model_folder("reference"), torch.float32, 4, "cpu")
+    samples = [
+        Sample("<bos> k1 v1 ; k2 v2 ; ? ? k1 k2 ; k1", "", (("v1", True),), ("v2", "v1", "v9")),
+        Sample("<bos> k1 v1 ; k2 v2 ; ? ? k2 k1 ; k2", "", (("v2", True),), ("v2", "v1", "v9")),
+        Sample("<bos> k1 v1 ; k2 v2 ; ? ? k2 k1 ; k2", "", (("v2", True),), ("v7", "v8")),
+    ]
+    texts, use = model.answer(samples, 1, None)
+    assert texts[:2] == ["v1", "v2"] and texts[2] in ("v7", "v8") and use is None
+    again, use = model.answer(samples, 1, OTHER_FORMATS["bf16"])
+    assert again == texts and use.ratio_bf16 == 1
+    with pytest.raises(ValueError, match="first tokens of choices must differ: v1, v1"):
+        model.answer([replace(samples[0], choices=("v1", "v1"))], 1, None)
+
+
 def test_a_window_forgets_what_is_asked_for(capsys):
     _, out, _ = run(
         capsys, "--tasks", "retrieval", "--quant", "k8v4", "--policy", "window:keep=0.3,sinks=4"
@@ -129,22 +177,6 @@ def test_a_window_forgets_what_is_asked_for(capsys):
         assert score.accuracy < 0.7 and score.accuracy_full == 1
         assert score.ci95_high < 0
         assert score.dropped > 0.5
-
-
-def test_lossless_has_no_divergence(capsys, tmp_path):
-    texts = tmp_path / "texts.txt"
-    prompt = draw("chain", ReferenceWords(), "easy", 256, 2, 0)
-    texts.write_text("\n".join(sample.prompt for sample in prompt))
-    options = ("--suite", "kld", "--texts", str(texts), "--steps", "8")
-    exact, lossy = (
-        Row.parse(run(capsys, *options, "--quant", quant, "--policy", "none")[1])
-        for quant in ("k16v16", "k2v2")
-    )
-    assert (exact.kind, exact["modes"]) == (KLD, ["forced", "free"])
-    for good, bad in zip(scores(exact), scores(lossy), strict=True):
-        assert good.kld_mean < 1e-6 < 1e-4 < bad.kld_mean
-        assert good.same_top1 == 1 and good.diverged == 0 and good.first_divergence == 8
-        assert good.steps == 16 >= bad.steps
 
 
 @pytest.mark.parametrize(
@@ -157,6 +189,7 @@ def test_lossless_has_no_divergence(capsys, tmp_path):
         (("--n", "1"), "at least 2"),
         (("--language", "latin"), "unknown language"),
         (("--texts", "x"), "--suite kld"),
+        (("--against", "fp8"), "--against is for --suite kld"),
         (("--engine", "vllm", "--policy", "topk"), "by alpha_high and alpha_low: paper"),
         (("--engine", "vllm", "--settings", "hard"), "--settings easy"),
         (("--model", "/nowhere"), "cannot load /nowhere"),
@@ -188,4 +221,4 @@ def test_draws_stay_what_they_are():
     for language, task, setting in CASES:
         for sample in draw(task, language, setting, NUM_TOKENS, 2, 0):
             digest.update(json.dumps([sample.prompt, sample.question, sample.answer]).encode())
-    assert digest.hexdigest()[:16] == "5f46bc896eaa0e8f"
+    assert digest.hexdigest()[:16] == "a8361a0162ba629e"

@@ -7,7 +7,7 @@ from matplotlib.image import imread
 from scipy.stats import ttest_1samp
 
 from diffkv.cli import main
-from diffkv.lab.evaluation.results import HEADS, KLD, TASKS, KldScore, TaskScore, figures
+from diffkv.lab.evaluation.results import DISTANCES, HEADS, TASKS, DistanceScore, TaskScore, figures
 from diffkv.lab.provenance import Provenance
 from diffkv.lab.rows import Row
 
@@ -23,7 +23,8 @@ METHOD = {
     "rotate": "none",
 }
 SPENT = {"nominal_ratio_bf16": 5.0, "high": 0.25, "low": 0.75, "dropped": 0.0}
-DISTANCES = {"same_top1": 0.99, "first_divergence": 90.0, "diverged": 0.25}
+NEAR = {"same_top1": 0.99, "first_divergence": 90.0, "diverged": 0.25}
+PERPLEXITIES = {"perplexity": 10.5, "perplexity_full": 10.0}
 
 
 def task(accuracy, *, name="recall", num_bytes=400.0, full=0.9, n=50):
@@ -40,11 +41,19 @@ def run(*tasks, seed=0, **method):
     return Row(TASKS, case, figures(TASKS, tasks), PROVENANCE)
 
 
-def kld(mean):
-    figure = {"kld_mean": mean, "kld_median": mean / 2, "kld_p999": 10 * mean}
-    score = KldScore(4, 400.0, 3.84, mode="forced", steps=100, **figure, **DISTANCES, **SPENT)
-    case = {**METHOD, "suite": "kld", "modes": ["forced"]}
-    return Row(KLD, case, figures(KLD, [score]), PROVENANCE)
+def kld(mean, cache="k8v4-k4v2", num_bytes=400.0, contexts=("all",), **settings):
+    """A row of distances: of texts of each length the mean is larger."""
+    case = {"model": "reference", "engine": "hf", "suite": "kld", "dtype": "float32"}
+    texts = {"contexts": list(contexts), "texts": 4, "sha256": "abc", "max_steps": 25}
+    found = []
+    for number, context in enumerate(contexts, 1):
+        first = number * mean
+        figure = {"kld_mean": first, "kld_median": first / 2, "kld_p99": 5 * first}
+        figure = {**figure, "kld_p999": 10 * first, **NEAR, **PERPLEXITIES}
+        spent = {"bytes_per_token": num_bytes, "ratio_bf16": 1536 / num_bytes, **SPENT}
+        found.append(DistanceScore(n=4, context=context, steps=100, **figure, **spent))
+    case = {**case, "cache": cache, **settings, **texts}
+    return Row(DISTANCES, case, figures(DISTANCES, found), PROVENANCE)
 
 
 def heads():
@@ -96,6 +105,14 @@ def test_one_seed_keeps_its_own_interval_and_tasks_are_averaged(tmp_path):
     assert "| random k8v4-k4v2 alpha 3/0 | -30.0 (-32.0 to -29.0) |  |" in by_task
 
 
+def test_tasks_that_full_precision_fails_are_named_but_not_shown(tmp_path):
+    out = report(tmp_path, run(task(0.7), task(0.3, name="chain", full=0.79)))
+    text = (out / "report.md").read_text()
+    assert "less than 80% of them: chain (easy, 79.0%)." in text
+    assert "Full precision is right in 90.0%." in text and "Means over recall:" in text
+    assert [row["task"] for row in rows_of(out / "tasks.csv")] == ["recall"]
+
+
 def test_models_are_compared(tmp_path):
     rows = [
         run(task(0.9 - lost), task(0.7 - lost, name="chain"), model=f"made/{name}")
@@ -109,16 +126,36 @@ def test_models_are_compared(tmp_path):
 
 
 def test_pictures_are_drawn(tmp_path):
-    out = report(tmp_path, run(task(0.8), task(0.7, name="chain")), kld(0.01), heads())
+    out = report(tmp_path, run(task(0.8), task(0.7, name="chain")), heads())
     text = (out / "report.md").read_text()
     names = sorted(path.name for path in out.glob("*.png"))
     assert names == ["heads-reference-0.png", "pareto-reference-synth-easy.png"]
     for name in names:
         assert f"]({name})" in text
         assert imread(out / name)[..., :3].std() > 0.02
-    (row,) = rows_of(out / "kld.csv")
-    assert float(row["kld_p999"]) == pytest.approx(0.1)
-    assert "| 4 | 0.01 | 0.005 | 0.1 | 99.0% | 90.0 |" in text
+
+
+def test_distances_have_tables_by_length_and_two_plots(tmp_path):
+    contexts = ("all", 1024, 4096)
+    ours = kld(0.01, quant="k8v4-k4v2", contexts=contexts)
+    failed = Row(DISTANCES, kld(0, "int4").case, {}, PROVENANCE, error="no such cache")
+    once_failed = Row(DISTANCES, ours.case, {}, PROVENANCE, error="was interrupted")
+    out = report(tmp_path, once_failed, ours, kld(0.02, "q8_0", 800.0, contexts), failed)
+    text = (out / "report.md").read_text()
+
+    every, short, long = text.split("Texts of ")[1:]
+    assert every.startswith("all lengths: 4, 100 steps, model in float32; full precision has")
+    assert "| k8v4-k4v2 | 400 | 3.84x | 0.0100 | 0.0050 | 0.050 | 0.100 | 99.0% | 10.50 |" in every
+    assert every.index("| k8v4-k4v2 |") < every.index("| q8_0 |")
+    assert short.startswith("1,024 tokens") and "| q8_0 | 800 | 1.92x | 0.0400 |" in short
+    assert long.startswith("4,096 tokens") and "| k8v4-k4v2 | 400 | 3.84x | 0.0300 |" in long
+    assert "* int4: no such cache" in text and "interrupted" not in text
+    for key in ("mean", "p99"):
+        name = f"kld-{key}-reference-hf-abc.png"
+        assert f"]({name})" in every and imread(out / name)[..., :3].std() > 0.02
+    rows = rows_of(out / "distances.csv")
+    assert [row["context"] for row in rows] == ["all", "1024", "4096"] * 2
+    assert float(rows[0]["kld_p999"]) == pytest.approx(0.1)
 
 
 def short_of(name):
@@ -136,6 +173,8 @@ def short_of(name):
         (Row("attention", METHOD, {}, PROVENANCE).to_json(), "a row of kind attention"),
         (Row("tasks", {"model": "m"}, {}, PROVENANCE).to_json(), "case lacks engine, quant"),
         (short_of("high").to_json(), "measured needs 1 values of high"),
+        (Row("distances", {"cache": "q8_0"}, {}, PROVENANCE).to_json(), "case lacks model, engine"),
+        (f"{kld(0.1).to_json()}\n" * 2, "the distances of k8v4-k4v2 once more"),
         (f"{run(task(0.5)).to_json()}\n" * 2, "with seed 0 once more: name each result once"),
         ("", "no results"),
     ],

@@ -2,29 +2,24 @@
 
 import argparse
 import importlib.util
-import shlex
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from diffkv.cli import eval_kld, eval_lm, prompts
-from diffkv.cli.arguments import Joined, Listed, Once, at_least, num_tokens, positive
+from diffkv.cli import eval_hf, eval_kld, eval_lm, eval_methods, prompts
+from diffkv.cli.arguments import Joined, Listed, at_least, num_tokens, positive
 from diffkv.cli.engine_options import (
     REFERENCE,
     SHIPPED,
     add_cache_options,
-    cache_options,
     model_folder,
 )
 from diffkv.cli.models import check_hub
-from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
-    from diffkv.lab.evaluation.engine import CacheSpec
+    from diffkv.lab.evaluation.engine import Compared
     from diffkv.lab.evaluation.results import TaskScore
     from diffkv.lab.evaluation.synth import Plan
     from diffkv.lab.rows import Row, Writer
@@ -37,7 +32,6 @@ PASSES_FLAGS_ON = True
 SUITES = ("synth", "kld", eval_lm.SUITE)
 DEFAULT_NUM_SAMPLES = 16
 DEFAULT_TOKENS, LEAST_TOKENS = 1024, 256
-DEFAULT_STEPS = 128
 DEFAULT_BATCH = 16
 
 
@@ -58,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("hf", "vllm"),
         default="hf",
         help="vllm: policies with thresholds and none; synth asks at the end of the prompt; kld "
-        "compares vLLM's own caches too (default: hf)",
+        "compares vLLM's own caches too (default: hf, transformers)",
     )
     _add_run_options(parser)
     _add_suite_options(parser)
@@ -86,8 +80,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--methods",
         type=Path,
         metavar="FILE",
-        help="caches to compare, options of the group cache below, one cache a line; what a line leaves "
-        "out is as on the command line",
+        help="caches to compare, one a line: options of the group cache below, where what a line leaves "
+        "out is as on the command line, or the name of another engine's format (q8_0, …)",
     )
     parser.add_argument(
         "--dtype",
@@ -112,7 +106,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_suite_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what is asked in the suites synth and kld."""
+    """Declare what is asked in the suite synth."""
     group = parser.add_argument_group("suite synth")
     group.add_argument(
         "--tasks", action=Joined, help="names, separated by commas (default: all of the language)"
@@ -135,19 +129,6 @@ def _add_suite_options(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_TOKENS,
         help="of a prompt (default: %(default)s)",
     )
-    group = parser.add_argument_group("suite kld")
-    group.add_argument(
-        "--texts",
-        type=Path,
-        metavar="FILE",
-        help='one text a line, or JSON lines with "text" (default: the shipped prompts)',
-    )
-    group.add_argument(
-        "--steps",
-        type=positive,
-        default=DEFAULT_STEPS,
-        help="most compared steps of a text (default: %(default)s)",
-    )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -164,81 +145,19 @@ def _check(args: argparse.Namespace) -> None:
         for name in ("limit", "thinking", "run_code"):
             if getattr(args, name):
                 raise ConfigError(f"--{name.replace('_', '-')} is for --suite {eval_lm.SUITE}")
-    if args.suite != "kld" and args.texts is not None:
-        raise ConfigError("--texts is for --suite kld")
+    for name in ("texts", "against", "contexts", "num_texts"):
+        if args.suite != "kld" and getattr(args, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} is for --suite kld")
     if args.suite == "kld" and args.seed != [0]:
         raise ConfigError("--suite kld draws nothing: leave out --seed")
     for name in ("device", "threads"):
         if args.engine == "vllm" and getattr(args, name) is not None:
             raise ConfigError(f"--{name} is for --engine hf: vLLM chooses for itself")
-    if (args.suite, args.engine) != ("kld", "vllm"):
-        for name in ("against", "contexts", "num_texts"):
-            if getattr(args, name) is not None:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"{flag} is for --suite kld --engine vllm")
     check_hub(model_folder(args.model))
     if args.resume and args.out is None:
         raise ConfigError("--resume goes on with a file: give --out")
     if args.out is not None and not args.out.parent.is_dir():
         raise ConfigError(f"cannot write --out {args.out}: there is no folder {args.out.parent}")
-
-
-class _MethodParser(argparse.ArgumentParser):
-    """Refuses a line of --methods in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"--methods: {message}")
-
-
-def _caches(args: argparse.Namespace) -> "list[CacheSpec]":
-    """The caches that are asked for: those of --methods, else the one of the command line."""
-    if args.methods is None:
-        return [_cache(args)]
-    parser = _MethodParser(add_help=False, allow_abbrev=False)
-    parser.register("action", None, Once)
-    add_cache_options(parser)
-    caches = []
-    for number, line in enumerate(prompts.read_text(args.methods, "--methods").splitlines(), 1):
-        options, others = parser.parse_known_args(shlex.split(line, comments=True))
-        if others:
-            raise ConfigError(f"--methods {args.methods}, line {number}: unknown {others[0]!r}")
-        if line.partition("#")[0].strip():
-            given = {name: value for name, value in vars(options).items() if value is not None}
-            caches.append(_cache(argparse.Namespace(**{**vars(args), **given})))
-    if not caches:
-        raise ConfigError(f"--methods {args.methods} names no cache")
-    return caches
-
-
-def _cache(args: argparse.Namespace) -> "CacheSpec":
-    from diffkv.lab.evaluation import baselines
-    from diffkv.lab.evaluation.engine import CacheSpec
-
-    options = cache_options(args, takes_policy=False)
-    policy = baselines.parse(args.policy or options.policy)
-    if not policy.uses_thresholds and (args.alpha_high, args.alpha_low) != (None, None):
-        raise ConfigError(f"policy {policy} has no thresholds: leave out --alpha-high, --alpha-low")
-    return CacheSpec(
-        options.quant_config(),
-        policy,
-        options.thresholds() if policy.uses_thresholds else Thresholds(),
-        options.window,
-        options.page_bytes,
-        options.kernels,
-        options.rotation(),
-        options.segment if policy.uses_thresholds else 0,
-    )
-
-
-def _device_and_dtype(args: argparse.Namespace) -> "tuple[str, torch.dtype]":
-    import torch
-
-    device = args.device or prompts.device()
-    if device == "cuda" and prompts.device() == "cpu":
-        raise ConfigError("--device cuda: torch sees no GPU; leave it out, or use cpu")
-    name = args.dtype or ("bfloat16" if device == "cuda" else "float32")
-    dtype: torch.dtype = getattr(torch, name)
-    return device, dtype
 
 
 def _plans(args: argparse.Namespace, vocabulary: Collection[str]) -> "list[Plan]":
@@ -262,29 +181,15 @@ def _writer(args: argparse.Namespace, device: str) -> "Writer":
     return Writer(collect(device), args.out, resume=args.resume)
 
 
-def _hf(args: argparse.Namespace, caches: "list[CacheSpec]") -> "Iterator[Row]":
-    import torch
+def _hf(args: argparse.Namespace, caches: "list[Compared]") -> "Iterator[Row]":
+    from diffkv.lab.evaluation.runs import run_tasks
 
-    from diffkv.lab.evaluation import hf_runs
-    from diffkv.lab.evaluation.kld import read_texts
-    from diffkv.lab.evaluation.runs import run_kld, run_tasks
-
-    texts = read_texts(eval_kld.read_content(args)) if args.suite == "kld" else []
-    device, dtype = _device_and_dtype(args)
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads or (1 if args.model == REFERENCE else before))
-    try:
-        model = hf_runs.load(model_folder(args.model), dtype, args.batch_size, device)
-        writer = _writer(args, device)
-        if args.suite == "kld":
-            yield from run_kld(model, args.model, caches, texts, args.steps, writer)
-        else:
-            plans = _plans(args, model.vocabulary)
-            yield from run_tasks(
-                model, args.model, caches, plans, writer, lambda score: _report(args, score)
-            )
-    finally:
-        torch.set_num_threads(before)
+    with eval_hf.loaded(args) as model:
+        writer = _writer(args, model.model.device.type)
+        plans = _plans(args, model.vocabulary)
+        yield from run_tasks(
+            model, args.model, caches, plans, writer, lambda score: _report(args, score)
+        )
 
 
 def _report(args: argparse.Namespace, score: "TaskScore") -> None:
@@ -293,7 +198,7 @@ def _report(args: argparse.Namespace, score: "TaskScore") -> None:
         print(f"diffkv: {score.task} {score.setting}", file=sys.stderr)
 
 
-def _vllm(args: argparse.Namespace, caches: "list[CacheSpec]") -> "Iterator[Row]":
+def _vllm(args: argparse.Namespace, caches: "list[Compared]") -> "Iterator[Row]":
     prompts.silence_engine()
     given = {"dtype": args.dtype} if args.dtype else {}
     arguments = prompts.engine_arguments(args, max_num_seqs=args.batch_size, **given)
@@ -310,14 +215,14 @@ def _vllm(args: argparse.Namespace, caches: "list[CacheSpec]") -> "Iterator[Row]
 def run(args: argparse.Namespace) -> int:
     """Evaluate, and print a table and a JSON line for each cache and seed."""
     _check(args)
-    if (args.suite, args.engine) == ("kld", "vllm"):
+    if args.suite == "kld":
         return eval_kld.evaluate(args)
     if args.suite == eval_lm.SUITE:
         rows = eval_lm.evaluate(args)
     elif args.engine == "vllm":
-        rows = _vllm(args, _caches(args))
+        rows = _vllm(args, [cache.kind for cache in eval_methods.caches(args)])
     else:
-        rows = _hf(args, _caches(args))
+        rows = _hf(args, [cache.kind for cache in eval_methods.caches(args)])
     for row in rows:
         if not args.json:
             from diffkv.cli.eval_tables import print_row

@@ -1,45 +1,71 @@
-"""The suite `kld` of `diffkv eval` through vLLM: its own caches beside DiffKV's."""
+"""The suite `kld` of `diffkv eval`: other engines' caches and formats beside DiffKV's."""
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from diffkv.cli import prompts
+from diffkv.cli import eval_hf, eval_methods, prompts
 from diffkv.cli.arguments import Joined, Listed, num_tokens, positive
 from diffkv.cli.engine_options import SHIPPED, cache_options, model_folder
 from diffkv.cli.models import load_config
 from diffkv.quant import ConfigError
 
 if TYPE_CHECKING:
-    from diffkv.lab.evaluation.vllm_kld import ComparedCache, Reading
-    from diffkv.vllm_plugin.front.forcing import ForcedEngine
+    from diffkv.lab.evaluation.distances import Reading
+    from diffkv.lab.evaluation.vllm_kld import ComparedCache
+    from diffkv.lab.rows import Row, Writer
     from diffkv.vllm_plugin.options import Options
 
-__all__ = ["add_arguments", "evaluate", "read_content"]
+__all__ = ["add_arguments", "evaluate"]
 
 DEFAULT_AGAINST = "bf16,fp8"
 DEFAULT_NUM_TEXTS = 4
 DEFAULT_CONTEXT = 2048
+DEFAULT_STEPS, LEAST_STEPS = 128, 2
 MIN_KV_BYTES = 256 << 20
-LEAST_STEPS = 2
 BF16 = "bf16"
 
 
+class _Reader(Protocol):
+    """A model that texts are read with.
+
+    Attributes:
+        longest: most tokens that it reads.
+    """
+
+    @property
+    def longest(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the tokenizer's own opening."""
+        ...
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that only this suite has, with that engine."""
+    """Declare the options that only this suite has."""
     group = parser.add_argument_group(
-        "suite kld, --engine vllm",
+        "suite kld",
         "every cache reads the same tokens, and its next-token distributions are compared with those of "
-        "the model in float32",
+        "full precision",
     )
     group.add_argument(
         "--against",
         action=Joined,
         metavar="CACHES",
-        help="caches beside the one that the options below describe: bf16 (the model in bf16, with its "
-        "own cache), any --kv-cache-dtype of vLLM, or formats of ours such as k8v8-k4v4 (default: "
-        f"{DEFAULT_AGAINST})",
+        help="caches beside the one that the options below describe: formats of ours such as k8v8-k4v4; "
+        "in vLLM bf16 (the model in bf16, with its own cache) and any --kv-cache-dtype of vLLM; in "
+        "transformers formats of other engines, such as q8_0 (docs/evaluation.md; default: nothing, in "
+        f"vLLM {DEFAULT_AGAINST})",
+    )
+    group.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help='one text a line, or JSON lines with "text" (default: the language reference of Python; of '
+        "a shipped model its prompts)",
     )
     group.add_argument(
         "--contexts",
@@ -56,15 +82,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"texts of each length (default: {DEFAULT_NUM_TEXTS}, or all that --texts has)",
     )
+    group.add_argument(
+        "--steps",
+        type=positive,
+        default=DEFAULT_STEPS,
+        help="compared steps at the end of each text (default: %(default)s)",
+    )
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.methods is not None:
+    if args.engine == "vllm" and args.methods is not None:
         raise ConfigError("--methods does not go with --suite kld --engine vllm: take --against")
     if args.steps < LEAST_STEPS:
-        raise ConfigError(
-            f"--steps must be at least {LEAST_STEPS} with --engine vllm, got {args.steps}"
-        )
+        raise ConfigError(f"--steps must be at least {LEAST_STEPS}, got {args.steps}")
     least = _least_tokens(args)
     for context in args.contexts or ():
         if context < least:
@@ -81,17 +111,8 @@ def _least_tokens(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     """Compare the caches, and print a JSON line for each and a table of all."""
     _check(args)
-    prompts.silence_engine()
-    options = cache_options(args)
-    from diffkv.lab.evaluation import vllm_kld
-    from diffkv.lab.provenance import collect
-    from diffkv.lab.rows import Writer
-
-    caches = _caches(args, options)
-    job = vllm_kld.KldJob(args.model, _arguments(args), caches)
-    writer = Writer(collect(prompts.device()), args.out, resume=args.resume)
     done = []
-    for row in vllm_kld.rows(job, lambda engine: _reading(args, engine), writer, _progress(args)):
+    for row in _vllm(args) if args.engine == "vllm" else _hf(args):
         done.append(row)
         if row.error is not None:
             print(f"diffkv: {row['cache']} is not there: {row.error}", file=sys.stderr)
@@ -101,6 +122,37 @@ def evaluate(args: argparse.Namespace) -> int:
 
         print_distances([row for row in done if row.error is None])
     return 0
+
+
+def _writer(args: argparse.Namespace, device: str) -> "Writer":
+    from diffkv.lab.provenance import collect
+    from diffkv.lab.rows import Writer
+
+    return Writer(collect(device), args.out, resume=args.resume)
+
+
+def _hf(args: argparse.Namespace) -> "Iterator[Row]":
+    from diffkv.lab.evaluation import kld
+
+    caches = eval_methods.caches(args)
+    content = _content(args)
+    with eval_hf.loaded(args) as model:
+        writer = _writer(args, model.model.device.type)
+        reading = _reading(args, content, model)
+        yield from kld.rows(model, args.model, caches, reading, writer, _progress(args))
+
+
+def _vllm(args: argparse.Namespace) -> "Iterator[Row]":
+    prompts.silence_engine()
+    options = cache_options(args)
+    from diffkv.lab.evaluation import vllm_kld
+
+    job = vllm_kld.KldJob(args.model, _arguments(args), _caches(args, options))
+    content = _content(args)
+    writer = _writer(args, prompts.device())
+    yield from vllm_kld.rows(
+        job, lambda engine: _reading(args, content, engine), writer, _progress(args)
+    )
 
 
 def _arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -141,50 +193,45 @@ def _caches(args: argparse.Namespace, options: "Options") -> "list[ComparedCache
                     f"ours ({error})"
                 ) from None
             caches.append(ComparedCache(name, {}, ours))
-    words = _words(options)
+    words = eval_methods.words(options)
     return [*(cache for cache in caches if cache.name != words), ComparedCache(words, {}, options)]
 
 
-def _words(options: "Options") -> str:
-    """The formats, and what differs from their defaults."""
-    given = {name: value for name, value in options.to_dict().items() if name != "quant"}
-    return " ".join([options.quant, *(f"{name}={value}" for name, value in given.items())])
-
-
-def read_content(args: argparse.Namespace) -> str:
-    """Content of --texts, or the shipped prompts.
+def _content(args: argparse.Namespace) -> str | None:
+    """Content of --texts, or the prompts of a shipped model; None: Python's documentation is read.
 
     Raises:
-        ConfigError: a file that cannot be read, or no file and a model that does not ship.
+        ConfigError: a file that cannot be read.
     """
     if args.texts is not None:
         return prompts.read_text(args.texts, "--texts")
-    if args.model not in SHIPPED:
-        raise ConfigError("give --texts: the shipped prompts are for the shipped models")
-    return prompts.shipped_prompts()
+    return prompts.shipped_prompts() if args.model in SHIPPED else None
 
 
-def _reading(args: argparse.Namespace, engine: "ForcedEngine") -> "Reading":
-    """Token ids: of given texts, of the shipped model's prompts, or of Python's documentation."""
-    from diffkv.lab.evaluation.kld import read_texts
-    from diffkv.lab.evaluation.vllm_kld import Reading
+def _reading(args: argparse.Namespace, content: str | None, reader: _Reader) -> "Reading":
+    """Token ids of what is to be read."""
+    from diffkv.lab.evaluation.distances import Reading, read_texts
 
-    if args.texts is None and args.model not in SHIPPED:
+    longest = max(args.contexts or [0])
+    if longest > reader.longest:
+        raise ConfigError(
+            f"--contexts must be at most {reader.longest} for {args.model}, got {longest}"
+        )
+    if content is None:
         from diffkv.lab.evaluation import english
 
         num = args.num_texts or DEFAULT_NUM_TEXTS
         return Reading(
-            english.cut(engine.encode, num, args.contexts or [DEFAULT_CONTEXT]), args.steps
+            english.cut(reader.encode, num, args.contexts or [DEFAULT_CONTEXT]), args.steps
         )
-    given = read_texts(read_content(args))[: args.num_texts]
-    texts = [engine.encode(each.text) for each in given]
+    texts = [reader.encode(text) for text in read_texts(content)[: args.num_texts]]
     if args.contexts is not None:
         texts = [text[:length] for length in args.contexts for text in texts if len(text) >= length]
-    texts = [text[: engine.longest] for text in texts]
+    texts = [text[: reader.longest] for text in texts]
     shortest = min(map(len, texts), default=0)
     if shortest < _least_tokens(args):
         raise ConfigError(
-            f"--steps {args.steps} needs texts of {max(_least_tokens(args), *(args.contexts or [0]))} "
+            f"--steps {args.steps} needs texts of {max(_least_tokens(args), longest)} "
             f"tokens, and the shortest has {shortest}: give longer ones, or lower --steps or --contexts"
         )
     return Reading(texts, args.steps)

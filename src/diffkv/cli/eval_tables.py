@@ -8,7 +8,6 @@ from rich.table import Column, Table
 from diffkv.lab.evaluation.results import (
     ALL_TEXTS,
     DistanceScore,
-    KldScore,
     Method,
     Score,
     TaskScore,
@@ -19,7 +18,6 @@ from diffkv.lab.rows import Row
 __all__ = ["print_distances", "print_row"]
 
 TASK = ("task", "setting", "n", "accuracy", "full precision", "difference, 95 %")
-MODE = ("mode", "texts", "steps", "KLD mean", "median", "99.9 %", "same top 1", "first divergence")
 DISTANCE = ("bytes", "vs bf16", "mean KL", "99 %", "same", "ppl", "differs at")
 SPENT = ("bytes / token", "vs bf16 (bits alone)", "high / low / dropped")
 
@@ -38,21 +36,13 @@ def _task(score: TaskScore) -> tuple[str, ...]:
     return score.task, score.setting, str(score.n), *accuracies, difference
 
 
-def _mode(score: KldScore) -> tuple[str, ...]:
-    distances = (f"{kld:.2e}" for kld in (score.kld_mean, score.kld_median, score.kld_p999))
-    divergence = f"{score.first_divergence:.1f} ({score.diverged:.0%} of texts)"
-    counts = str(score.n), str(score.steps)
-    return score.mode, *counts, *distances, f"{score.same_top1:.1%}", divergence
-
-
 def print_row(row: Row) -> None:
-    """Print one table."""
+    """Print the table of a row of tasks."""
     method, found = Method.of(row), scores(row)
-    are_tasks = isinstance(found[0], TaskScore)
     title = f"{method.model}, {method.label()}, seed {row.get('seed', 0)}"
-    table = Table(*(TASK if are_tasks else MODE), *SPENT, title=title)
+    table = Table(*TASK, *SPENT, title=title)
     for score in found:
-        table.add_row(*(_task(score) if are_tasks else _mode(score)), *_spent(score))
+        table.add_row(*_task(score), *_spent(score))
     Console().print(table)
 
 

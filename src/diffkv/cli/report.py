@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="folder for report.md and plots"
     )
     parser.add_argument("--no-plots", action="store_true", help="tables only")
-    parser.add_argument("--csv", action="store_true", help="write tasks.csv and kld.csv too")
+    parser.add_argument("--csv", action="store_true", help="write tasks.csv and distances.csv too")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,16 +4,33 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from diffkv.quant import ConfigError
 
-__all__ = ["Bar", "HeatMap", "Lines", "Point", "bars", "heat_maps", "lines", "pareto", "require"]
+__all__ = [
+    "Bar",
+    "HeatMap",
+    "Lines",
+    "Point",
+    "Spot",
+    "bars",
+    "heat_maps",
+    "lines",
+    "pareto",
+    "require",
+    "spots",
+]
 
 DPI = 100
 COLOURS = 64
 """Colours of a PNG: enough for lines and text, a third of the bytes."""
+
+NAME_DISTANCES = (6, 14, 24, 36, 50)
+NAME_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+"""Where the name of a point may be: points of space away from it, to the right, to the left, above, …"""
 
 RATIO_SPAN = (0.25, 4.0)
 """Ratios that have the two ends of the colours."""
@@ -48,6 +65,16 @@ class Point:
     low: float
     high: float
     marker: str = "o"
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A point with its name beside it."""
+
+    name: str
+    x: float
+    y: float
+    marker: str
 
 
 @dataclass(frozen=True)
@@ -163,6 +190,80 @@ def pareto(
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
+
+
+def spots(
+    path: Path,
+    title: str,
+    x: str,
+    y: str,
+    points: Sequence[Spot],
+    names: Mapping[str, str],
+) -> None:
+    """Named points of which less x and less y is better, on logarithmic axes; the best are joined.
+
+    Args:
+        path: PNG file.
+        title: above it.
+        x: label of the axis.
+        y: likewise.
+        points: to be drawn.
+        names: what each marker stands for.
+    """
+    figure = _figure(10, 7)
+    axes = figure.subplots()
+    for index, (marker, name) in enumerate(names.items()):
+        mine = [point for point in points if point.marker == marker]
+        if mine:
+            places = [p.x for p in mine], [p.y for p in mine]
+            axes.plot(*places, marker, color=f"C{index}", label=name)
+    front: list[Spot] = []
+    for point in sorted(points, key=lambda point: (point.x, point.y)):
+        if not front or point.y < front[-1].y:
+            front.append(point)
+    axes.plot([p.x for p in front], [p.y for p in front], color="0.6", linewidth=1, zorder=0)
+    axes.set(xlabel=x, ylabel=y, title=title, xscale="log", yscale="log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("{x:,.0f}")
+    axes.tick_params(axis="x", which="both", labelsize=7)
+    axes.margins(0.08)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _write_names(figure, axes, points)
+    _save(figure, path)
+
+
+def _write_names(figure: Any, axes: Any, points: Sequence[Spot]) -> None:
+    """Write names beside points, each at the nearest place where it covers no marker and no name."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # lays the axes out
+    dots = axes.transData.transform([(point.x, point.y) for point in points])
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
+    for point in points:
+        for away, (dx, dy) in product(NAME_DISTANCES, NAME_SIDES):
+            name = axes.annotate(
+                point.name,
+                (point.x, point.y),
+                (dx * away, dy * away),
+                textcoords="offset points",
+                ha=("center", "left", "right")[dx],
+                va=("center", "bottom", "top")[dy],
+                fontsize=7,
+            )
+            box = name.get_window_extent(canvas.get_renderer())
+            if not any(box.overlaps(other) for other in taken):
+                break
+            name.remove()
+        else:
+            continue  # no room: the table beside the plot has it
+        taken.append(box)
+        if away > NAME_DISTANCES[0]:
+            line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5}
+            ends = (point.x, point.y), (dx * away, dy * away)
+            axes.annotate("", *ends, textcoords="offset points", arrowprops=line)
 
 
 def bars(

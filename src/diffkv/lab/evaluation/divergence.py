@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-__all__ = ["Divergence", "compare", "first_difference"]
+__all__ = ["Divergence", "compare", "first_difference", "mapped"]
 
 
 @dataclass(frozen=True)
@@ -24,24 +27,26 @@ class Divergence:
     nll_full: np.ndarray
     nll: np.ndarray
 
+    @classmethod
+    def join(cls, parts: "Sequence[Divergence]", axis: int) -> "Divergence":
+        """One of several that follow each other: more texts (axis 0), or more steps (axis 1)."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return cls(*(np.concatenate(column, axis) for column in columns))
 
-def compare(full: np.ndarray, other: np.ndarray, tokens: Sequence[Sequence[int]]) -> Divergence:
+
+def compare(full: Tensor, other: Tensor, tokens: Tensor) -> Divergence:
     """Compare distributions of the same texts.
 
     Args:
-        full: [texts, steps, vocabulary] float32 log-probabilities; may be mapped from a file.
-        other: likewise.
-        tokens: [texts, steps] the token that each distribution is about.
+        full: [texts, steps, vocabulary] float32 log-probabilities.
+        other: likewise, on the same device.
+        tokens: [texts, steps] int64, the token that each distribution is about.
     """
-    rows = [_compare(*row) for row in zip(full, other, tokens, strict=True)]
-    return Divergence(*(np.stack(column) for column in zip(*rows, strict=True)))
-
-
-def _compare(full: np.ndarray, other: np.ndarray, tokens: Sequence[int]) -> tuple[np.ndarray, ...]:
-    kld = np.einsum("sv,sv->s", np.exp(full), full - other).clip(min=0)
-    steps = np.arange(len(full))
+    kld = (full.exp() * (full - other)).sum(-1).clamp(min=0)
     same = full.argmax(-1) == other.argmax(-1)
-    return kld, same, -full[steps, tokens], -other[steps, tokens]
+    about = tokens.to(full.device)[..., None]
+    found = kld, same, -full.gather(-1, about)[..., 0], -other.gather(-1, about)[..., 0]
+    return Divergence(*(values.cpu().numpy() for values in found))
 
 
 def first_difference(same: np.ndarray) -> np.ndarray:
@@ -51,3 +56,8 @@ def first_difference(same: np.ndarray) -> np.ndarray:
         same: [texts, steps] bool.
     """
     return np.where(same.all(1), same.shape[1], same.argmin(1))
+
+
+def mapped(file: Path) -> Tensor:
+    """Log-probabilities in a numpy file, each read when it is used."""
+    return torch.from_numpy(np.load(file, mmap_mode="c"))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from diffkv.lab.evaluation.other_formats import OtherFormat
 from diffkv.lab.evaluation.results import Method
 from diffkv.lab.evaluation.tasks import Sample, Setting
 from diffkv.policies import Policy
@@ -11,7 +12,7 @@ from diffkv.policy import Thresholds
 from diffkv.quant import QuantConfig
 from diffkv.use import CacheUse
 
-__all__ = ["CacheSpec", "Engine"]
+__all__ = ["CacheSpec", "Compared", "Engine", "NamedCache"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,23 @@ class CacheSpec:
         )
 
 
+Compared = CacheSpec | OtherFormat
+"""What is compared with the full cache: one of ours, or another engine's format."""
+
+
+@dataclass(frozen=True)
+class NamedCache:
+    """A cache to compare with full precision.
+
+    Attributes:
+        name: in tables and files.
+        kind: the cache.
+    """
+
+    name: str
+    kind: Compared
+
+
 class Engine(Protocol):
     """A model with one of its caches.
 
@@ -67,7 +85,7 @@ class Engine(Protocol):
 
     name: str
 
-    def check(self, cache: CacheSpec, settings: Sequence[Setting]) -> None:
+    def check(self, cache: Compared, settings: Sequence[Setting]) -> None:
         """Refuse before anything runs.
 
         Raises:
@@ -75,7 +93,7 @@ class Engine(Protocol):
         """
 
     def answer(
-        self, samples: Sequence[Sample], num_tokens: int, cache: CacheSpec | None
+        self, samples: Sequence[Sample], num_tokens: int, cache: Compared | None
     ) -> tuple[list[str], CacheUse | None]:
         """Answer samples greedily.
 

@@ -5,7 +5,7 @@ from pydoc_data.topics import topics
 
 from diffkv.quant import ConfigError
 
-__all__ = ["cut", "topic"]
+__all__ = ["cut", "topic", "topics"]
 
 
 def topic(name: str) -> str:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from diffkv import hf
 from diffkv.hf import DiffKVHFCache
 from diffkv.lab.evaluation import baselines
-from diffkv.lab.evaluation.engine import CacheSpec
+from diffkv.lab.evaluation.dense_cache import DenseCache
+from diffkv.lab.evaluation.engine import CacheSpec, Compared
 from diffkv.lab.evaluation.tasks import Sample, Setting
 from diffkv.quant import ConfigError
 from diffkv.use import CacheUse
@@ -52,7 +53,7 @@ class HFModel:
     ) -> None:
         self.model = model
         self._tokenizer = tokenizer
-        self._batch_size = batch_size
+        self.batch_size = batch_size
 
     @property
     def vocabulary(self) -> Collection[str]:
@@ -60,9 +61,16 @@ class HFModel:
         words: Collection[str] = self._tokenizer.get_vocab().keys()
         return words
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that the model reads."""
+        tokens: int = self.model.config.get_text_config(decoder=True).max_position_embeddings
+        return tokens
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's own opening if `special`."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special).input_ids
+        # verbose: a text may be longer than the model's context before it is cut
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False).input_ids
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -91,9 +99,9 @@ class HFModel:
         for number, (prompt, question) in enumerate(rows):
             by_length.setdefault(len(question), []).append((number, prompt, question))
         return [
-            self._batch(same[first : first + self._batch_size])
+            self._batch(same[first : first + self.batch_size])
             for same in by_length.values()
-            for first in range(0, len(same), self._batch_size)
+            for first in range(0, len(same), self.batch_size)
         ]
 
     def _batch(self, rows: list[tuple[int, list[int], list[int]]]) -> Batch:
@@ -108,41 +116,34 @@ class HFModel:
         return Batch(numbers, prompts, is_token, questions.view(len(rows), -1))
 
     @torch.no_grad()
-    def forward(
-        self, cache: Cache, token_ids: Tensor, is_token: Tensor, last_only: bool = True
-    ) -> Tensor:
+    def forward(self, cache: Cache, token_ids: Tensor, is_token: Tensor | None = None) -> Tensor:
         """Add tokens to the cache.
 
         Args:
             cache: what came before.
             token_ids: [batch, num_tokens].
-            is_token: [batch, tokens of the cache and these] bool, False for padding.
-            last_only: whether only the last logits are wanted.
+            is_token: [batch, tokens of the cache and these] bool, False for padding; None: no padding.
 
         Returns:
-            [batch, 1 or num_tokens, vocabulary].
+            [batch, 1, vocabulary]: the last logits.
         """
-        positions = is_token.long().cumsum(1)[:, -token_ids.shape[1] :] - 1
+        positions = None
+        if is_token is not None:
+            positions = is_token.long().cumsum(1)[:, -token_ids.shape[1] :] - 1
+            positions = positions.clamp(min=0).to(self.model.device)
+            is_token = is_token.to(self.model.device)
         out: Tensor = self.model(
             token_ids.to(self.model.device),
-            attention_mask=is_token.to(self.model.device),
-            position_ids=positions.clamp(min=0).to(self.model.device),
+            attention_mask=is_token,
+            position_ids=positions,
             past_key_values=cache,
-            logits_to_keep=1 if last_only else 0,
+            logits_to_keep=1,
         ).logits
         return out
 
     def greedy(self, cache: Cache, batch: Batch, num_tokens: int) -> list[list[int]]:
-        """Read prompts, then questions, then continue with the likeliest tokens.
-
-        A compressed cache reads a question token by token, as if the model had made it.
-        """
-        is_token = batch.is_token
-        logits = self.forward(cache, batch.prompts, is_token)
-        at_once = 1 if isinstance(cache, DiffKVHFCache) else max(1, batch.questions.shape[1])
-        for part in batch.questions.split(at_once, 1) if batch.questions.numel() else ():
-            is_token = torch.cat([is_token, torch.ones_like(part, dtype=torch.bool)], 1)
-            logits = self.forward(cache, part, is_token)
+        """Read prompts, then questions, then continue with the likeliest tokens."""
+        logits, is_token = self._read(cache, batch)
         answers: list[Tensor] = []
         while len(answers) < num_tokens:
             answers.append(logits[:, -1:].argmax(-1).cpu())
@@ -153,11 +154,51 @@ class HFModel:
         rows: list[list[int]] = torch.cat(answers, 1).tolist()
         return rows
 
-    def check(self, cache: CacheSpec, settings: Sequence[Setting]) -> None:
+    def choose(self, cache: Cache, batch: Batch, choices: Sequence[Sequence[str]]) -> list[str]:
+        """Read prompts, then questions, and take the likeliest of the words that each may go on with.
+
+        Args:
+            cache: an empty one.
+            batch: what is read.
+            choices: words of each sample, whose first tokens differ.
+
+        Returns:
+            The word that each chose.
+        """
+        logits, _ = self._read(cache, batch)
+        chosen = []
+        for row, words in zip(logits[:, -1], choices, strict=True):
+            first = [self.encode(f" {word}", special=False)[0] for word in words]
+            if len(set(first)) < len(first):
+                raise ValueError(f"first tokens of choices must differ: {', '.join(words)}")
+            chosen.append(words[int(row[first].argmax())])
+        return chosen
+
+    def _read(self, cache: Cache, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Read prompts, then questions: the last logits, and which tokens are no padding.
+
+        A cache of ours reads a question token by token, as if the model had made it.
+        """
+        is_token = batch.is_token
+        logits = self.forward(cache, batch.prompts, is_token)
+        at_once = 1 if isinstance(cache, DiffKVHFCache) else max(1, batch.questions.shape[1])
+        for part in batch.questions.split(at_once, 1) if batch.questions.numel() else ():
+            is_token = torch.cat([is_token, torch.ones_like(part, dtype=torch.bool)], 1)
+            logits = self.forward(cache, part, is_token)
+        return logits, is_token
+
+    def check(self, cache: Compared, settings: Sequence[Setting]) -> None:
         """Every cache and setting can be evaluated."""
 
-    def make_cache(self, cache: CacheSpec, max_tokens: int) -> DiffKVHFCache:
-        """Attach the model, and make an empty cache for so many tokens a sequence."""
+    def make_cache(self, cache: Compared, max_tokens: int) -> DiffKVHFCache | DenseCache:
+        """An empty cache for so many tokens a sequence, padding included; the model gets what it needs.
+
+        Raises:
+            ConfigError: the model's vectors do not fit the formats.
+        """
+        if not isinstance(cache, CacheSpec):
+            hf.detach(self.model)
+            return DenseCache(self.model.config, max_tokens, cache)
         return DiffKVHFCache(
             hf.attach(self.model),
             cache.quant,
@@ -169,26 +210,28 @@ class HFModel:
             hf.PoolOptions(cache.page_bytes, cache.kernels, cache.segment),
         )
 
-    def full_cache(self) -> DynamicCache:
-        """Detach the model, and make an empty cache of transformers, in the model's dtype."""
+    def full_cache(self, max_tokens: int) -> DenseCache:
+        """The same, of the model's own dtype."""
         hf.detach(self.model)
-        return DynamicCache(config=self.model.config)
+        return DenseCache(self.model.config, max_tokens)
 
     def answer(
-        self, samples: Sequence[Sample], num_tokens: int, cache: CacheSpec | None
+        self, samples: Sequence[Sample], num_tokens: int, cache: Compared | None
     ) -> tuple[list[str], CacheUse | None]:
         """Answer samples; see `engine.Engine`."""
         texts, use = [""] * len(samples), CacheUse()
         for batch in self.batches(samples):
-            if cache is None:
-                rows = self.greedy(self.full_cache(), batch, num_tokens)
+            most = batch.prompts.shape[1] + batch.questions.shape[1] + num_tokens
+            mine = self.full_cache(most) if cache is None else self.make_cache(cache, most)
+            choices = [samples[number].choices for number in batch.numbers]
+            if any(choices):
+                said = self.choose(mine, batch, choices)
             else:
-                most = batch.prompts.shape[1] + batch.questions.shape[1] + num_tokens
-                ours = self.make_cache(cache, most)
-                rows = self.greedy(ours, batch, num_tokens)
-                use += ours.use()
-            for number, row in zip(batch.numbers, rows, strict=True):
-                texts[number] = self.decode(row)
+                said = [self.decode(row) for row in self.greedy(mine, batch, num_tokens)]
+            if cache is not None:
+                use += mine.use()
+            for number, text in zip(batch.numbers, said, strict=True):
+                texts[number] = text
         return texts, use if use.tokens else None
 
 

@@ -1,154 +1,172 @@
-"""The suite `kld`: how far next-token distributions are from those of the full-precision cache."""
+"""The suite `kld` in transformers: DiffKV's caches and other engines' formats, on the same texts.
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+Full precision is the model with a dense cache in its own dtype; it reads once for all others.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from diffkv.lab.evaluation.engine import CacheSpec
-from diffkv.lab.evaluation.hf_runs import Batch, HFModel
-from diffkv.lab.evaluation.results import KldScore
-from diffkv.quant import ConfigError
+from diffkv.hf import DiffKVHFCache
+from diffkv.lab.evaluation.dense_cache import DenseCache
+from diffkv.lab.evaluation.distances import Reading, Report, compare_caches, scores_of
+from diffkv.lab.evaluation.divergence import Divergence, compare
+from diffkv.lab.evaluation.engine import CacheSpec, NamedCache
+from diffkv.lab.evaluation.hf_runs import HFModel
+from diffkv.lab.evaluation.results import ALL_TEXTS, DISTANCES, DistanceScore
+from diffkv.lab.rows import Row, Writer
 from diffkv.use import CacheUse
 
-__all__ = ["MODES", "Text", "read_texts", "score"]
-
-MODES = ("forced", "free")
-
-FORCED_SHARE = 0.25
-"""Share of a text, at its end, that is read token by token; the rest is the prompt."""
-
-MIN_TOKENS = 32
-"""Fewest tokens of a text that can be compared."""
+__all__ = ["rows"]
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text to read; `prompt` is where a free continuation starts, None: where the forced one does."""
+class _Part:
+    """Texts of one length that are read together, and what full precision says of them.
 
-    text: str
-    prompt: str | None = None
-
-
-def read_texts(content: str) -> list[Text]:
-    """One text a line, or JSON lines with "text", or with "prompt" and "answer".
-
-    Raises:
-        ConfigError: a line that is neither, or no line at all.
+    Attributes:
+        numbers: of the texts.
+        prompts: [texts, tokens].
+        tokens: [texts, steps + 1] what follows.
+        log_probs: [texts, steps, vocabulary] after each of these but the last.
+        answers: [texts, steps + 1] what full precision says instead.
     """
-    texts = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        if not line.startswith("{"):
-            texts.append(Text(line))
-            continue
-        try:
-            row = json.loads(line)
-            if "text" in row:
-                texts.append(Text(str(row["text"])))
-            else:
-                texts.append(Text(f"{row['prompt']} {row['answer']}", str(row["prompt"])))
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(
-                f'line {number} is no JSON object with "text", or with "prompt" and "answer"'
-            ) from None
-    if not texts:
-        raise ConfigError("there is no text: give one a line, or JSON lines")
-    return texts
+
+    numbers: list[int]
+    prompts: Tensor
+    tokens: Tensor
+    log_probs: Tensor
+    answers: Tensor
 
 
-@torch.no_grad()
-def _trace(model: HFModel, cache: Cache, batch: Batch, steps: int) -> Tensor:
-    """Read the prompts, then the batch's questions if it has any, else the cache's own greedy tokens.
-
-    Returns:
-        [batch, steps, vocabulary]: log-probabilities after each step. Those that follow the prompt are
-        left out: they come from exact attention.
-    """
-    is_token, more = batch.is_token, torch.ones(len(batch.numbers), 1, dtype=torch.bool)
-    logits = model.forward(cache, batch.prompts, is_token)
-    log_probs = []
-    forced = batch.questions if batch.questions.shape[1] else None
-    for step in range(steps):
-        following = (
-            logits[:, -1].argmax(-1, keepdim=True).cpu() if forced is None else forced[:, [step]]
-        )
-        is_token = torch.cat([is_token, more], 1)
-        logits = model.forward(cache, following, is_token)
-        log_probs.append(logits[:, -1].float().log_softmax(-1).cpu())
-    return torch.stack(log_probs, 1)
-
-
-def _batches(
-    model: HFModel, texts: Sequence[Text], mode: str, max_steps: int
-) -> tuple[list[Batch], int]:
-    """Token ids of all texts, and steps to compare."""
-    ids = [model.encode(text.text) for text in texts]
-    for number, row in enumerate(ids, 1):
-        if len(row) < MIN_TOKENS:
-            raise ConfigError(
-                f"text {number} has {len(row)} tokens: a comparison needs at least {MIN_TOKENS}"
-            )
-    steps = min(max_steps, *(int(len(row) * FORCED_SHARE) for row in ids))
-    if mode == "forced":
-        rows = [(row[:-steps], row[-steps:]) for row in ids]
-    else:
-        rows = [
-            (row[:-steps] if text.prompt is None else model.encode(text.prompt), [])
-            for row, text in zip(ids, texts, strict=True)
-        ]
-    return model.batched(rows), steps
-
-
-def score(
-    model: HFModel, texts: Sequence[Text], cache: CacheSpec, mode: str, max_steps: int
-) -> KldScore:
-    """Compare a compressed cache with the full one, over given texts or over own continuations.
+def rows(
+    engine: HFModel,
+    model: str,
+    caches: Sequence[NamedCache],
+    reading: Reading,
+    writer: Writer,
+    report: Report = lambda name, done, total: None,
+) -> Iterator[Row]:
+    """Compare caches, one after the other; see `distances.compare_caches`.
 
     Args:
-        model: reads them.
-        texts: to read.
-        cache: the compressed one.
-        mode: one of `MODES`.
-        max_steps: most compared steps of a text.
-
-    Raises:
-        ConfigError: a text that is too short.
+        engine: reads.
+        model: its name.
+        caches: to compare.
+        reading: what is read.
+        writer: of the rows; those that it has already are not measured again.
+        report: progress.
     """
-    batches, steps = _batches(model, texts, mode, max_steps)
-    klds: list[np.ndarray] = []
-    same: list[np.ndarray] = []
-    first: list[int] = []
-    use = CacheUse()
-    for batch in batches:
-        full = _trace(model, model.full_cache(), batch, steps)
-        compressed = model.make_cache(cache, batch.prompts.shape[1] + steps)
-        ours = _trace(model, compressed, batch, steps)
-        use += compressed.use()
-        kld = (full.exp() * (full - ours)).sum(-1).clamp(min=0)
-        agree = full.argmax(-1) == ours.argmax(-1)
-        for row in range(len(batch.numbers)):
-            different = (~agree[row]).nonzero()
-            first.append(int(different[0]) if len(different) else steps)
-            # Of own continuations, those steps whose tokens before are the same
-            end = steps if mode == "forced" else min(steps, first[-1] + 1)
-            klds.append(kld[row, :end].numpy())
-            same.append(agree[row, :end].numpy())
-    values = np.concatenate(klds)
-    return KldScore(
-        mode=mode,
-        n=len(first),
-        steps=len(values),
-        kld_mean=float(values.mean()),
-        kld_median=float(np.median(values)),
-        kld_p999=float(np.quantile(values, 0.999)),
-        same_top1=float(np.concatenate(same).mean()),
-        first_divergence=float(np.mean(first)),
-        diverged=float(np.mean([step < steps for step in first])),
-        **use.per_token(),
+    asked = [(each, {**_case(each, model, engine), **reading.case()}) for each in caches]
+    parts: list[_Part] = []
+    if any(writer.find(DISTANCES, case) is None for _, case in asked):
+        parts = _read_full(engine, reading, report)
+    yield from compare_caches(
+        asked, writer, lambda cache: _read(engine, cache, reading, parts, report)
     )
+
+
+def _case(cache: NamedCache, model: str, engine: HFModel) -> dict[str, Any]:
+    """A cache, a model and its dtype as rows name them."""
+    settings = {}
+    if isinstance(cache.kind, CacheSpec):
+        settings = asdict(cache.kind.method(model, engine.name))
+    dtype = str(engine.model.dtype).removeprefix("torch.")
+    named = {"model": model, "engine": engine.name, "suite": "kld", "dtype": dtype}
+    return {**named, "cache": cache.name, **settings}
+
+
+def _read_full(engine: HFModel, reading: Reading, report: Report) -> list[_Part]:
+    """What full precision says of all texts, and to their prompts."""
+    parts: list[_Part] = []
+    for numbers in _batches(reading, engine.batch_size):
+        prompts, tokens = (
+            torch.tensor([rows[i] for i in numbers], device=engine.model.device)
+            for rows in (reading.prompts, reading.tokens)
+        )
+        cache = engine.full_cache(prompts.shape[1] + reading.steps)
+        first = engine.forward(cache, prompts).argmax(-1)
+        branch = copy.deepcopy(cache)
+        log_probs = torch.cat([_log_probs(logits) for logits in _follow(engine, cache, tokens)], 1)
+        answers = _answer(engine, branch, first, reading.steps)
+        parts.append(_Part(numbers, prompts, tokens, log_probs, answers))
+        report("full precision", sum(len(p.numbers) for p in parts), len(reading.texts))
+    return parts
+
+
+def _batches(reading: Reading, batch_size: int) -> Iterator[list[int]]:
+    """Numbers of texts of equal length, at most so many at once."""
+    by_length: dict[int, list[int]] = {}
+    for number, text in enumerate(reading.texts):
+        by_length.setdefault(len(text), []).append(number)
+    for numbers in by_length.values():
+        for first in range(0, len(numbers), batch_size):
+            yield numbers[first : first + batch_size]
+
+
+def _read(
+    engine: HFModel, cache: NamedCache, reading: Reading, parts: Sequence[_Part], report: Report
+) -> list[DistanceScore]:
+    """Scores of one cache, which reads the texts and follows the answers of full precision."""
+    found: dict[int, Divergence] = {}
+    first = np.full(len(reading.texts), reading.steps)
+    uses: dict[int | str, CacheUse] = {}
+    for part in parts:
+        mine = engine.make_cache(cache.kind, part.prompts.shape[1] + reading.steps)
+        engine.forward(mine, part.prompts)
+        branch = copy.deepcopy(mine)
+        steps = _compared(engine, mine, part)
+        for row, number in enumerate(part.numbers):
+            found[number] = Divergence(*(values[[row]] for values in vars(steps).values()))
+        for context in (ALL_TEXTS, len(reading.texts[part.numbers[0]])):
+            uses[context] = uses.get(context, CacheUse()) + mine.use()
+        first[part.numbers] = _until_different(engine, branch, part.answers)
+        report(cache.name, len(found), len(reading.texts))
+    forced = Divergence.join([found[number] for number in range(len(reading.texts))], axis=0)
+    return scores_of(reading, forced, first, lambda context: uses[context])
+
+
+def _compared(engine: HFModel, cache: DiffKVHFCache | DenseCache, part: _Part) -> Divergence:
+    """Distances at every step of the texts, computed where the model is."""
+    steps = [
+        compare(part.log_probs[:, [step]], _log_probs(logits), part.tokens[:, [step + 1]])
+        for step, logits in enumerate(_follow(engine, cache, part.tokens))
+    ]
+    return Divergence.join(steps, axis=1)
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)
+
+
+def _follow(engine: HFModel, cache: DiffKVHFCache | DenseCache, tokens: Tensor) -> Iterator[Tensor]:
+    """Add given tokens but the last, one at a time: [batch, 1, vocabulary], the logits after each."""
+    for step in range(tokens.shape[1] - 1):
+        yield engine.forward(cache, tokens[:, [step]])
+
+
+def _answer(engine: HFModel, cache: DenseCache, first: Tensor, steps: int) -> Tensor:
+    """[batch, steps + 1]: greedy tokens, the first of which is given."""
+    answers = [first]
+    while len(answers) <= steps:
+        answers.append(engine.forward(cache, answers[-1]).argmax(-1))
+    return torch.cat(answers, 1)
+
+
+def _until_different(
+    engine: HFModel, cache: DiffKVHFCache | DenseCache, answers: Tensor
+) -> np.ndarray:
+    """[batch]: tokens of each answer, but for its first, before one that the cache would not choose."""
+    steps = answers.shape[1] - 1
+    first = torch.full((len(answers),), steps, device=answers.device)
+    for step, logits in enumerate(_follow(engine, cache, answers)):
+        differs = (logits[:, -1].argmax(-1) != answers[:, step + 1]) & (first == steps)
+        first = torch.where(differs, step, first)
+        if bool((first < steps).all()):
+            break
+    return first.cpu().numpy()

@@ -9,9 +9,10 @@ from itertools import product
 
 import numpy as np
 
+from diffkv.lab.evaluation.statements import Statements
 from diffkv.lab.evaluation.tasks import Answer
 
-__all__ = ["LANGUAGES", "English", "HardWords", "ReferenceWords"]
+__all__ = ["LANGUAGES", "English", "HardWords", "Language", "ReferenceWords"]
 
 
 class ReferenceWords:
@@ -222,5 +223,9 @@ class English:
         return sum(f" {word.lower()} " in given for word in scored) / len(scored)
 
 
-LANGUAGES = {language.name: language for language in (ReferenceWords(), HardWords(), English())}
+Language = ReferenceWords | English | Statements
+
+LANGUAGES: dict[str, Language] = {
+    language.name: language for language in (ReferenceWords(), HardWords(), English(), Statements())
+}
 """Every language by name."""

@@ -1,11 +1,11 @@
-"""What rows of an evaluation hold: a method, what it was asked, and the figures of every task or mode.
+"""What rows of an evaluation hold: a method, what it was asked, and figures of every task or context.
 
-A row of kind `TASKS` or `KLD` is one method with one seed. Its case has the names of `Method`, and the
-cells that were asked: `tasks` and `settings`, or `modes`. A figure is measured as a list with a value
-for each cell, in that order, or as one value that all of them have.
+A row of kind `TASKS` is one method with one seed. Its case has the names of `Method`, and the cells that
+were asked: `tasks` and `settings`. A figure is measured as a list with a value for each cell, in that
+order, or as one value that all of them have.
 
-A row of kind `DISTANCES` is one cache of vLLM's engine, its own or ours: its case has the cache's name
-and settings in place of a method, and its cells are `contexts`.
+A row of kind `DISTANCES` is one cache of an engine, ours or another's: its case has the cache's name
+(`cache`) and, if it is ours, its settings (`quant` among them); its cells are `contexts`.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,8 @@ __all__ = [
     "ALL_TEXTS",
     "DISTANCES",
     "HEADS",
-    "KLD",
     "TASKS",
     "DistanceScore",
-    "KldScore",
     "Method",
     "Score",
     "TaskScore",
@@ -30,8 +28,8 @@ __all__ = [
     "scores",
 ]
 
-TASKS, KLD, DISTANCES, HEADS = "tasks", "kld", "distances", "heads"
-"""Kinds of rows: of `diffkv eval`, of its suite kld (in transformers, in vLLM), of `diffkv inspect`."""
+TASKS, DISTANCES, HEADS = "tasks", "distances", "heads"
+"""Kinds of rows: of `diffkv eval`, of its suite kld, of `diffkv inspect`."""
 
 ALL_TEXTS = "all"
 """The cell of `DISTANCES` that has texts of every length."""
@@ -149,34 +147,8 @@ class TaskScore(Score):
 
 
 @dataclass(frozen=True)
-class KldScore(Score):
-    """Distance of the next-token distributions from full precision, over texts.
-
-    Attributes:
-        mode: forced: both caches read the same text. free: each continues with its own tokens, and
-            only steps before the first different token are compared.
-        steps: compared steps.
-        kld_mean: mean of KL(full || compressed), in nats.
-        kld_median: its median.
-        kld_p999: its 99.9 % quantile.
-        same_top1: share of steps with the same most likely token.
-        first_divergence: mean step of the first different token; steps of the text where there is none.
-        diverged: share of texts with a different token.
-    """
-
-    mode: str
-    steps: int
-    kld_mean: float
-    kld_median: float
-    kld_p999: float
-    same_top1: float
-    first_divergence: float
-    diverged: float
-
-
-@dataclass(frozen=True)
 class DistanceScore(Score):
-    """Distance of a cache in an engine from full precision, over all texts or those of one length.
+    """Distance of a cache from full precision, over all texts or those of one length.
 
     Attributes:
         context: tokens of the texts, or `ALL_TEXTS`.
@@ -208,7 +180,6 @@ class DistanceScore(Score):
 
 CELLS: dict[str, tuple[type[Score], dict[str, str]]] = {
     TASKS: (TaskScore, {"tasks": "task", "settings": "setting"}),
-    KLD: (KldScore, {"modes": "mode"}),
     DISTANCES: (DistanceScore, {"contexts": "context"}),
 }
 """For each kind: what a cell is, and the lists of the case that name it, with the fields they fill."""
@@ -235,7 +206,7 @@ def figures(kind: str, found: Sequence[Score]) -> dict[str, Any]:
 
 
 def scores(row: Row) -> list[Any]:
-    """The cells of a row: TaskScore, KldScore or DistanceScore by its kind.
+    """The cells of a row: TaskScore or DistanceScore by its kind.
 
     Raises:
         ValueError: a figure is missing, of the wrong number of cells, or no share where it must be one.

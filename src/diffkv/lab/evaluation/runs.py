@@ -4,18 +4,17 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 
-from diffkv.lab.evaluation import kld, synth
-from diffkv.lab.evaluation.engine import CacheSpec, Engine
-from diffkv.lab.evaluation.hf_runs import HFModel
-from diffkv.lab.evaluation.languages import LANGUAGES, English, ReferenceWords
-from diffkv.lab.evaluation.results import KLD, TASKS, TaskScore, figures
+from diffkv.lab.evaluation import synth
+from diffkv.lab.evaluation.engine import Compared, Engine
+from diffkv.lab.evaluation.languages import LANGUAGES, English, Language, ReferenceWords
+from diffkv.lab.evaluation.results import TASKS, TaskScore, figures
 from diffkv.lab.rows import Row, Writer
 from diffkv.quant import ConfigError
 
-__all__ = ["language_of", "run_kld", "run_tasks"]
+__all__ = ["language_of", "run_tasks"]
 
 
-def language_of(vocabulary: Collection[str], name: str | None) -> ReferenceWords | English:
+def language_of(vocabulary: Collection[str], name: str | None) -> Language:
     """The language for a model: the one asked for, else the one whose words it has.
 
     Args:
@@ -41,7 +40,7 @@ def language_of(vocabulary: Collection[str], name: str | None) -> ReferenceWords
 def run_tasks(
     engine: Engine,
     model: str,
-    caches: Sequence[CacheSpec],
+    caches: Sequence[Compared],
     plans: Sequence[synth.Plan],
     writer: Writer,
     report: Callable[[TaskScore], None] = lambda score: None,
@@ -83,34 +82,4 @@ def run_tasks(
             )
             seconds = round(time.perf_counter() - start, 1)
             row = writer.add(TASKS, case, {**figures(TASKS, found), "seconds": seconds})
-        yield row
-
-
-def run_kld(
-    engine: HFModel,
-    model: str,
-    caches: Sequence[CacheSpec],
-    texts: Sequence[kld.Text],
-    max_steps: int,
-    writer: Writer,
-) -> Iterator[Row]:
-    """Run the suite `kld`; arguments as those of `run_tasks`.
-
-    Raises:
-        ConfigError: a text that is too short.
-    """
-    for cache in caches:
-        case = {
-            **asdict(cache.method(model, engine.name)),
-            "suite": "kld",
-            "texts": len(texts),
-            "max_steps": max_steps,
-            "modes": list(kld.MODES),
-        }
-        row = writer.find(KLD, case)
-        if row is None:
-            start = time.perf_counter()
-            found = [kld.score(engine, texts, cache, mode, max_steps) for mode in kld.MODES]
-            seconds = round(time.perf_counter() - start, 1)
-            row = writer.add(KLD, case, {**figures(KLD, found), "seconds": seconds})
         yield row

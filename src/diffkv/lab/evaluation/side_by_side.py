@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from diffkv.lab.evaluation import english
-from diffkv.lab.evaluation.divergence import compare, first_difference
+from diffkv.lab.evaluation.divergence import compare, first_difference, mapped
 from diffkv.quant import ConfigError
 from diffkv.use import CacheUse
 from diffkv.vllm_plugin.front.forcing import ForcedEngine, Script, forced_engine
@@ -135,7 +137,7 @@ class _Exact:
     prompts: list[list[int]]
     tokens: list[list[int]]
     lengths: list[int]
-    log_probs: np.ndarray
+    log_probs: Tensor
 
 
 def _answer_exactly(
@@ -158,7 +160,7 @@ def _answer_exactly(
         )
         answers = [_until_end(engine, row) for row in tokens]
         texts = [engine.decode(row) for row in answers]
-    exact = _Exact(prompts, tokens, [len(row) for row in answers], np.load(file, mmap_mode="r"))
+    exact = _Exact(prompts, tokens, [len(row) for row in answers], mapped(file))
     return exact, texts
 
 
@@ -174,8 +176,8 @@ def _follow(
     tokens, use = engine.read(
         scripts, max_tokens, file, lambda done: report(name, done, len(scripts))
     )
-    other = np.load(file, mmap_mode="r")
-    compared = compare(exact.log_probs, other[:num], exact.tokens)
+    other = mapped(file)
+    compared = compare(exact.log_probs, other[:num], torch.tensor(exact.tokens))
     # The first token follows the prompt directly, and comes from exact attention
     counted = np.arange(max_tokens)[None] < np.array(exact.lengths)[:, None]
     counted[:, 0] = False

@@ -53,11 +53,13 @@ class Sample:
         prompt: is compressed as a whole: it ends with the question (easy), or with filler (hard).
         question: comes afterwards, token by token; empty where the prompt has it.
         answer: the only right one.
+        choices: words one of which is the answer, the likeliest being taken; none: any text may be.
     """
 
     prompt: str
     question: str
     answer: Answer
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,14 @@ class Parts:
         question: about them.
         answer: to it.
         places: where the facts are in the filler, 0 .. 1; None: anywhere between it.
+        choices: see `Sample`.
     """
 
     facts: list[str]
     question: str
     answer: Answer
     places: Sequence[float] | None = None
+    choices: tuple[str, ...] = ()
 
 
 Task = Callable[[np.random.Generator, Any, int, int], Parts]
@@ -218,6 +222,31 @@ def frequent_words(rng: np.random.Generator, language: Any, num_tokens: int, num
     return Parts(lines, question, answer)
 
 
+def lookup(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> Parts:
+    """A few facts in filler; the value of one of them is asked for."""
+    keys = pick(rng, language.keys, language.num_facts)
+    values = pick(rng, language.values, language.num_facts)
+    question, answer = language.ask_value(keys[0], values[0])
+    facts = [language.fact(key, value) for key, value in zip(keys, values, strict=True)]
+    return Parts(pick(rng, facts, len(facts)), question, answer)
+
+
+def cloze(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> Parts:
+    """People and where they are, in filler; the place of one of them is chosen among all of theirs."""
+    people = pick(rng, language.people, language.num_choices)
+    places = pick(rng, language.places, language.num_choices)
+    question, answer = language.ask_place(people[0], places[0])
+    facts = [language.place_fact(*pair) for pair in zip(people, places, strict=True)]
+    choices = tuple(pick(rng, places, len(places)))
+    return Parts(pick(rng, facts, len(facts)), question, answer, choices=choices)
+
+
+def quote(rng: np.random.Generator, language: Any, num_tokens: int, number: int) -> Parts:
+    """A sentence in filler, begun again; it goes on as it did."""
+    facts, question, answer = language.ask_quote(rng)
+    return Parts(facts, question, answer)
+
+
 TASKS: dict[str, Task] = {
     "retrieval": retrieval,
     "passkey": passkey,
@@ -228,6 +257,9 @@ TASKS: dict[str, Task] = {
     "long-chain": long_chain,
     "pair-chain": pair_chain,
     "hot": hot,
+    "lookup": lookup,
+    "cloze": cloze,
+    "quote": quote,
 }
 """Every task by name."""
 
@@ -270,21 +302,29 @@ def _filler(rng: np.random.Generator, language: Any, num_tokens: int) -> list[st
 def compose(
     rng: np.random.Generator, language: Any, setting: Setting, num_tokens: int, parts: Parts
 ) -> Sample:
-    """Write a sample of `num_tokens` tokens of context and question, or of context and filler."""
+    """Write a sample of `num_tokens` tokens of context and question, or of context and filler.
+
+    What follows a prompt directly comes from exact attention: a choice follows the last word of the
+    question, so in the setting easy that word alone comes after the prompt.
+    """
     room = num_tokens - language.count(language.opening)
     question, end = parts.question, ""
     if setting == "easy":
         room -= language.count(question)
         end, question = question, ""
+        if parts.choices:
+            end, _, last = end.rpartition(" ")
+            question = f" {last}"
     else:
         room -= FILLER_TOKENS
         end = language.separator.join(_filler(rng, language, FILLER_TOKENS))
+        question = language.separator + question
     if parts.places is None:
         context = scatter(rng, language, parts.facts, room)
     else:
         context = _placed(rng, language, parts, room)
     prompt = language.opening + language.separator.join(context) + language.separator + end
-    return Sample(prompt, language.separator * bool(question) + question, parts.answer)
+    return Sample(prompt, question, parts.answer, parts.choices)
 
 
 def draw(

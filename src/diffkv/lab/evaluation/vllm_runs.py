@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from diffkv.lab.evaluation.engine import CacheSpec
+from diffkv.lab.evaluation.engine import CacheSpec, Compared
 from diffkv.lab.evaluation.tasks import Sample, Setting
 from diffkv.policies import PAPER
 from diffkv.quant import ConfigError
@@ -20,12 +20,14 @@ __all__ = ["SETTING", "VLLMModel"]
 SETTING = "easy"
 
 
-def _options(cache: CacheSpec) -> Options:
+def _options(cache: Compared) -> Options:
     """Options of the plugin: `none` is the published rule with both thresholds 0.
 
     Raises:
-        ConfigError: a policy that the plugin does not have.
+        ConfigError: a policy that the plugin does not have, or another engine's format.
     """
+    if not isinstance(cache, CacheSpec):
+        raise ConfigError(f"--engine vllm answers through caches of ours only, not {cache.name}")
     return Options(
         quant=str(cache.quant),
         alpha_high=cache.thresholds.alpha_high if cache.quant.has_low else None,
@@ -51,10 +53,10 @@ class VLLMModel(contextlib.ExitStack):
     def __init__(self, arguments: dict[str, Any]) -> None:
         super().__init__()
         self._arguments = arguments
-        self._cache: CacheSpec | None = None
+        self._cache: Compared | None = None
         self._running: Session | None = None
 
-    def check(self, cache: CacheSpec, settings: Sequence[Setting]) -> None:
+    def check(self, cache: Compared, settings: Sequence[Setting]) -> None:
         """Refuse what vLLM cannot do; see `engine.Engine`."""
         _options(cache)
         if tuple(settings) != (SETTING,):
@@ -63,13 +65,15 @@ class VLLMModel(contextlib.ExitStack):
             )
 
     def answer(
-        self, samples: Sequence[Sample], num_tokens: int, cache: CacheSpec | None
+        self, samples: Sequence[Sample], num_tokens: int, cache: Compared | None
     ) -> tuple[list[str], CacheUse | None]:
         """Answer samples; see `engine.Engine`.
 
         Raises:
-            ConfigError: an engine that cannot start.
+            ConfigError: an engine that cannot start, or samples with choices.
         """
+        if any(sample.choices for sample in samples):
+            raise ConfigError("--engine vllm has no tasks with choices: name others by --tasks")
         if self._running is None or cache != self._cache:
             self.close()
             options = None if cache is None else _options(cache)

@@ -6,11 +6,26 @@ from pathlib import Path
 
 from diffkv.lab import rows
 from diffkv.lab.bench.pages import KINDS as BENCH_KINDS
-from diffkv.lab.evaluation.results import HEADS, KLD, TASKS, KldScore, Method, TaskScore, scores
+from diffkv.lab.evaluation.results import (
+    DISTANCES,
+    HEADS,
+    TASKS,
+    DistanceScore,
+    Method,
+    TaskScore,
+    scores,
+)
 from diffkv.lab.rows import Row
 from diffkv.quant import ConfigError
 
-__all__ = ["Loaded", "read"]
+__all__ = ["Loaded", "Measured", "read"]
+
+Measured = tuple[Row, list[DistanceScore]]
+"""A cache, and its distances from full precision in each cell."""
+
+
+DISTANCES_OF = ("model", "engine", "dtype", "cache", "sha256", "max_steps")
+"""What the case of a row of distances must say."""
 
 
 @dataclass(frozen=True)
@@ -19,20 +34,22 @@ class Loaded:
 
     Attributes:
         tasks: rows with a score for each task.
-        kld: rows with a score for each mode.
+        distances: rows with a score for each length of texts.
+        failed: such rows of caches that could not be run.
         heads: rows of what each layer and head kept.
         bench: rows of `diffkv bench`.
     """
 
     tasks: list[tuple[Row, list[TaskScore]]]
-    kld: list[tuple[Row, list[KldScore]]]
+    distances: list[Measured]
+    failed: list[Row]
     heads: list[Row]
     bench: list[Row]
 
     @property
     def rows(self) -> list[Row]:
         """All rows."""
-        return [row for row, _ in (*self.tasks, *self.kld)] + self.heads + self.bench
+        return [row for row, _ in (*self.tasks, *self.distances)] + self.heads + self.bench
 
 
 def read(paths: Sequence[Path]) -> Loaded:
@@ -41,12 +58,15 @@ def read(paths: Sequence[Path]) -> Loaded:
     Raises:
         ConfigError: a file that cannot be read or holds something else; two results of one case.
     """
-    loaded = Loaded([], [], [], [])
+    loaded = Loaded([], [], [], [], [])
     cases: list[tuple[str, dict[str, object]]] = []
     for path in paths:
         for row in rows.read(path):
             if row.kind in BENCH_KINDS:
                 loaded.bench.append(row)
+                continue
+            if row.error is not None and row.kind == DISTANCES:
+                loaded.failed.append(row)
                 continue
             if row.error is not None:
                 raise ConfigError(f"{path} holds a run that failed: {row.error}")
@@ -59,6 +79,8 @@ def read(paths: Sequence[Path]) -> Loaded:
             if (row.kind, row.case) in cases:
                 raise ConfigError(f"{path} holds {name} once more: name each result once")
             cases.append((row.kind, row.case))
+    known = [row.case for row, _ in loaded.distances]
+    loaded.failed[:] = [row for row in loaded.failed if row.case not in known]
     if not loaded.rows:
         raise ConfigError(f"{', '.join(map(str, paths))}: no results")
     return loaded
@@ -71,11 +93,13 @@ def _add(loaded: Loaded, row: Row) -> str:
             raise ValueError("a row of heads needs shares and quant")
         loaded.heads.append(row)
         return f"heads of {row.case.get('model')}"
-    if row.kind not in (TASKS, KLD):
+    if row.kind == DISTANCES:
+        if missing := [name for name in DISTANCES_OF if name not in row.case]:
+            raise ValueError(f"case lacks {', '.join(missing)}")
+        loaded.distances.append((row, scores(row)))
+        return f"the distances of {row['cache']}"
+    if row.kind != TASKS:
         raise ValueError(f"a row of kind {row.kind}")
     name = f"{Method.of(row).label()} with seed {row.get('seed', 0)}"
-    if row.kind == TASKS:
-        loaded.tasks.append((row, scores(row)))
-    else:
-        loaded.kld.append((row, scores(row)))
+    loaded.tasks.append((row, scores(row)))
     return name

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 from diffkv.lab import plots
 from diffkv.lab.bench.pages import add_sections
-from diffkv.lab.evaluation.results import KldScore, Method, TaskScore
+from diffkv.lab.evaluation.results import Method, TaskScore
 from diffkv.lab.page import Column, Page, number, percent, times, write_csv
+from diffkv.lab.report.distances import add_distances, flat
 from diffkv.lab.report.heads import draw_heads
 from diffkv.lab.report.load import Loaded
 from diffkv.lab.report.summary import Place, Summary, by_place, overall, summaries
@@ -20,6 +20,9 @@ REPORT = "report.md"
 MARKERS = {"paper": "o", "none": "X", "window": "s", "topk": "^", "random": "v"}
 """Marker of a policy: the same in every plot."""
 
+LEAST_FULL = 0.8
+"""Share of a generated task that full precision does: of one that it fails, a loss says nothing."""
+
 NOTES = """\
 B/token: real bytes of the KV budget, whole pages and tables included; *vs bf16* is the ratio by them,
 *nominal* the one by bits of codes alone. Differences are points of accuracy, compressed minus full
@@ -27,26 +30,22 @@ precision on the same samples, with their 95 % interval: of one seed a paired bo
 of several Student's over their means. The interval of a mean over tasks is the mean of the tasks'
 intervals, which is too wide rather than too narrow."""
 
-S = TypeVar("S", TaskScore, KldScore)
-
 
 def _points(score: TaskScore) -> str:
     ends = f"{100 * score.ci95_low:+.1f} to {100 * score.ci95_high:+.1f}"
     return f"{100 * score.difference:+.1f} ({ends})"
 
 
-def _spent(kind: type[S]) -> "list[Column[Summary[S]]]":
-    """Columns that every table of methods begins with."""
-    return [
-        ("method", lambda row: row.method.label()),
-        ("B/token", lambda row: number(row.score.bytes_per_token)),
-        ("vs bf16", lambda row: times(row.score.ratio_bf16)),
-        ("nominal", lambda row: times(row.score.nominal_ratio_bf16)),
-    ]
+SPENT: list[Column[Summary]] = [
+    ("method", lambda row: row.method.label()),
+    ("B/token", lambda row: number(row.score.bytes_per_token)),
+    ("vs bf16", lambda row: times(row.score.ratio_bf16)),
+    ("nominal", lambda row: times(row.score.nominal_ratio_bf16)),
+]
+"""Columns that every table of methods begins with."""
 
-
-MEANS: list[Column[Summary[TaskScore]]] = [
-    *_spent(TaskScore),
+MEANS: list[Column[Summary]] = [
+    *SPENT,
     ("high", lambda row: percent(row.score.high)),
     ("low", lambda row: percent(row.score.low)),
     ("dropped", lambda row: percent(row.score.dropped)),
@@ -55,29 +54,17 @@ MEANS: list[Column[Summary[TaskScore]]] = [
     ("difference", lambda row: _points(row.score)),
 ]
 
-DISTANCES: list[Column[Summary[KldScore]]] = [
-    *_spent(KldScore),
-    ("n", lambda row: str(row.score.n)),
-    ("KLD mean", lambda row: f"{row.score.kld_mean:.3g}"),
-    ("median", lambda row: f"{row.score.kld_median:.3g}"),
-    ("99.9 %", lambda row: f"{row.score.kld_p999:.3g}"),
-    ("same top-1", lambda row: percent(row.score.same_top1)),
-    ("first divergence", lambda row: number(row.score.first_divergence)),
-]
 
-
-def _by_bytes(group: Sequence[Summary[S]]) -> list[Summary[S]]:
+def _by_bytes(group: Sequence[Summary]) -> list[Summary]:
     return sorted(group, key=lambda summary: summary.score.bytes_per_token)
 
 
-def _columns(
-    names: Sequence[str], cells: dict[tuple[Method, str], str]
-) -> "list[Column[Summary[TaskScore]]]":
+def _columns(names: Sequence[str], cells: dict[tuple[Method, str], str]) -> list[Column[Summary]]:
     """A column for each name; of names that are paths the last part is shown."""
     return [(name.split("/")[-1], partial(_cell_of, cells, name)) for name in names]
 
 
-def _cell_of(cells: dict[tuple[Method, str], str], name: str, row: Summary[TaskScore]) -> str:
+def _cell_of(cells: dict[tuple[Method, str], str], name: str, row: Summary) -> str:
     return cells.get((row.method, name), "")
 
 
@@ -85,11 +72,11 @@ def _worst(scores: Sequence[TaskScore]) -> TaskScore:
     return min(scores, key=lambda score: score.difference)
 
 
-def _compare_models(page: Page, found: Sequence[Summary[TaskScore]]) -> None:
+def _compare_models(page: Page, found: Sequence[Summary]) -> None:
     """Methods by model in one suite and setting: the mean over tasks, and the worst of them."""
     means, worst = overall(found), overall(found, _worst)
     models = list(dict.fromkeys(mean.method.model for mean in means))
-    lines: dict[Method, Summary[TaskScore]] = {}
+    lines: dict[Method, Summary] = {}
     cells: dict[tuple[Method, str], str] = {}
     for mean, least in zip(means, worst, strict=True):
         method = replace(mean.method, model="")
@@ -101,12 +88,10 @@ def _compare_models(page: Page, found: Sequence[Summary[TaskScore]]) -> None:
         "Points of accuracy against full precision, the mean over tasks and, in brackets, the worst of "
         f"them; bytes in {models[0]}."
     )
-    page.table([*_spent(TaskScore), *_columns(models, cells)], lines.values())
+    page.table([*SPENT, *_columns(models, cells)], lines.values())
 
 
-def _section(
-    page: Page, place: Place, group: Sequence[Summary[TaskScore]], is_compared: bool
-) -> None:
+def _section(page: Page, place: Place, group: Sequence[Summary], is_compared: bool) -> None:
     """One model, suite and setting: means over tasks unless models were compared, then every task."""
     tasks = list(dict.fromkeys(summary.score.task for summary in group))
     means = _by_bytes(overall(group))
@@ -122,13 +107,31 @@ def _section(
         page.table([MEANS[0], *_columns(tasks, cells)], means)
 
 
+def _without_failed(page: Page, found: Sequence[Summary]) -> list[Summary]:
+    """Scores of the tasks that full precision can do; the page names the others."""
+    failed = {
+        (*row.place, row.score.task): row.score.accuracy_full
+        for row in found
+        if row.suite == "synth" and row.score.accuracy_full < LEAST_FULL
+    }
+    if failed:
+        names = (
+            f"{task} ({setting}, {percent(full)})" for (_, _, setting, task), full in failed.items()
+        )
+        page.text(
+            f"Not shown, because full precision is right in less than {LEAST_FULL:.0%} of them: "
+            f"{', '.join(names)}."
+        )
+    return [row for row in found if (*row.place, row.score.task) not in failed]
+
+
 def _file_name(*words: str) -> str:
     """A name that any file system takes."""
     kept = "-".join(words).replace("/", "-").lower()
     return "".join(c if c.isalnum() or c in "-._" else "-" for c in kept).strip("-.") + ".png"
 
 
-def _draw_pareto(folder: Path, place: Place, group: Sequence[Summary[TaskScore]]) -> str:
+def _draw_pareto(folder: Path, place: Place, group: Sequence[Summary]) -> str:
     """Accuracy against real bytes of a token, all methods."""
     name = _file_name("pareto", *place)
     points = []
@@ -149,7 +152,7 @@ def _draw_pareto(folder: Path, place: Place, group: Sequence[Summary[TaskScore]]
     return name
 
 
-def _flat(summary: Summary[Any]) -> dict[str, object]:
+def _flat(summary: Summary) -> dict[str, object]:
     """One line of a CSV file."""
     own = {"suite": summary.suite, "seeds": summary.seeds}
     return {**vars(summary.method), **own, **vars(summary.score)}
@@ -164,13 +167,13 @@ def write(
         loaded: the results.
         folder: exists.
         with_plots: whether to draw.
-        with_csv: whether to write tasks.csv and kld.csv, those that have rows.
+        with_csv: whether to write tasks.csv and distances.csv, those that have rows.
 
     Returns:
         Names of the files.
     """
-    tasks, distances = summaries(loaded.tasks), summaries(loaded.kld)
     page, written = Page("Results"), [REPORT]
+    tasks = _without_failed(page, summaries(loaded.tasks))
 
     def plot(name: str, text: str) -> None:
         written.append(name)
@@ -185,9 +188,7 @@ def write(
             _section(page, place, group, len(groups) > 1)
             if with_plots:
                 plot(_draw_pareto(folder, place, group), f"Accuracy and bytes: {', '.join(place)}")
-    for place, near in by_place(distances).items():
-        page.heading(f"{place[0]}: distance from full precision, {place[2]}")
-        page.table(DISTANCES, _by_bytes(near))
+    written += add_distances(page, loaded.distances, loaded.failed, folder, with_plots)
     for index, row in enumerate(loaded.heads):
         if with_plots:
             name = _file_name("heads", row["model"], str(index))
@@ -196,11 +197,12 @@ def write(
     written += add_sections(page, loaded.bench, folder, with_plots)
     if own := [row for row in loaded.rows if row not in loaded.bench]:
         page.heading("Where it comes from")
-        page.text(NOTES)
+        if tasks:
+            page.text(NOTES)
         page.sources(own)
     page.write(folder / REPORT)
-    for name, flat in (("tasks.csv", map(_flat, tasks)), ("kld.csv", map(_flat, distances))):
-        lines = list(flat)
+    near = [flat(row, score) for row, cells in loaded.distances for score in cells]
+    for name, lines in (("tasks.csv", list(map(_flat, tasks))), ("distances.csv", near)):
         if with_csv and lines:
             write_csv(folder / name, lines)
             written.append(name)

@@ -3,25 +3,23 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from scipy.stats import t
 
-from diffkv.lab.evaluation.results import KldScore, Method, TaskScore
+from diffkv.lab.evaluation.results import Method, TaskScore
 from diffkv.lab.rows import Row
 
 __all__ = ["Place", "Summary", "by_place", "overall", "summaries"]
 
-S = TypeVar("S", TaskScore, KldScore)
-
 Place = tuple[str, str, str]
-"""(model, suite, setting or mode): results that can be compared with each other."""
+"""(model, suite, setting): results that can be compared with each other."""
 
 
 @dataclass(frozen=True)
-class Summary(Generic[S]):
-    """A method at a task or in a mode.
+class Summary:
+    """A method at a task.
 
     Attributes:
         method: which.
@@ -34,12 +32,12 @@ class Summary(Generic[S]):
     method: Method
     suite: str
     seeds: int
-    score: S
+    score: TaskScore
 
     @property
     def place(self) -> Place:
         """Where it can be compared."""
-        return self.method.model, self.suite, _cell(self.score)[1]
+        return self.method.model, self.suite, self.score.setting
 
 
 def _students(differences: Sequence[float]) -> tuple[float, float]:
@@ -50,7 +48,7 @@ def _students(differences: Sequence[float]) -> tuple[float, float]:
     return float(mean - half), float(mean + half)
 
 
-def _mean(found: Sequence[S]) -> S:
+def _mean(found: Sequence[TaskScore]) -> TaskScore:
     """Means of all shares and figures, the ends of intervals too; counts add up."""
     means: dict[str, Any] = {}
     for field in fields(found[0]):
@@ -62,44 +60,40 @@ def _mean(found: Sequence[S]) -> S:
     return replace(found[0], **means)
 
 
-def _over_seeds(found: Sequence[Any]) -> Any:
+def _over_seeds(found: Sequence[TaskScore]) -> TaskScore:
     """One score of those of several seeds."""
     mean = _mean(found)
-    if len(found) == 1 or not isinstance(mean, TaskScore):
+    if len(found) == 1:
         return mean
     low, high = _students([score.difference for score in found])
     return replace(mean, ci95_low=low, ci95_high=high)
 
 
-def _cell(score: TaskScore | KldScore) -> tuple[str, str]:
-    return (score.task, score.setting) if isinstance(score, TaskScore) else ("", score.mode)
-
-
-def summaries(results: Iterable[tuple[Row, Sequence[S]]]) -> list[Summary[S]]:
+def summaries(results: Iterable[tuple[Row, Sequence[TaskScore]]]) -> list[Summary]:
     """Join scores of runs that differ in their seed alone."""
-    groups: dict[tuple[Method, str, str, str], list[S]] = {}
-    score: S
+    groups: dict[tuple[Method, str, str, str], list[TaskScore]] = {}
     for row, found in results:
         for score in found:
-            groups.setdefault((Method.of(row), row["suite"], *_cell(score)), []).append(score)
+            key = (Method.of(row), row["suite"], score.task, score.setting)
+            groups.setdefault(key, []).append(score)
     joined = []
     for (method, suite, *_), same in groups.items():
         joined.append(Summary(method, suite, len(same), _over_seeds(same)))
     return joined
 
 
-def by_place(found: Iterable[Summary[S]]) -> dict[Place, list[Summary[S]]]:
+def by_place(found: Iterable[Summary]) -> dict[Place, list[Summary]]:
     """Summaries that can be compared with each other."""
-    places: dict[Place, list[Summary[S]]] = {}
+    places: dict[Place, list[Summary]] = {}
     for summary in found:
         places.setdefault(summary.place, []).append(summary)
     return places
 
 
 def overall(
-    found: Iterable[Summary[TaskScore]],
+    found: Iterable[Summary],
     pick: Callable[[Sequence[TaskScore]], TaskScore] = _mean,
-) -> list[Summary[TaskScore]]:
+) -> list[Summary]:
     """One summary for each method and place, over the tasks that all methods there have.
 
     Args:

@@ -1,0 +1,107 @@
+"""Rewrites the tables of README.md and docs/policy.md that are of the results of `make eval-real`."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffkv.lab import rows
+from diffkv.lab.evaluation.results import ALL_TEXTS, DISTANCES, DistanceScore, scores
+from diffkv.lab.page import number, percent, times
+from diffkv.quant import DEFAULT_QUANT
+from diffkv.segments import SEGMENT
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results" / "real-model" / "results.jsonl"
+COLUMNS = ("KV bytes per token", "vs bf16", "mean KL", "99 %", "same first choice")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page, found by the name of its first column.
+
+    Attributes:
+        page: file, from the root of the repository.
+        first: name of the first column.
+        rows: what the first column says, by the name of the cache in the results.
+    """
+
+    page: str
+    first: str
+    rows: Mapping[str, str]
+
+    @property
+    def header(self) -> str:
+        """Its first line."""
+        return f"| {' | '.join((self.first, *COLUMNS))} |"
+
+    def text(self, found: Mapping[str, DistanceScore]) -> str:
+        """All of its lines, for the caches that there are results of."""
+        lines = [self.header, f"|---{'|---:' * len(COLUMNS)}|"]
+        for cache, words in self.rows.items():
+            if cache in found:
+                mark = "**" if words.startswith("**") else ""
+                cells = (f"{mark}{figure}{mark}" for figure in figures(found[cache]))
+                lines.append(f"| {words} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def put(self, found: Mapping[str, DistanceScore]) -> None:
+        """Write it into its page, in the place of the one that is there."""
+        path = ROOT / self.page
+        before, header, rest = path.read_text(encoding="utf-8").partition(self.header)
+        if not header:
+            sys.exit(f"{self.page} has no table that begins with {self.header}")
+        _, _, after = rest.partition("\n\n")
+        path.write_text(f"{before}{self.text(found)}\n\n{after}", encoding="utf-8")
+
+
+TABLES = (
+    Table(
+        "README.md",
+        "KV cache of a real model",
+        {
+            "bf16": "bf16",
+            "q8_0": "llama.cpp q8_0",
+            "fp8": "vLLM fp8",
+            "q4_0": "llama.cpp q4_0",
+            "int4_per_token_head": "vLLM int4_per_token_head",
+            "k8v8-k4v4": "DiffKV k8v8-k4v4",
+            DEFAULT_QUANT: "**DiffKV**",
+            f"{DEFAULT_QUANT} policy=paper:distinct=0.75": "DiffKV, a quarter of each prompt dropped",
+        },
+    ),
+    Table(
+        "docs/policy.md",
+        "`--segment`",
+        {
+            DEFAULT_QUANT if size == SEGMENT else f"{DEFAULT_QUANT} segment={size}": str(size)
+            for size in (0, 256, 512, 1024, 2048)
+        },
+    ),
+)
+
+
+def figures(score: DistanceScore) -> tuple[str, ...]:
+    """Cells of a row, as `diffkv report` writes them too."""
+    return (
+        number(score.bytes_per_token, 0),
+        times(score.ratio_bf16),
+        f"{score.kld_mean:.4f}",
+        f"{score.kld_p99:.3f}",
+        percent(score.same_top1),
+    )
+
+
+def measured(results: Iterable[rows.Row]) -> dict[str, DistanceScore]:
+    """Over all texts, by the name of the cache."""
+    return {
+        row["cache"]: scores(row)[row["contexts"].index(ALL_TEXTS)]
+        for row in results
+        if row.kind == DISTANCES and row.error is None
+    }
+
+
+if __name__ == "__main__":
+    found = measured(rows.read(RESULTS))
+    for table in TABLES:
+        table.put(found)
