@@ -28,7 +28,10 @@ def test_pages_are_the_same_bytes(kernels, quant, dtype):
 
 
 def test_what_is_common_costs_no_precision(backend):
-    """Where keys are a centre and little more, errors are those of the little."""
+    """Where keys are a centre and little more, errors are those of the little.
+
+    Half a step, and up to a quarter more at the ends, since what is stored is not the codes' own grid.
+    """
     state = backend.place(make_state("k4v4", 64, torch.float32, num_slots=1, centres=50.0))
     tokens = make_tokens(state, [0], [40])
     backend.store_prompt(state, 0, tokens, torch.zeros(2, 40, dtype=torch.int8), torch.zeros(2, 40))
@@ -37,7 +40,7 @@ def test_what_is_common_costs_no_precision(backend):
 
     little = tokens.key - state.centres[0, 0].float().cpu()
     levels = (little.amax(-1) - little.amin(-1)) / 15
-    assert ((key - tokens.key).abs().amax(-1) <= 0.51 * levels + 1e-4).all()
+    assert ((key - tokens.key).abs().amax(-1) <= 0.75 * levels + 1e-4).all()
 
 
 def test_appended_tokens_have_centres(backend):
