@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.layers import is_divided, num_full_layers
 
 __all__ = ["CONNECTOR", "MATRIX", "WITHOUT", "Row", "refuse", "to_markdown"]
 
@@ -54,13 +55,12 @@ class Row:
         return f"DiffKV does not support {what}: {self.change}"
 
 
-def _has_sliding_window(config: Any) -> bool:
-    model = config.model_config
-    return (
-        getattr(model.hf_text_config, "sliding_window", None) is not None
-        and not model.disable_sliding_window
-        and getattr(model.hf_text_config, "use_sliding_window", True)
-    )
+def _has_windows_only(config: Any) -> bool:
+    return num_full_layers(config) == 0
+
+
+def _is_divided_on_a_gpu(config: Any) -> bool:
+    return config.device_config.device_type != "cpu" and is_divided(config)
 
 
 def _has_alibi(config: Any) -> bool:
@@ -90,6 +90,10 @@ _FAMILIES = (
 _WEIGHTS = (f"{TESTS}test_weights.py::test_format_is_served_as_by_stock",)
 _REFUSALS = ("tests/test_support_matrix.py::test_refusals",)
 _STARTS = (f"{TESTS}test_refused_models.py::test_refused_before_a_worker_starts", *_REFUSALS)
+_DIVIDED = (
+    f"{TESTS}test_divided.py::test_lossless_tokens_equal_stock",
+    f"{TESTS}test_divided.py::test_lossy_drift_is_bounded",
+)
 _LAYERS = ("tests/test_support_matrix.py::test_layer_refusals",)
 
 _MODELS = (
@@ -103,11 +107,21 @@ _MODELS = (
     ),
     Row("models", "multimodal models", NOT_TRIED),
     Row(
-        "models", "sliding-window layers", REFUSED, "they would need another rule for what to keep",
+        "models", "sliding windows in some layers (Gemma 3), on a CPU", WORKS,
+        "those layers keep vLLM's cache, and the KV memory is divided at the start", "", _DIVIDED,
+    ),
+    Row(
+        "models", "sliding windows in some layers, on a GPU", REFUSED, "not run there yet", WITHOUT,
+        _REFUSALS, _is_divided_on_a_gpu,
+        "sliding windows beside full attention on a GPU", layer_argument="sliding_window",
+    ),
+    Row(
+        "models", "sliding windows in all layers (Mistral 7B v0.1)", REFUSED,
+        "no layer is left to compress",
         "pass --disable-sliding-window, which limits the context to the window, or serve the model "
         "without DiffKV",
         (f"{TESTS}test_models.py::test_sliding_window_is_refused_unless_disabled", *_REFUSALS),
-        _has_sliding_window, layer_argument="sliding_window",
+        _has_windows_only, "models with a sliding window in every layer",
     ),
     Row(
         "models", "chunked local attention (Llama 4)", REFUSED,

@@ -7,6 +7,7 @@ import vllm
 from diffkv.quant import ConfigError
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin import matrix
+from diffkv.vllm_plugin.layers import is_divided
 from diffkv.vllm_plugin.options import Options
 
 __all__ = [
@@ -67,8 +68,8 @@ def _check_budget(vllm_config: Any, options: Options) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layout = options.layout(model.get_head_size(), model.dtype.itemsize)
     budget = vllm_config.cache_config.kv_cache_memory_bytes
-    if budget is None or model.original_max_model_len == AUTO:
-        return
+    if budget is None or model.original_max_model_len == AUTO or is_divided(vllm_config):
+        return  # vLLM says so itself, where it is not for DiffKV to know how much others need
     needed = PoolShape.least_budget(
         layout,
         model.get_num_layers(parallel),

@@ -1,0 +1,38 @@
+"""Which layers of a model have full attention, by its configuration.
+
+Only those can have DiffKV's cache. Nothing here imports vLLM.
+"""
+
+from typing import Any
+
+__all__ = ["is_divided", "num_full_layers"]
+
+FULL, WINDOW = "full_attention", "sliding_attention"
+"""Names of kinds of layers in `layer_types`, as transformers has them."""
+
+
+def num_full_layers(vllm_config: Any) -> int:
+    """Layers of one rank with full attention: 0 for a model of windows alone."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    kinds = list(getattr(model.hf_text_config, "layer_types", None) or ())
+    num_layers = int(model.get_num_layers(parallel))
+    if model.is_hybrid:
+        return int(model.get_num_layers_by_block_type(parallel, "attention"))
+    if not _has_windows(model):
+        return num_layers
+    return kinds.count(FULL)
+
+
+def is_divided(vllm_config: Any) -> bool:
+    """Whether some layers have full attention and others have not."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return 0 < num_full_layers(vllm_config) < int(model.get_num_layers(parallel))
+
+
+def _has_windows(model: Any) -> bool:
+    text = model.hf_text_config
+    return (
+        getattr(text, "sliding_window", None) is not None
+        and not model.disable_sliding_window
+        and bool(getattr(text, "use_sliding_window", True))
+    )
