@@ -32,6 +32,7 @@ class Division:
         pool_bytes: bytes of DiffKV's pool.
         num_layers: layers that have the pool.
         num_others: layers that have blocks.
+        max_concurrency: requests of the longest length that fit both.
     """
 
     num_blocks: int
@@ -39,6 +40,7 @@ class Division:
     pool_bytes: int
     num_layers: int
     num_others: int
+    max_concurrency: float
 
     @property
     def blocks_bytes(self) -> int:
@@ -85,75 +87,104 @@ def divide(kv_cache_config: Any, vllm_config: Any) -> Division | None:
     spec = group_of(kv_cache_config).kv_cache_spec
     if not isinstance(spec, DividedSpec):
         return None
-    groups = kv_cache_config.kv_cache_groups
-    size, total = kv_cache_config.kv_cache_tensors[0].size, kv_cache_config.num_blocks
+    groups, total = kv_cache_config.kv_cache_groups, kv_cache_config.num_blocks
+    size = kv_cache_config.kv_cache_tensors[0].size
     block_bytes = size // total
-    num_blocks = _blocks_of_others(groups, spec, vllm_config, total, block_bytes)
+    needs = _Needs.of(groups, spec, vllm_config)
+    num_blocks = needs.blocks_of(total, block_bytes, vllm_config.scheduler_config.max_num_seqs)
+    _shrink(kv_cache_config, vllm_config, num_blocks, block_bytes)
+    pool_bytes = size - num_blocks * block_bytes
+    return Division(
+        num_blocks,
+        block_bytes,
+        pool_bytes,
+        spec.num_layers,
+        sum(len(group.layer_names) for group in groups) - spec.num_layers,
+        min(pool_bytes / needs.longest_bytes, (num_blocks - 1) / needs.longest_blocks),
+    )
+
+
+def _shrink(kv_cache_config: Any, vllm_config: Any, num_blocks: int, block_bytes: int) -> None:
+    """Have vLLM plan its allocation anew, as it does itself where it needs a small one."""
     cache_config = vllm_config.cache_config
     before = cache_config.num_gpu_blocks_override
     cache_config.num_gpu_blocks_override = num_blocks
     try:
-        left = get_kv_cache_config_from_groups(vllm_config, groups, num_blocks * block_bytes)
+        planned = get_kv_cache_config_from_groups(
+            vllm_config, kv_cache_config.kv_cache_groups, num_blocks * block_bytes
+        )
     finally:
         cache_config.num_gpu_blocks_override = before
-    kv_cache_config.num_blocks = left.num_blocks
-    kv_cache_config.kv_cache_tensors = left.kv_cache_tensors
-    return Division(
-        num_blocks,
-        block_bytes,
-        size - num_blocks * block_bytes,
-        spec.num_layers,
-        sum(len(group.layer_names) for group in groups) - spec.num_layers,
-    )
+    kv_cache_config.num_blocks = planned.num_blocks
+    kv_cache_config.kv_cache_tensors = planned.kv_cache_tensors
 
 
-def _blocks_of_others(
-    groups: list[Any], spec: DividedSpec, vllm_config: Any, total: int, block_bytes: int
-) -> int:
-    """Blocks for the layers that keep vLLM's cache, its first included, which is nobody's.
+@dataclass(frozen=True)
+class _Needs:
+    """What requests need of either part.
 
-    Enough for the most requests of the typical length for which the pool would be too, and never too
-    few or too many for one request of the longest length, which vLLM has made sure of.
+    Attributes:
+        typical_bytes: bytes of the pool for one of the typical length.
+        longest_bytes: likewise for one of the longest.
+        most_bytes: likewise, however its tokens are tiered, with all tables: the least pool.
+        longest_blocks: blocks for one of the longest length.
+        blocks: (for each request, for the steps that run) by group of layers: blocks for requests of
+            the typical length.
     """
-    others = [group.kv_cache_spec for group in groups if group.kv_cache_spec is not spec]
-    longest = vllm_config.model_config.max_model_len
-    tokens_of_steps = vllm_config.max_in_flight_tokens
-    typical = max(1, int(TYPICAL_SHARE * longest))
-    request = PoolShape.request_bytes(
-        spec.layout, spec.num_layers, spec.num_kv_heads, typical, spec.segment
-    )
-    least_bytes = spec.least_pool_bytes(longest)
-    most = total - -(-least_bytes // block_bytes)
-    least = 1 + sum(
-        -(-each.max_memory_usage_bytes(vllm_config) // each.page_size_bytes) for each in others
-    )
 
-    def blocks(num_requests: int) -> int:
-        return 1 + sum(
-            _blocks_of_requests(each, num_requests, typical, tokens_of_steps, vllm_config)
-            for each in others
+    typical_bytes: int
+    longest_bytes: int
+    most_bytes: int
+    longest_blocks: int
+    blocks: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, groups: list[Any], spec: DividedSpec, vllm_config: Any) -> "_Needs":
+        """Those of a model's groups of layers."""
+        longest = vllm_config.model_config.max_model_len
+        typical = max(1, int(TYPICAL_SHARE * longest))
+        sizes = spec.layout, spec.num_layers, spec.num_kv_heads
+        others = [group.kv_cache_spec for group in groups if group.kv_cache_spec is not spec]
+        in_flight = vllm_config.max_in_flight_tokens
+        return cls(
+            PoolShape.request_bytes(*sizes, typical, spec.segment),
+            PoolShape.request_bytes(*sizes, longest, spec.segment),
+            spec.least_pool_bytes(longest),
+            sum(_longest_blocks(each, vllm_config) for each in others),
+            tuple(_typical_blocks(each, typical, in_flight, vllm_config) for each in others),
         )
 
-    fitting = least
-    for num_requests in range(1, vllm_config.scheduler_config.max_num_seqs + 1):
-        wanted = blocks(num_requests)
-        if wanted * block_bytes + num_requests * request > total * block_bytes:
-            break
-        fitting = wanted
-    assert least <= most, f"vLLM starts with {total} blocks, where {least} and {total - most} are needed"
-    return max(least, min(fitting, most))
+    def blocks_of(self, total: int, block_bytes: int, max_num_seqs: int) -> int:
+        """Blocks for the layers that keep vLLM's cache, its first included, which is nobody's.
+
+        Enough for the most requests of the typical length for which the pool is too, and never too few
+        or too many for one request of the longest length, which vLLM has made sure of.
+        """
+        least, most = 1 + self.longest_blocks, total - -(-self.most_bytes // block_bytes)
+        assert least <= most, (
+            f"vLLM starts with {total} blocks, {least} and {total - most} are needed"
+        )
+        fitting = least
+        for num_requests in range(1, max_num_seqs + 1):
+            wanted = 1 + sum(num_requests * each + steps for each, steps in self.blocks)
+            if wanted * block_bytes + num_requests * self.typical_bytes > total * block_bytes:
+                break
+            fitting = wanted
+        return max(least, min(fitting, most))
 
 
-def _blocks_of_requests(
-    spec: Any, num_requests: int, num_tokens: int, tokens_of_steps: int, vllm_config: Any
-) -> int:
-    """Blocks that a group of layers takes for some requests of so many tokens.
+def _longest_blocks(spec: Any, vllm_config: Any) -> int:
+    return int(-(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes))
 
-    Windows hold the latest tokens, and all tokens of the steps that run; recurrent layers a state for
-    each request.
+
+def _typical_blocks(
+    spec: Any, num_tokens: int, in_flight: int, vllm_config: Any
+) -> tuple[int, int]:
+    """Blocks that a group of layers takes: for each request, and for all tokens of the steps that run.
+
+    Windows hold the latest tokens; recurrent layers have a state for each request.
     """
     if isinstance(spec, MambaSpec):
-        return num_requests * -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
+        return _longest_blocks(spec, vllm_config), 0
     held = min(num_tokens, spec.sliding_window)
-    in_flight = min(tokens_of_steps, num_requests * num_tokens)
-    return num_requests * (1 + -(-held // spec.block_size)) + -(-in_flight // spec.block_size)
+    return 1 + -(-held // spec.block_size), -(-in_flight // spec.block_size)

@@ -270,6 +270,21 @@ _FEATURES = (
         "--kv-cache-dtype {config.cache_config.cache_dtype}",
     ),
     Row(
+        "features", "prefix caching where only some layers have full attention", REFUSED,
+        "rows of the one kind of layers and blocks of the other do not end at the same tokens; where "
+        "nobody asks for it, it is off",
+        "leave out --enable-prefix-caching", (f"{TESTS}test_divided.py::test_refusals",),
+    ),
+    Row(
+        "features", "one kind of cache for layers of several kinds", REFUSED,
+        "DiffKV's would have to be that of windows too", "leave out --disable-hybrid-kv-cache-manager",
+        (f"{TESTS}test_divided.py::test_refusals", *_REFUSALS),
+        lambda config: (
+            bool(config.scheduler_config.disable_hybrid_kv_cache_manager) and is_divided(config)
+        ),
+        "--disable-hybrid-kv-cache-manager with windows in some layers",
+    ),
+    Row(
         "features", "another KV connector", REFUSED,
         "DiffKV is one, and vLLM has one; --kv-offloading-size asks for one too",
         "leave out --kv-transfer-config and --kv-offloading-size",

@@ -14,6 +14,7 @@ __all__ = [
     "SUPPORTED_VLLM",
     "check_config",
     "check_layer",
+    "check_prefix_caching",
     "check_version",
     "minor_version",
 ]
@@ -57,6 +58,23 @@ def check_config(vllm_config: Any, options: Options) -> None:
     check_version()
     matrix.refuse(vllm_config)
     _check_budget(vllm_config, options)
+
+
+def check_prefix_caching(vllm_config: Any, asked: bool | None) -> None:
+    """Refuse prefix caching where it was asked for and some layers keep vLLM's cache.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        asked: `enable_prefix_caching` as the user gave it; None: vLLM's default, which is turned off.
+
+    Raises:
+        ConfigError: says so.
+    """
+    if asked and is_divided(vllm_config):
+        raise ConfigError(
+            "prefix caching does not go with a model in which only some layers have full attention: "
+            "leave out --enable-prefix-caching"
+        )
 
 
 def _check_budget(vllm_config: Any, options: Options) -> None:

@@ -43,13 +43,15 @@ def banner(
         lines.append(
             f"DiffKV divides the KV memory: {division.pool_bytes} B for the {division.num_layers} "
             f"layers with full attention, {division.blocks_bytes} B in {division.num_blocks} blocks of "
-            f"vLLM's own cache for the {division.num_others} others; prefix caching is off, since theirs "
-            f"and DiffKV's would not end at the same tokens"
+            f"vLLM's own cache for the {division.num_others} others"
         )
     caching = vllm_config.cache_config.enable_prefix_caching
     if shape.segment:
         rows = f"{shape.num_slots} rows, a prompt's of {shape.segment} tokens"
-        lines.append(f"DiffKV: {rows}; prefix caching is {'on' if caching else 'off'}")
+        off = (
+            "off, since caches of two kinds would not end at the same tokens" if division else "off"
+        )
+        lines.append(f"DiffKV: {rows}; prefix caching is {'on' if caching else off}")
     elif caching:
         lines.append("DiffKV: prefix caching is off, since prompts are decided whole (--segment 0)")
     return lines

@@ -23,9 +23,9 @@ __all__ = ["DividedManager", "register_specs"]
 class DividedManager(DiffKVManager):
     """Like `DiffKVManager`, with blocks that no other layer uses."""
 
-    def take_part(
-        self, division: Division, free: Callable[[str], None], watermark: float
-    ) -> None:
+    block_pool: BlockPool
+
+    def take_part(self, division: Division, free: Callable[[str], None], watermark: float) -> None:
         """Complete the manager further, before `attach`.
 
         Args:

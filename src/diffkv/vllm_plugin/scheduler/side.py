@@ -50,6 +50,10 @@ class SchedulerSide:
         for line in banner(options, self._manager.shape, vllm_config, division):
             logger.info(line)
         _limit_steps(vllm_config.scheduler_config, self._manager.shape)
+        if division is not None:
+            longest = vllm_config.model_config.max_model_len
+            vllm_config.cache_config.kv_cache_max_concurrency = division.max_concurrency
+            vllm_config.cache_config.kv_cache_size_tokens = int(division.max_concurrency * longest)
         _report_capacity(vllm_config.cache_config)
 
     def arrive(self, request: Any) -> None:
