@@ -5,10 +5,9 @@ allocation, whatever their kind. So vLLM is left as many blocks as the other lay
 of the rest are the pool, with blocks of account of its own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from diffkv.quant import ConfigError
@@ -92,7 +91,7 @@ def divide(kv_cache_config: Any, vllm_config: Any) -> Division | None:
     block_bytes = size // total
     needs = _Needs.of(groups, spec, vllm_config)
     num_blocks = needs.blocks_of(total, block_bytes, vllm_config.scheduler_config.max_num_seqs)
-    _shrink(kv_cache_config, vllm_config, num_blocks, block_bytes)
+    _shrink(kv_cache_config, num_blocks)
     pool_bytes = size - num_blocks * block_bytes
     return Division(
         num_blocks,
@@ -104,19 +103,25 @@ def divide(kv_cache_config: Any, vllm_config: Any) -> Division | None:
     )
 
 
-def _shrink(kv_cache_config: Any, vllm_config: Any, num_blocks: int, block_bytes: int) -> None:
-    """Have vLLM plan its allocation anew, as it does itself where it needs a small one."""
-    cache_config = vllm_config.cache_config
-    before = cache_config.num_gpu_blocks_override
-    cache_config.num_gpu_blocks_override = num_blocks
-    try:
-        planned = get_kv_cache_config_from_groups(
-            vllm_config, kv_cache_config.kv_cache_groups, num_blocks * block_bytes
-        )
-    finally:
-        cache_config.num_gpu_blocks_override = before
-    kv_cache_config.num_blocks = planned.num_blocks
-    kv_cache_config.kv_cache_tensors = planned.kv_cache_tensors
+def _shrink(kv_cache_config: Any, num_blocks: int) -> None:
+    """Plan vLLM's allocation for fewer blocks.
+
+    Where a block is in one piece nothing but the size changes; else each layer has its blocks in a row,
+    and the layers follow each other.
+    """
+    before = kv_cache_config.num_blocks
+
+    def fewer(num_bytes: int) -> int:
+        return num_bytes // before * num_blocks
+
+    tensors = []
+    for tensor in kv_cache_config.kv_cache_tensors:
+        moved = {"size": fewer(tensor.size)}
+        if tensor.block_stride <= tensor.layer_stride:
+            moved["layer_stride"] = fewer(tensor.layer_stride)
+            moved["offset"] = fewer(tensor.offset)
+        tensors.append(replace(tensor, **moved))
+    kv_cache_config.num_blocks, kv_cache_config.kv_cache_tensors = num_blocks, tensors
 
 
 @dataclass(frozen=True)
