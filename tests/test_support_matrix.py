@@ -77,6 +77,9 @@ REFUSALS = {
     "soft cap on attention scores": {
         "hf_text_config": SimpleNamespace(sliding_window=None, attn_logit_softcapping=50.0)
     },
+    "attention sinks as parameters (gpt-oss)": {
+        "hf_text_config": SimpleNamespace(sliding_window=None, model_type="gpt_oss")
+    },
     "encoder-decoder models": {"is_encoder_decoder": True},
     "models that do not generate": {"runner_type": "pooling"},
     "speculative decoding": {"speculative": object()},

@@ -204,7 +204,8 @@ HOOKS = (
     Hook(
         "Layers of several kinds",
         calls=(
-            "vllm.v1.core.block_pool:BlockPool(num_gpu_blocks, enable_caching, hash_block_size)",
+            "vllm.v1.core.block_pool:BlockPool.__init__"
+            "(num_gpu_blocks, enable_caching, hash_block_size)",
             "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.free(request_id)",
             "vllm.config:ModelConfig.get_num_layers_by_block_type(parallel_config, block_type)",
         ),
@@ -221,6 +222,16 @@ HOOKS = (
             "vllm.config:VllmConfig": "max_in_flight_tokens",
             "vllm.config:SchedulerConfig": "watermark disable_hybrid_kv_cache_manager",
             "vllm.config:CacheConfig": "kv_cache_max_concurrency",
+        },
+        overrides={
+            (
+                "diffkv.vllm_plugin.scheduler.divided:DividedManager",
+                f"{MANAGERS}:FullAttentionManager",
+            ): "get_num_blocks_to_allocate",
+            (
+                "diffkv.vllm_plugin.spec:DividedSpec",
+                "vllm.v1.kv_cache_interface:FullAttentionSpec",
+            ): "max_memory_usage_bytes",
         },
         bodies=(
             "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.get_num_blocks_to_allocate",

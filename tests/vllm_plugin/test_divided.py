@@ -13,8 +13,8 @@ from test_models import MAX_DRIFT, THRESHOLDS, WINDOW_ONLY, Answer, arguments, d
 
 from diffkv.quant import ConfigError
 
-NEW_TOKENS = 60
-PROMPTS = random_prompts(10, 600)
+NEW_TOKENS = 40
+PROMPTS = random_prompts(8, 500)
 """Far longer than the window of 64 tokens, and than a block."""
 LITTLE_BYTES = 8 << 20
 
@@ -76,7 +76,7 @@ def test_either_part_may_run_out(model: Path) -> None:
         def after_step(step: int) -> None:
             check_quotas(llm)
             if step % 16 == 5:
-                add(llm, f"gone{step}", Request(PROMPTS[step % 10], 40))
+                add(llm, f"gone{step}", Request(PROMPTS[step % 8], 40))
             if step % 16 == 9:
                 gone = [each for each in scheduler(llm).requests if each.startswith("gone")]
                 llm.llm_engine.abort_request(gone, internal=True)

@@ -55,14 +55,6 @@ class Row:
         return f"DiffKV does not support {what}: {self.change}"
 
 
-def _has_windows_only(config: Any) -> bool:
-    return num_full_layers(config) == 0
-
-
-def _is_divided_on_a_gpu(config: Any) -> bool:
-    return config.device_config.device_type != "cpu" and is_divided(config)
-
-
 def _has_alibi(config: Any) -> bool:
     text = config.model_config.hf_text_config
     return getattr(text, "model_type", None) == "bloom" or bool(getattr(text, "alibi", None))
@@ -112,7 +104,8 @@ _MODELS = (
     ),
     Row(
         "models", "sliding windows in some layers, on a GPU", REFUSED, "not run there yet", WITHOUT,
-        _REFUSALS, _is_divided_on_a_gpu,
+        _REFUSALS,
+        lambda config: config.device_config.device_type != "cpu" and is_divided(config),
         "sliding windows beside full attention on a GPU", layer_argument="sliding_window",
     ),
     Row(
@@ -121,7 +114,7 @@ _MODELS = (
         "pass --disable-sliding-window, which limits the context to the window, or serve the model "
         "without DiffKV",
         (f"{TESTS}test_models.py::test_sliding_window_is_refused_unless_disabled", *_REFUSALS),
-        _has_windows_only, "models with a sliding window in every layer",
+        lambda config: num_full_layers(config) == 0, "models with a sliding window in every layer",
     ),
     Row(
         "models", "chunked local attention (Llama 4)", REFUSED,
@@ -170,7 +163,9 @@ _MODELS = (
         layer_argument="logits_soft_cap",
     ),
     Row(
-        "models", "attention sinks as parameters", REFUSED, "the kernels have none", WITHOUT, _LAYERS,
+        "models", "attention sinks as parameters (gpt-oss)", REFUSED, "the kernels have none", WITHOUT,
+        (*_STARTS, *_LAYERS),
+        lambda config: getattr(config.model_config.hf_text_config, "model_type", None) == "gpt_oss",
         layer_argument="sinks",
     ),
     Row(
