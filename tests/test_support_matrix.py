@@ -33,7 +33,6 @@ def vllm_config(**changes):
             "enable_sleep_mode": False,
             "is_attention_free": False,
             "get_num_layers": lambda parallel: NUM_LAYERS,
-            "get_num_layers_by_block_type": lambda parallel, kind: NUM_LAYERS // 3,
         },
         "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
         "parallel_config": {
@@ -72,7 +71,7 @@ REFUSALS = {
     },
     "attention in both directions over images (PaliGemma)": {"is_mm_prefix_lm": True},
     "MLA": {"use_mla": True},
-    "layers with a recurrent state (hybrid models)": {"is_hybrid": True},
+    "layers with a recurrent state (Qwen3-Next, Jamba)": {"is_hybrid": True},
     "ALiBi": {"hf_text_config": SimpleNamespace(sliding_window=None, model_type="bloom")},
     "soft cap on attention scores": {
         "hf_text_config": SimpleNamespace(sliding_window=None, attn_logit_softcapping=50.0)

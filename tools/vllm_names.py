@@ -207,13 +207,11 @@ HOOKS = (
             "vllm.v1.core.block_pool:BlockPool.__init__"
             "(num_gpu_blocks, enable_caching, hash_block_size)",
             "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.free(request_id)",
-            "vllm.config:ModelConfig.get_num_layers_by_block_type(parallel_config, block_type)",
         ),
         reads={
             "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_tensors",
             "vllm.v1.kv_cache_interface:KVCacheTensor": "size layer_stride block_stride offset",
             "vllm.v1.kv_cache_interface:KVCacheLayout": "",
-            "vllm.v1.kv_cache_interface:MambaSpec": "max_memory_usage_bytes page_size_bytes",
             "vllm.v1.kv_cache_interface:SlidingWindowSpec": (
                 "sliding_window block_size max_memory_usage_bytes page_size_bytes"
             ),

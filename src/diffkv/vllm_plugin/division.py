@@ -8,8 +8,6 @@ of the rest are the pool, with blocks of account of its own.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm.v1.kv_cache_interface import MambaSpec
-
 from diffkv.quant import ConfigError
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.matrix import WITHOUT
@@ -156,7 +154,7 @@ class _Needs:
             PoolShape.request_bytes(*sizes, longest, spec.segment),
             spec.least_pool_bytes(longest),
             sum(_longest_blocks(each, vllm_config) for each in others),
-            tuple(_typical_blocks(each, typical, in_flight, vllm_config) for each in others),
+            tuple(_typical_blocks(each, typical, in_flight) for each in others),
         )
 
     def blocks_of(self, total: int, block_bytes: int, max_num_seqs: int) -> int:
@@ -182,14 +180,7 @@ def _longest_blocks(spec: Any, vllm_config: Any) -> int:
     return int(-(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes))
 
 
-def _typical_blocks(
-    spec: Any, num_tokens: int, in_flight: int, vllm_config: Any
-) -> tuple[int, int]:
-    """Blocks that a group of layers takes: for each request, and for all tokens of the steps that run.
-
-    Windows hold the latest tokens; recurrent layers have a state for each request.
-    """
-    if isinstance(spec, MambaSpec):
-        return _longest_blocks(spec, vllm_config), 0
+def _typical_blocks(spec: Any, num_tokens: int, in_flight: int) -> tuple[int, int]:
+    """Blocks of a window's latest tokens for each request, and of all tokens of the steps that run."""
     held = min(num_tokens, spec.sliding_window)
     return 1 + -(-held // spec.block_size), -(-in_flight // spec.block_size)

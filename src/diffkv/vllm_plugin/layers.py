@@ -7,20 +7,16 @@ from typing import Any
 
 __all__ = ["is_divided", "num_full_layers"]
 
-FULL, WINDOW = "full_attention", "sliding_attention"
-"""Names of kinds of layers in `layer_types`, as transformers has them."""
+FULL = "full_attention"
+"""Name of that kind of layers in `layer_types`, as transformers has it."""
 
 
 def num_full_layers(vllm_config: Any) -> int:
-    """Layers of one rank with full attention: 0 for a model of windows alone."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    kinds = list(getattr(model.hf_text_config, "layer_types", None) or ())
-    num_layers = int(model.get_num_layers(parallel))
-    if model.is_hybrid:
-        return int(model.get_num_layers_by_block_type(parallel, "attention"))
+    """Layers with full attention: 0 for a model of windows alone."""
+    model = vllm_config.model_config
     if not _has_windows(model):
-        return num_layers
-    return kinds.count(FULL)
+        return int(model.get_num_layers(vllm_config.parallel_config))
+    return list(getattr(model.hf_text_config, "layer_types", None) or ()).count(FULL)
 
 
 def is_divided(vllm_config: Any) -> bool:
