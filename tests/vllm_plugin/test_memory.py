@@ -59,7 +59,7 @@ def test_one_longest_request_fits_layers_of_two_kinds(tmp_path):
     full = DividedSpec.of(FullAttentionSpec(**kind), layout, 2, longest, 256, options.segment)
     window = SlidingWindowSpec(**kind, sliding_window=64)
     least = full.least_pool_bytes(longest) + 4 * window.max_memory_usage_bytes(config)
-    assert MOST_BYTES < least < needed_bytes(config, options, [10])
+    assert LEAST_BYTES < least < needed_bytes(config, options, [10])
 
 
 @pytest.mark.parametrize("options", [None, Options()])

@@ -125,7 +125,8 @@ _MODELS = (
     ),
     Row(
         "models", "chunked local attention (Llama 4)", REFUSED,
-        "such layers would need another rule for what to keep", WITHOUT, _STARTS,
+        "vLLM makes such layers of its backend for full attention, so ours would get them", WITHOUT,
+        _STARTS,
         lambda config: bool(
             getattr(config.model_config.hf_text_config, "attention_chunk_size", None)
         ),
