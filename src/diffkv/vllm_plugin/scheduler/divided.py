@@ -2,7 +2,7 @@
 
 vLLM adds up what all layers need and compares it with its one pool of blocks. Ours are not of that pool,
 so the answer is none, or more than there are. vLLM's own caches outside of a device's memory do likewise
-(`HiSparseHostManager`).
+(`HiSparseSourceManager`).
 """
 
 from collections.abc import Callable

@@ -188,7 +188,11 @@ def _spec_of(spec: AttentionSpec) -> DiffKVSpec:
     assert vllm_config is not None, "the engine of these layers is gone"
     options, model = options_of(vllm_config), vllm_config.model_config
     assert options is not None, "an engine without DiffKV"
-    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase).values()
+    layers = [
+        layer
+        for layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).values()
+        if getattr(layer, "attn_type", AttentionType.DECODER) == AttentionType.DECODER
+    ]
     num_layers = sum(isinstance(getattr(layer, "impl", None), DiffKVImpl) for layer in layers)
     kind = DiffKVSpec if num_layers == len(layers) else DividedSpec
     return kind.of(
