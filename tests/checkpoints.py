@@ -39,12 +39,14 @@ class Family:
         num_kv_heads: of 4 query heads.
         head_dim: elements of a head's key.
         settings: other fields of the configuration.
+        norm_offset: what the model adds to the weights of its norms.
     """
 
     config: str
     num_kv_heads: int
     head_dim: int
     settings: dict[str, Any] = field(default_factory=dict)
+    norm_offset: float = 0
 
 
 FAMILIES = {
@@ -71,12 +73,25 @@ FAMILIES = {
             "norm_topk_prob": True,
         },
     ),
+    "gemma3": Family(
+        "Gemma3TextConfig",
+        2,
+        64,
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "sliding_window": 64,
+            "query_pre_attn_scalar": 64,
+            "tie_word_embeddings": True,
+        },
+        norm_offset=1,
+    ),
 }
 """Every family that DiffKV promises, by the name that tests give it."""
 
 
 def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a checkpoint of two layers.
+    """Write a checkpoint, of two layers unless its family says otherwise.
 
     Args:
         family: a key of FAMILIES.
@@ -88,12 +103,16 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """
     shape = FAMILIES[family]
     config_class = getattr(transformers, shape.config)
-    settings = {"hidden_act": "silu", "tie_word_embeddings": False, **shape.settings}
+    settings = {
+        "num_hidden_layers": 2,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        **shape.settings,
+    }
     config = config_class(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
@@ -103,12 +122,14 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
         pad_token_id=0,
         **settings,
     )
-    model = getattr(transformers, shape.config.replace("Config", "ForCausalLM"))(config)
+    name = shape.config.replace("TextConfig", "Config").replace("Config", "ForCausalLM")
+    model = getattr(transformers, name)(config)
     generator = torch.Generator().manual_seed(20240)
     tied = config.tie_word_embeddings
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            parameter.copy_(_weights(name, parameter.shape, tied, generator))
+            weights = _weights(name, parameter.shape, tied, generator)
+            parameter.copy_(weights - shape.norm_offset if "norm" in name else weights)
     model.to(dtype).save_pretrained(folder)
     for file in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / file, folder)

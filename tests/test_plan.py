@@ -257,3 +257,51 @@ def test_a_model_id_without_the_hubs_library(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     line = refused(capsys, "--model", "owner/name", "--gpu-memory", "80GiB")
     assert line.endswith("give a folder, or pip install huggingface_hub")
+
+
+GEMMA = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "hidden_size": 1152,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "intermediate_size": 6912,
+    "vocab_size": 262144,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "dtype": "bfloat16",
+    "tie_word_embeddings": True,
+}
+
+
+def test_layers_with_a_window_are_planned_as_vllm_keeps_them(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA))
+    flags = ("--gpu-memory", "8GiB", "--context", "8K", "--quant", "k8v4")
+    facts = plan(capsys, tmp_path, *flags)
+    assert (facts["num_windows"], facts["window"]) == (22, 512)
+    bf16, _, ours = facts["formats"]
+    per_layer = 2 * 256 * 2
+    window = 22 * per_layer * (512 + 16)
+    assert bf16["bytes_per_token"] == (4 * per_layer * 8192 + window) / 8192
+    assert ours["window_bytes"] == ours["num_requests"] * window
+    assert ours["num_requests"] * ours["bytes_per_token"] * 8192 <= facts["kv_bytes_per_gpu"]
+    assert main(["plan", "--model", str(tmp_path), *flags]) == 0
+    assert "22 layers with a window of 512 tokens keep vLLM's own cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window_pattern": None}, "a sliding window in every layer"),
+        (
+            {"layer_types": ["linear_attention", "full_attention"] * 13},
+            "layers of linear_attention",
+        ),
+    ],
+)
+def test_layers_that_are_not_served_are_not_planned(changes, message):
+    model = ModelConfig.parse({**GEMMA, **changes}, "m")
+    with pytest.raises(ConfigError, match=message):
+        rank_of(model, 1, 1, GIB)

@@ -13,6 +13,12 @@ from diffkv.vllm_plugin.matrix import MATRIX, NOT_TRIED, REFUSED, TRIED, WORKS
 ROOT = Path(__file__).parents[1]
 
 
+NUM_LAYERS = 6
+SOME_WINDOWS = SimpleNamespace(
+    sliding_window=4096, layer_types=["sliding_attention", "full_attention"] * 3
+)
+
+
 def vllm_config(**changes):
     """A configuration that asks for nothing special, with `section.field` changed."""
     sections = {
@@ -26,7 +32,9 @@ def vllm_config(**changes):
             "is_mm_prefix_lm": False,
             "enable_sleep_mode": False,
             "is_attention_free": False,
+            "get_num_layers": lambda parallel: NUM_LAYERS,
         },
+        "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
         "parallel_config": {
             "pipeline_parallel_size": 1,
             "decode_context_parallel_size": 1,
@@ -47,16 +55,29 @@ def vllm_config(**changes):
 
 
 REFUSALS = {
-    "sliding-window layers": {"hf_text_config": SimpleNamespace(sliding_window=4096)},
+    "sliding windows in all layers (Mistral 7B v0.1)": {
+        "hf_text_config": SimpleNamespace(sliding_window=4096)
+    },
+    "sliding windows in some layers, on a GPU": {
+        "hf_text_config": SOME_WINDOWS,
+        "device_type": "cuda",
+    },
+    "one kind of cache for layers of several kinds": {
+        "hf_text_config": SOME_WINDOWS,
+        "disable_hybrid_kv_cache_manager": True,
+    },
     "chunked local attention (Llama 4)": {
         "hf_text_config": SimpleNamespace(sliding_window=None, attention_chunk_size=8192)
     },
     "attention in both directions over images (PaliGemma)": {"is_mm_prefix_lm": True},
     "MLA": {"use_mla": True},
-    "layers with a recurrent state (hybrid models)": {"is_hybrid": True},
+    "layers with a recurrent state (Qwen3-Next, Jamba)": {"is_hybrid": True},
     "ALiBi": {"hf_text_config": SimpleNamespace(sliding_window=None, model_type="bloom")},
     "soft cap on attention scores": {
         "hf_text_config": SimpleNamespace(sliding_window=None, attn_logit_softcapping=50.0)
+    },
+    "attention sinks as parameters (gpt-oss)": {
+        "hf_text_config": SimpleNamespace(sliding_window=None, model_type="gpt_oss")
     },
     "encoder-decoder models": {"is_encoder_decoder": True},
     "models that do not generate": {"runner_type": "pooling"},
@@ -75,6 +96,7 @@ def test_nothing_special_is_not_refused():
     matrix.refuse(vllm_config())
     unused = SimpleNamespace(sliding_window=4096, use_sliding_window=False)
     matrix.refuse(vllm_config(hf_text_config=unused))
+    matrix.refuse(vllm_config(hf_text_config=SOME_WINDOWS))
     windowed = SimpleNamespace(sliding_window=4096)
     matrix.refuse(vllm_config(hf_text_config=windowed, disable_sliding_window=True))
 

@@ -51,6 +51,9 @@ HOOKS = (
             f"{BACKENDS}.registry:register_backend(backend, class_path)",
             "vllm.config:get_current_vllm_config()",
             "vllm.config:get_current_vllm_config_or_none()",
+            "vllm.config:get_layers_from_vllm_config(vllm_config, layer_type)",
+            f"{BACKENDS}.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update"
+            "(layer, key, value, kv_cache, slot_mapping)",
             "vllm.utils.import_utils:resolve_obj_by_qualname(qualname)",
         ),
         reads={
@@ -66,6 +69,10 @@ HOOKS = (
             f"{BACKEND}:CommonAttentionMetadata": (
                 "block_table_tensor num_reqs query_start_loc_cpu seq_lens"
             ),
+            f"{BACKENDS}.cpu_attn:CPUAttentionMetadata": "slot_mapping",
+            f"{BACKENDS}.cpu_attn:CPUAttentionMetadataBuilder": "",
+            f"{BACKENDS}.cpu_attn:CPUAttentionBackendImpl": "kv_sharing_target_layer_name",
+            "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": "",
             "vllm.config:CompilationConfig": "static_forward_context",
             "vllm.platforms:current_platform": "",
         },
@@ -81,6 +88,17 @@ HOOKS = (
             ("diffkv.vllm_plugin.worker.backend:DiffKVImpl", f"{BACKEND}:AttentionImpl"): (
                 "__init__ forward"
             ),
+            (
+                "diffkv.vllm_plugin.worker.windows:CpuBackend",
+                f"{BACKENDS}.cpu_attn:CPUAttentionBackend",
+            ): (
+                "get_impl_cls get_builder_cls get_supported_kernel_block_sizes "
+                "supported_kv_cache_layouts customize_spec"
+            ),
+            (
+                "diffkv.vllm_plugin.worker.windows:WindowImpl",
+                f"{BACKENDS}.cpu_attn:CPUAttentionBackendImpl",
+            ): "forward",
         },
         values={
             f"{BACKENDS}.registry:AttentionBackendEnum.CPU_ATTN": (
@@ -182,6 +200,43 @@ HOOKS = (
             "vllm.v1.kv_cache_interface:KVCacheGroupSpec": "kv_cache_spec layer_names",
         },
         bodies=("vllm.v1.worker.utils:allocate_kv_cache",),
+    ),
+    Hook(
+        "Layers of several kinds",
+        calls=(
+            "vllm.v1.core.block_pool:BlockPool.__init__"
+            "(num_gpu_blocks, enable_caching, hash_block_size)",
+            "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.free(request_id)",
+        ),
+        reads={
+            "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_tensors",
+            "vllm.v1.kv_cache_interface:KVCacheTensor": "size layer_stride block_stride offset",
+            "vllm.v1.kv_cache_interface:KVCacheLayout": "",
+            "vllm.v1.kv_cache_interface:SlidingWindowSpec": (
+                "sliding_window block_size max_memory_usage_bytes page_size_bytes"
+            ),
+            "vllm.v1.core.block_pool:BlockPool": "hash_block_size",
+            "vllm.v1.core.kv_cache_utils:KVCacheBlock": "pool",
+            "vllm.config:VllmConfig": "max_in_flight_tokens",
+            "vllm.config:SchedulerConfig": "watermark disable_hybrid_kv_cache_manager",
+            "vllm.config:CacheConfig": "kv_cache_max_concurrency",
+        },
+        overrides={
+            (
+                "diffkv.vllm_plugin.scheduler.divided:DividedManager",
+                f"{MANAGERS}:FullAttentionManager",
+            ): "get_num_blocks_to_allocate",
+            (
+                "diffkv.vllm_plugin.spec:DividedSpec",
+                "vllm.v1.kv_cache_interface:FullAttentionSpec",
+            ): "max_memory_usage_bytes",
+        },
+        bodies=(
+            "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.get_num_blocks_to_allocate",
+            "vllm.v1.core.block_pool:BlockPool.free_blocks",
+            "vllm.v1.worker.gpu_worker:Worker.initialize_from_config",
+            "vllm.v1.core.sched.scheduler:Scheduler.__init__",
+        ),
     ),
     Hook(
         "Connector",

@@ -57,6 +57,16 @@ class Rank:
     weight_bytes: int
     kv_bytes: int
 
+    def window_bytes(self, context: int, bits: int) -> int:
+        """Bytes of the layers with a sliding window for a request: vLLM's blocks, one of them begun."""
+        model = self.model
+        if not model.num_windows:
+            return 0
+        blocks = -(-min(context, model.window) // DENSE_BLOCK_TOKENS) + 1
+        heads = model.num_windows * self.num_kv_heads
+        token_bytes = bf16_bytes_per_token(heads, model.head_dim) * bits // 16
+        return blocks * DENSE_BLOCK_TOKENS * token_bytes
+
     def weight_bytes_read(self, num_requests: int) -> int:
         """Weights that a decode step reads: of a mixture, the experts that some request hits.
 
@@ -78,8 +88,15 @@ def rank_of(
     """Split a model, and give the cache what its weights leave of a GPU's usable memory.
 
     Raises:
-        ConfigError: a split that vLLM cannot make, or weights that do not fit.
+        ConfigError: a split that vLLM cannot make, weights that do not fit, or layers of which DiffKV
+            serves none.
     """
+    if model.other_kinds:
+        raise ConfigError(
+            f"{model.name} has layers of {', '.join(model.other_kinds)}: DiffKV does not serve it"
+        )
+    if not model.num_full:
+        raise ConfigError(f"{model.name} has a sliding window in every layer: DiffKV has no part")
     heads, ranks = model.num_kv_heads, tensor_parallel_size
     if ranks < 1 or model.num_q_heads % ranks or (heads % ranks and ranks % heads):
         raise ConfigError(
@@ -134,6 +151,7 @@ class FormatPlan:
         page_bytes: size of a page; 0 for vLLM's own caches.
         table_bytes: share of the tables in the budget, with a slot for each of those requests.
         starts: whether an engine would start: it wants room for one request that is all high.
+        window_bytes: bytes of those requests in vLLM's blocks, for layers with a sliding window.
     """
 
     name: str
@@ -142,13 +160,15 @@ class FormatPlan:
     page_bytes: int = 0
     table_bytes: int = 0
     starts: bool = True
+    window_bytes: int = 0
 
 
 def plan_dense(name: str, rank: Rank, context: int) -> FormatPlan:
     """Plan one of vLLM's own caches, in its blocks of 16 tokens."""
-    heads = rank.model.num_layers * rank.num_kv_heads
+    heads = rank.model.num_full * rank.num_kv_heads
     token_bytes = bf16_bytes_per_token(heads, rank.model.head_dim) * DENSE_BITS[name] // 16
     request = -(-context // DENSE_BLOCK_TOKENS) * DENSE_BLOCK_TOKENS * token_bytes
+    request += rank.window_bytes(context, DENSE_BITS[name])
     num_requests = rank.kv_bytes // request
     return FormatPlan(name, request / context, num_requests, starts=num_requests > 0)
 
@@ -164,7 +184,7 @@ def plan_format(
     """
     model = rank.model
     layout = PageLayout.derive(quant, model.head_dim, None, model.element_bytes, drops)
-    one = PoolShape(layout, model.num_layers, rank.num_kv_heads, 1, context, 0, segment=SEGMENT)
+    one = PoolShape(layout, model.num_full, rank.num_kv_heads, 1, context, 0, segment=SEGMENT)
     bounds = [0, *RowEnds(SEGMENT, context).up_to(0, context), context]
     rows = [end - start for start, end in pairwise(bounds)]
     pages = one.num_heads * sum(
@@ -172,13 +192,14 @@ def plan_format(
         for length in rows
         for num, tier in zip(mix.tokens(quant, length), layout.tiers, strict=True)
     )
-    request = one.spent_bytes(pages, len(rows))
+    windows = rank.window_bytes(context, 8 * model.element_bytes)
+    request = one.spent_bytes(pages, len(rows)) + windows
     num_requests = max(0, rank.kv_bytes - FIXED_BYTES) // request
     try:
         shape = PoolShape.fit(
-            rank.kv_bytes,
+            rank.kv_bytes - num_requests * windows,
             layout,
-            model.num_layers,
+            model.num_full,
             rank.num_kv_heads,
             context,
             max(1, num_requests),
@@ -187,7 +208,14 @@ def plan_format(
     except ConfigError:
         return FormatPlan(str(quant), request / context, 0, layout.page_bytes, starts=False)
     fitting = min(num_requests, shape.num_pages // pages)  # some slots stay empty
-    return FormatPlan(str(quant), request / context, fitting, layout.page_bytes, shape.table_bytes)
+    return FormatPlan(
+        str(quant),
+        request / context,
+        fitting,
+        layout.page_bytes,
+        shape.table_bytes,
+        window_bytes=fitting * windows,
+    )
 
 
 @dataclass(frozen=True)

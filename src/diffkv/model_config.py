@@ -19,6 +19,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 QKV_BIAS_MODELS = ("qwen2", "qwen2_moe")
 """Their attention has a bias on Q, K and V that config.json does not mention."""
 QK_NORM_MODELS = ("qwen3", "qwen3_moe")
+FULL, WINDOW = "full_attention", "sliding_attention"
+"""Kinds of layers, as `layer_types` names them."""
 GROUP_META_BYTES = 2.5
 """Bytes of scale (float16) and zero (4 bits) of a group of GPTQ or AWQ weights."""
 
@@ -32,6 +34,9 @@ class ModelConfig:
         architecture: first of `architectures`.
         model_type: `model_type` of config.json.
         num_layers: attention layers.
+        num_windows: those of them with a sliding window, which keep vLLM's own cache.
+        window: tokens of the window; 0 if no layer has one.
+        other_kinds: names of kinds of layers that have neither full attention nor such a window.
         num_q_heads: query heads of a layer.
         num_kv_heads: KV heads of a layer.
         head_dim: elements of a key or value vector.
@@ -70,6 +75,9 @@ class ModelConfig:
     output_bias: bool
     qk_norm: bool
     max_model_len: int
+    num_windows: int = 0
+    window: int = 0
+    other_kinds: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], name: str) -> "ModelConfig":
@@ -103,6 +111,8 @@ class ModelConfig:
             )
         bits, group = _weight_bits(config.get("quantization_config"), DTYPE_BYTES[dtype] * 8, name)
         bias = bool(text.get("attention_bias", False))
+        num_windows, window = _windows(text, num_layers)
+        kinds = set(text.get("layer_types") or ())
         return cls(
             name=name,
             architecture=str((config.get("architectures") or [""])[0]),
@@ -124,6 +134,9 @@ class ModelConfig:
             output_bias=bias and model_type not in QKV_BIAS_MODELS,
             qk_norm=model_type in QK_NORM_MODELS,
             max_model_len=int(text.get("max_position_embeddings") or 0),
+            num_windows=num_windows,
+            window=window,
+            other_kinds=tuple(sorted(kinds - {FULL, WINDOW})),
         )
 
     @classmethod
@@ -142,6 +155,11 @@ class ModelConfig:
         if not isinstance(config, dict):
             raise ConfigError(f"{path} holds no JSON object")
         return cls.parse(config, name)
+
+    @property
+    def num_full(self) -> int:
+        """Layers with full attention, which have DiffKV's cache."""
+        return self.num_layers - self.num_windows
 
     @property
     def element_bytes(self) -> int:
@@ -176,6 +194,20 @@ class ModelConfig:
         meta = linear / self.group_size * GROUP_META_BYTES if self.group_size else 0
         rest = (self.num_parameters - linear) * self.element_bytes
         return int(linear * self.weight_bits / 8 + meta + rest)
+
+
+def _windows(text: Mapping[str, Any], num_layers: int) -> tuple[int, int]:
+    """(layers with a sliding window, tokens of it)."""
+    window = int(text.get("sliding_window") or 0)
+    if not window or not text.get("use_sliding_window", True):
+        return 0, 0
+    kinds = list(text.get("layer_types") or ())
+    pattern = int(text.get("sliding_window_pattern") or 0)
+    if kinds:
+        num_windows = kinds.count(WINDOW)
+    else:
+        num_windows = num_layers - (num_layers // pattern if pattern else 0)
+    return num_windows, window if num_windows else 0
 
 
 def _weight_bits(quantization: Any, dtype_bits: int, name: str) -> tuple[int, int]:

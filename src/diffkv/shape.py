@@ -163,6 +163,7 @@ class PoolShape:
         max_model_len: int,
         max_num_seqs: int,
         segment: int,
+        high_share: float = HIGH_SHARE,
     ) -> int:
         """Bytes, in whole pages for every layer, that hold one longest request and all tables.
 
@@ -172,7 +173,7 @@ class PoolShape:
         heads, block_bytes = num_layers * num_kv_heads, num_layers * layout.page_bytes
         sizes = layout, num_layers, num_kv_heads
         one = cls(*sizes, 1, max_model_len, 0, segment=segment)
-        request = cls.request_bytes(*sizes, max_model_len, segment)
+        request = cls.request_bytes(*sizes, max_model_len, segment, high_share)
         slots = 0
         while True:
             others = max(0, slots - 1 - one.max_rows) * one.slot_bytes

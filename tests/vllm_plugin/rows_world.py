@@ -15,10 +15,20 @@ from vllm import SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import (
+    get_kv_cache_config_from_groups,
+    get_kv_cache_groups,
+    get_request_block_hasher,
+    init_none_hash,
+)
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -36,13 +46,14 @@ from diffkv.vllm_plugin.messages import (
     StepMessage,
 )
 from diffkv.vllm_plugin.scheduler.manager import DiffKVManager
-from diffkv.vllm_plugin.spec import DiffKVSpec
+from diffkv.vllm_plugin.spec import DiffKVSpec, DividedSpec
 
 LAYERS, KV_HEADS, RANKS = 2, 2, 2
 HEADS = LAYERS * KV_HEADS
 BLOCK, SEGMENT = 16, 64
 MESSAGE_END = 2  # the model's end-of-sequence token
 MODEL_LEN, MAX_RUNNING = 512, 8
+WINDOW = 48
 LAYOUT = PageLayout.derive(QuantConfig.parse("k8v4-k4v2"), 8, 256, 4)
 EXACT = LAYOUT.exact()
 
@@ -241,6 +252,26 @@ class Workers:
         return ranks[0].fullest(ranks[1])
 
 
+def _kv_cache_config(config: Any, num_blocks: int, windows: int) -> KVCacheConfig:
+    """That of DiffKV's layers, and of layers with a window if there are any."""
+    kind: Any = {"block_size": BLOCK, "num_kv_heads": KV_HEADS, "head_size": 8}
+    base = FullAttentionSpec(**kind, dtype=torch.float32)
+    length = config.model_config.max_model_len
+    sizes = LAYOUT, LAYERS, length, MAX_RUNNING, SEGMENT
+    names = [f"full{i}" for i in range(LAYERS)]
+    if not windows:
+        groups = [KVCacheGroupSpec(names, DiffKVSpec.of(base, *sizes))]
+        return KVCacheConfig(num_blocks, [], groups)
+    window = SlidingWindowSpec(**kind, dtype=torch.float32, sliding_window=WINDOW)
+    specs: dict[str, Any] = dict.fromkeys(names, DividedSpec.of(base, *sizes))
+    specs |= {f"window{i}": window for i in range(windows)}
+    config.cache_config.kv_cache_layout = "LBHNC"
+    groups = get_kv_cache_groups(config, specs)
+    return get_kv_cache_config_from_groups(
+        config, groups, num_blocks * LAYERS * base.page_size_bytes
+    )
+
+
 class World:
     """An engine without a model.
 
@@ -248,6 +279,7 @@ class World:
         seed: of all dice.
         overlap: whether steps overlap (asynchronous scheduling).
         num_blocks: vLLM's blocks.
+        windows: layers that keep vLLM's cache, beside `LAYERS` that have DiffKV's.
         worst: see `Workers`.
         model_len: tokens of the longest request.
         options: of the engine's configuration.
@@ -260,6 +292,7 @@ class World:
         num_blocks: int,
         worst: float = 0.1,
         model_len: int = MODEL_LEN,
+        windows: int = 0,
         **options: Any,
     ) -> None:
         args = engine_args("k8v4-k4v2", drops=True)
@@ -274,16 +307,12 @@ class World:
             MODEL, dtype="float32", max_model_len=model_len, max_num_seqs=MAX_RUNNING,
             async_scheduling=overlap, block_size=BLOCK, **args,
         ).create_engine_config()  # fmt: skip
-        base = FullAttentionSpec(
-            block_size=BLOCK, num_kv_heads=KV_HEADS, head_size=8, dtype=torch.float32
-        )
-        spec = DiffKVSpec.of(base, LAYOUT, LAYERS, model_len, MAX_RUNNING, SEGMENT)
         config.cache_config.num_gpu_blocks = num_blocks
         config.cache_config.block_size = BLOCK
         config.cache_config.kv_cache_size_tokens = 5003
         self.scheduler = (AsyncScheduler if overlap else Scheduler)(
             vllm_config=config,
-            kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["a", "b"], spec)]),
+            kv_cache_config=_kv_cache_config(config, num_blocks, windows),
             structured_output_manager=StructuredOutputManager(config),
             block_size=BLOCK,
             hash_block_size=BLOCK,
@@ -291,8 +320,8 @@ class World:
         )
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK, sha256)
-        (self.manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        assert isinstance(self.manager, DiffKVManager)
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        (self.manager,) = (each for each in managers if isinstance(each, DiffKVManager))
         self.rng = np.random.default_rng(seed)
         shape = self.manager.shape
         self.workers = Workers(shape.num_pages, shape.num_slots, self.rng, worst)
@@ -385,7 +414,12 @@ class World:
         assert all(row.users == users[key] for key, row in rows.items())
         owned = [block for one in running.values() for block in one.blocks]
         owned += [block for row in rows.values() if row.users for block in row.blocks]
-        deferred = [block for _, blocks in self.scheduler.deferred_frees for block in blocks]
+        deferred = [
+            block
+            for _, blocks in self.scheduler.deferred_frees
+            for block in blocks
+            if block.pool is pool
+        ]
         used = [block.block_id for block in (*owned, *deferred)]
         assert len(used) == len(set(used)), "a block is owned twice"
         assert len(used) + pool.get_num_free_blocks() == manager.num_usable

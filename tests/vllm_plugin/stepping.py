@@ -60,7 +60,10 @@ def scheduler(llm: Any) -> Any:
 
 
 def manager(llm: Any) -> Any:
-    (ours,) = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
+    from diffkv.vllm_plugin.scheduler.manager import DiffKVManager
+
+    managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
+    (ours,) = (each for each in managers if isinstance(each, DiffKVManager))
     return ours
 
 
@@ -71,7 +74,7 @@ def worker() -> Any:
 
 
 def usable_blocks(llm: Any) -> int:
-    """vLLM's blocks that requests can have: all but the null block and the tables' share."""
+    """Blocks that requests can have: all but the null block and the tables' share."""
     return manager(llm).block_pool.num_gpu_blocks - 1
 
 
@@ -189,5 +192,7 @@ def check_quotas(llm: Any) -> None:
         idle += 0 if row.users else len(row.blocks)
     assert used == blocks_in_use(llm)
     assert idle <= ours.block_pool.get_num_free_blocks()
+    if ours.block_pool is not scheduler(llm).kv_cache_manager.block_pool:
+        return  # the gauge is of the blocks of other layers
     usage = scheduler(llm).kv_cache_manager.usage
     assert usage == 1 - (usable_blocks(llm) - used) / usable_blocks(llm)

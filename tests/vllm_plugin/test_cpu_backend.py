@@ -16,7 +16,7 @@ from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 from diffkv.vllm_plugin import engine_args
 from diffkv.vllm_plugin.spec import DiffKVSpec
-from diffkv.vllm_plugin.worker.backend import DiffKVBackend
+from diffkv.vllm_plugin.worker.windows import CpuBackend
 
 BLOCK_TOKENS = 128
 
@@ -37,7 +37,7 @@ def test_the_engine_that_is_built_decides() -> None:
     """The platform asks the class whether it has a cache's dtype, and which block size it likes."""
     for args, expected in (
         ({}, CPUAttentionBackend),
-        (engine_args("k8v4-k4v2"), DiffKVBackend),
+        (engine_args("k8v4-k4v2"), CpuBackend),
         ({"enable_prefix_caching": False}, CPUAttentionBackend),
     ):
         with building(**args):

@@ -3,13 +3,17 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from checkpoints import make
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.worker import cpu_worker
 
 from diffkv.cli.engine_options import model_folder
 from diffkv.vllm_plugin.front.memory import LEAST_BYTES, MOST_BYTES, SPARE, needed_bytes
 from diffkv.vllm_plugin.front.offline import generate
 from diffkv.vllm_plugin.options import Options
+from diffkv.vllm_plugin.spec import DividedSpec
 from diffkv.vllm_plugin.support import check_config
 
 GIB = 1 << 30
@@ -44,6 +48,18 @@ def test_one_longest_request_always_fits():
     assert num_bytes > MOST_BYTES
     config.cache_config.kv_cache_memory_bytes = num_bytes
     check_config(config, Options("k16v16"))
+
+
+def test_one_longest_request_fits_layers_of_two_kinds(tmp_path):
+    config = EngineArgs(str(make("gemma3", tmp_path)), dtype="float32").create_engine_config()
+    config.model_config.max_model_len = longest = 1 << 20
+    options = Options("k16v16")
+    kind = {"num_kv_heads": 2, "head_size": 64, "dtype": torch.float32, "block_size": 128}
+    layout = options.layout(64, 4)
+    full = DividedSpec.of(FullAttentionSpec(**kind), layout, 2, longest, 256, options.segment)
+    window = SlidingWindowSpec(**kind, sliding_window=64)
+    least = full.least_pool_bytes(longest) + 4 * window.max_memory_usage_bytes(config)
+    assert LEAST_BYTES < least < needed_bytes(config, options, [10])
 
 
 @pytest.mark.parametrize("options", [None, Options()])

@@ -26,7 +26,7 @@ FORGETTING = 1.25
 THRESHOLDS = {"alpha_high": 2.0, "alpha_low": 1.0}
 WINDOW_ONLY = {"diffkv_alpha_high": 1e6, "diffkv_alpha_low": 1e6}
 PROMPTS = random_prompts(5, 150)
-SUPPORTED = [name for name in FAMILIES if name != "mistral_window"]
+SUPPORTED = [name for name in FAMILIES if name not in ("mistral_window", "gemma3")]
 
 
 @dataclass(frozen=True)

@@ -19,25 +19,32 @@ from diffkv.cli import main
         ("BloomConfig", "BloomForCausalLM", {"n_layer": 2, "hidden_size": 64}, [], "ALiBi"),
         ("FalconConfig", "FalconForCausalLM", {"num_hidden_layers": 2, "alibi": True}, [], "ALiBi"),
         (
-            "Gemma2Config",
-            "Gemma2ForCausalLM",
-            {"num_hidden_layers": 2},
+            "MistralConfig",
+            "MistralForCausalLM",
+            {"num_hidden_layers": 2, "sliding_window": 128},
             [],
-            "sliding-window layers: pass --disable-sliding-window",
+            "a sliding window in every layer: pass --disable-sliding-window",
         ),
         (
             "Gemma2Config",
             "Gemma2ForCausalLM",
             {"num_hidden_layers": 2},
-            ["--disable-sliding-window"],
+            [],
             "soft cap on attention scores",
+        ),
+        (
+            "Gemma3TextConfig",
+            "Gemma3ForCausalLM",
+            {"num_hidden_layers": 6},
+            ["--disable-hybrid-kv-cache-manager"],
+            "--disable-hybrid-kv-cache-manager",
         ),
         (
             "GptOssConfig",
             "GptOssForCausalLM",
             {"num_hidden_layers": 2},
             [],
-            "sliding-window layers",
+            "attention sinks",
         ),
         ("Llama4TextConfig", "Llama4ForCausalLM", {"num_hidden_layers": 4}, [], "chunked local"),
         ("JambaConfig", "JambaForCausalLM", {"num_hidden_layers": 8}, [], "a recurrent state"),
@@ -66,3 +73,18 @@ def test_refused_before_a_worker_starts(
     assert len(lines) == 1
     assert lines[0].startswith("diffkv: DiffKV does not support ")
     assert message in lines[0]
+
+
+def test_prefix_caching_that_was_asked_for_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    made = transformers.Gemma3TextConfig(num_hidden_layers=6)
+    made.architectures = ["Gemma3ForCausalLM"]
+    made.save_pretrained(tmp_path)
+    save_file({"unused": torch.zeros(1)}, tmp_path / "model.safetensors")
+    flags = ["--max-model-len", "256", "--enable-prefix-caching"]
+    assert main(["serve", str(tmp_path), *flags]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffkv: ")]
+    assert len(lines) == 1
+    assert lines[0].endswith("leave out --enable-prefix-caching")

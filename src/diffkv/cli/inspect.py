@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Refuse before an engine starts what would fail after it."""
     model = load_config(model_folder(args.model))
-    for name, num in (("layer", model.num_layers), ("head", model.num_kv_heads)):
+    num_layers = model.num_full or model.num_layers  # windows that are disabled are full, too
+    for name, num in (("layer", num_layers), ("head", model.num_kv_heads)):
         if not 0 <= getattr(args, name) < num:
             raise ConfigError(f"--{name} must be in 0 .. {num - 1}, got {getattr(args, name)}")
     if args.out is None:

@@ -107,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
         "model": args.model,
         "architecture": model.architecture,
         "num_layers": model.num_layers,
+        "num_windows": model.num_windows,
+        "window": model.window,
         "num_kv_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
         "context": context,
@@ -150,6 +152,14 @@ def _print(facts: dict[str, Any]) -> None:
         f"KV budget of a GPU {_size(facts['kv_bytes_per_gpu'])}; requests of {facts['context']:,} "
         f"tokens"
     )
+    if facts["num_windows"]:
+        name = facts["verdict"]["name"]
+        ours = next(plan for plan in facts["formats"] if plan["name"] == name)
+        console.print(
+            f"{facts['num_windows']} layers with a window of {facts['window']:,} tokens keep vLLM's own "
+            f"cache: of the KV budget {_size(ours['window_bytes'])} for the "
+            f"{ours['num_requests']} requests of {ours['name']}"
+        )
     table = Table("cache", "KB a token", "of bf16", "requests", "of bf16", "tables")
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:

@@ -34,7 +34,7 @@ def register() -> None:
 
     if CONNECTOR in KVConnectorFactory._registry:
         return
-    from diffkv.vllm_plugin.scheduler.manager import register_spec
+    from diffkv.vllm_plugin.scheduler.divided import register_specs
 
     KVConnectorFactory.register_connector(CONNECTOR, "diffkv.vllm_plugin.connector", CONNECTOR)
     register_backend(AttentionBackendEnum.CUSTOM, "diffkv.vllm_plugin.worker.backend.DiffKVBackend")
@@ -42,7 +42,7 @@ def register() -> None:
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "diffkv.vllm_plugin.worker.select.CpuBackend"
         )
-    register_spec()
+    register_specs()
 
 
 def engine_args(quant: str = DEFAULT_QUANT, **options: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
+from diffkv.vllm_plugin.division import divide
 from diffkv.vllm_plugin.messages import ReportMessage, StepMessage
 from diffkv.vllm_plugin.metrics import DiffKVPromMetrics, DiffKVStats
 from diffkv.vllm_plugin.options import Options
@@ -43,13 +44,18 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._options = Options.parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
         check_config(vllm_config, self._options)
+        self._division = divide(kv_cache_config, vllm_config)
+        if self._division is not None:
+            vllm_config.cache_config.enable_prefix_caching = False
 
     # in the engine core
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         """Find our manager of blocks behind vLLM's."""
         super().bind_kv_cache_manager(kv_cache_manager)
-        self.scheduler = SchedulerSide(self._options, self._vllm_config, kv_cache_manager)
+        self.scheduler = SchedulerSide(
+            self._options, self._vllm_config, kv_cache_manager, self._division
+        )
 
     def on_new_request(self, request: Any) -> None:
         """A request arrives."""
@@ -94,7 +100,7 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Make the pool in the allocation that vLLM made for all layers."""
         self.worker = WorkerCache(
-            kv_caches, self._options, self._vllm_config, self._kv_cache_config
+            kv_caches, self._options, self._vllm_config, self._kv_cache_config, self._division
         )
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:

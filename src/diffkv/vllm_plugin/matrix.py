@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.layers import is_divided, num_full_layers
 
 __all__ = ["CONNECTOR", "MATRIX", "WITHOUT", "Row", "refuse", "to_markdown"]
 
@@ -54,15 +55,6 @@ class Row:
         return f"DiffKV does not support {what}: {self.change}"
 
 
-def _has_sliding_window(config: Any) -> bool:
-    model = config.model_config
-    return (
-        getattr(model.hf_text_config, "sliding_window", None) is not None
-        and not model.disable_sliding_window
-        and getattr(model.hf_text_config, "use_sliding_window", True)
-    )
-
-
 def _has_alibi(config: Any) -> bool:
     text = config.model_config.hf_text_config
     return getattr(text, "model_type", None) == "bloom" or bool(getattr(text, "alibi", None))
@@ -90,6 +82,10 @@ _FAMILIES = (
 _WEIGHTS = (f"{TESTS}test_weights.py::test_format_is_served_as_by_stock",)
 _REFUSALS = ("tests/test_support_matrix.py::test_refusals",)
 _STARTS = (f"{TESTS}test_refused_models.py::test_refused_before_a_worker_starts", *_REFUSALS)
+_DIVIDED = (
+    f"{TESTS}test_divided.py::test_lossless_tokens_equal_stock",
+    f"{TESTS}test_divided.py::test_lossy_drift_is_bounded",
+)
 _LAYERS = ("tests/test_support_matrix.py::test_layer_refusals",)
 
 _MODELS = (
@@ -103,15 +99,34 @@ _MODELS = (
     ),
     Row("models", "multimodal models", NOT_TRIED),
     Row(
-        "models", "sliding-window layers", REFUSED, "they would need another rule for what to keep",
+        "models", "layers with a recurrent state (Qwen3-Next, Jamba)", REFUSED,
+        "not compared with vLLM's own cache yet; on a CPU vLLM has linear attention in bfloat16 only",
+        "serve them without DiffKV", _STARTS,
+        lambda config: config.model_config.is_hybrid or config.model_config.is_attention_free,
+        "models with layers that have a recurrent state",
+    ),
+    Row(
+        "models", "sliding windows in some layers (Gemma 3), on a CPU", WORKS,
+        "those layers keep vLLM's cache, and the KV memory is divided at the start", "", _DIVIDED,
+    ),
+    Row(
+        "models", "sliding windows in some layers, on a GPU", REFUSED, "not run there yet", WITHOUT,
+        _REFUSALS,
+        lambda config: config.device_config.device_type != "cpu" and is_divided(config),
+        "sliding windows beside full attention on a GPU", layer_argument="sliding_window",
+    ),
+    Row(
+        "models", "sliding windows in all layers (Mistral 7B v0.1)", REFUSED,
+        "no layer is left to compress",
         "pass --disable-sliding-window, which limits the context to the window, or serve the model "
         "without DiffKV",
         (f"{TESTS}test_models.py::test_sliding_window_is_refused_unless_disabled", *_REFUSALS),
-        _has_sliding_window, layer_argument="sliding_window",
+        lambda config: num_full_layers(config) == 0, "models with a sliding window in every layer",
     ),
     Row(
         "models", "chunked local attention (Llama 4)", REFUSED,
-        "such layers would need another rule for what to keep", WITHOUT, _STARTS,
+        "vLLM makes such layers of its backend for full attention, so ours would get them", WITHOUT,
+        _STARTS,
         lambda config: bool(
             getattr(config.model_config.hf_text_config, "attention_chunk_size", None)
         ),
@@ -126,12 +141,6 @@ _MODELS = (
         "models", "MLA", REFUSED, "its cache is compressed already", "serve them without DiffKV",
         _STARTS, lambda config: config.model_config.use_mla,
         "MLA models (their cache is compressed already)",
-    ),
-    Row(
-        "models", "layers with a recurrent state (hybrid models)", REFUSED, "they have no KV cache",
-        "serve them without DiffKV", _STARTS,
-        lambda config: config.model_config.is_hybrid or config.model_config.is_attention_free,
-        "models with layers that have a recurrent state",
     ),
     Row(
         "models", "encoder-decoder models", REFUSED, "only decoder attention is implemented",
@@ -156,7 +165,9 @@ _MODELS = (
         layer_argument="logits_soft_cap",
     ),
     Row(
-        "models", "attention sinks as parameters", REFUSED, "the kernels have none", WITHOUT, _LAYERS,
+        "models", "attention sinks as parameters (gpt-oss)", REFUSED, "the kernels have none", WITHOUT,
+        (*_STARTS, *_LAYERS),
+        lambda config: getattr(config.model_config.hf_text_config, "model_type", None) == "gpt_oss",
         layer_argument="sinks",
     ),
     Row(
@@ -255,6 +266,21 @@ _FEATURES = (
         (f"{TESTS}test_bad_input.py::test_options", *_REFUSALS),
         lambda config: config.cache_config.cache_dtype != "auto",
         "--kv-cache-dtype {config.cache_config.cache_dtype}",
+    ),
+    Row(
+        "features", "prefix caching where only some layers have full attention", REFUSED,
+        "rows of the one kind of layers and blocks of the other do not end at the same tokens; where "
+        "nobody asks for it, it is off",
+        "leave out --enable-prefix-caching", (f"{TESTS}test_divided.py::test_refusals",),
+    ),
+    Row(
+        "features", "one kind of cache for layers of several kinds", REFUSED,
+        "DiffKV's would have to be that of windows too", "leave out --disable-hybrid-kv-cache-manager",
+        (f"{TESTS}test_divided.py::test_refusals", *_REFUSALS),
+        lambda config: (
+            bool(config.scheduler_config.disable_hybrid_kv_cache_manager) and is_divided(config)
+        ),
+        "--disable-hybrid-kv-cache-manager with windows in some layers",
     ),
     Row(
         "features", "another KV connector", REFUSED,

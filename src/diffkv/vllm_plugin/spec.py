@@ -1,7 +1,8 @@
 """vLLM's view of the pool: a KV-cache spec, in the place of the one that vLLM makes for a layer.
 
 A vLLM block is only a unit of account here: one page for every layer. Scheduler and workers read the
-pool's shape off the spec, so both have the same.
+pool's shape off the spec, so both have the same. `DividedSpec` is for layers of a model in which others
+keep vLLM's cache, see `division`.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from diffkv.layout import PageLayout
 from diffkv.shape import PoolShape
 
-__all__ = ["DiffKVSpec"]
+__all__ = ["DiffKVSpec", "DividedSpec"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class DiffKVSpec(FullAttentionSpec):
 
     Attributes:
         layout: the pages of all layers.
-        num_layers: attention layers of the model.
+        num_layers: layers that have it.
         max_model_len: tokens of the longest request.
         max_num_seqs: requests that may run at once.
         segment: tokens after which a row of a prompt is closed; 0: prompts are decided whole.
@@ -54,7 +55,7 @@ class DiffKVSpec(FullAttentionSpec):
             head_size=spec.head_size,
             dtype=spec.dtype,
             num_head_slots=1,
-            state_content_bytes=layout.page_bytes,
+            state_content_bytes=cls.block_bytes(spec, layout),
             layout=layout,
             num_layers=num_layers,
             max_model_len=max_model_len,
@@ -62,16 +63,25 @@ class DiffKVSpec(FullAttentionSpec):
             segment=segment,
         )
 
-    def pool_shape(self, num_blocks: int, max_model_len: int | None = None) -> PoolShape:
-        """The pool in `num_blocks` of vLLM's blocks: scheduler and worker must agree on it.
+    @staticmethod
+    def block_bytes(spec: AttentionSpec, layout: PageLayout) -> int:
+        """One layer's bytes of a block: a page."""
+        return layout.page_bytes
+
+    def pool_bytes(self, num_blocks: int) -> int:
+        """Bytes of the pool, if vLLM has allocated so many blocks."""
+        return num_blocks * self.num_layers * self.layout.page_bytes
+
+    def pool_shape(self, num_bytes: int, max_model_len: int | None = None) -> PoolShape:
+        """The pool in so many bytes: scheduler and worker must agree on it.
 
         Args:
-            num_blocks: blocks that vLLM has allocated.
+            num_bytes: bytes of pages and tables.
             max_model_len: vLLM's, if it was fitted to the memory after the spec was made
                 (`--max-model-len auto`).
         """
         return PoolShape.fit(
-            num_blocks * self.num_layers * self.layout.page_bytes,
+            num_bytes,
             self.layout,
             self.num_layers,
             self.num_kv_heads,
@@ -114,3 +124,37 @@ class DiffKVSpec(FullAttentionSpec):
         """All layers must be alike."""
         assert all(spec == specs[0] for spec in specs[1:]), "layers differ"
         return replace(specs[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DividedSpec(DiffKVSpec):
+    """Like `DiffKVSpec`, for a model in which other layers keep vLLM's cache.
+
+    vLLM's blocks then have one size for all layers. So a layer's share of a block is as large as in
+    vLLM's own cache, and says nothing of pages.
+    """
+
+    @staticmethod
+    def block_bytes(spec: AttentionSpec, layout: PageLayout) -> int:
+        """As many bytes as the layer would have without DiffKV."""
+        return spec.page_size_bytes
+
+    def least_pool_bytes(self, max_model_len: int) -> int:
+        """Bytes that hold one request of the longest length, however its tokens are tiered.
+
+        vLLM cannot end one request that is too large for its cache where layers differ in theirs, so
+        there must be none.
+        """
+        return PoolShape.least_budget(
+            self.layout,
+            self.num_layers,
+            self.num_kv_heads,
+            max_model_len,
+            self.max_num_seqs,
+            self.segment,
+            high_share=1,
+        )
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """This layer's share of the pool that is needed at least."""
+        return -(-self.least_pool_bytes(vllm_config.model_config.max_model_len) // self.num_layers)

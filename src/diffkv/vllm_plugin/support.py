@@ -7,12 +7,14 @@ import vllm
 from diffkv.quant import ConfigError
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin import matrix
+from diffkv.vllm_plugin.layers import is_divided
 from diffkv.vllm_plugin.options import Options
 
 __all__ = [
     "SUPPORTED_VLLM",
     "check_config",
     "check_layer",
+    "check_prefix_caching",
     "check_version",
     "minor_version",
 ]
@@ -58,6 +60,23 @@ def check_config(vllm_config: Any, options: Options) -> None:
     _check_budget(vllm_config, options)
 
 
+def check_prefix_caching(vllm_config: Any, asked: bool | None) -> None:
+    """Refuse prefix caching where it was asked for and some layers keep vLLM's cache.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        asked: `enable_prefix_caching` as the user gave it; None: vLLM's default, which is turned off.
+
+    Raises:
+        ConfigError: says so.
+    """
+    if asked and is_divided(vllm_config):
+        raise ConfigError(
+            "prefix caching does not go with a model in which only some layers have full attention: "
+            "leave out --enable-prefix-caching"
+        )
+
+
 def _check_budget(vllm_config: Any, options: Options) -> None:
     """Refuse a KV budget that is given in bytes and cannot hold the longest request.
 
@@ -67,8 +86,8 @@ def _check_budget(vllm_config: Any, options: Options) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layout = options.layout(model.get_head_size(), model.dtype.itemsize)
     budget = vllm_config.cache_config.kv_cache_memory_bytes
-    if budget is None or model.original_max_model_len == AUTO:
-        return
+    if budget is None or model.original_max_model_len == AUTO or is_divided(vllm_config):
+        return  # vLLM says so itself, where it is not for DiffKV to know how much others need
     needed = PoolShape.least_budget(
         layout,
         model.get_num_layers(parallel),

@@ -7,7 +7,8 @@ stays, because that memory is there for one engine; a host has other things to d
 from collections.abc import Sequence
 from typing import Any
 
-from diffkv.shape import PoolShape
+from diffkv.shape import HIGH_SHARE, PoolShape
+from diffkv.vllm_plugin.layers import num_full_layers
 from diffkv.vllm_plugin.options import Options
 
 __all__ = ["needed_bytes"]
@@ -35,21 +36,21 @@ def needed_bytes(
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     longest, most = model.max_model_len, vllm_config.scheduler_config.max_num_seqs
     num_layers, heads = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
+    full_layers = 0 if options is None else num_full_layers(vllm_config)
     head_dim, element_bytes = model.get_head_size(), model.dtype.itemsize
     if lengths is None:
         lengths = [longest] * UNKNOWN_REQUESTS
     running = sorted((min(length, longest) for length in lengths), reverse=True)[:most]
-    dense = 2 * num_layers * heads * head_dim * element_bytes
-    if options is None:
-        one, together = dense * longest, dense * sum(running)
-    else:
-        layout = options.layout(head_dim, element_bytes)
-        one = PoolShape.least_budget(layout, num_layers, heads, longest, most, options.segment)
+    dense_layers = num_layers - full_layers  # their windows are taken to be as long as a request
+    dense = 2 * dense_layers * heads * head_dim * element_bytes
+    one, together = dense * longest, dense * sum(running)
+    if options is not None:
+        sizes = options.layout(head_dim, element_bytes), full_layers, heads
+        share = 1.0 if dense_layers else HIGH_SHARE
+        one += PoolShape.least_budget(*sizes, longest, most, options.segment, share)
         requests = {
-            length: PoolShape.request_bytes(
-                layout, num_layers, heads, length, options.segment, high_share=1
-            )
+            length: PoolShape.request_bytes(*sizes, length, options.segment, high_share=1)
             for length in running
         }
-        together = sum(requests[length] for length in running)
+        together += sum(requests[length] for length in running)
     return int(max(LEAST_BYTES, SPARE * one, min(SPARE * together, MOST_BYTES)))

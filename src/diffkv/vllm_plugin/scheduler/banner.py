@@ -3,6 +3,7 @@
 from typing import Any
 
 from diffkv.shape import PoolShape
+from diffkv.vllm_plugin.division import Division
 from diffkv.vllm_plugin.options import WORST_CASE, Options
 
 __all__ = ["banner"]
@@ -11,7 +12,9 @@ __all__ = ["banner"]
 TIERS = ("high", "low")
 
 
-def banner(options: Options, shape: PoolShape, vllm_config: Any) -> list[str]:
+def banner(
+    options: Options, shape: PoolShape, vllm_config: Any, division: Division | None = None
+) -> list[str]:
     """Lines: configuration, bytes, capacity against bf16, and what is off and why."""
     layout, thresholds = shape.layout, options.thresholds()
     budget = shape.num_pages * layout.page_bytes + shape.table_bytes
@@ -36,10 +39,19 @@ def banner(options: Options, shape: PoolShape, vllm_config: Any) -> list[str]:
         f"{budget} B ({shape.table_bytes} B of them tables)",
     ]
     lines.append(f"DiffKV admits prompts by {_admission(options, vllm_config.scheduler_config)}")
+    if division is not None:
+        lines.append(
+            f"DiffKV divides the KV memory: {division.pool_bytes} B for the {division.num_layers} "
+            f"layers with full attention, {division.blocks_bytes} B in {division.num_blocks} blocks of "
+            f"vLLM's own cache for the {division.num_others} others"
+        )
     caching = vllm_config.cache_config.enable_prefix_caching
     if shape.segment:
         rows = f"{shape.num_slots} rows, a prompt's of {shape.segment} tokens"
-        lines.append(f"DiffKV: {rows}; prefix caching is {'on' if caching else 'off'}")
+        off = (
+            "off, since caches of two kinds would not end at the same tokens" if division else "off"
+        )
+        lines.append(f"DiffKV: {rows}; prefix caching is {'on' if caching else off}")
     elif caching:
         lines.append("DiffKV: prefix caching is off, since prompts are decided whole (--segment 0)")
     return lines

@@ -10,11 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.core.single_type_kv_cache_manager import (
-    FullAttentionManager,
-    register_all_kvcache_specs,
-)
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import RequestStatus
 
 from diffkv.policy import Thresholds
@@ -25,7 +21,7 @@ from diffkv.vllm_plugin.scheduler.rows import Row, RowStore
 from diffkv.vllm_plugin.scheduler.running import Bounds, Need, Running
 from diffkv.vllm_plugin.spec import DiffKVSpec
 
-__all__ = ["DiffKVManager", "register_spec"]
+__all__ = ["DiffKVManager"]
 
 logger = init_logger("vllm.diffkv")
 
@@ -67,7 +63,7 @@ class DiffKVManager(FullAttentionManager):
             read: a request's thresholds.
             worst: whether requests are admitted by the most that they can take.
         """
-        self._reserve_tables(vllm_config.model_config.max_model_len)
+        self._take_blocks(vllm_config.model_config.max_model_len)
         self._bounds = Bounds(self.shape)
         self._sizes = RowSizes(self.shape, worst)
         keeps = self.enable_caching and self.shape.segment > 0
@@ -77,13 +73,13 @@ class DiffKVManager(FullAttentionManager):
         self._read = read
         self._scheduler_config = vllm_config.scheduler_config
 
-    def _reserve_tables(self, max_model_len: int) -> None:
+    def _take_blocks(self, max_model_len: int) -> None:
         """Take out of circulation the blocks whose bytes are the pool's tables.
 
         Lowering `num_gpu_blocks` with them keeps vLLM's usage figure 0 for an empty pool.
         """
-        num_blocks = self.block_pool.num_gpu_blocks
-        self.shape = self.kv_cache_spec.pool_shape(num_blocks, max_model_len)
+        num_blocks, spec = self.block_pool.num_gpu_blocks, self.kv_cache_spec
+        self.shape = spec.pool_shape(spec.pool_bytes(num_blocks), max_model_len)
         num_usable = self.shape.num_pages // self.shape.num_layers
         num_reserved = max(0, num_blocks - 1 - num_usable)
         self.block_pool.get_new_blocks(num_reserved)
@@ -154,8 +150,12 @@ class DiffKVManager(FullAttentionManager):
         request = self._requests[request_id]
         self._keep(request)
         request.num_computed_tokens = 0
-        self.free(request_id)
+        self._free_all(request_id)
         self._restarted.add(request_id)
+
+    def _free_all(self, request_id: str) -> None:
+        """Free what a request holds, in the caches of all layers."""
+        self.free(request_id)
 
     # prefix caching
 
@@ -389,12 +389,3 @@ class DiffKVManager(FullAttentionManager):
         if surplus > 0:
             self.block_pool.free_blocks(running.blocks[-surplus:])
             del running.blocks[-surplus:]
-
-
-def register_spec() -> None:
-    """Make the spec and its manager known to vLLM.
-
-    The registry fills itself with vLLM's own specs only while it is empty, so they go first.
-    """
-    register_all_kvcache_specs(None)
-    KVCacheSpecRegistry.register(DiffKVSpec, DiffKVManager, uniform_type_base_spec=DiffKVSpec)

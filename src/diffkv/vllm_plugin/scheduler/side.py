@@ -7,6 +7,7 @@ from vllm.logger import init_logger
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
 from diffkv.shape import PoolShape
+from diffkv.vllm_plugin.division import Division
 from diffkv.vllm_plugin.messages import ReportMessage, StepMessage
 from diffkv.vllm_plugin.options import WORST_CASE, Options
 from diffkv.vllm_plugin.requests import admission_path, thresholds_of
@@ -28,20 +29,31 @@ class SchedulerSide:
         options: the engine's.
         vllm_config: vLLM's configuration.
         kv_cache_manager: vLLM's, which holds ours.
-
-    Raises:
-        ConfigError: ours is not there, or not alone.
+        division: how the KV memory is divided, if not all layers have DiffKV's cache.
     """
 
-    def __init__(self, options: Options, vllm_config: Any, kv_cache_manager: Any) -> None:
+    def __init__(
+        self,
+        options: Options,
+        vllm_config: Any,
+        kv_cache_manager: Any,
+        division: Division | None = None,
+    ) -> None:
         self._options = options
-        self._manager = _only_manager(kv_cache_manager)
+        self._manager = _manager_of(kv_cache_manager)
+        if division is not None:
+            watermark = vllm_config.scheduler_config.watermark
+            self._manager.take_part(division, kv_cache_manager.coordinator.free, watermark)
         self._thresholds: dict[str, Thresholds] = {}
         worst = options.admission == WORST_CASE
         self._manager.attach(vllm_config, self._thresholds_of, worst)
-        for line in banner(options, self._manager.shape, vllm_config):
+        for line in banner(options, self._manager.shape, vllm_config, division):
             logger.info(line)
         _limit_steps(vllm_config.scheduler_config, self._manager.shape)
+        if division is not None:
+            longest = vllm_config.model_config.max_model_len
+            vllm_config.cache_config.kv_cache_max_concurrency = division.max_concurrency
+            vllm_config.cache_config.kv_cache_size_tokens = int(division.max_concurrency * longest)
         _report_capacity(vllm_config.cache_config)
 
     def arrive(self, request: Any) -> None:
@@ -138,18 +150,9 @@ def _report_capacity(cache_config: Any) -> None:
     cache_config.num_gpu_blocks = cache_config.kv_cache_size_tokens // cache_config.block_size
 
 
-def _only_manager(kv_cache_manager: Any) -> DiffKVManager:
+def _manager_of(kv_cache_manager: Any) -> Any:
     managers = kv_cache_manager.coordinator.single_type_managers
-    if not any(isinstance(manager, DiffKVManager) for manager in managers):
-        raise ConfigError(
-            "DiffKV's connector runs without its attention backend: pass --attention-backend CUSTOM"
-        )
-    if len(managers) != 1:
-        raise ConfigError(
-            "DiffKV needs all attention layers of the model to be alike; "
-            "serve this model without DiffKV"
-        )
-    return managers[0]
+    return next(manager for manager in managers if isinstance(manager, DiffKVManager))
 
 
 def _tokens_after(scheduler_output: Any) -> dict[str, int]:

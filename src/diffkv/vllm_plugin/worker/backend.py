@@ -1,13 +1,13 @@
 """The attention backend: hands each layer of a step to the cache."""
 
-from collections.abc import Callable
+import weakref
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -22,7 +22,7 @@ from diffkv.cache import Step
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.matrix import WITHOUT
 from diffkv.vllm_plugin.options import options_of
-from diffkv.vllm_plugin.spec import DiffKVSpec
+from diffkv.vllm_plugin.spec import DiffKVSpec, DividedSpec
 from diffkv.vllm_plugin.support import check_config, check_layer
 from diffkv.vllm_plugin.worker.cache import BatchRows, WorkerCache
 
@@ -166,9 +166,9 @@ class DiffKVImpl(AttentionImpl[DiffKVMetadata]):
         return output
 
 
-_spec_of: dict[int, Callable[[AttentionSpec], DiffKVSpec]] = {}
-"""Makes the spec of a layer, by head_dim: noted while a model's layers are built, since `customize_spec`
-is called without a current configuration."""
+_config_of: dict[int, weakref.ref[Any]] = {}
+"""The configuration of the engine whose layers were built last, by head_dim: `customize_spec` is called
+without a current one, when all layers are there."""
 
 
 def _note_spec(vllm_config: Any, head_dim: int) -> None:
@@ -179,15 +179,29 @@ def _note_spec(vllm_config: Any, head_dim: int) -> None:
             "connector: use diffkv serve, or the flags that it prints"
         )
     check_config(vllm_config, options)
-    model = vllm_config.model_config
-    num_layers = model.get_num_layers(vllm_config.parallel_config)
-    _spec_of[head_dim] = partial(
-        DiffKVSpec.of,
-        layout=options.layout(head_dim, model.dtype.itemsize),
-        num_layers=num_layers,
-        max_model_len=model.max_model_len,
-        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
-        segment=options.segment,
+    _config_of[head_dim] = weakref.ref(vllm_config)
+
+
+def _spec_of(spec: AttentionSpec) -> DiffKVSpec:
+    """The spec of a layer for which vLLM would have used `spec`."""
+    vllm_config = _config_of[spec.head_size]()
+    assert vllm_config is not None, "the engine of these layers is gone"
+    options, model = options_of(vllm_config), vllm_config.model_config
+    assert options is not None, "an engine without DiffKV"
+    layers = [
+        layer
+        for layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).values()
+        if getattr(layer, "attn_type", AttentionType.DECODER) == AttentionType.DECODER
+    ]
+    num_layers = sum(isinstance(getattr(layer, "impl", None), DiffKVImpl) for layer in layers)
+    kind = DiffKVSpec if num_layers == len(layers) else DividedSpec
+    return kind.of(
+        spec,
+        options.layout(spec.head_size, model.dtype.itemsize),
+        num_layers,
+        model.max_model_len,
+        vllm_config.scheduler_config.max_num_seqs,
+        options.segment,
     )
 
 
@@ -232,4 +246,4 @@ class DiffKVBackend(AttentionBackend):
                 f"DiffKV does not support attention layers with a cache of another kind "
                 f"({type(spec).__name__}): {WITHOUT}"
             )
-        return _spec_of[spec.head_size](spec)
+        return _spec_of(spec)

@@ -17,6 +17,7 @@ from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.quant import ConfigError
 from diffkv.rotation import signs_of
 from diffkv.segments import RowEnds
+from diffkv.vllm_plugin.division import Division, group_of
 from diffkv.vllm_plugin.messages import PagesHeld, Started, StepMessage
 from diffkv.vllm_plugin.metrics import DiffKVStats
 from diffkv.vllm_plugin.options import Options
@@ -77,6 +78,8 @@ class WorkerCache:
         options: the engine's.
         vllm_config: vLLM's configuration, which has the layers.
         kv_cache_config: vLLM's KVCacheConfig, with the number of blocks and the layers' spec.
+        division: how the KV memory is divided, if not all layers have DiffKV's cache; then the pool has
+            an allocation of its own.
 
     Raises:
         ConfigError: the layers' softmax scales differ.
@@ -88,10 +91,10 @@ class WorkerCache:
         options: Options,
         vllm_config: Any,
         kv_cache_config: Any,
+        division: Division | None = None,
     ) -> None:
-        (group,) = kv_cache_config.kv_cache_groups
-        spec, num_blocks = group.kv_cache_spec, kv_cache_config.num_blocks
-        assert isinstance(spec, DiffKVSpec), f"vLLM merged the specs to {type(spec).__name__}"
+        group = group_of(kv_cache_config)
+        spec: DiffKVSpec = group.kv_cache_spec
         storage = next(iter(kv_caches.values())).untyped_storage()
         device, on_cpu = storage.device, storage.device.type == "cpu"
         layers = vllm_config.compilation_config.static_forward_context
@@ -100,8 +103,15 @@ class WorkerCache:
         if len(scales) != 1:
             raise ConfigError(f"DiffKV needs one attention scale for all layers, got {scales}")
 
-        self.shape = spec.pool_shape(num_blocks, vllm_config.model_config.max_model_len)
-        buffer = torch.empty(0, dtype=torch.int8, device=device).set_(storage)
+        if division is None:
+            num_bytes = spec.pool_bytes(kv_cache_config.num_blocks)
+            buffer = torch.empty(0, dtype=torch.int8, device=device).set_(storage)
+        else:
+            assert storage.nbytes() == division.blocks_bytes, "vLLM has not kept to its part"
+            num_bytes = division.pool_bytes
+            buffer = torch.empty(num_bytes, dtype=torch.int8, device=device)
+        self.shape = spec.pool_shape(num_bytes, vllm_config.model_config.max_model_len)
+        num_blocks = 1 + num_bytes // (self.shape.num_layers * self.shape.page_bytes)
         self.state = pool.create(self.shape, buffer, spec.dtype, options.window)
         if on_cpu:
             self.state.pages.zero_()  # a host that lacks the memory must say so now

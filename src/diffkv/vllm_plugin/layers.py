@@ -1,0 +1,34 @@
+"""Which layers of a model have full attention, by its configuration.
+
+Only those can have DiffKV's cache. Nothing here imports vLLM.
+"""
+
+from typing import Any
+
+__all__ = ["is_divided", "num_full_layers"]
+
+FULL = "full_attention"
+"""Name of that kind of layers in `layer_types`, as transformers has it."""
+
+
+def num_full_layers(vllm_config: Any) -> int:
+    """Layers with full attention: 0 for a model of windows alone."""
+    model = vllm_config.model_config
+    if not _has_windows(model):
+        return int(model.get_num_layers(vllm_config.parallel_config))
+    return list(getattr(model.hf_text_config, "layer_types", None) or ()).count(FULL)
+
+
+def is_divided(vllm_config: Any) -> bool:
+    """Whether some layers have full attention and others have not."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return 0 < num_full_layers(vllm_config) < int(model.get_num_layers(parallel))
+
+
+def _has_windows(model: Any) -> bool:
+    text = model.hf_text_config
+    return (
+        getattr(text, "sliding_window", None) is not None
+        and not model.disable_sliding_window
+        and bool(getattr(text, "use_sliding_window", True))
+    )
