@@ -109,6 +109,7 @@ eval-real: env ## compare caches on a real model, other engines' formats beside 
 	$(SMOLLM) --device $(DEVICE) --suite kld --methods $(REAL)/methods.txt $(TEXTS)
 	$(SMOLLM) --device $(DEVICE) --language statements --tokens 512 --methods $(REAL)/tasks.txt $(SAMPLES)
 	mv $(ANEW)/real-model.jsonl $(REAL)/results.jsonl
+	rm -f $(REAL)/*.png
 	$(BIN)/diffkv report $(REAL)/results.jsonl --out $(REAL)
 	$(BIN)/python tools/real_model_tables.py
 
