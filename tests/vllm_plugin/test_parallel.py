@@ -86,7 +86,7 @@ def test_turns_of_two_ranks_equal_stock(model: Path, two_ranks: dict[str, Any]) 
     with engine(**args) as llm:
         expected, _ = talk(llm)
     args["enable_prefix_caching"] = True
-    with engine("k16v16", {"segment": 64}, **args) as llm:
+    with engine("k16v16", {"segment": 128}, **args) as llm:
         answers, found = talk(llm)
         assert answers == expected
         assert found > (NUM_TURNS - 1) * NUM_CHATS * SHARED
