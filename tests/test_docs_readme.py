@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import real_model_tables
 
 from diffkv.cli import COMMANDS
 from diffkv.lab import rows
@@ -180,6 +181,14 @@ def test_readmes_figures_were_measured():
     assert len(figures) >= 3
     for row in figures:
         assert row in measured, f"{row} of README.md is in no row of docs/results/gpu"
+
+
+@pytest.mark.parametrize("table", real_model_tables.TABLES, ids=lambda table: table.page)
+def test_tables_of_the_real_model_are_its_results(table):
+    """They are what `python tools/real_model_tables.py` writes, without a row that is missing."""
+    found = real_model_tables.measured(rows.read(real_model_tables.RESULTS))
+    assert table.text(found) in TEXTS[table.page]
+    assert set(table.rows) <= set(found)
 
 
 def test_pages_that_sources_name_exist():

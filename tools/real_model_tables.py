@@ -66,6 +66,7 @@ TABLES = (
             "q4_0": "llama.cpp q4_0",
             "int4_per_token_head": "vLLM int4_per_token_head",
             "k8v8-k4v4": "DiffKV k8v8-k4v4",
+            "k8v8-k4v2": "DiffKV k8v8-k4v2",
             DEFAULT_QUANT: "**DiffKV**",
             f"{DEFAULT_QUANT} policy=paper:distinct=0.75": "DiffKV, a quarter of each prompt dropped",
         },
