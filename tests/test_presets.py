@@ -82,7 +82,7 @@ def test_no_preset_is_balanced():
 
 
 def test_quality_keeps_all_and_max_compression_drops():
-    assert presets.find("quality").thresholds == Thresholds()
+    assert presets.find("quality").alpha_low == 0
     assert presets.find("max-compression").alpha_low > 0
     assert (
         "drops what the prompt's end does not attend" in presets.find("max-compression").description
@@ -127,7 +127,7 @@ def test_sizes_decide_where_the_name_says_nothing():
 @pytest.mark.parametrize(
     ("arguments", "quant", "thresholds"),
     [
-        (("quality",), "k8v4", (0, 0)),
+        (("quality",), "k8v8-k4v4", (3, 0)),
         (("balanced", "--alpha-high", "1"), "k8v4-k4v2", (1, 0)),
         (("balanced", "--alpha-low", "5"), "k8v4-k4v2", (5, 5)),
         (("balanced", "--quant", "k8v8"), "k8v8", (0, 0)),
@@ -156,7 +156,7 @@ def test_an_unknown_preset_lists_the_known_ones():
 
 def test_a_threshold_without_a_tier_is_refused():
     with pytest.raises(ConfigError, match="has no low tier"):
-        options("--preset", "quality", "--alpha-high", "3")
+        options("--preset", "qwen2.5-7b", "--alpha-high", "3")
 
 
 def test_documented():
