@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
+from diffkv.segments import RowEnds
 from diffkv.vllm_plugin import division
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.scheduler.running import Bounds, Running
@@ -42,7 +43,8 @@ def test_the_least_pool_holds_the_longest_request(quant: str, longest: int, segm
     for _ in range(8):
         prompt_len = int(rng.integers(1, longest + 1))
         most = int(rng.choice([1, 37, 300, longest]))
-        running = Running(None, Thresholds(), prompt_len, 1, 0, [], 0, 0)
+        ends = RowEnds(segment, prompt_len, int(rng.integers(0, prompt_len + 1)) if segment else 0)
+        running = Running(None, Thresholds(), ends, 1, 0, [], 0, 0)
         closed = num_rows = 0
         while running.num_tokens < longest:
             left = prompt_len - running.num_tokens
