@@ -177,9 +177,9 @@ def test_methods_through_the_command_and_resumed(capsys, tmp_path, monkeypatch):
     assert every["bf16"].ratio_bf16 == 1
     assert every["q8_0"].ratio_bf16 == pytest.approx(128 / 68, rel=1e-5)
     assert every[capped].dropped > 0.2
-    # A longer text fills its pages better
-    short, long = found["k2v2"][1:]
-    assert long.bytes_per_token < every["k2v2"].bytes_per_token < short.bytes_per_token
+    # Each length has its own pages; all texts together have their mean
+    less, more = sorted(cell.bytes_per_token for cell in found["k2v2"][1:])
+    assert less < every["k2v2"].bytes_per_token < more
 
     before = out.read_text()
     monkeypatch.setattr(kld, "_read_full", None)

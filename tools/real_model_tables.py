@@ -76,7 +76,7 @@ TABLES = (
         "`--segment`",
         {
             DEFAULT_QUANT if size == SEGMENT else f"{DEFAULT_QUANT} segment={size}": str(size)
-            for size in (0, 256, 512, 1024, 2048)
+            for size in (0, SEGMENT)
         },
     ),
 )

@@ -1,11 +1,17 @@
-"""Which layers of a model have full attention, by its configuration.
+"""What attention the layers of a model have, by its configuration.
 
-Only those can have DiffKV's cache. Nothing here imports vLLM.
+Only those with full attention can have DiffKV's cache. Nothing here imports vLLM.
 """
 
 from typing import Any
 
-__all__ = ["is_divided", "num_full_layers"]
+__all__ = [
+    "has_alibi",
+    "has_chunks",
+    "is_divided",
+    "is_divided_under_one_manager",
+    "num_full_layers",
+]
 
 FULL = "full_attention"
 """Name of that kind of layers in `layer_types`, as transformers has it."""
@@ -23,6 +29,24 @@ def is_divided(vllm_config: Any) -> bool:
     """Whether some layers have full attention and others have not."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     return 0 < num_full_layers(vllm_config) < int(model.get_num_layers(parallel))
+
+
+def is_divided_under_one_manager(vllm_config: Any) -> bool:
+    """Whether layers of several kinds are to have one kind of cache."""
+    one = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    return bool(one) and is_divided(vllm_config)
+
+
+def has_chunks(vllm_config: Any) -> bool:
+    """Whether layers attend within chunks."""
+    text = vllm_config.model_config.hf_text_config
+    return bool(getattr(text, "attention_chunk_size", None))
+
+
+def has_alibi(vllm_config: Any) -> bool:
+    """Whether positions are biases of attention."""
+    text = vllm_config.model_config.hf_text_config
+    return getattr(text, "model_type", None) == "bloom" or bool(getattr(text, "alibi", None))
 
 
 def _has_windows(model: Any) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffkv.quant import ConfigError
-from diffkv.vllm_plugin.layers import is_divided, num_full_layers
+from diffkv.vllm_plugin import layers
 
 __all__ = ["CONNECTOR", "MATRIX", "WITHOUT", "Row", "refuse", "to_markdown"]
 
@@ -53,11 +53,6 @@ class Row:
         """The line that a user gets."""
         what = (self.words or self.feature).format(config=vllm_config)
         return f"DiffKV does not support {what}: {self.change}"
-
-
-def _has_alibi(config: Any) -> bool:
-    text = config.model_config.hf_text_config
-    return getattr(text, "model_type", None) == "bloom" or bool(getattr(text, "alibi", None))
 
 
 def _has_context_parallelism(config: Any) -> bool:
@@ -112,7 +107,7 @@ _MODELS = (
     Row(
         "models", "sliding windows in some layers, on a GPU", REFUSED, "not run there yet", WITHOUT,
         _REFUSALS,
-        lambda config: config.device_config.device_type != "cpu" and is_divided(config),
+        lambda config: config.device_config.device_type != "cpu" and layers.is_divided(config),
         "sliding windows beside full attention on a GPU", layer_argument="sliding_window",
     ),
     Row(
@@ -121,15 +116,13 @@ _MODELS = (
         "pass --disable-sliding-window, which limits the context to the window, or serve the model "
         "without DiffKV",
         (f"{TESTS}test_models.py::test_sliding_window_is_refused_unless_disabled", *_REFUSALS),
-        lambda config: num_full_layers(config) == 0, "models with a sliding window in every layer",
+        lambda config: layers.num_full_layers(config) == 0, "models with a sliding window in every layer",
     ),
     Row(
         "models", "chunked local attention (Llama 4)", REFUSED,
         "vLLM makes such layers of its backend for full attention, so ours would get them", WITHOUT,
         _STARTS,
-        lambda config: bool(
-            getattr(config.model_config.hf_text_config, "attention_chunk_size", None)
-        ),
+        layers.has_chunks,
         "chunked local attention (attention_chunk_size)",
     ),
     Row(
@@ -154,7 +147,7 @@ _MODELS = (
     ),
     Row(
         "models", "ALiBi", REFUSED, "the kernels have no position bias", WITHOUT,
-        (*_STARTS, *_LAYERS), _has_alibi, layer_argument="alibi_slopes",
+        (*_STARTS, *_LAYERS), layers.has_alibi, layer_argument="alibi_slopes",
     ),
     Row(
         "models", "soft cap on attention scores", REFUSED, "the kernels have none", WITHOUT,
@@ -249,8 +242,7 @@ _FEATURES = (
     ),
     Row(
         "features", "prefix caching", WORKS,
-        "requests share closed rows: segments, first messages, prompts, what earlier turns stored",
-        "",
+        "requests share closed rows: segments, first messages, prompts, earlier turns", "",
         (f"{TESTS}test_prefix_caching.py::test_turns_and_branches_equal_stock",),
     ),
     Row(
@@ -277,9 +269,7 @@ _FEATURES = (
         "features", "one kind of cache for layers of several kinds", REFUSED,
         "DiffKV's would have to be that of windows too", "leave out --disable-hybrid-kv-cache-manager",
         (f"{TESTS}test_divided.py::test_refusals", *_REFUSALS),
-        lambda config: (
-            bool(config.scheduler_config.disable_hybrid_kv_cache_manager) and is_divided(config)
-        ),
+        layers.is_divided_under_one_manager,
         "--disable-hybrid-kv-cache-manager with windows in some layers",
     ),
     Row(
