@@ -8,6 +8,7 @@ from typing import Any
 __all__ = [
     "has_alibi",
     "has_chunks",
+    "has_windows_only",
     "is_divided",
     "is_divided_under_one_manager",
     "num_full_layers",
@@ -23,6 +24,11 @@ def num_full_layers(vllm_config: Any) -> int:
     if not _has_windows(model):
         return int(model.get_num_layers(vllm_config.parallel_config))
     return list(getattr(model.hf_text_config, "layer_types", None) or ()).count(FULL)
+
+
+def has_windows_only(vllm_config: Any) -> bool:
+    """Whether no layer has full attention."""
+    return num_full_layers(vllm_config) == 0
 
 
 def is_divided(vllm_config: Any) -> bool:

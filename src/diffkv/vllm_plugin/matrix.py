@@ -116,7 +116,7 @@ _MODELS = (
         "pass --disable-sliding-window, which limits the context to the window, or serve the model "
         "without DiffKV",
         (f"{TESTS}test_models.py::test_sliding_window_is_refused_unless_disabled", *_REFUSALS),
-        lambda config: layers.num_full_layers(config) == 0, "models with a sliding window in every layer",
+        layers.has_windows_only, "models with a sliding window in every layer",
     ),
     Row(
         "models", "chunked local attention (Llama 4)", REFUSED,
