@@ -107,7 +107,7 @@ def test_more_run_at_once_than_by_worst_case() -> None:
             LOSSY | {"admission": admission},
             max_model_len=1024,
             max_num_batched_tokens=1024,
-            kv_cache_memory_bytes=5 << 19,
+            kv_cache_memory_bytes=7 << 19,
         ) as llm:
             drive(llm, {f"w{i}": Request(p, 2) for i, p in enumerate(prompts[:FEWEST_SEEN])})
             driven = drive(llm, {f"r{i}": Request(p, 160) for i, p in enumerate(prompts)})
