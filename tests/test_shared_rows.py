@@ -92,7 +92,7 @@ class Run:
     def prefill(self, request, end, sequence):
         """One chunk of a prompt in a step of its own."""
         first = request.num_tokens
-        ends = RowEnds(self.segment, request.prompt_len).up_to(request.starts[-1], end)
+        ends = self.cache.ends(request.slot).up_to(request.starts[-1], end)
         closing = tuple(self.free.pop(0) for _ in ends)
         chunk = PromptChunk(request.slot, slice(0, end - first), first, request.prompt_len, closing)
         step = self.cache.plan([chunk], NOBODY.long(), NOBODY, NOBODY)
@@ -240,6 +240,7 @@ def test_the_first_message_is_a_row_where_it_is_worth_one():
     assert first_message(text, end, 1024) == 612  # the first one has no eighth of a segment
     assert first_message(text, end, 64) == 11
     assert first_message(text[:611], end, 1024) == first_message(text, end, 0) == 0
+    assert RowEnds(1024, 1153, 612, drops=True).up_to(0, 1153) == [1024], "segments only"
     ends = RowEnds(1024, 1153, 612)
     assert ends.up_to(0, 1153) == [612, 1152]
     assert RowEnds(1024, 3000, 612).up_to(0, 3000) == [612, 2048, 2992]

@@ -64,6 +64,10 @@ class Chains:
         self._requests[slot] = _Request(tiers, ends)
         self._extend(slot, chain, starts[1:])
 
+    def ends(self, slot: int) -> RowEnds:
+        """Where a request's closed rows end."""
+        return self._requests[slot].ends
+
     def end(self, slot: int) -> None:
         """Forget a request."""
         self._requests.pop(slot, None)

@@ -78,6 +78,10 @@ class PromptPath:
         """Begin a request, see `DiffKVCache.open`."""
         self._chains.open(slot, ends, thresholds, chain, starts)
 
+    def ends(self, slot: int) -> RowEnds:
+        """Where a request's closed rows end."""
+        return self._chains.ends(slot)
+
     def end(self, slot: int) -> None:
         """Forget a request."""
         self._chains.end(slot)

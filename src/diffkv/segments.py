@@ -33,11 +33,14 @@ class RowEnds:
         segment: tokens of a segment.
         prompt_len: tokens of the prompt.
         message: end of its first message, see `first_message`; 0: there is none.
+        drops: whether tokens may be dropped. Segments alone are rows then: what a question after a
+            message, or at the prompt's end, asks for would be gone before it is read.
     """
 
     segment: int
     prompt_len: int
     message: int = 0
+    drops: bool = False
 
     def after(self, start: int) -> int | None:
         """Where the closed row that begins at `start` ends; None where the open row begins.
@@ -49,10 +52,12 @@ class RowEnds:
             return None
         shortest = start + self.segment / SHORTEST
         end = -(-(start + self.segment // 2) // self.segment) * self.segment
-        if shortest <= self.message < min(end, self.prompt_len):
+        if not self.drops and shortest <= self.message < min(end, self.prompt_len):
             return self.message
         if end <= self.prompt_len:
             return end
+        if self.drops:
+            return None
         end = (self.prompt_len - 1) // TAIL * TAIL
         return end if end >= shortest else None
 

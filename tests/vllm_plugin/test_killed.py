@@ -24,9 +24,10 @@ def kill(server: Server, role: str) -> int:
     (victim,) = (process for process in server.processes() if process.role == role)
     body = {"model": "reference", "prompt": "k1 v2 ;", "max_tokens": 480, "ignore_eos": True}
     with ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
-        while not server.metrics()["vllm:num_requests_running"]:
-            assert not answer.done(), "it was answered before anybody saw it run"
+        url, answer = f"{server.url}/v1/completions", None
+        while answer is None or not server.metrics()["vllm:num_requests_running"]:
+            if answer is None or answer.done():  # before anybody saw it run
+                answer = threads.submit(httpx.post, url, json=body, timeout=60)
         os.kill(victim.pid, signal.SIGKILL)
         return answer.result().status_code
 

@@ -304,7 +304,7 @@ class DiffKVHFCache(Cache):
             padding = max(0, num_tokens - (seen - first))
             span = slice(row * num_tokens + padding, (row + 1) * num_tokens)
             stored = max(0, seen - num_tokens - first)
-            prompts.append(rows.chunk(span, stored, seen - first, self._segment))
+            prompts.append(rows.chunk(self._pages, span, stored, seen - first))
         none = torch.empty(0, dtype=torch.int32, device=self._device)
         return self._pages.plan(prompts, none.long(), none, none)
 

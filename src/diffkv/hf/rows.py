@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from diffkv.cache import DiffKVCache, PromptChunk
 from diffkv.policy import Thresholds
-from diffkv.segments import RowEnds
 
 __all__ = ["SequenceRows"]
 
@@ -55,9 +54,11 @@ class SequenceRows:
         self.chain, self.starts = (*self.chain, self.slot), (*self.starts, num_seen)
         self.open(pages, num_tokens, thresholds)
 
-    def chunk(self, span: slice, num_stored: int, num_tokens: int, segment: int) -> PromptChunk:
+    def chunk(
+        self, pages: DiffKVCache, span: slice, num_stored: int, num_tokens: int
+    ) -> PromptChunk:
         """All tokens of a prompt: those of `span` in the batch, from `num_stored` on."""
-        ends = RowEnds(segment, num_tokens).up_to(self.starts[-1], num_tokens)
+        ends = pages.ends(self.slot).up_to(self.starts[-1], num_tokens)
         closing = tuple(self.slots.pop(0) for _ in ends)
         self.chain, self.starts = (*self.chain, *closing), (*self.starts, *ends)
         return PromptChunk(self.slot, span, num_stored, num_tokens, closing)

@@ -101,7 +101,7 @@ def summarize(insights: Sequence[Insight]) -> dict[str, Any]:
         for tier in ("high", "low")
     }
     shares["dropped"] = [
-        [1 - high - low for high, low in zip(highs, lows, strict=True)]
+        [max(0.0, 1 - high - low) for high, low in zip(highs, lows, strict=True)]
         for highs, lows in zip(shares["high"], shares["low"], strict=True)
     ]
     return {

@@ -59,7 +59,8 @@ class Hits:
         if ends is None or ends.prompt_len != length:
             tokens = request.all_token_ids
             message = first_message(tokens, self._message_ends, self._segment)
-            ends = self._ends[name] = RowEnds(self._segment, length, message)
+            drops = self._read(request).alpha_low > 0
+            ends = self._ends[name] = RowEnds(self._segment, length, message, drops)
         return ends
 
     def prefix(self, request: Any, thresholds: Thresholds) -> Prefix:

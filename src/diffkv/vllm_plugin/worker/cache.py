@@ -16,7 +16,6 @@ from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.quant import ConfigError
 from diffkv.rotation import signs_of
-from diffkv.segments import RowEnds
 from diffkv.vllm_plugin.division import Division, group_of
 from diffkv.vllm_plugin.messages import PagesHeld, Started, StepMessage
 from diffkv.vllm_plugin.metrics import DiffKVStats
@@ -190,7 +189,7 @@ class WorkerCache:
             self.cache.open(slot, prompt_len, start.thresholds, chain, start.starts, message)
             rows.of_block[start.block_id] = slot
             rows.prompt_lens[slot] = prompt_len
-            ends = RowEnds(self.shape.segment, prompt_len, message)
+            ends = self.cache.ends(slot)
             rows.requests[start.request_id] = RunningRequest(
                 slot, start.block_id, ends, start.epoch, chain, start.starts[-1]
             )
