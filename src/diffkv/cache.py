@@ -107,17 +107,17 @@ class DiffKVCache:
             raise ValueError(f"slot {slot} already has a request")
         if not self._policy.uses_thresholds:
             thresholds = Thresholds()
-        if thresholds.alpha_low > 0 and not self.state.layout.drops:
+        if thresholds.drops and not self.state.layout.drops:
             raise ValueError(f"alpha_low must be 0 without drops, got {thresholds.alpha_low}")
-        ends = RowEnds(self._segment, prompt_len, message, thresholds.alpha_low > 0)
-        self._prompts.open(slot, ends, thresholds, chain, starts)
+        ends = RowEnds(self._segment, prompt_len, message, thresholds.drops)
+        self._prompts.chains.open(slot, ends, thresholds, chain, starts)
         self.state.prompt_lens[slot] = prompt_len
         self.state.thresholds[slot, 0] = thresholds.alpha_high
         self.state.thresholds[slot, 1] = thresholds.alpha_low
 
     def ends(self, slot: int) -> RowEnds:
         """Where the closed rows of the request at a slot end."""
-        return self._prompts.ends(slot)
+        return self._prompts.chains.ends(slot)
 
     def end(self, slots: Sequence[int]) -> None:
         """End requests; their rows stay as they are until they are released."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from diffkv.quant import ConfigError
 
-__all__ = ["ModelConfig", "stored_weight_bytes"]
+__all__ = ["FULL", "ModelConfig", "stored_weight_bytes"]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 QKV_BIAS_MODELS = ("qwen2", "qwen2_moe")

@@ -99,6 +99,11 @@ class Thresholds:
             )
         return cls(low, low)
 
+    @property
+    def drops(self) -> bool:
+        """Whether tokens may be dropped."""
+        return self.alpha_low > 0
+
     def of_part(self, num_tokens: int, of: int) -> "Thresholds":
         """The thresholds that `num_tokens` tokens are decided by as if they were `of`."""
         share = num_tokens / of

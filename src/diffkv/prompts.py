@@ -17,11 +17,10 @@ from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.packing import joined
 from diffkv.policies import Policy
-from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds, fill_pages
+from diffkv.policy import HIGH, SCORED_QUERIES, fill_pages
 from diffkv.prefill import Prefill, Spans
 from diffkv.reading import Seen
 from diffkv.rotator import Rotator
-from diffkv.segments import RowEnds
 from diffkv.state import PoolState
 from diffkv.steps import Completion, Part, PromptChunk, PromptPlan, Scoring, Wave
 from diffkv.value_range import ValueRange
@@ -39,6 +38,9 @@ class PromptPath:
     """Attends among prompts, decides them and stores them, for every layer of one model.
 
     Its arguments are those of `DiffKVCache`, but for `rotator`, which rotates vectors on their way.
+
+    Attributes:
+        chains: the rows of every request, which begins there.
     """
 
     def __init__(
@@ -58,43 +60,28 @@ class PromptPath:
         self._prefill = prefill
         self._rotator = rotator
         self._device = state.pages.device
-        self._chains = Chains(state, policy)
+        self.chains = Chains(state, policy)
         self._queries: dict[tuple[int, int], Tensor] = {}
         bits = _fewest_bits(state.layout)
         self.value_range = ValueRange(state.num_layers, self._device, *bits, bool(state.centre_dim))
 
     def __contains__(self, slot: int) -> bool:
         """Whether a slot has a request."""
-        return slot in self._chains
-
-    def open(
-        self,
-        slot: int,
-        ends: RowEnds,
-        thresholds: Thresholds,
-        chain: Sequence[int],
-        starts: Sequence[int],
-    ) -> None:
-        """Begin a request, see `DiffKVCache.open`."""
-        self._chains.open(slot, ends, thresholds, chain, starts)
-
-    def ends(self, slot: int) -> RowEnds:
-        """Where a request's closed rows end."""
-        return self._chains.ends(slot)
+        return slot in self.chains
 
     def end(self, slot: int) -> None:
         """Forget a request."""
-        self._chains.end(slot)
+        self.chains.end(slot)
         for layer in range(self._state.num_layers):
             self._queries.pop((slot, layer), None)
 
     def compresses(self, chunk: PromptChunk) -> bool:
         """Whether a prompt is complete with this chunk, and its tokens are sorted into tiers."""
-        return chunk.is_last and self._chains.decides(chunk.slot)
+        return chunk.is_last and self.chains.decides(chunk.slot)
 
     def plan(self, chunks: Sequence[PromptChunk]) -> PromptPlan:
         """Plan some chunks for all layers, see `Chains.plan`."""
-        return self._chains.plan(chunks)
+        return self.chains.plan(chunks)
 
     def attend(
         self,
@@ -152,7 +139,7 @@ class PromptPath:
         """Whether heads may keep different tokens of a request's closed rows."""
         if not part.chain or part.thresholds is None:
             return False
-        return part.thresholds.alpha_low > 0 or not self._policy.by_token
+        return part.thresholds.drops or not self._policy.by_token
 
     def _attend_wave(
         self,

@@ -214,9 +214,7 @@ class Workers:
         slots = message.closing.get(name, ())
         rows = {}
         if first < prompt_len:
-            row_ends = RowEnds(
-                SEGMENT, prompt_len, job.start.message, job.start.thresholds.alpha_low > 0
-            )
+            row_ends = RowEnds(SEGMENT, prompt_len, job.start.message, job.start.thresholds.drops)
             parts = row_ends.cuts(begin, first, min(num_tokens, prompt_len))
             ends = [end for _, end, is_complete in parts if is_complete]
             for slot, end in zip(slots, ends, strict=True):

@@ -138,7 +138,7 @@ class DiffKVHFCache(Cache):
             head_dim,
             pool.page_bytes,
             model.dtype.itemsize,
-            self.thresholds.alpha_low > 0,
+            self.thresholds.drops,
         )
         self._signs = signs_of(choose(rotate, self.quant), head_dim, self._device)
         chosen = SEGMENT if self.policy.uses_thresholds else 0

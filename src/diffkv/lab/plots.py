@@ -180,11 +180,7 @@ def pareto(
             linestyle="none",
             label=point.name,
         )
-    front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.x, -point.y)):
-        if not front or point.y > front[-1].y:
-            front.append(point)
-    axes.plot([p.x for p in front], [p.y for p in front], color="0.6", linewidth=1, zorder=0)
+    _join_best(axes, points, 1)
     if full is not None:
         axes.axhline(full, color="0.3", linestyle="--", linewidth=1, label="full precision")
     axes.set(xlabel=x, ylabel=y, title=title)
@@ -217,11 +213,7 @@ def spots(
         if mine:
             places = [p.x for p in mine], [p.y for p in mine]
             axes.plot(*places, marker, color=f"C{index}", label=name)
-    front: list[Spot] = []
-    for point in sorted(points, key=lambda point: (point.x, point.y)):
-        if not front or point.y < front[-1].y:
-            front.append(point)
-    axes.plot([p.x for p in front], [p.y for p in front], color="0.6", linewidth=1, zorder=0)
+    _join_best(axes, points, -1)
     axes.set(xlabel=x, ylabel=y, title=title, xscale="log", yscale="log")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("{x:,.0f}")
@@ -231,6 +223,15 @@ def spots(
     axes.legend()
     _write_names(figure, axes, points)
     _save(figure, path)
+
+
+def _join_best(axes: Any, points: Sequence[Point | Spot], sign: int) -> None:
+    """Join the best points at each x: of 1 those with more y, of -1 those with less."""
+    front: list[Point | Spot] = []
+    for point in sorted(points, key=lambda point: (point.x, -sign * point.y)):
+        if not front or sign * point.y > sign * front[-1].y:
+            front.append(point)
+    axes.plot([p.x for p in front], [p.y for p in front], color="0.6", linewidth=1, zorder=0)
 
 
 def _write_names(figure: Any, axes: Any, points: Sequence[Spot]) -> None:

@@ -5,6 +5,8 @@ Only those with full attention can have DiffKV's cache. Nothing here imports vLL
 
 from typing import Any
 
+from diffkv.model_config import FULL
+
 __all__ = [
     "has_alibi",
     "has_chunks",
@@ -13,9 +15,6 @@ __all__ = [
     "is_divided_under_one_manager",
     "num_full_layers",
 ]
-
-FULL = "full_attention"
-"""Name of that kind of layers in `layer_types`, as transformers has it."""
 
 
 def num_full_layers(vllm_config: Any) -> int:

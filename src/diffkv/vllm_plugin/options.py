@@ -132,7 +132,7 @@ class Options:
 
     def keeps_sums(self) -> bool:
         """Whether every token has a sum and a position, for alpha_low of whatever request."""
-        return self.thresholds().alpha_low > 0 if self.drops is None else self.drops
+        return self.thresholds().drops if self.drops is None else self.drops
 
     def settable_thresholds(self) -> tuple[str, ...]:
         """The thresholds that a request may set above 0.

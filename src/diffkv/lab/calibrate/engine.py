@@ -33,7 +33,7 @@ def engines(arguments: dict[str, Any], options: Options) -> Iterator[Engine]:
     with contextlib.ExitStack() as stack:
 
         def engine(setting: Setting) -> Session:
-            drops = setting.thresholds.alpha_low > 0
+            drops = setting.thresholds.drops
             kind = setting.distinct, drops
             if kind not in running:
                 stack.close()

@@ -59,7 +59,7 @@ class Hits:
         if ends is None or ends.prompt_len != length:
             tokens = request.all_token_ids
             message = first_message(tokens, self._message_ends, self._segment)
-            drops = self._read(request).alpha_low > 0
+            drops = self._read(request).drops
             ends = self._ends[name] = RowEnds(self._segment, length, message, drops)
         return ends
 

@@ -180,13 +180,8 @@ class WorkerCache:
     def _start(self, started: Iterable[Started]) -> None:
         rows = self._rows
         for start in started:
-            slot, prompt_len, chain, message = (
-                start.slot,
-                start.prompt_len,
-                start.chain,
-                start.message,
-            )
-            self.cache.open(slot, prompt_len, start.thresholds, chain, start.starts, message)
+            slot, prompt_len, chain = start.slot, start.prompt_len, start.chain
+            self.cache.open(slot, prompt_len, start.thresholds, chain, start.starts, start.message)
             rows.of_block[start.block_id] = slot
             rows.prompt_lens[slot] = prompt_len
             ends = self.cache.ends(slot)
