@@ -1,6 +1,6 @@
 """Greedy answers through a transformers model, with a compressed cache or the full one."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,14 +95,19 @@ class HFModel:
 
     def batched(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[Batch]:
         """Sort (prompt, question) into batches by the length of the question."""
-        by_length: dict[int, list[tuple[int, list[int], list[int]]]] = {}
-        for number, (prompt, question) in enumerate(rows):
-            by_length.setdefault(len(question), []).append((number, prompt, question))
         return [
-            self._batch(same[first : first + self.batch_size])
-            for same in by_length.values()
-            for first in range(0, len(same), self.batch_size)
+            self._batch([(number, *rows[number]) for number in numbers])
+            for numbers in self.together([len(question) for _, question in rows])
         ]
+
+    def together(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Numbers of what is read together: of equal length, at most `batch_size`."""
+        by_length: dict[int, list[int]] = {}
+        for number, length in enumerate(lengths):
+            by_length.setdefault(length, []).append(number)
+        for same in by_length.values():
+            for first in range(0, len(same), self.batch_size):
+                yield same[first : first + self.batch_size]
 
     def _batch(self, rows: list[tuple[int, list[int], list[int]]]) -> Batch:
         longest = max(len(prompt) for _, prompt, _ in rows)

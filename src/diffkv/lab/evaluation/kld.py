@@ -84,7 +84,7 @@ def _case(cache: NamedCache, model: str, engine: HFModel) -> dict[str, Any]:
 def _read_full(engine: HFModel, reading: Reading, report: Report) -> list[_Part]:
     """What full precision says of all texts, and to their prompts."""
     parts: list[_Part] = []
-    for numbers in _batches(reading, engine.batch_size):
+    for numbers in engine.together([len(text) for text in reading.texts]):
         prompts, tokens = (
             torch.tensor([rows[i] for i in numbers], device=engine.model.device)
             for rows in (reading.prompts, reading.tokens)
@@ -97,16 +97,6 @@ def _read_full(engine: HFModel, reading: Reading, report: Report) -> list[_Part]
         parts.append(_Part(numbers, prompts, tokens, log_probs, answers))
         report("full precision", sum(len(p.numbers) for p in parts), len(reading.texts))
     return parts
-
-
-def _batches(reading: Reading, batch_size: int) -> Iterator[list[int]]:
-    """Numbers of texts of equal length, at most so many at once."""
-    by_length: dict[int, list[int]] = {}
-    for number, text in enumerate(reading.texts):
-        by_length.setdefault(len(text), []).append(number)
-    for numbers in by_length.values():
-        for first in range(0, len(numbers), batch_size):
-            yield numbers[first : first + batch_size]
 
 
 def _read(
