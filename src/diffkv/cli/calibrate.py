@@ -1,60 +1,45 @@
-"""`diffkv calibrate`: choose thresholds for a model, by its own answers."""
+"""`diffkv calibrate`: choose thresholds for a model, by its own answers or by texts."""
 
 import argparse
+import math
 import re
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diffkv import policies
-from diffkv.cli import prompts
-from diffkv.cli.arguments import Joined, num_tokens, positive
-from diffkv.cli.engine_options import DEFAULT_QUANT, REFERENCE, model_folder
+from diffkv.cli import calibrate_kl, calibrate_questions, prompts, texts
+from diffkv.cli.arguments import Joined, Listed, above_zero, num_tokens, positive
+from diffkv.cli.engine_options import DEFAULT_QUANT, model_folder
 from diffkv.cli.models import config_file
-from diffkv.policy import WINDOW, Thresholds
-from diffkv.quant import ConfigError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from diffkv.lab.calibrate.file import Calibration, Source
-    from diffkv.lab.calibrate.journal import Journal
-    from diffkv.lab.calibrate.questions import Question
-    from diffkv.lab.calibrate.search import Point, Setting
-    from diffkv.vllm_plugin.options import Options
+from diffkv.policy import WINDOW
+from diffkv.quant import ConfigError, QuantConfig
+from diffkv.vllm_plugin.options import Options
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
 
 PASSES_FLAGS_ON = True
 """Options that are not listed here are those of vLLM's engine."""
 
-SYNTH = "synth"
-SYNTH_SAMPLES = 100
 DEFAULT_OUT = Path("calibration.toml")
-PARTIAL = ".partial"
-RULE_OF_THREE = 3.0
-"""What one sample in n / 3 loses is missed by n samples with a probability of 5 %."""
+
+BY_QUESTIONS, BY_TEXTS = "max_loss", "max_kl"
+"""The two ways, each by the limit that asks for it."""
+
+ONLY = {
+    BY_QUESTIONS: (
+        *("data", "samples", "seed", "prompt_tokens", "match", "max_tokens"),
+        *("kv_memory", "verbose"),
+    ),
+    BY_TEXTS: (
+        *("max_p99", "texts", "contexts", "num_texts", "steps"),
+        *("batch_size", "device", "threads"),
+    ),
+}
+"""Options that only one of them has."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     prompts.add_engine_options(parser)
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="FILE",
-        help=f'prompts: JSON lines with "prompt" and, if known, "answer", or one text a line; or '
-        f"{SYNTH}: questions about facts in the context, made for the model",
-    )
-    parser.add_argument(
-        "--max-loss",
-        type=_share,
-        required=True,
-        metavar="SHARE",
-        help="the loss to stay within, as 1%% or 0.01: of right words where answers are known, else of "
-        "the tokens that full precision answers",
-    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -62,9 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_OUT,
         help="the file to write (default: %(default)s)",
     )
-    _add_question_options(parser)
     parser.add_argument(
-        "--quant", default=DEFAULT_QUANT, help="formats of the tiers (default: %(default)s)"
+        "--quant",
+        nargs="+",
+        action=Listed,
+        default=[DEFAULT_QUANT],
+        metavar="FORMATS",
+        help=f"formats of the tiers; with --max-kl also several, to be searched (default: "
+        f"{DEFAULT_QUANT})",
     )
     parser.add_argument(
         "--window",
@@ -75,45 +65,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search",
         action=Joined,
-        default="alpha_high,alpha_low",
         metavar="WHAT",
         help="what is searched, separated by commas: alpha_high, alpha_low, and distinct, the share of "
-        "a prompt that stays because its keys are unlike others (default: %(default)s)",
+        "a prompt that stays because its keys are unlike others (default: "
+        f"{calibrate_questions.SEARCH}; with --max-kl {calibrate_kl.SEARCH})",
     )
+    parser.add_argument(
+        "--dtype",
+        help="of the model: float32, bfloat16 or float16 (default: vLLM's choice; with --max-kl "
+        "float32 on a CPU, bfloat16 on a GPU)",
+    )
+    _add_question_options(parser)
+    _add_kl_options(parser)
     parser.epilog = (
-        "A run that was stopped goes on from FILE.partial. Any other option is passed on to vLLM's "
-        "engine: --dtype, --max-model-len, …"
+        "A run that was stopped goes on from FILE.partial. With --max-loss any other option is passed "
+        "on to vLLM's engine: --max-model-len, …"
     )
 
 
 def _add_question_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what is taken of the data, and how answers are scored."""
-    parser.add_argument(
+    """Declare what is asked, and how answers are scored."""
+    group = parser.add_argument_group("by questions, in vLLM")
+    group.add_argument(
+        "--max-loss",
+        type=_share,
+        metavar="SHARE",
+        help="the loss to stay within, as 1%% or 0.01: of right words where answers are known, else of "
+        "the tokens that full precision answers",
+    )
+    group.add_argument(
+        "--data",
+        metavar="FILE",
+        help=f'prompts: JSON lines with "prompt" and, if known, "answer", or one text a line; or '
+        f"{calibrate_questions.SYNTH}: questions about facts in the context, made for the model",
+    )
+    group.add_argument(
         "--samples",
         type=positive,
         metavar="N",
-        help=f"so many of the prompts, at random (default: all; {SYNTH_SAMPLES} of {SYNTH})",
+        help="so many of the prompts, at random (default: all; "
+        f"{calibrate_questions.SYNTH_SAMPLES} of {calibrate_questions.SYNTH})",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    parser.add_argument(
+    group.add_argument("--seed", type=int, help="of the samples (default: 0)")
+    group.add_argument(
         "--prompt-tokens",
         type=num_tokens,
-        default=1024,
         metavar="N",
-        help=f"length of the prompts of {SYNTH} (default: %(default)s)",
+        help=f"length of the prompts of {calibrate_questions.SYNTH} (default: "
+        f"{calibrate_questions.PROMPT_TOKENS})",
     )
-    parser.add_argument(
+    group.add_argument(
         "--match",
         choices=("place", "anywhere"),
-        default="place",
         help="how answers of a FILE are scored: each word at its place, or the whole answer anywhere "
-        "in what the model says (default: %(default)s)",
+        "in what the model says (default: place)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--max-tokens",
         type=positive,
         metavar="N",
-        help="new tokens for each prompt of a FILE (default: 64)",
+        help=f"new tokens for each prompt of a FILE (default: {prompts.DEFAULT_MAX_TOKENS})",
+    )
+
+
+def _add_kl_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what is read, and how far from full precision it may be."""
+    group = parser.add_argument_group("by texts, in transformers")
+    group.add_argument(
+        "--max-kl",
+        type=_nats,
+        metavar="NATS",
+        help="the mean KL divergence from full precision to stay within, of next-token distributions",
+    )
+    group.add_argument(
+        "--max-p99", type=_nats, metavar="NATS", help="likewise its 99 %% quantile (default: any)"
+    )
+    texts.add_text_options(group, calibrate_kl.STEPS)
+    group.add_argument(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help=f"texts at once (default: {calibrate_kl.BATCH_SIZE})",
+    )
+    group.add_argument("--device", choices=("cpu", "cuda"), help="of the model (default: the GPU)")
+    group.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="CPU threads (default: 1 for the shipped model, torch's own choice for others)",
     )
 
 
@@ -126,35 +165,51 @@ def _share(text: str) -> float:
     return value
 
 
-def _questions(args: argparse.Namespace) -> "list[Question]":
-    from diffkv.lab.calibrate import questions
-
-    if args.data == SYNTH:
-        language = "reference" if args.model == REFERENCE else "english"
-        num = args.samples or SYNTH_SAMPLES
-        drawn = questions.synthetic(language, args.prompt_tokens, num, args.seed)
-        return questions.choose(drawn, None, args.seed)
-    scoring = questions.ANYWHERE if args.match == "anywhere" else questions.PLACE
-    num_tokens = args.max_tokens or prompts.DEFAULT_MAX_TOKENS
-    found = []
-    for each in prompts.read_questions(Path(args.data), "--data"):
-        answer = None if each.answer is None else questions.as_answer(each.answer, scoring)
-        found.append(questions.Question(each.prompt, answer, num_tokens, scoring))
-    return questions.choose(found, args.samples, args.seed)
+def _nats(text: str) -> float:
+    value = above_zero(text)
+    if math.isinf(value):
+        raise argparse.ArgumentTypeError(f"must be a number, got {text}")
+    return value
 
 
-def _options(args: argparse.Namespace) -> "Options":
-    """What the engine starts with; thresholds come with each request."""
-    from diffkv.vllm_plugin.options import Options
+def _way(args: argparse.Namespace) -> str:
+    """Which of the two ways is asked for.
 
-    return Options.parse({"quant": args.quant, "window": args.window}).without_thresholds()
+    Raises:
+        ConfigError: neither, both, or options of the other one.
+    """
+    asked = [way for way in ONLY if getattr(args, way) is not None]
+    if len(asked) != 1:
+        given = "both are" if asked else "neither is"
+        raise ConfigError(
+            f"--max-loss asks questions and --max-kl reads texts: give one of them ({given} given)"
+        )
+    (way,) = asked
+    (other,) = ONLY.keys() - asked
+    for name in ONLY[other]:
+        value = getattr(args, name)
+        if value is not None and value is not False:
+            raise ConfigError(f"{_flag(name)} is for {_flag(other)}, not for {_flag(way)}")
+    if way == BY_TEXTS and args.flags:
+        raise ConfigError(f"unknown option {args.flags[0]}: only --max-loss passes some on to vLLM")
+    if way == BY_QUESTIONS and args.data is None:
+        raise ConfigError("--max-loss asks questions: give them as --data")
+    if way == BY_QUESTIONS and len(args.quant) > 1:
+        raise ConfigError(
+            f"--max-loss takes one --quant, got {' and '.join(args.quant)}: --max-kl takes several"
+        )
+    return way
 
 
-def _steps(args: argparse.Namespace, options: "Options") -> tuple[str, ...]:
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _steps(text: str, quants: list[QuantConfig]) -> tuple[str, ...]:
     """What `--search` names."""
     from diffkv.lab.calibrate.search import ALPHA_HIGH, DISTINCT, STEPS
 
-    named = args.search.split(",")
+    named = text.split(",")
     for name in named:
         if name not in STEPS:
             raise ConfigError(f"--search cannot take {name!r}: there are {', '.join(STEPS)}")
@@ -163,151 +218,22 @@ def _steps(args: argparse.Namespace, options: "Options") -> tuple[str, ...]:
             raise ConfigError(
                 f"--search {DISTINCT} drops low tokens, and {ALPHA_HIGH} says which are: name both"
             )
-        dropping = policies.with_distinct(options.policy, 0.5)
-        policies.parse(dropping).check(options.quant_config())
+        dropping = policies.parse(policies.with_distinct(policies.PAPER.text, 0.5))
+        for quant in quants:
+            dropping.check(quant)
     return tuple(step for step in STEPS if step in named)
 
 
 def run(args: argparse.Namespace) -> int:
     """Search, write the file, and print what was chosen."""
-    if not args.verbose:
-        prompts.silence_engine()
-    options = _options(args)
-    steps = _steps(args, options)
+    way = calibrate_kl if _way(args) == BY_TEXTS else calibrate_questions
+    quants = [QuantConfig.parse(text) for text in dict.fromkeys(args.quant)]
+    steps = _steps(args.search or way.SEARCH, quants)
+    Options(window=args.window)  # refuses a bad one before anything is loaded
     if not args.out.parent.is_dir():
         raise ConfigError(f"cannot write --out {args.out}: {args.out.parent} is no folder")
-    from diffkv.lab.calibrate import file, questions
-    from diffkv.lab.calibrate.journal import Journal
-
-    asked = _questions(args)
-    model = file.Model(
-        name=args.model, config_sha256=file.model_digest(config_file(model_folder(args.model)))
-    )
-    data = file.Data(
-        source=args.data if args.data == SYNTH else Path(args.data).name,
-        samples=len(asked),
-        seed=args.seed,
-        sha256=questions.digest(asked),
-        metric=questions.metric(asked),
-    )
-    identity = {
-        "model": model.model_dump(),
-        "data": data.model_dump(),
-        "flags": args.flags,
-        "quant": options.quant,
-        "window": options.window,
-    }
-    journal = Journal(args.out.with_name(args.out.name + PARTIAL), identity)
-    if journal.num_found:
-        print(f"diffkv: going on from {args.out}{PARTIAL}", file=sys.stderr)
-    choice, curve = _search(args, options, steps, asked, journal, data.metric)
-    if choice is None:
-        raise ConfigError(_nothing_fits(args, options, curve[0]))
-    chosen = file.Choice.of(choice, quant=options.quant, window=options.window)
-    calibration = file.Calibration(
-        max_loss=args.max_loss,
-        model=model,
-        data=data,
-        choice=chosen,
-        source=_source(),
-        curve=[file.CurvePoint.of(point) for point in curve],
-    )
-    calibration.write(args.out)
-    journal.remove()
-    _print(args, calibration)
-    return 0
-
-
-def _search(
-    args: argparse.Namespace,
-    options: "Options",
-    steps: tuple[str, ...],
-    asked: "list[Question]",
-    journal: "Journal",
-    metric: str,
-) -> "tuple[Point | None, list[Point]]":
-    """Full precision first, in an engine that is gone before ours starts; then the search."""
-    from rich.console import Console
-
-    from diffkv.lab.calibrate.engine import engines, full_precision, measure
-    from diffkv.lab.calibrate.search import Part, search
-
-    arguments = prompts.engine_arguments(args)
-    console = Console(stderr=True, highlight=False)
-    with _progress(console) as progress:
-        bar = progress.add_task("full precision, vLLM's own cache", total=len(asked))
-        full = journal.get("full", lambda: full_precision(arguments, asked, metric))
-        progress.update(bar, completed=len(asked))
-        with engines(arguments, options) as engine:
-            ask = journal.kept(measure(engine, asked, metric, full))
-
-            def watched(setting: "Setting", samples: range) -> Part:
-                progress.update(bar, description=str(setting), completed=samples.start)
-                part = ask(setting, samples)
-                progress.update(bar, completed=samples.stop)
-                return part
-
-            def measured(point: "Point") -> None:
-                progress.console.print(_line(point), soft_wrap=True)
-
-            has_low = options.quant_config().has_low
-            return search(watched, len(asked), args.max_loss, has_low, steps, measured)
-
-
-def _progress(console: "Console") -> "Progress":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
-
-
-def _line(point: "Point") -> str:
-    low, high = point.ci95
-    verdict = "within the limit" if point.accepted else "too much"
-    return (
-        f"{point.setting}: loss {point.loss:.2%} ({low:.2%} to {high:.2%}) on {point.n} "
-        f"samples, {point.use.bytes_per_token:.1f} B a token: {verdict}"
-    )
-
-
-def _nothing_fits(args: argparse.Namespace, options: "Options", mildest: "Point") -> str:
-    return (
-        f"nothing keeps the loss within {args.max_loss:.2%}: {options.quant_config().high} alone, "
-        f"every token high, loses {mildest.loss:.2%} of {mildest.n} samples; take a larger "
-        f"--max-loss, or a --quant with a better high tier"
-    )
-
-
-def _print(args: argparse.Namespace, calibration: "Calibration") -> None:
-    from diffkv.lab.calibrate.search import Setting
-
-    choice = calibration.choice
-    low, high = choice.loss_ci95
-    setting = Setting(Thresholds(choice.alpha_high, choice.alpha_low), choice.distinct)
-    print(
-        f"{setting}: loss {choice.loss:.2%} (95 % interval {low:.2%} to {high:.2%}, "
-        f"{choice.samples} samples), {choice.bytes_per_token:.1f} B a token, "
-        f"{choice.ratio_bf16:.2f}x less than bf16"
-    )
-    if max(high, RULE_OF_THREE / choice.samples) > args.max_loss:
-        print(
-            f"diffkv: {choice.samples} samples are too few to be sure of {args.max_loss:.2%}: give "
-            f"more --samples",
-            file=sys.stderr,
-        )
-    print(f"{args.out} is written; use it as --calibration {args.out}")
-
-
-def _source() -> "Source":
     from diffkv.lab.calibrate import file
-    from diffkv.lab.provenance import collect
 
-    origin = collect()
-    versions = {"diffkv": origin.diffkv, "torch": origin.torch, "vllm": str(origin.vllm)}
-    return file.Source(command=origin.command, versions=versions)
+    digest = file.model_digest(config_file(model_folder(args.model)))
+    model = file.Model(name=args.model, config_sha256=digest)
+    return way.calibrate(args, model, quants, steps)

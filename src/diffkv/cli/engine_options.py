@@ -156,8 +156,7 @@ def _calibrated(args: argparse.Namespace, given: dict[str, Any]) -> Options:
         )
     options = Options.parse({**given, **calibration.values()})
     print(
-        f"diffkv: calibration {args.calibration} (loss {calibration.choice.loss:.2%} on "
-        f"{calibration.data.samples} samples of {calibration.data.source}): {_words(options)}",
+        f"diffkv: calibration {args.calibration} ({calibration.finding()}): {_words(options)}",
         file=sys.stderr,
     )
     return options

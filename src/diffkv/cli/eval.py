@@ -145,7 +145,7 @@ def _check(args: argparse.Namespace) -> None:
         for name in ("limit", "thinking", "run_code"):
             if getattr(args, name):
                 raise ConfigError(f"--{name.replace('_', '-')} is for --suite {eval_lm.SUITE}")
-    for name in ("texts", "against", "contexts", "num_texts"):
+    for name in ("texts", "against", "contexts", "num_texts", "steps"):
         if args.suite != "kld" and getattr(args, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')} is for --suite kld")
     if args.suite == "kld" and args.seed != [0]:

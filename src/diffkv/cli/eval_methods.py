@@ -9,7 +9,6 @@ from diffkv.cli import prompts
 from diffkv.cli.arguments import Once
 from diffkv.cli.engine_options import add_cache_options, cache_options
 from diffkv.policies import PAPER
-from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.options import Options
 
@@ -78,16 +77,7 @@ def _cache(args: argparse.Namespace) -> "CacheSpec":
     policy = baselines.parse(args.policy or options.policy)
     if not policy.uses_thresholds and (args.alpha_high, args.alpha_low) != (None, None):
         raise ConfigError(f"policy {policy} has no thresholds: leave out --alpha-high, --alpha-low")
-    return CacheSpec(
-        options.quant_config(),
-        policy,
-        options.thresholds() if policy.uses_thresholds else Thresholds(),
-        options.window,
-        options.page_bytes,
-        options.kernels,
-        options.rotation(),
-        options.segment if policy.uses_thresholds else 0,
-    )
+    return CacheSpec.of(options, policy)
 
 
 def _named(args: argparse.Namespace, where: str, name: str) -> "NamedCache":

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diffkv.lab.calibrate.search import Point
-from diffkv.policies import PAPER, with_distinct
+from diffkv.lab.calibrate.distance import Tried
+from diffkv.lab.calibrate.search import Point, Setting
+from diffkv.lab.provenance import collect
+from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError, QuantConfig
 
 if sys.version_info >= (3, 11):
@@ -21,7 +23,20 @@ else:
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Calibration", "Choice", "CurvePoint", "Data", "Model", "Source", "model_digest", "read"]
+__all__ = [
+    "KLD",
+    "Calibration",
+    "Choice",
+    "CurvePoint",
+    "Data",
+    "Model",
+    "Source",
+    "model_digest",
+    "read",
+]
+
+KLD = "kld"
+"""Metric: mean KL divergence of next-token distributions from those of full precision, in nats."""
 
 HEADER = """\
 # Thresholds that `diffkv calibrate` chose; `diffkv serve --calibration FILE` takes them.
@@ -43,13 +58,23 @@ class Model(_Table):
 
 
 class Data(_Table):
-    """What it was asked: a name, how many questions, the seed that chose them, and their digest."""
+    """What it was asked, or read.
+
+    Attributes:
+        source: a name.
+        samples: questions, or texts.
+        seed: chose the questions.
+        sha256: digest of all of it.
+        metric: what a loss is: `KLD`, or one of `questions`, a share.
+        steps: compared steps of each text.
+    """
 
     source: str
     samples: int
     seed: int
     sha256: str
     metric: str
+    steps: int | None = None
 
 
 class Source(_Table):
@@ -57,6 +82,17 @@ class Source(_Table):
 
     command: str
     versions: dict[str, str]
+
+    @classmethod
+    def here(cls, engine: str) -> "Self":
+        """This run's.
+
+        Args:
+            engine: vllm or transformers.
+        """
+        origin = collect()
+        versions = {name: str(getattr(origin, name)) for name in ("diffkv", "torch", engine)}
+        return cls(command=origin.command, versions=versions)
 
 
 class CurvePoint(_Table):
@@ -68,13 +104,16 @@ class CurvePoint(_Table):
         distinct: share of a prompt that stays by its keys; 1 drops none.
         samples: it was measured on; a setting is given up once it is surely too bad.
         loss: mean over the samples.
-        loss_ci95: its 95 % interval, bootstrapped.
+        loss_ci95: its 95 % interval, bootstrapped; of questions.
         bytes_per_token: real bytes, whole pages and tables.
         ratio_bf16: bytes of a bf16 cache over them.
         high: share of tokens in the high tier.
         low: share in the low tier.
         dropped: share that is gone.
         accepted: whether the loss on all samples is within the limit.
+        quant: formats, where they were searched.
+        kld_p99: 99 % quantile of the divergences; of texts.
+        same_top1: share of steps with the same first choice; of texts.
     """
 
     alpha_high: float = Field(ge=0)
@@ -82,18 +121,27 @@ class CurvePoint(_Table):
     distinct: float = Field(default=1.0, gt=0, le=1)
     samples: int
     loss: float
-    loss_ci95: tuple[float, float]
+    loss_ci95: tuple[float, float] | None = None
     bytes_per_token: float
     ratio_bf16: float
     high: float
     low: float
     dropped: float
     accepted: bool
+    quant: str | None = None
+    kld_p99: float | None = None
+    same_top1: float | None = None
+
+    @property
+    def setting(self) -> Setting:
+        """Its thresholds and drops."""
+        return Setting(Thresholds(self.alpha_high, self.alpha_low), self.distinct)
 
     @classmethod
     def of(cls, point: Point, **more: Any) -> "Self":
         """A point of the search, in the file's terms, with values of a subclass."""
-        thresholds, spent = point.setting.thresholds, point.use.per_token()
+        thresholds = point.setting.thresholds
+        spent: dict[str, Any] = point.use.per_token()
         del spent["nominal_ratio_bf16"]
         return cls(
             alpha_high=thresholds.alpha_high,
@@ -107,6 +155,26 @@ class CurvePoint(_Table):
             **more,
         )
 
+    @classmethod
+    def tried(cls, tried: Tried, **more: Any) -> "Self":
+        """A setting of the search by texts, likewise."""
+        thresholds, score = tried.setting.thresholds, tried.score
+        names = (
+            *("bytes_per_token", "ratio_bf16", "high", "low", "dropped"),
+            *("kld_p99", "same_top1"),
+        )
+        return cls(
+            alpha_high=thresholds.alpha_high,
+            alpha_low=thresholds.alpha_low,
+            distinct=tried.setting.distinct,
+            samples=score.n,
+            loss=score.kld_mean,
+            accepted=tried.accepted,
+            quant=str(tried.quant),
+            **{name: getattr(score, name) for name in names},
+            **more,
+        )
+
 
 class Choice(CurvePoint):
     """The point that was chosen, and what an engine needs beside it."""
@@ -116,10 +184,22 @@ class Choice(CurvePoint):
 
 
 class Calibration(_Table):
-    """The whole file."""
+    """The whole file.
+
+    Attributes:
+        format: of the file.
+        max_loss: limit of the loss, in the unit of the metric.
+        max_p99: limit of the 99 % quantile, where one was given.
+        model: which.
+        data: what it was asked, or read.
+        choice: what an engine takes.
+        source: how to do it again.
+        curve: every setting that was measured.
+    """
 
     format: Literal[1] = 1
     max_loss: float
+    max_p99: float | None = None
     model: Model
     data: Data
     choice: Choice
@@ -129,14 +209,15 @@ class Calibration(_Table):
     def values(self) -> dict[str, Any]:
         """What an engine is started with, by the names of its options."""
         choice = self.choice
-        values = {
-            "quant": choice.quant,
-            "alpha_low": choice.alpha_low,
-            "window": choice.window,
-            "policy": with_distinct(PAPER.text, choice.distinct),
-        }
-        has_low = QuantConfig.parse(choice.quant).has_low
-        return {**values, "alpha_high": choice.alpha_high} if has_low else values
+        values = choice.setting.values(QuantConfig.parse(choice.quant))
+        return {**values, "window": choice.window}
+
+    def finding(self) -> str:
+        """What the choice loses, and on what, in words."""
+        data, loss = self.data, self.choice.loss
+        if data.metric == KLD:
+            return f"mean KL {loss:.4f} on {data.samples} texts of {data.source}"
+        return f"loss {loss:.2%} on {data.samples} samples of {data.source}"
 
     def write(self, path: Path) -> None:
         """Write it.
@@ -145,7 +226,9 @@ class Calibration(_Table):
             ConfigError: the file cannot be written.
         """
         try:
-            path.write_text(HEADER + tomli_w.dumps(self.model_dump()), encoding="utf-8")
+            path.write_text(
+                HEADER + tomli_w.dumps(self.model_dump(exclude_none=True)), encoding="utf-8"
+            )
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 

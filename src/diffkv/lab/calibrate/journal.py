@@ -10,7 +10,10 @@ from diffkv.lab.calibrate.search import Measure, Part, Setting
 from diffkv.quant import ConfigError
 from diffkv.use import CacheUse
 
-__all__ = ["Journal"]
+__all__ = ["PARTIAL", "Journal"]
+
+PARTIAL = ".partial"
+"""What its name adds to that of the output."""
 
 
 class Journal:

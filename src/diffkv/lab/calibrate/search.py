@@ -11,10 +11,12 @@ one that was measured on all of them can be taken.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from diffkv.lab.evaluation.intervals import interval
+from diffkv.policies import PAPER, with_distinct
 from diffkv.policy import Thresholds
+from diffkv.quant import QuantConfig
 from diffkv.use import CacheUse
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Part",
     "Point",
     "Setting",
+    "climb",
     "search",
     "stages",
 ]
@@ -69,6 +72,15 @@ class Setting:
         alphas = self.thresholds
         share = f", distinct {self.distinct:g}" if self.distinct < 1 else ""
         return f"alpha_high {alphas.alpha_high:g}, alpha_low {alphas.alpha_low:g}{share}"
+
+    def values(self, quant: QuantConfig) -> dict[str, Any]:
+        """What an engine of some formats is started with, by the names of its options."""
+        values = {
+            "quant": str(quant),
+            "alpha_low": self.thresholds.alpha_low,
+            "policy": with_distinct(PAPER.text, self.distinct),
+        }
+        return {**values, "alpha_high": self.thresholds.alpha_high} if quant.has_low else values
 
 
 @dataclass(frozen=True)
@@ -152,21 +164,42 @@ def search(
             measured(points[setting])
         return points[setting].accepted
 
+    choice = climb(accepts, HIGH_GRID, has_low, steps)
+    return None if choice is None else points[choice], list(points.values())
+
+
+def climb(
+    accepts: Callable[[Setting], bool],
+    high_grid: Sequence[float],
+    has_low: bool,
+    steps: Collection[str],
+) -> Setting | None:
+    """Take one step after the other, each as far as settings are accepted.
+
+    Args:
+        accepts: whether a setting is; may be asked again about the same one.
+        high_grid: values of alpha_high, from 0 on.
+        has_low: whether there is a low tier; without one alpha_low is the only threshold.
+        steps: those of `STEPS` that are taken; the others stay at their mildest value.
+
+    Returns:
+        The last setting that is accepted; None if even the mildest is not.
+    """
     choice = Setting(Thresholds())
     if not accepts(choice):
-        return None, list(points.values())
+        return None
     for step in STEPS:
         if step in steps:
-            grid = _grid(step, choice, has_low)
+            grid = _grid(step, choice, high_grid if has_low else (0.0,), has_low)
             choice = grid[_last_accepted(grid, accepts)]
-    return points[choice], list(points.values())
+    return choice
 
 
-def _grid(step: str, choice: Setting, has_low: bool) -> list[Setting]:
+def _grid(step: str, choice: Setting, high_grid: Sequence[float], has_low: bool) -> list[Setting]:
     """Settings of a step, the mildest first, which is what was chosen before."""
     high = choice.thresholds.alpha_high
     if step == ALPHA_HIGH:
-        return [Setting(Thresholds(alpha, 0.0)) for alpha in (HIGH_GRID if has_low else (0.0,))]
+        return [Setting(Thresholds(alpha, 0.0)) for alpha in high_grid]
     if step == ALPHA_LOW:
         if not has_low:
             return [Setting(Thresholds(alpha, alpha)) for alpha in LOW_GRID]

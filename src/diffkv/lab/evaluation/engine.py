@@ -11,6 +11,7 @@ from diffkv.policies import Policy
 from diffkv.policy import Thresholds
 from diffkv.quant import QuantConfig
 from diffkv.use import CacheUse
+from diffkv.vllm_plugin.options import Options
 
 __all__ = ["CacheSpec", "Compared", "Engine", "NamedCache"]
 
@@ -42,6 +43,26 @@ class CacheSpec:
     def __post_init__(self) -> None:
         """Refuse formats that the policy cannot work with."""
         self.policy.check(self.quant)
+
+    @classmethod
+    def of(cls, options: Options, policy: Policy | None = None) -> "CacheSpec":
+        """The cache of an engine with such options.
+
+        Args:
+            options: the engine's.
+            policy: one that an engine does not run, in place of the options' own.
+        """
+        policy = options.prompt_policy() if policy is None else policy
+        return cls(
+            options.quant_config(),
+            policy,
+            options.thresholds() if policy.uses_thresholds else Thresholds(),
+            options.window,
+            options.page_bytes,
+            options.kernels,
+            options.rotation(),
+            options.segment if policy.uses_thresholds else 0,
+        )
 
     def method(self, model: str, engine: str) -> Method:
         """The cache, a model and an engine as rows name them."""

@@ -18,11 +18,11 @@ from diffkv.lab.evaluation.distances import Reading, Report, compare_caches, sco
 from diffkv.lab.evaluation.divergence import Divergence, compare
 from diffkv.lab.evaluation.engine import CacheSpec, NamedCache
 from diffkv.lab.evaluation.hf_runs import HFModel
-from diffkv.lab.evaluation.results import ALL_TEXTS, DISTANCES, DistanceScore
+from diffkv.lab.evaluation.results import ALL_TEXTS, DistanceScore
 from diffkv.lab.rows import Row, Writer
 from diffkv.use import CacheUse
 
-__all__ = ["rows"]
+__all__ = ["Comparison", "rows"]
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,34 @@ def rows(
         report: progress.
     """
     asked = [(each, {**_case(each, model, engine), **reading.case()}) for each in caches]
-    parts: list[_Part] = []
-    if any(writer.find(DISTANCES, case) is None for _, case in asked):
-        parts = _read_full(engine, reading, report)
-    yield from compare_caches(
-        asked, writer, lambda cache: _read(engine, cache, reading, parts, report)
-    )
+    yield from compare_caches(asked, writer, Comparison(engine, reading, report))
+
+
+class Comparison:
+    """Compares one cache after the other; full precision reads once, when the first is asked for.
+
+    Args:
+        engine: reads.
+        reading: what is read.
+        report: progress.
+    """
+
+    def __init__(
+        self,
+        engine: HFModel,
+        reading: Reading,
+        report: Report = lambda name, done, total: None,
+    ) -> None:
+        self._engine = engine
+        self._reading = reading
+        self._report = report
+        self._parts: list[_Part] = []
+
+    def __call__(self, cache: NamedCache) -> list[DistanceScore]:
+        """A score for each cell of `Reading.contexts`."""
+        if not self._parts:
+            self._parts = _read_full(self._engine, self._reading, self._report)
+        return _read(self._engine, cache, self._reading, self._parts, self._report)
 
 
 def _case(cache: NamedCache, model: str, engine: HFModel) -> dict[str, Any]:
