@@ -97,7 +97,7 @@ def test_lines_of_methods_that_are_refused(line, message, capsys, tmp_path):
     ("options", "policy", "name"),
     [
         ({}, None, "k8v4-k4v2"),
-        ({"alpha_high": 3, "rotate": "hadamard"}, "paper", "k8v4-k4v2"),
+        ({"alpha_high": 3, "alpha_low": 0.0, "rotate": "hadamard"}, "paper", "k8v4-k4v2"),
         ({"alpha_high": 1.0, "alpha_low": 0.02}, None, "k8v4-k4v2 alpha_high=1 alpha_low=0.02"),
         ({"quant": "k8v4", "segment": 0}, "topk:keep=0.5", "k8v4 segment=0 policy=topk:keep=0.5"),
         ({"quant": "k16v16", "rotate": "hadamard"}, None, "k16v16 rotate=hadamard"),

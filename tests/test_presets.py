@@ -6,12 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import real_model_tables
 
 from diffkv import presets
 from diffkv.cli.engine_options import add_cache_options, cache_options
+from diffkv.lab import rows
 from diffkv.model_config import ModelConfig
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError, QuantConfig
+from diffkv.segments import SEGMENT
 from diffkv.vllm_plugin.options import Options
 
 PUBLISHED = {
@@ -159,8 +162,46 @@ def test_a_threshold_without_a_tier_is_refused():
         options("--preset", "qwen2.5-7b", "--alpha-high", "3")
 
 
-def test_documented():
-    page = (Path(__file__).parents[1] / "docs" / "insight.md").read_text(encoding="utf-8")
-    for p in presets.PRESETS:
-        row = f"| `{p.name}` | {p.quant} | {p.alpha_high:g} | {p.alpha_low:g} | {p.description} |"
-        assert row in page
+@pytest.fixture(scope="module", name="measured")
+def _measured():
+    return real_model_tables.measured(rows.read(real_model_tables.RESULTS))
+
+
+def test_documented_with_what_each_loses(measured):
+    """The table is what `python tools/real_model_tables.py` writes."""
+    table = real_model_tables.PresetTable()
+    page = (Path(__file__).parents[1] / table.page).read_text(encoding="utf-8")
+    lines = table.text(measured).splitlines()
+    assert "\n".join(lines) in page
+    assert len(lines) == 2 + len(presets.PRESETS)
+    for p, line in zip(presets.PRESETS, lines[2:], strict=True):
+        assert f"| `{p.name}` | {p.quant} | {p.alpha_high:g} | {p.alpha_low:g} |" in line
+        if p.loss is None:
+            assert line.endswith(" | — | — | — | — |")
+        else:
+            assert f" | {p.loss.ratio_bf16:.2f}x | {p.loss.kld_mean:.4f} | " in line
+
+
+def test_losses_are_those_of_the_results(measured):
+    path = real_model_tables.LOSSES
+    assert path.read_text(encoding="utf-8") == real_model_tables.losses(measured)
+    for row in rows.read(real_model_tables.RESULTS):
+        for p in presets.PRESETS:
+            settings = (p.quant, p.policy, p.alpha_high, p.alpha_low, p.window, SEGMENT, "hadamard")
+            names = ("quant", "policy", "alpha_high", "alpha_low", "window", "segment", "rotate")
+            if row.error is None and row.get("suite") == "kld":
+                same = settings == tuple(row.get(name) for name in names)
+                is_it = row["cache"] == real_model_tables.cache_of(p)
+                assert same == is_it, (p.name, row["cache"])
+                if is_it:
+                    assert p.loss.kld_mean == row["kld_mean"]
+    assert presets.find(presets.DEFAULT).loss is not None
+
+
+def test_a_preset_says_what_it_loses_unless_it_is_changed(capsys):
+    options("--preset", "balanced")
+    loss = presets.find("balanced").loss
+    assert f"; the default; {loss}): k8v4-k4v2, " in capsys.readouterr().err
+    assert str(loss).startswith("on smollm2 mean KL 0.0") and "x smaller than bf16" in str(loss)
+    options("--preset", "balanced", "--alpha-high", "1")
+    assert "smollm2" not in capsys.readouterr().err

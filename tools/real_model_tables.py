@@ -1,18 +1,27 @@
-"""Rewrites the tables of README.md and docs/policy.md that are of the results of `make eval-real`."""
+"""Rewrites what is made of the results of `make eval-real`.
 
+Tables of README.md, docs/policy.md and docs/insight.md, and what presets lose, for the command line.
+"""
+
+import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffkv import presets
+from diffkv.cli.engine_options import preset_options
+from diffkv.cli.eval_methods import words
 from diffkv.lab import rows
 from diffkv.lab.evaluation.results import ALL_TEXTS, DISTANCES, DistanceScore, scores
-from diffkv.lab.page import number, percent, times
+from diffkv.lab.page import NOTHING, number, percent, times
 from diffkv.quant import DEFAULT_QUANT
 from diffkv.segments import SEGMENT
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "real-model" / "results.jsonl"
+LOSSES = ROOT / "src" / "diffkv" / "data" / presets.LOSSES
+MODEL = "smollm2"
 COLUMNS = ("KV bytes per token", "vs bf16", "mean KL", "99 %", "same first choice")
 
 
@@ -38,21 +47,31 @@ class Table:
     def text(self, found: Mapping[str, DistanceScore]) -> str:
         """All of its lines, for the caches that there are results of."""
         lines = [self.header, f"|---{'|---:' * len(COLUMNS)}|"]
-        for cache, words in self.rows.items():
+        for cache, first in self.rows.items():
             if cache in found:
-                mark = "**" if words.startswith("**") else ""
+                mark = "**" if first.startswith("**") else ""
                 cells = (f"{mark}{figure}{mark}" for figure in figures(found[cache]))
-                lines.append(f"| {words} | {' | '.join(cells)} |")
+                lines.append(f"| {first} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
-    def put(self, found: Mapping[str, DistanceScore]) -> None:
-        """Write it into its page, in the place of the one that is there."""
-        path = ROOT / self.page
-        before, header, rest = path.read_text(encoding="utf-8").partition(self.header)
-        if not header:
-            sys.exit(f"{self.page} has no table that begins with {self.header}")
-        _, _, after = rest.partition("\n\n")
-        path.write_text(f"{before}{self.text(found)}\n\n{after}", encoding="utf-8")
+
+class PresetTable:
+    """The table of presets: their settings, what each is for, and what it loses."""
+
+    page = "docs/insight.md"
+    columns = ("preset", "formats", "alpha_high", "alpha_low", "for", *COLUMNS[1:])
+    header = f"| {' | '.join(columns)} |"
+
+    def text(self, found: Mapping[str, DistanceScore]) -> str:
+        """All of its lines; dashes for what was not measured."""
+        lines = [self.header, f"|---|---|---:|---:|---{'|---:' * len(COLUMNS[1:])}|"]
+        for preset in presets.PRESETS:
+            score = found.get(cache_of(preset))
+            cells = [NOTHING] * len(COLUMNS[1:]) if score is None else figures(score)[1:]
+            alphas = f"{preset.alpha_high:g}", f"{preset.alpha_low:g}"
+            first = f"`{preset.name}`", preset.quant, *alphas, preset.description
+            lines.append(f"| {' | '.join((*first, *cells))} |")
+        return "\n".join(lines)
 
 
 TABLES = (
@@ -82,6 +101,32 @@ TABLES = (
 )
 
 
+def put(table: Table | PresetTable, found: Mapping[str, DistanceScore]) -> None:
+    """Write a table into its page, in the place of the one that is there."""
+    path = ROOT / table.page
+    before, header, rest = path.read_text(encoding="utf-8").partition(table.header)
+    if not header:
+        sys.exit(f"{table.page} has no table that begins with {table.header}")
+    _, _, after = rest.partition("\n\n")
+    path.write_text(f"{before}{table.text(found)}\n\n{after}", encoding="utf-8")
+
+
+def cache_of(preset: presets.Preset) -> str:
+    """The name in the results of what an engine with a preset has."""
+    return words(preset_options(preset, {}))
+
+
+def losses(found: Mapping[str, DistanceScore]) -> str:
+    """The file of what presets lose: a line for each that there are results of."""
+    lines = []
+    for preset in presets.PRESETS:
+        if (score := found.get(cache_of(preset))) is not None:
+            names = ("ratio_bf16", "kld_mean", "kld_p99", "same_top1")
+            loss = {"model": MODEL, **{name: getattr(score, name) for name in names}}
+            lines.append(json.dumps({"preset": preset.name, **loss}) + "\n")
+    return "".join(lines)
+
+
 def figures(score: DistanceScore) -> tuple[str, ...]:
     """Cells of a row, as `diffkv report` writes them too."""
     return (
@@ -104,5 +149,6 @@ def measured(results: Iterable[rows.Row]) -> dict[str, DistanceScore]:
 
 if __name__ == "__main__":
     found = measured(rows.read(RESULTS))
-    for table in TABLES:
-        table.put(found)
+    for table in (*TABLES, PresetTable()):
+        put(table, found)
+    LOSSES.write_text(losses(found), encoding="utf-8")

@@ -1,21 +1,28 @@
 """Settings that somebody chose for a reason, each with its source.
 
 Published ones belong to a model; generic ones to a wish. Data, and how one is found: what to do with
-it is up to the command line.
+it is up to the command line. What each loses on a real model is in `data/preset_losses.jsonl`, which
+`tools/real_model_tables.py` makes of docs/results/real-model.
 """
 
+import json
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 
 from diffkv import policies
 from diffkv.model_config import ModelConfig
 from diffkv.policy import DEFAULT_ALPHA_HIGH, WINDOW, Thresholds
 from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 
-__all__ = ["AUTO", "DEFAULT", "PRESETS", "Preset", "Sizes", "choose", "find"]
+__all__ = ["AUTO", "DEFAULT", "LOSSES", "PRESETS", "Loss", "Preset", "Sizes", "choose", "find"]
 
 AUTO = "auto"
 DEFAULT = "balanced"
 """The preset whose values an engine has by default."""
+
+LOSSES = "preset_losses.jsonl"
+"""The file of `diffkv.data` with a line for each preset that was measured: its name, and its loss."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,38 @@ class Sizes:
         return self == Sizes(
             model.architecture, model.num_layers, model.hidden_size, model.vocab_size
         )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the settings of a preset lose on a real model.
+
+    Attributes:
+        model: its name.
+        ratio_bf16: how many times fewer real bytes than bf16.
+        kld_mean: mean KL divergence of next-token distributions from full precision, in nats.
+        kld_p99: its 99 % quantile.
+        same_top1: share of steps with the same most likely token.
+    """
+
+    model: str
+    ratio_bf16: float
+    kld_mean: float
+    kld_p99: float
+    same_top1: float
+
+    def __str__(self) -> str:
+        """In words."""
+        return (
+            f"on {self.model} mean KL {self.kld_mean:.4f}, 99 % {self.kld_p99:.3f}, "
+            f"{self.ratio_bf16:.2f}x smaller than bf16"
+        )
+
+
+@cache
+def _losses() -> dict[str, Loss]:
+    text = (files("diffkv") / "data" / LOSSES).read_text(encoding="utf-8")
+    return {row.pop("preset"): Loss(**row) for row in map(json.loads, text.splitlines())}
 
 
 @dataclass(frozen=True)
@@ -74,6 +113,11 @@ class Preset:
         """Both of them."""
         return Thresholds(self.alpha_high, self.alpha_low)
 
+    @property
+    def loss(self) -> Loss | None:
+        """What it loses on a real model, if that was measured."""
+        return _losses().get(self.name)
+
     def match(self, model: ModelConfig) -> bool:
         """Whether it was published for a model."""
         name = model.name.lower()
@@ -93,7 +137,7 @@ PRESETS = (
         "k8v8-k4v4",
         DEFAULT_ALPHA_HIGH,
         0.0,
-        "a seventh of the default's distance from full precision on a real model, a quarter more bytes",
+        "nearer to full precision, for more bytes: nothing below 4 bits, nothing dropped",
         "docs/results/real-model: nearer than k8v4 alone, and smaller",
     ),
     Preset(
@@ -109,8 +153,7 @@ PRESETS = (
         "k8v4-k4v2",
         10.0,
         0.0,
-        "drops a quarter of a prompt, where keys are most alike: free on the shipped models, twice "
-        "the distance on a real one",
+        "drops a quarter of a prompt, where keys are most alike: free on the shipped models",
         "docs/results/fidelity, docs/results/real-model; KeyDiff (Park et al. 2025, arXiv 2504.15364)",
         policy="paper:distinct=0.75",
     ),

@@ -23,6 +23,7 @@ __all__ = [
     "add_cache_options",
     "cache_options",
     "model_folder",
+    "preset_options",
 ]
 
 REFERENCE = "reference"
@@ -123,7 +124,9 @@ def cache_options(args: argparse.Namespace, takes_policy: bool = True) -> Option
     else:
         preset = presets.find(args.preset)
         why = preset.description
-    options = Options.parse(_override(preset, given))
+    options = preset_options(preset, given)
+    if preset.loss is not None and not given:
+        why = f"{why}; {preset.loss}"
     yours = f", with your {', '.join(given)}" if given else ""
     print(f"diffkv: preset {preset.name} ({why}): {_words(options)}{yours}", file=sys.stderr)
     return options
@@ -162,7 +165,7 @@ def _calibrated(args: argparse.Namespace, given: dict[str, Any]) -> Options:
     return options
 
 
-def _override(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
+def preset_options(preset: Preset, given: dict[str, Any]) -> Options:
     """A preset's values with a user's in their place.
 
     Without a low tier alpha_low is the only threshold. Where a user's threshold would cross the
@@ -175,12 +178,11 @@ def _override(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
         "alpha_low": preset.alpha_low,
         **given,
     }
-    if not QuantConfig.parse(values["quant"]).has_low:
-        return values
-    values.setdefault("alpha_high", max(preset.alpha_high, values["alpha_low"]))
-    if "alpha_low" not in given:
-        values["alpha_low"] = min(preset.alpha_low, values["alpha_high"])
-    return values
+    if QuantConfig.parse(values["quant"]).has_low:
+        values.setdefault("alpha_high", max(preset.alpha_high, values["alpha_low"]))
+        if "alpha_low" not in given:
+            values["alpha_low"] = min(preset.alpha_low, values["alpha_high"])
+    return Options.parse(values)
 
 
 def model_folder(name: str) -> str:

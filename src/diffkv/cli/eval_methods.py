@@ -109,6 +109,8 @@ def words(options: Options, policy: str | None = None) -> str:
     usual = Options(options.quant, alpha_low=options.alpha_low)
     if options.thresholds() == usual.thresholds():
         given.pop("alpha_high", None)
+    if options.alpha_low == 0:
+        del given["alpha_low"]
     if options.rotation() == usual.rotation():
         given.pop("rotate", None)
     if policy is not None and policy != PAPER.text:
