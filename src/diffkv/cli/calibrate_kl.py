@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import math
 from typing import TYPE_CHECKING
 
 from diffkv.cli import eval_hf, texts
@@ -153,7 +154,7 @@ def _figures(tried: "Tried") -> str:
 
 
 def _nothing_fits(limits: "Limits", nearest: "Tried") -> str:
-    p99 = "" if limits.p99 == float("inf") else f" and its 99 % within {limits.p99:g}"
+    p99 = "" if math.isinf(limits.p99) else f" and its 99 % within {limits.p99:g}"
     return (
         f"nothing keeps the mean KL within {limits.mean:g}{p99}; the nearest is {nearest}: "
         f"{_figures(nearest)}; allow more, or give a --quant with a better high tier"
