@@ -65,6 +65,17 @@ def test_the_cheapest_of_all_formats_is_chosen():
     assert choose(tried).setting == Setting(Thresholds(20.0, 0.0))
 
 
+def test_of_equal_bytes_the_nearest_to_full_precision_is_chosen():
+    means = {0.0: 0.001, 7.0: 0.003, 30.0: 0.002, 50.0: 0.0025, 100.0: 0.004}
+    tried = search(
+        lambda _, setting: score(means.get(setting.thresholds.alpha_high, 1.0), 100),
+        [DEFAULT],
+        Limits(0.005),
+        ALPHA_HIGH,
+    )
+    assert choose(tried).setting == Setting(Thresholds())
+
+
 def test_drops_are_searched_when_asked_for():
     tried = search(fake, [DEFAULT], Limits(0.0101), ("alpha_high", "alpha_low"))
     assert choose(tried).setting == Setting(Thresholds(30.0, 0.0))
@@ -214,6 +225,7 @@ LOSS = ("--max-loss", "1%", "--data", "synth")
         ((*KL, "--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16, got int8"),
         ((*KL, "--window", "0"), "window must be at least 1 token, got 0"),
         ((*KL, "--texts", "/nowhere"), "cannot read --texts /nowhere"),
+        ((*KL, "--texts", "."), "--texts . is a folder without files"),
         ((*KL, "--out", "/no/c.toml"), "/no is no folder"),
         ((*KL, "--model", "/nowhere"), "/nowhere"),
     ],

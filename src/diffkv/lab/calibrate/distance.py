@@ -103,9 +103,9 @@ def search(
 
 
 def choose(tried: Sequence[Tried]) -> Tried | None:
-    """The one of fewest real bytes among those within the limits, if there is one."""
+    """The one of fewest real bytes within the limits, if there is one; of equals the nearest."""
     accepted = [each for each in tried if each.accepted]
-    return min(accepted, key=lambda each: each.score.bytes_per_token, default=None)
+    return min(accepted, key=lambda each: (each.score.bytes_per_token, each.used), default=None)
 
 
 def nearest(tried: Sequence[Tried]) -> Tried:
