@@ -36,7 +36,7 @@ def code_of():
         yield lambda *args, **kwargs: process.submit(compiling.code_of, *args, **kwargs).result()
 
 
-@pytest.mark.parametrize("arch", [89, 90])
+@pytest.mark.parametrize("arch", [89, 90, 120])
 @pytest.mark.parametrize(("name", "drops", "chained"), CASES)
 def test_nothing_spills(code_of, name, drops, chained, arch):
     code = code_of(name, "k8v4-k4v2", 128, 4, drops, arch=arch, chained=chained)
