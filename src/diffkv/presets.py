@@ -141,6 +141,14 @@ PRESETS = (
         "docs/results/real-model: nearer than k8v4 alone, and smaller",
     ),
     Preset(
+        "accurate",
+        "k8v8-k4v2",
+        10.0,
+        0.0,
+        "values of important and of recent tokens in 8 bits; fewer tokens are important",
+        "docs/results/real-model: nearer than the default where both are as large",
+    ),
+    Preset(
         "balanced",
         DEFAULT_QUANT,
         DEFAULT_ALPHA_HIGH,
