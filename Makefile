@@ -100,8 +100,8 @@ eval-hostile: $(HOSTILE:%=build/hostile/%)
 # Sizes for two cores. On a GPU: make eval-real DEVICE=cuda \
 #   TEXTS="--contexts 4K --num-texts 24 --steps 128 --batch-size 24" SAMPLES="--n 100 --batch-size 100"
 DEVICE ?= cpu
-TEXTS ?= --contexts 2K --num-texts 4 --steps 64
-SAMPLES ?= --settings hard --n 16
+TEXTS ?= --contexts 3K --num-texts 4 --steps 64 --batch-size 4
+SAMPLES ?= --settings hard --n 16 --batch-size 16
 SMOLLM := $(BIN)/diffkv eval --model smollm2 --dtype float32 --resume --out $(ANEW)/real-model.jsonl
 
 eval-real: env ## compare caches on a real model, other engines' formats beside ours: docs/results/real-model
