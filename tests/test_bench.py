@@ -362,6 +362,9 @@ class FakeChild:
     def wait(self):
         pass
 
+    def dismiss(self):
+        pass
+
     def run(self, cell):
         if self.job.engine.get("kv_cache_dtype") == "fp8":
             return {"error": "no fp8 here"}
