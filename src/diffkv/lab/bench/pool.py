@@ -149,7 +149,7 @@ def _prompt(
     device = state.pages.device.type
     slot = torch.zeros(1, dtype=torch.int32, device=device)
     packed = pack(tokens, [0], device)
-    starts = torch.tensor([0, len(query)], dtype=torch.int32, device=device)
+    of_query = torch.tensor([0, len(query)], dtype=torch.int32, device=device)
     scale = contents.head_dim**-0.5
     layers = range(contents.num_layers)
     kept = int(state.num_tokens[0].sum(-1).max())
@@ -159,14 +159,15 @@ def _prompt(
 
     def gather_all() -> None:
         for layer in layers:
-            kernels.gather(state, layer, slot, starts[:1], key, value, kept_tiers)
+            kernels.gather(state, layer, slot, of_query[:1], key, value, kept_tiers)
 
     watch.time("gather", gather_all)
     watch.time("release one", lambda: kernels.release(state, slot, -1))
+    starts = of_query, packed.cu_seqlens, packed.cu_seqlens
     sums = watch.time(
         "significance",
         lambda: [
-            kernels.significance(query, packed.key, starts, packed.cu_seqlens, scale, len(query))
+            kernels.significance(query, packed.key, *starts, len(packed.key), scale, len(query))
             for _ in layers
         ],
     )[0]
