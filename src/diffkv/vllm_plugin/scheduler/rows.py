@@ -40,7 +40,8 @@ class Prefix:
         tokens: the tokens' ids.
         thresholds: the request's.
         block_size: tokens of a hashed block.
-        extra_keys: the same of tokens that are in no full block, by the first of them and their end.
+        extra_keys: what vLLM would hash with tokens that are in no full block (LoRA, images, the salt),
+            by the first of them and their end.
     """
 
     hashes: Sequence[bytes]
