@@ -65,7 +65,7 @@ def test_parts_of_the_overhead():
     """Of one request of one token: a page that holds one, its ring entry, and all tables."""
     state = fill.make_pool("k8v4", 64, torch.bfloat16, (1, 1), 1, 64)
     fill.fill(state, ops.load("cpu"), fill.random_tokens([1], 1, 64, torch.bfloat16, "cpu"), 1.0)
-    parts = pool._overhead(state, 1, 64)
+    parts = pool._overhead(state, 1, 64, 0)
     page, token = state.layout.page_bytes, state.layout.high.token_bytes
     budget = (page - token) / parts["half_empty_pages"]
     assert parts["ring"] * budget == pytest.approx(4)
@@ -360,6 +360,9 @@ class FakeChild:
         pass
 
     def wait(self):
+        pass
+
+    def dismiss(self):
         pass
 
     def run(self, cell):

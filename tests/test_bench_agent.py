@@ -1,6 +1,7 @@
 """Parts of `diffkv bench agent` that need no engine; tests/vllm_plugin has a run of the command."""
 
 import json
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,6 +10,7 @@ from diffkv.cli import bench_agent, main
 from diffkv.lab.bench import agent, child, pages
 from diffkv.lab.bench.agent import Chats
 from diffkv.lab.bench.conversation import Conversation, by_turn
+from diffkv.lab.bench.engine import Job
 from diffkv.lab.page import Page
 from diffkv.lab.provenance import Provenance
 from diffkv.lab.rows import Row, Writer, read
@@ -174,6 +176,29 @@ def test_medians_of_lists_are_by_place():
     runs = [{"a": 1.0, "b": [1.0, 9.0]}, {"a": 2.0, "b": [3.0, 7.0]}, {"a": 9.0, "b": [2.0, 8.0]}]
     assert child.medians(runs) == {"a": 2.0, "b": [2.0, 8.0]}
     assert child.medians([*runs, {"error": "gone"}]) == {"error": "gone"}
+
+
+ENDS_WITH_THE_OTHER = """
+import json, os, sys, time
+from pathlib import Path
+from diffkv.lab.bench.engine import ANSWER
+folder = Path(json.loads(sys.stdin.readline())["engine"]["model"])
+print(ANSWER + "{}", flush=True)
+for _ in sys.stdin:
+    print(ANSWER + json.dumps({"seconds": 9.0}), flush=True)
+(folder / str(os.getpid())).touch()
+until = time.monotonic() + 60
+while len(list(folder.iterdir())) < 2 and time.monotonic() < until:
+    time.sleep(0.01)
+(folder / ("alone" if len(list(folder.iterdir())) < 2 else "together")).touch()
+"""
+
+
+def test_engines_end_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(child, "COMMAND", (sys.executable, "-c", ENDS_WITH_THE_OTHER))
+    jobs = [Job({"model": str(tmp_path)}, None, 1, [([[[1]]], [1])])] * 2
+    assert child.in_turn(jobs, print) == [[{"runs": 1, "seconds": 9.0}]] * 2
+    assert not (tmp_path / "alone").exists() and (tmp_path / "together").exists()
 
 
 def check_with_fakes(monkeypatch, answers, writer):

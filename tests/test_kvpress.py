@@ -32,7 +32,9 @@ def mean_significance(oracle: dict[str, Tensor], num_queries: int) -> Tensor:
     num_tokens = len(key)
     starts = torch.tensor([0, num_tokens], dtype=torch.int32)
     scale = key.shape[-1] ** -0.5
-    sums = reference.significance(query, key, starts, starts, scale, num_queries)
+    sums = reference.significance(
+        query, key, starts, starts, starts, num_tokens, scale, num_queries
+    )
     return sums / torch.arange(num_tokens, 0, -1).clamp(max=num_queries)
 
 

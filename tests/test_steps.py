@@ -101,7 +101,8 @@ def test_chunks_are_cut_into_waves():
     assert decided.packing.slots.tolist() == [10, 1]
     assert decided.packing.positions.tolist() == [*range(16), *range(16, 21)]
     assert decided.waited.tolist() == [3]
-    assert rows_of(decided.scoring.own, 37) == [*range(16), *range(32, 37)]
+    assert decided.scoring.own_starts.tolist() == [0, 16, 21]
+    assert decided.scoring.num_own == 21
     assert (high.packing.slots.tolist(), high.scoring) == ([4], None)
     last = third.parts[0]
     assert (last.chain, last.starts, last.closed.slots.tolist()) == (

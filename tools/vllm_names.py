@@ -148,6 +148,8 @@ HOOKS = (
             "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register"
             "(kvcache_spec_cls, manager_class, *, uniform_type_base_spec)",
             f"{MANAGERS}:FullAttentionManager.free(request_id)",
+            "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys"
+            "(request, start_token_idx, end_token_idx, start_mm_idx)",
         ),
         reads={
             f"{MANAGERS}:FullAttentionManager": (
@@ -158,7 +160,7 @@ HOOKS = (
             "vllm.v1.request:RequestStatus": "RUNNING",
             "vllm.v1.request:Request": (
                 "request_id sampling_params num_tokens num_computed_tokens status resumable "
-                "block_hashes all_token_ids mm_features prompt_embeds"
+                "block_hashes all_token_ids"
             ),
         },
         overrides={
@@ -176,6 +178,7 @@ HOOKS = (
             f"{MANAGERS}:register_all_kvcache_specs",
             f"{MANAGERS}:FullAttentionManager.pop_blocks_for_free",
             f"{MANAGERS}:FullAttentionManager.free",
+            "vllm.v1.core.kv_cache_utils:get_request_block_hasher",
             "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
             "vllm.v1.core.sched.scheduler:Scheduler.schedule",
             "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",

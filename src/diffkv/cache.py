@@ -68,7 +68,8 @@ class DiffKVCache:
         query = torch.zeros(1, num_q_heads, shape[1], dtype=dtype, device=device)
         self._rotator.unrotate(query)
         key = self._rotator.rotate(key)
-        sums = self._ops.significance(query, key, one, one, self._scale, SCORED_QUERIES)
+        starts = one, one, one
+        sums = self._ops.significance(query, key, *starts, 1, self._scale, SCORED_QUERIES)
         tiers = torch.full(sums.shape, HIGH, dtype=torch.int8, device=device)
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
         self._ops.store_prompt(state, 0, tokens, tiers, sums)

@@ -31,6 +31,8 @@ class Ops(Protocol):
         key: Tensor,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
+        cu_seqlens_own: Tensor,
+        num_own: int,
         scale: float,
         max_queries: int,
     ) -> Tensor:

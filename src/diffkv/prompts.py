@@ -254,11 +254,15 @@ class PromptPath:
             )
         else:
             keys = [seen[p.slot].key[: p.stop] if p.first else stored[0][p.rows] for p in parts]
-            starts = scoring.query_starts, scoring.key_starts
-            every = self._ops.significance(
-                joined(queries), joined(keys), *starts, self._scale, scoring.max_queries
+            starts = scoring.query_starts, scoring.key_starts, scoring.own_starts
+            sums = self._ops.significance(
+                joined(queries),
+                joined(keys),
+                *starts,
+                scoring.num_own,
+                self._scale,
+                scoring.max_queries,
             )
-            sums = every[:, scoring.own].contiguous()
         means = sums / scoring.num_scored
         if policy.scored_queries != SCORED_QUERIES:
             # Decode divides by `num_seen`, whoever has scored the prompt
@@ -304,8 +308,9 @@ class PromptPath:
             packed = seen[part.slot].by_head(part)
             return packed.significance(self._ops, part, query, self._scale, most)
         alone = Spans.of([len(query)], [part.stop], self._device)
-        starts = alone.query_starts, alone.key_starts
-        return self._ops.significance(query, stored[0][part.rows], *starts, self._scale, len(query))
+        starts = alone.query_starts, alone.key_starts, alone.key_starts
+        key = stored[0][part.rows]
+        return self._ops.significance(query, key, *starts, len(key), self._scale, len(query))
 
     def _scoring_queries(self, layer: int, part: Part, query: Tensor) -> Tensor:
         """The rotated queries that score a complete row, those of earlier chunks included."""

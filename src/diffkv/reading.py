@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkv.ops import Ops
-from diffkv.packing import RowPlaces, joined
+from diffkv.packing import RowPlaces, on_device
 from diffkv.policy import DROPPED, HIGH
 from diffkv.prefill import Prefill, Spans
 from diffkv.state import PoolState
@@ -119,16 +119,13 @@ class HeadPacking:
     ) -> Tensor:
         """[num_kv_heads, part.length]: sums of the part's row, see `reference.significance`."""
         heads, num, device = len(self.counts), len(query), query.device
-        starts = Spans.of([num] * heads, self.counts, device)
+        spans, length = Spans.of([num] * heads, self.counts, device), part.length
+        own = on_device(range(0, (heads + 1) * length, length), torch.int32, device)
+        starts = spans.query_starts, spans.key_starts, own
         sums = ops.significance(
-            self.by_head(query),
-            self.key,
-            starts.query_starts,
-            starts.key_starts,
-            scale,
-            max_queries,
+            self.by_head(query), self.key, *starts, heads * length, scale, max_queries
         )
-        return joined([each[:, -part.length :] for each in sums.split(self.counts, 1)])
+        return sums.view(heads, length)
 
     def by_head(self, query: Tensor) -> Tensor:
         """[num_kv_heads * tokens, query heads of one, head_dim] of [tokens, num_q_heads, head_dim]."""

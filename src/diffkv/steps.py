@@ -120,7 +120,8 @@ class Scoring:
     Attributes:
         query_starts: [R + 1] int32, where each row's scoring queries start.
         key_starts: [R + 1] int32, where the tokens of each request start, those of its chain first.
-        own: where the rows' tokens are among those.
+        own_starts: [R + 1] int32, where the rows' tokens start among the N.
+        num_own: N.
         max_queries: most of one row.
         num_scored: [N] float32, scoring queries that saw each token.
         num_seen: [N] float32, by how many the rule divides when it decides for generated tokens.
@@ -129,7 +130,8 @@ class Scoring:
 
     query_starts: Tensor
     key_starts: Tensor
-    own: slice | Tensor
+    own_starts: Tensor
+    num_own: int
     max_queries: int
     num_scored: Tensor
     num_seen: Tensor
@@ -142,8 +144,6 @@ class Scoring:
         """Put together what the rule asks of parts that complete their rows."""
         lengths, ends = [p.length for p in parts], [p.stop for p in parts]
         num_queries = [min(length, policy.scored_queries) for length in lengths]
-        key_ends = list(accumulate(ends))
-        own = [slice(end - length, end) for end, length in zip(key_ends, lengths, strict=True)]
         each = torch.arange(sum(lengths), dtype=torch.int32, device=device)
         from_end = spread(list(accumulate(lengths)), torch.int32, lengths, device) - each
         bounds = None
@@ -157,8 +157,9 @@ class Scoring:
             bounds = TokenBounds(high, low, from_end <= window)
         return cls(
             on_device([0, *accumulate(num_queries)], torch.int32, device),
-            on_device([0, *key_ends], torch.int32, device),
-            spans_of(own, device),
+            on_device([0, *accumulate(ends)], torch.int32, device),
+            on_device([0, *accumulate(lengths)], torch.int32, device),
+            sum(lengths),
             max(num_queries),
             from_end.clamp(max=policy.scored_queries).float(),
             from_end.clamp(max=SCORED_QUERIES).float(),

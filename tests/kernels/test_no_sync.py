@@ -92,6 +92,6 @@ def test_other_operations_do_not_wait_either(launches):
     query, key = torch.zeros(5, 8, 64), torch.zeros(5, 2, 64)
     row, read, tiers = starts[:1], key.bfloat16(), torch.zeros(2, 5, dtype=torch.int8)
     with Recorder() as recorder:
-        kernels.significance(query, key, starts, starts, 0.125, 64)
+        kernels.significance(query, key, starts, starts, starts, 5, 0.125, 64)
         kernels.gather(state, 0, row, row, read, read, tiers)
     assert set(recorder.operations) <= {"aten.empty", "aten.fill_", "aten.empty_like"}

@@ -7,15 +7,16 @@ from make import DTYPES
 from diffkv import reference
 
 
-def make_case(lens_q, lens_k, head_dim=64, kv_heads=2, group=3, dtype=torch.float32):
-    """Packed queries and keys of several requests."""
+def make_case(lens_q, lens_k, head_dim=64, kv_heads=2, group=3, dtype=torch.float32, lens_own=None):
+    """Packed queries and keys of several requests, and where the tokens are whose sums are wanted."""
+    lens_own = lens_k if lens_own is None else lens_own
     starts = [
         torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32)
-        for lens in (lens_q, lens_k)
+        for lens in (lens_q, lens_k, lens_own)
     ]
     query = torch.randn(sum(lens_q), kv_heads * group, head_dim).to(dtype)
     key = torch.randn(sum(lens_k), kv_heads, head_dim).to(dtype)
-    return query, key, *starts, head_dim**-0.5
+    return query, key, *starts, sum(lens_own), head_dim**-0.5
 
 
 def check(kernels, case, max_queries=64):
@@ -45,6 +46,23 @@ def test_lengths(kernels, num):
 
 def test_ragged_requests_and_later_chunks(kernels):
     check(kernels, make_case([1, 64, 5, 0, 100, 13], [1, 64, 300, 0, 1000, 13]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "lens_own", [[0, 0, 0], [300, 128, 13], [1, 130, 12], [44, 128, 0], [172, 3, 1], [173, 256, 0]]
+)
+def test_sums_of_the_last_tokens_alone_are_the_same(kernels, lens_own, dtype):
+    """Bit for bit those that they have among all tokens."""
+    lens_k = [300, 256, 13]
+    torch.manual_seed(1)
+    every = make_case([64, 30, 13], lens_k, dtype=dtype)
+    torch.manual_seed(1)
+    case = make_case([64, 30, 13], lens_k, dtype=dtype, lens_own=lens_own)
+    check(kernels, case)
+    parts = kernels.significance(*every, 64).split(lens_k, 1)
+    last = [part[:, n - own :] for part, n, own in zip(parts, lens_k, lens_own, strict=True)]
+    assert torch.equal(kernels.significance(*case, 64), torch.cat(last, 1))
 
 
 @pytest.mark.parametrize("max_queries", [1, 5, 7, 100, 1000])
@@ -77,8 +95,12 @@ def test_rows_may_be_apart(backend):
 
 
 def test_wrong_tensors_are_refused(kernels):
-    query, key, starts_q, starts_k, scale = make_case([4], [4])
+    query, key, starts_q, starts_k, own, *rest = make_case([4], [4])
     with pytest.raises(ValueError, match="query"):
-        kernels.significance(query.half(), key, starts_q, starts_k, scale, 64)
+        kernels.significance(query.half(), key, starts_q, starts_k, own, *rest, 64)
     with pytest.raises(ValueError, match="cu_seqlens_k"):
-        kernels.significance(query, key, starts_q, starts_k.long(), scale, 64)
+        kernels.significance(query, key, starts_q, starts_k.long(), own, *rest, 64)
+    with pytest.raises(ValueError, match="cu_seqlens_own"):
+        kernels.significance(query, key, starts_q, starts_k, own[:1], *rest, 64)
+    with pytest.raises(ValueError, match="num_own must be 0 to the number of tokens, 4, got 5"):
+        kernels.significance(query, key, starts_q, starts_k, own, 5, rest[1], 64)

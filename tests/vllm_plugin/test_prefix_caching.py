@@ -94,6 +94,45 @@ def ask(llm: Any, text: list[int], **request: Any) -> tuple[list[int], int]:
     return driven.token_ids["one"], driven.num_cached["one"]
 
 
+class TestRowsShorterThanBlocks:
+    """Of tokens that vLLM hashes together; rows may end anywhere."""
+
+    BLOCK = 128
+
+    @pytest.fixture(scope="class")
+    def llm(self) -> Iterator[Any]:
+        options = {"segment": 64, "alpha_high": 3}
+        with engine("k8v4-k4v2", options, max_model_len=1024, block_size=self.BLOCK) as llm:
+            yield llm
+
+    @pytest.mark.parametrize("length", [9, 70, 130, 300])
+    def test_a_prompt_and_the_next_turn_hit(self, llm: Any, length: int) -> None:
+        text = [1, *words(length, length)]
+        assert llm.reset_prefix_cache()
+        right, found = ask(llm, text)
+        assert found == 0
+        assert ask(llm, text) == (right, length // 16 * 16 if length >= 16 else 0)
+        turn = [*text, *right, 11, 12]
+        assert ask(llm, turn)[1] == len(text) + len(right) - 1
+        check_idle(llm)
+
+    def test_a_short_first_message(self, llm: Any) -> None:
+        system = [1, *words(70, 21), MESSAGE_END]
+        assert llm.reset_prefix_cache()
+        assert ask(llm, [*system, *words(40, 22)])[1] == 0
+        text = [*system, *words(40, 23)]
+        right, found = ask(llm, text)
+        assert found == len(system)
+        assert llm.reset_prefix_cache()
+        assert ask(llm, text) == (right, 0)
+
+    def test_salts_share_nothing(self, llm: Any) -> None:
+        text = [1, *words(100, 24)]
+        right, _ = ask(llm, text, cache_salt="a")
+        assert ask(llm, text, cache_salt="b") == (right, 0)
+        assert ask(llm, text, cache_salt="a") == (right, 96)
+
+
 class TestCompressed:
     @pytest.fixture(scope="class")
     def llm(self) -> Iterator[Any]:

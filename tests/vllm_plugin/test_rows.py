@@ -1,6 +1,6 @@
 """The tree of closed rows: what is found, what is shared, and what goes first."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -39,12 +39,22 @@ class Pool:
 
 
 def prefix(
-    tokens: list[int], thresholds: Thresholds = DEFAULT, salt: str = "", **kw: Any
+    tokens: list[int],
+    thresholds: Thresholds = DEFAULT,
+    salt: str = "",
+    images: tuple[tuple[int, str], ...] = (),
 ) -> Prefix:
-    """With hashes of all tokens so far, as vLLM's are."""
-    ends = range(BLOCK, len(tokens) + 1, BLOCK)
-    hashes = [repr((salt, tokens[:end])).encode() for end in ends]
-    return Prefix(hashes, tokens, thresholds, BLOCK, **kw)
+    """With hashes of all tokens so far, as vLLM's are, and the images that begin at some of them."""
+
+    def extra_keys(start: int, end: int) -> Hashable:
+        shown = [(at, image) for at, image in images if start <= at < end]
+        return (salt if start == 0 else "", *shown)
+
+    blocks = [
+        (tokens[i : i + BLOCK], extra_keys(i, i + BLOCK)) for i in range(0, len(tokens), BLOCK)
+    ]
+    hashes = [repr(blocks[: i + 1]).encode() for i in range(len(tokens) // BLOCK)]
+    return Prefix(hashes, tokens, thresholds, BLOCK, extra_keys)
 
 
 def always(num_rows: int, end: int) -> bool:
@@ -128,15 +138,41 @@ class TestTree:
         found = store.find(prefix(TOKENS), 199, lambda num_rows, end: num_rows <= 2)
         assert ends(found) == [64, 80]
 
-    def test_rows_without_a_name_are_not_kept(self, store: RowStore, blocks: Pool) -> None:
-        short = Chain(store, TOKENS).close(BLOCK - 1)
-        assert not store.is_found(short.rows[0])
-        short.leave()
+    def test_rows_whose_tokens_are_not_known_are_not_kept(
+        self, store: RowStore, blocks: Pool
+    ) -> None:
+        ahead = Chain(store, TOKENS).close(len(TOKENS) + 1)
+        assert not store.is_found(ahead.rows[0])
+        ahead.leave()
         assert len(blocks.free) == 2 and not blocks.watchers
-        assert store.take_released() == [short.rows[0].slot]
-        images = prefix(TOKENS, whole_blocks=True)
-        assert images.key(65) is None and images.key(64) is not None
-        assert prefix(TOKENS).key(0) is None and prefix(TOKENS).key(201) is None
+        assert store.take_released() == [ahead.rows[0].slot]
+
+    def test_rows_shorter_than_a_hashed_block_are_found(self, store: RowStore) -> None:
+        Chain(store, TOKENS).close(5, 11, 64)
+        assert ends(store.find(prefix(TOKENS), 199, always)) == [5, 11, 64]
+        assert ends(store.find(prefix(TOKENS[:12]), 11, always)) == [5, 11]
+        assert store.find(prefix(TOKENS, OTHER), 199, always) == []
+        assert store.find(prefix(TOKENS, salt="a"), 199, always) == []
+        assert store.find(prefix([9, *TOKENS]), 199, always) == []
+
+    def test_among_many_short_rows(self) -> None:
+        store = RowStore(10 * BLOCK, Pool(), keeps=True)
+        for number in range(5 * BLOCK):
+            Chain(store, [1000 + number, *TOKENS]).close(3 + number % 5)
+        for number in (0, 7, 5 * BLOCK - 1):
+            tokens = [1000 + number, *TOKENS]
+            assert ends(store.find(prefix(tokens), 199, always)) == [3 + number % 5]
+            assert store.find(prefix(tokens), 2, always) == []
+        assert store.find(prefix(TOKENS), 199, always) == []
+
+    def test_images_are_part_of_the_name_wherever_a_row_ends(self, store: RowStore) -> None:
+        cat, dog = ((4, "cat"), (66, "cat")), ((4, "cat"), (66, "dog"))
+        rows = [Row(store.take_slot(), 0, 6, DEFAULT), Row(store.take_slot(), 6, 70, DEFAULT)]
+        for number, row in enumerate(rows):
+            store.add(row, rows[:number], prefix(TOKENS, images=cat))
+        assert ends(store.find(prefix(TOKENS, images=cat), 199, always)) == [6, 70]
+        assert ends(store.find(prefix(TOKENS, images=dog), 199, always)) == [6]
+        assert store.find(prefix(TOKENS), 199, always) == []
 
     def test_of_two_rows_with_the_same_tokens_the_older_is_kept(self, store: RowStore) -> None:
         one, two = Chain(store, TOKENS).close(64), Chain(store, TOKENS).close(64, 128)

@@ -167,7 +167,13 @@ def check_new_tokens(
 
 
 def check_scored(
-    query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, device: torch.device
+    query: Tensor,
+    key: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    cu_seqlens_own: Tensor,
+    num_own: int,
+    device: torch.device,
 ) -> tuple[int, int]:
     """Raise ValueError unless `significance` can take them.
 
@@ -179,6 +185,9 @@ def check_scored(
     check_group(query.shape[1], key.shape[1])
     check_tensor("cu_seqlens_q", cu_seqlens_q, device, torch.int32, num_requests + 1)
     check_tensor("cu_seqlens_k", cu_seqlens_k, device, torch.int32, num_requests + 1)
+    check_tensor("cu_seqlens_own", cu_seqlens_own, device, torch.int32, num_requests + 1)
+    if not 0 <= num_own <= len(key):
+        raise ValueError(f"num_own must be 0 to the number of tokens, {len(key)}, got {num_own}")
     q_shape = (len(query), query.shape[1], key.shape[2])
     return (
         check_packed("query", query, device, key.dtype, *q_shape),

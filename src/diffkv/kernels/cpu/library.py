@@ -51,7 +51,7 @@ VECTOR_FUNCTIONS = {
         c_void_p, *(c_int64,) * 2, *(c_int,) * 4, c_void_p, c_int, c_void_p, c_int64, c_int,
     ),
     "significance": (
-        c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, *(c_int64,) * 3, *(c_int,) * 3,
+        c_void_p, c_int64, c_void_p, c_int64, *(c_void_p,) * 3, *(c_int64,) * 3, *(c_int,) * 3,
         c_float, c_int, c_void_p, c_int,
     ),
 }  # fmt: skip

@@ -14,19 +14,22 @@ def significance(
     key: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    cu_seqlens_own: Tensor,
+    num_own: int,
     scale: float,
     max_queries: int,
 ) -> Tensor:
     """Same contract as `reference.significance`. Rows of `query` and `key` may be apart."""
-    num_tokens, num_kv_heads, head_dim = key.shape
+    _, num_kv_heads, head_dim = key.shape
     num_requests = cu_seqlens_k.numel() - 1
-    strides = check_scored(query, key, cu_seqlens_q, cu_seqlens_k, CPU)
+    starts = cu_seqlens_q, cu_seqlens_k, cu_seqlens_own
+    strides = check_scored(query, key, *starts, num_own, CPU)
     query_bytes, key_bytes = (stride * key.element_size() for stride in strides)
-    sums = torch.empty(num_kv_heads, num_tokens, dtype=torch.float32)
+    sums = torch.empty(num_kv_heads, num_own, dtype=torch.float32)
     vectors_library().significance(
         query.data_ptr(), query_bytes, key.data_ptr(), key_bytes,
-        cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), num_requests,
-        num_tokens, num_kv_heads, query.shape[1] // num_kv_heads, head_dim, DTYPES[key.dtype],
+        *(each.data_ptr() for each in starts), num_requests,
+        num_own, num_kv_heads, query.shape[1] // num_kv_heads, head_dim, DTYPES[key.dtype],
         scale, max_queries, sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return sums

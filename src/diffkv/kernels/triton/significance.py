@@ -45,6 +45,7 @@ def _item(
     stride,
     starts_q_ptr,
     starts_k_ptr,
+    own_ptr,
     max_queries,
     R,
     R_PADDED: tl.constexpr,
@@ -52,11 +53,13 @@ def _item(
     DP: tl.constexpr,
     DOT: tl.constexpr,
     B: tl.constexpr,
+    OWN: tl.constexpr,
 ):
     """Work of one program, for one head: tokens of one request, scored by its last queries.
 
-    Returns (request, its first scored query, how many, its first token, how many, this program's tokens,
-    their keys); the request is R, and has no token, where there is no work.
+    Returns (request, its first scored query, how many, its tokens, how many of them without a sum, this
+    program's tokens, their keys); the request is R where there is no work. With OWN there is none among
+    tokens without a sum, else they are 0.
     """
     pid = tl.program_id(0)
     items, through = _request_items(starts_k_ptr, R, R_PADDED, B)
@@ -67,12 +70,17 @@ def _item(
     first_q = tl.maximum(tl.load(starts_q_ptr + request), end_q - max_queries)
     first_k = tl.load(starts_k_ptr + request)
     n = tl.where(r < R, tl.load(starts_k_ptr + request + 1) - first_k, 0)
-    token = (pid - before) * B + tl.arange(0, B)
+    start = (pid - before) * B
+    without = 0
+    if OWN:
+        without = n - (tl.load(own_ptr + request + 1) - tl.load(own_ptr + request))
+        r = tl.where(start + B <= without, R, r)
+    token = start + tl.arange(0, B)
     d = tl.arange(0, DP)
     at = (first_k + token).to(tl.int64) * stride + tl.program_id(1) * D
-    mask = (token < n)[:, None] & (d < D)[None, :]
+    mask = (token < tl.where(r < R, n, 0))[:, None] & (d < D)[None, :]
     keys = tl.load(key_ptr + at[:, None] + d[None, :], mask=mask, other=0.0).to(DOT)
-    return r, first_q, end_q - first_q, first_k, n, token, keys
+    return r, first_q, end_q - first_q, n, without, token, keys
 
 
 @triton.jit
@@ -116,8 +124,20 @@ def _lse_kernel(
     """Largest score of every query among one item's tokens, and the sum of powers relative to it."""
     pid = tl.program_id(0)
     head = tl.program_id(1)
-    r, first_q, num_q, _, n, token, keys = _item(
-        key_ptr, key_stride, starts_q_ptr, starts_k_ptr, max_queries, R, R_PADDED, D, DP, DOT, B
+    r, first_q, num_q, n, _, token, keys = _item(
+        key_ptr,
+        key_stride,
+        starts_q_ptr,
+        starts_k_ptr,
+        starts_k_ptr,
+        max_queries,
+        R,
+        R_PADDED,
+        D,
+        DP,
+        DOT,
+        B,
+        OWN=False,
     )
     if r < R:
         for g in range(G):
@@ -179,6 +199,7 @@ def _sum_kernel(
     key_ptr,  # [N, H, D]
     starts_q_ptr,  # [R + 1]
     starts_k_ptr,  # [R + 1]
+    own_ptr,  # [R + 1]
     lse_ptr,  # [R, H * G, QUERIES]
     sums_ptr,  # [H, N] f32, out
     query_stride,
@@ -199,8 +220,20 @@ def _sum_kernel(
 ):
     """Sums of one item's tokens: probabilities over the queries, the largest of the group."""
     head = tl.program_id(1)
-    r, first_q, num_q, first_k, n, token, keys = _item(
-        key_ptr, key_stride, starts_q_ptr, starts_k_ptr, max_queries, R, R_PADDED, D, DP, DOT, B
+    r, first_q, num_q, n, without, token, keys = _item(
+        key_ptr,
+        key_stride,
+        starts_q_ptr,
+        starts_k_ptr,
+        own_ptr,
+        max_queries,
+        R,
+        R_PADDED,
+        D,
+        DP,
+        DOT,
+        B,
+        OWN=True,
     )
     if r < R:
         largest = tl.zeros([B], tl.float32)
@@ -216,8 +249,8 @@ def _sum_kernel(
                 lse = tl.load(lse_ptr + (r * (H * G) + q_head).to(tl.int64) * QUERIES + j)
                 total += tl.sum(tl.exp2(scores - lse[:, None]), 0)
             largest = tl.maximum(largest, total)
-        at = head.to(tl.int64) * N + first_k + token
-        tl.store(sums_ptr + at, largest, mask=token < n)
+        at = head.to(tl.int64) * N + tl.load(own_ptr + r) + token - without
+        tl.store(sums_ptr + at, largest, mask=(token >= without) & (token < n))
 
 
 def tile(padded_dim: int, element_bytes: int) -> tuple[int, int]:
@@ -231,6 +264,8 @@ def significance(
     key: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    cu_seqlens_own: Tensor,
+    num_own: int,
     scale: float,
     max_queries: int,
 ) -> Tensor:
@@ -238,9 +273,10 @@ def significance(
     num_tokens, num_kv_heads, head_dim = key.shape
     num_queries, num_q_heads, _ = query.shape
     device, num_requests = key.device, cu_seqlens_k.numel() - 1
-    strides = check_scored(query, key, cu_seqlens_q, cu_seqlens_k, device)
-    sums = torch.empty(num_kv_heads, num_tokens, dtype=torch.float32, device=device)
-    if not num_tokens or not num_requests:
+    starts = cu_seqlens_q, cu_seqlens_k, cu_seqlens_own
+    strides = check_scored(query, key, *starts, num_own, device)
+    sums = torch.empty(num_kv_heads, num_own, dtype=torch.float32, device=device)
+    if not num_own or not num_requests:
         return sums.zero_()
     if not num_queries or max_queries <= 0:
         return sums.zero_()
@@ -273,7 +309,8 @@ def significance(
         cu_seqlens_k, most, total, lse, num_requests, HEADS=num_q_heads, ITEMS=MERGE_ITEMS,
         **packed, **queries, num_warps=4,
     )  # fmt: skip
+    added = (*inputs, cu_seqlens_own, lse, sums)
     _sum_kernel[(num_items, num_kv_heads)](
-        *inputs, lse, sums, *numbers, num_tokens, **packed, **queries, **heads, num_warps=8
+        *added, *numbers, num_own, **packed, **queries, **heads, num_warps=8
     )
     return sums

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from statistics import median
 from threading import Timer
@@ -45,8 +45,16 @@ class Child:
         self._error: str | None = None
         return self
 
+    def dismiss(self) -> None:
+        """Tell the engine that there is nothing more to do; the block's end waits for its own."""
+        given, self._process.stdin = self._process.stdin, None
+        if given is not None:
+            with suppress(BrokenPipeError):
+                given.close()
+
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # closes its input: it has nothing more to do
+        self.dismiss()
+        self._process.communicate()
         self._timer.cancel()
         if self._job.profile:
             print(self._read_log(), file=sys.stderr)
@@ -71,11 +79,9 @@ class Child:
     def _tell(self, line: str) -> None:
         given = self._process.stdin
         assert given is not None
-        try:
+        with suppress(BrokenPipeError):  # what it has to say about its end is in its log
             given.write(line + "\n")
             given.flush()
-        except BrokenPipeError:
-            pass  # what it has to say about its end is in its log
 
     def _heard(self) -> dict[str, Any]:
         printed = self._process.stdout
@@ -95,9 +101,11 @@ class Child:
 def started(stack: ExitStack, jobs: Sequence[Job]) -> list[Child]:
     """An engine for every job, all warm, until the stack ends.
 
-    They start at once, since a start is mostly imports, which are one core's work.
+    They start at once, and end at once, since both are mostly Python's, which is one core's work.
     """
     children = [stack.enter_context(Child(job)) for job in jobs]
+    for child in children:
+        stack.callback(child.dismiss)
     for child in children:
         child.wait()
     return children

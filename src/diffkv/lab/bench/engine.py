@@ -249,13 +249,15 @@ def _measured(llm: Any, job: Job, load: Load) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     is_caching = _forget(llm)
-    before = _totals(llm, job)
+    before, cpu_before = _totals(llm, job), time.process_time()
     steps, seconds, conversations = _drive(llm, load, job.profile)
+    cpu_seconds = time.process_time() - cpu_before
     spent = {name: value - before[name] for name, value in _totals(llm, job).items()}
     generated = sum(len(answer) for each in conversations for answer in each.answers)
     result: dict[str, Any] = {
         **_bytes(llm, job, steps, spent, is_caching),
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "tokens_per_s": generated / seconds,
         "decode_tokens_per_s": steps.decode_tokens / max(steps.decode_seconds, 1e-9),
         "prefill_tokens_per_s": steps.prefill_tokens / max(steps.prefill_seconds, 1e-9),

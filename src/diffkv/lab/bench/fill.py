@@ -10,7 +10,7 @@ from torch import Tensor
 from diffkv import pool
 from diffkv.layout import PageLayout
 from diffkv.ops import Ops
-from diffkv.policy import HIGH, LOW, WINDOW
+from diffkv.policy import HIGH, LOW, WINDOW, fill_pages
 from diffkv.quant import QuantConfig
 from diffkv.shape import PoolShape
 from diffkv.state import PoolState, PromptTokens
@@ -107,7 +107,12 @@ def pack(tokens: Tokens, slots: Sequence[int], device: str = "cpu") -> PromptTok
 
 
 def fill(
-    state: PoolState, ops: Ops, tokens: Tokens, high_share: float, ragged_heads: bool = False
+    state: PoolState,
+    ops: Ops,
+    tokens: Tokens,
+    high_share: float,
+    ragged_heads: bool = False,
+    closed: bool = False,
 ) -> None:
     """Store all requests' tokens in every layer, tiers at random; the window is always high.
 
@@ -117,6 +122,7 @@ def fill(
         tokens: tokens of the requests; slot r holds the r-th.
         high_share: share of high tokens outside the window; the others are low, if there is such a tier.
         ragged_heads: let the share grow from head to head, from none to twice `high_share`.
+        closed: whether they are closed rows, whose high pages are full.
     """
     heads, device = state.num_kv_heads, state.pages.device.type
     share = torch.full((heads, 1), high_share, device=device)
@@ -131,6 +137,8 @@ def fill(
             is_high = torch.ones_like(is_high)
         tiers = torch.where(is_high, HIGH, LOW).to(torch.int8)
         sums = torch.rand(heads, length, device=device)
+        if closed and state.layout.low is not None:
+            fill_pages(tiers, sums, state.layout.high.tokens_per_page)
         for layer in range(state.num_layers):
             ops.store_prompt(state, layer, packed, tiers, sums)
 

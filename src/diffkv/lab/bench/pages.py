@@ -183,7 +183,10 @@ def _growth(page: Page, rows: Rows, _: object) -> None:
 
 
 def _overhead(page: Page, rows: Rows, _: object) -> None:
-    page.text(f"What of a budget is not tokens, for requests of {rows[0]['ctx']} tokens:")
+    page.text(
+        f"What of a budget is not tokens, for requests of {rows[0]['ctx']} tokens in rows of "
+        f"{rows[0].get('segment') or 'any length'}:"
+    )
     page.table(OVERHEAD, rows)
 
 

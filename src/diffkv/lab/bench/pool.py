@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.policy import DEFAULT_ALPHA_HIGH, HIGH, LOW, SCORED_QUERIES
 from diffkv.quant import QuantConfig
+from diffkv.segments import SEGMENT, RowEnds
 from diffkv.shape import ENTRY_BYTES, PoolShape
 from diffkv.state import PoolState
 
@@ -35,7 +37,8 @@ DTYPE = torch.bfloat16
 MIX = TIER_MIXES["mix"]
 DECODE_OPS, PROMPT_OPS = ("plan_decode", "append"), ("significance", "store_prompt", "gather")
 MAX_MEMORY_SHARE = 0.4
-OVERHEAD_CTX = 1024
+OVERHEAD_CTX = 8000
+"""No multiple of a segment, as prompts are: the last row of each is a shorter one."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def _prompt(
     device = state.pages.device.type
     slot = torch.zeros(1, dtype=torch.int32, device=device)
     packed = pack(tokens, [0], device)
-    starts = torch.tensor([0, len(query)], dtype=torch.int32, device=device)
+    of_query = torch.tensor([0, len(query)], dtype=torch.int32, device=device)
     scale = contents.head_dim**-0.5
     layers = range(contents.num_layers)
     kept = int(state.num_tokens[0].sum(-1).max())
@@ -159,14 +162,15 @@ def _prompt(
 
     def gather_all() -> None:
         for layer in layers:
-            kernels.gather(state, layer, slot, starts[:1], key, value, kept_tiers)
+            kernels.gather(state, layer, slot, of_query[:1], key, value, kept_tiers)
 
     watch.time("gather", gather_all)
     watch.time("release one", lambda: kernels.release(state, slot, -1))
+    starts = of_query, packed.cu_seqlens, packed.cu_seqlens
     sums = watch.time(
         "significance",
         lambda: [
-            kernels.significance(query, packed.key, starts, packed.cu_seqlens, scale, len(query))
+            kernels.significance(query, packed.key, *starts, len(packed.key), scale, len(query))
             for _ in layers
         ],
     )[0]
@@ -239,48 +243,48 @@ def _add_exponents(
 
 
 def overheads(base: Contents, device: str, writer: Writer) -> None:
-    """What of a budget is not tokens when requests of `OVERHEAD_CTX` tokens fill it, by part."""
-    ctx = OVERHEAD_CTX
-    contents = replace(base, num_layers=2, num_requests=4, ctx=ctx)
-    kernels = ops.load(device)
+    """What of a budget is not tokens when the rows of some requests fill it, by part."""
+    contents = replace(base, num_layers=2, num_requests=4, ctx=OVERHEAD_CTX)
+    kernels, heads = ops.load(device), (2, contents.num_kv_heads)
     torch.manual_seed(0)
-    heads = (contents.num_layers, contents.num_kv_heads)
-    for max_model_len in (ctx, 8 * ctx, 32 * ctx, 128 * ctx):
-        state = make_pool(
-            contents.quant,
-            contents.head_dim,
-            DTYPE,
-            heads,
-            contents.num_requests,
-            max_model_len,
-            device,
-        )
-        lengths = [ctx] * contents.num_requests
-        tokens = random_tokens(lengths, contents.num_kv_heads, contents.head_dim, DTYPE, device)
-        fill(state, kernels, tokens, MIX)
-        parts = _overhead(state, contents.num_requests, max_model_len)
+    ends = RowEnds(SEGMENT, contents.ctx).up_to(0, contents.ctx)
+    rows = [stop - start for start, stop in pairwise([0, *ends, contents.ctx])]
+    lengths = rows * contents.num_requests
+    state = make_pool(
+        contents.quant, contents.head_dim, DTYPE, heads, len(lengths), max(lengths), device
+    )
+    tokens = random_tokens(lengths, contents.num_kv_heads, contents.head_dim, DTYPE, device)
+    fill(state, kernels, tokens, MIX, closed=True)
+    for max_model_len in (8 << 10, 32 << 10, 128 << 10):
+        parts = _overhead(state, contents.num_requests, max_model_len, SEGMENT)
         total = sum(parts.values())
         text = ", ".join(f"{name.replace('_', ' ')} {part:.2%}" for name, part in parts.items())
-        writer.add(
-            "overhead",
-            {
-                "quant": contents.quant,
-                "head_dim": contents.head_dim,
-                "ctx": ctx,
-                "max_model_len": max_model_len,
-                "page_bytes": state.layout.page_bytes,
-            },
-            {**parts, "overhead": total},
-            f"overhead at {ctx} tokens, max_model_len {max_model_len}: {total:.2%} ({text})",
-        )
+        case = {
+            "quant": contents.quant,
+            "head_dim": contents.head_dim,
+            "ctx": contents.ctx,
+            "segment": SEGMENT,
+            "max_model_len": max_model_len,
+            "page_bytes": state.layout.page_bytes,
+        }
+        where = f"requests of {contents.ctx} tokens, max_model_len {max_model_len}"
+        writer.add("overhead", case, {**parts, "overhead": total}, f"{where}: {total:.2%} ({text})")
 
 
-def _overhead(state: PoolState, num_requests: int, max_model_len: int) -> dict[str, float]:
-    """Shares of a budget that just holds what a pool holds."""
+def _overhead(
+    state: PoolState, num_requests: int, max_model_len: int, segment: int
+) -> dict[str, float]:
+    """Shares of a budget that just holds what a pool holds, by an engine for so many requests."""
     held = int(state.num_pages_held.sum())
-    heads = (state.num_layers, state.num_kv_heads)
-    shape = PoolShape(state.layout, *heads, num_requests, max_model_len, held)
-    pages = held * state.layout.page_bytes
+    heads = state.num_layers, state.num_kv_heads
+    pages, num_slots = held * state.layout.page_bytes, 0
+    shape = PoolShape(state.layout, *heads, 0, max_model_len, held, segment=segment)
+    while shape.num_slots != (
+        num_slots := shape.slots_within(
+            shape.table_bytes + pages, state.layout, shape.num_heads, num_requests, segment
+        )
+    ):
+        shape = replace(shape, num_slots=num_slots)
     budget = shape.table_bytes + pages
     tokens = sum(
         count * tier.token_bytes

@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import chain
 from typing import Any
 
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
 from diffkv.policy import Thresholds
 from diffkv.segments import RowEnds, first_message
 from diffkv.shape import PoolShape
@@ -65,9 +67,12 @@ class Hits:
 
     def prefix(self, request: Any, thresholds: Thresholds) -> Prefix:
         """The tokens of a request, as rows are found by them."""
-        embedded = bool(request.mm_features) or request.prompt_embeds is not None
+
+        def extra_keys(start: int, end: int) -> Any:
+            return generate_block_hash_extra_keys(request, start, end, 0)[0]
+
         hashes, tokens = request.block_hashes, request.all_token_ids
-        return Prefix(hashes, tokens, thresholds, self._block_size, embedded)
+        return Prefix(hashes, tokens, thresholds, self._block_size, extra_keys)
 
     def look_up(self, block_hashes: Any, max_tokens: int) -> int:
         """Tokens of a request that rows hold, at most `max_tokens`.

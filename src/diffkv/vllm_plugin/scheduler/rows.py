@@ -7,7 +7,7 @@ from the last to the first, so whatever is given up by least recent use has noth
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -40,27 +40,33 @@ class Prefix:
         tokens: the tokens' ids.
         thresholds: the request's.
         block_size: tokens of a hashed block.
-        whole_blocks: whether only hashes tell what the tokens are, since some stand for images.
+        extra_keys: what vLLM would hash with tokens that are in no full block (LoRA, images, the salt),
+            by the first of them and their end.
     """
 
     hashes: Sequence[bytes]
     tokens: Sequence[int]
     thresholds: Thresholds
     block_size: int
-    whole_blocks: bool = False
+    extra_keys: Callable[[int, int], Hashable]
+
+    def stem(self, num_blocks: int) -> "Stem":
+        """What names the tokens of the first full blocks."""
+        return self.hashes[num_blocks - 1] if num_blocks else b"", self.thresholds
 
     def key(self, end: int) -> "Key | None":
-        """What names the tokens up to `end`; None where nothing does, so that no row may be kept."""
+        """What names the tokens up to `end`; None if they are not known yet, so that no row is kept."""
         num_blocks = end // self.block_size
-        tail = tuple(self.tokens[num_blocks * self.block_size : end])
-        if not 0 < num_blocks <= len(self.hashes) or (tail and self.whole_blocks):
+        start = num_blocks * self.block_size
+        if num_blocks > len(self.hashes) or end > len(self.tokens):
             return None
-        if num_blocks * self.block_size + len(tail) != end:
-            return None
-        return (self.hashes[num_blocks - 1], self.thresholds), tail
+        extra = self.extra_keys(start, end) if start < end else None
+        return self.stem(num_blocks), (tuple(self.tokens[start:end]), extra)
 
 
-Key = tuple[tuple[bytes, Thresholds], tuple[int, ...]]
+Stem = tuple[bytes, Thresholds]
+Tail = tuple[tuple[int, ...], Hashable]
+Key = tuple[Stem, Tail]
 
 
 @dataclass(eq=False)
@@ -78,7 +84,7 @@ class Row:
         parent: the row before it in the tree; None if the row is not findable.
         key: its name below its parent.
         users: running requests in whose chain it is.
-        children: rows below it, by hash and thresholds, then by the tokens after the hashed ones.
+        children: rows below it, by the last full block and thresholds, then by the tokens after that.
         longest: tokens of the longest of them that there ever was.
     """
 
@@ -91,9 +97,7 @@ class Row:
     parent: "Row | None" = None
     key: Key | None = None
     users: int = 0
-    children: dict[tuple[bytes, Thresholds], dict[tuple[int, ...], "Row"]] = field(
-        default_factory=dict
-    )
+    children: dict[Stem, dict[Tail, "Row"]] = field(default_factory=dict)
     longest: int = 0
 
     def below(self) -> list["Row"]:
@@ -182,12 +186,17 @@ class RowStore:
         if not node.children:
             return found
         size, most = prefix.block_size, min(max_tokens, node.end + node.longest)
-        for number in range(max(1, node.end // size), min(most // size, len(prefix.hashes)) + 1):
-            rows = node.children.get((prefix.hashes[number - 1], prefix.thresholds), {})
-            for tail, row in rows.items():
-                if row.end <= max_tokens and prefix.key(row.end) == row.key:
-                    assert row.end == number * size + len(tail), f"a row at a wrong place: {row}"
-                    found.append(row)
+        for number in range(node.end // size, min(most // size, len(prefix.hashes)) + 1):
+            rows = node.children.get(prefix.stem(number), {})
+            first = number * size
+            # Below no block there may be a row for every short prompt
+            ends = (
+                range(first, first + size) if len(rows) > size else {r.end for r in rows.values()}
+            )
+            for end in ends:
+                key = prefix.key(end) if end <= max_tokens else None
+                if key and key[1] in rows:
+                    found.append(rows[key[1]])
         return found
 
     def at(self, slot: int) -> Row | None:

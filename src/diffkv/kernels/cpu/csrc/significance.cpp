@@ -2,8 +2,8 @@
 //
 // Two passes over items of a fixed number of tokens, each a small matrix product of a KV head's
 // keys with all scored queries of its group: the first finds every query's log-sum-exp, the second
-// adds up probabilities by token. Items are merged in a fixed order, so results do not depend on
-// threads.
+// adds up the probabilities of those tokens whose sums are asked for. Items are merged in a fixed
+// order, so results do not depend on threads.
 
 #include <algorithm>
 #include <limits>
@@ -22,7 +22,8 @@ constexpr float LOG2_E = 1.44269504f;
 
 struct Request {
   int64_t first_query, first_token, num_tokens,
-      first_row;  // rows: [request, kv head, group, query]
+      first_row;                  // rows: [request, kv head, group, query]
+  int64_t num_before, first_sum;  // tokens without a sum, and where the sums of the others are
   int num_queries;
 };
 
@@ -115,7 +116,8 @@ void reduce_item(int num_rows, const float* scores, float* largest, float* total
   }
 }
 
-// sums[t] = max over the group of the sum over queries of the probability of token t.
+// sums[i] = max over the group of the sum over queries of the probability of the item's token i,
+// counted from its first one with a sum.
 void add_probabilities(const Call& call, const Request& request, const Item& item,
                        const float* scores, const float* lse, float* sums) {
   float most[ITEM_TOKENS] = {};
@@ -128,12 +130,13 @@ void add_probabilities(const Call& call, const Request& request, const Item& ite
       }
       store(most + t, maximum(sum, load<Floats>(most + t)));
     }
-  std::memcpy(sums, most, item.num_tokens * sizeof(float));
+  const int first = (int)std::max<int64_t>(0, request.num_before - item.start);
+  std::memcpy(sums, most + first, (item.num_tokens - first) * sizeof(float));
 }
 
 template <int DTYPE>
 void run(const Call& call, const std::vector<Request>& requests, const std::vector<Item>& items,
-         int num_rows, int64_t num_heads, int64_t num_all_tokens, float* sums, int threads) {
+         int num_rows, int64_t num_heads, int64_t num_sums, float* sums, int threads) {
   const int64_t N = (int64_t)items.size(), R = (int64_t)requests.size();
   int64_t num_lse = 0;
   for (const Request& request : requests) num_lse += num_heads * call.group * request.num_queries;
@@ -171,26 +174,28 @@ void run(const Call& call, const std::vector<Request>& requests, const std::vect
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < N; i++) {
       const Request& request = requests[items[i].request];
+      if (items[i].start + items[i].num_tokens <= request.num_before) continue;
       score_item<DTYPE>(call, request, items[i], buffers);
       const int rows = call.group * request.num_queries;
-      add_probabilities(
-          call, request, items[i], buffers.scores.data(),
-          lse.data() + request.first_row + items[i].head * rows,
-          sums + items[i].head * num_all_tokens + request.first_token + items[i].start);
+      add_probabilities(call, request, items[i], buffers.scores.data(),
+                        lse.data() + request.first_row + items[i].head * rows,
+                        sums + items[i].head * num_sums + request.first_sum +
+                            std::max<int64_t>(0, items[i].start - request.num_before));
     }
   }
 }
 
 }  // namespace
 
-// sums: [num_kv_heads, num_tokens], every element of which is written.
+// sums: [num_kv_heads, num_sums], every element of which is written.
 EXPORT void diffkv_significance(const uint8_t* query, int64_t query_stride, const uint8_t* key,
                                 int64_t key_stride, const int32_t* cu_seqlens_q,
-                                const int32_t* cu_seqlens_k, int64_t num_requests,
-                                int64_t num_tokens, int64_t num_kv_heads, int group, int dim,
-                                int dtype, float scale, int max_queries, float* sums, int threads) {
+                                const int32_t* cu_seqlens_k, const int32_t* cu_seqlens_own,
+                                int64_t num_requests, int64_t num_sums, int64_t num_kv_heads,
+                                int group, int dim, int dtype, float scale, int max_queries,
+                                float* sums, int threads) {
   const Call call = {query, key, query_stride, key_stride, dim, group, scale * LOG2_E};
-  std::fill(sums, sums + num_kv_heads * num_tokens, 0.0f);
+  std::fill(sums, sums + num_kv_heads * num_sums, 0.0f);
   std::vector<Request> requests;
   std::vector<Item> items;
   int64_t first_row = 0, first_partial = 0;
@@ -199,18 +204,19 @@ EXPORT void diffkv_significance(const uint8_t* query, int64_t query_stride, cons
     const int64_t first_query = std::max(cu_seqlens_q[r], cu_seqlens_q[r + 1] - max_queries);
     const int num_queries = (int)(cu_seqlens_q[r + 1] - first_query), rows = group * num_queries;
     const int64_t num = cu_seqlens_k[r + 1] - cu_seqlens_k[r];
-    if (num_queries <= 0 || num <= 0) continue;
+    const int64_t num_own = cu_seqlens_own[r + 1] - cu_seqlens_own[r];
+    if (num_queries <= 0 || num_own <= 0) continue;
     for (int64_t head = 0; head < num_kv_heads; head++)
       for (int64_t start = 0; start < num; start += ITEM_TOKENS, first_partial += rows)
         items.push_back({(int64_t)requests.size(), head, start, first_partial,
                          (int)std::min<int64_t>(ITEM_TOKENS, num - start)});
-    requests.push_back({first_query, cu_seqlens_k[r], num, first_row, num_queries});
+    requests.push_back({first_query, cu_seqlens_k[r], num, first_row, num - num_own,
+                        cu_seqlens_own[r], num_queries});
     first_row += num_kv_heads * rows;
     num_rows = std::max(num_rows, rows);
   }
   each<3>([&](auto each_dtype) {
     if (dtype == each_dtype.value)
-      run<each_dtype.value>(call, requests, items, num_rows, num_kv_heads, num_tokens, sums,
-                            threads);
+      run<each_dtype.value>(call, requests, items, num_rows, num_kv_heads, num_sums, sums, threads);
   });
 }
