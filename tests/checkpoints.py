@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["FAMILIES", "FORMATS", "make", "make_quantised"]
+__all__ = ["FAMILIES", "FORMATS", "copy_tokenizer", "fill", "make", "make_quantised"]
 
 TOKENIZER = Path(__file__).parents[1] / "src" / "diffkv" / "data" / "reference"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -124,30 +124,45 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     )
     name = shape.config.replace("TextConfig", "Config").replace("Config", "ForCausalLM")
     model = getattr(transformers, name)(config)
+    fill(model, shape.norm_offset)
+    model.to(dtype).save_pretrained(folder)
+    copy_tokenizer(folder)
+    return folder
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """Put the tokenizer of the shipped model into a folder."""
+    for file in TOKENIZER_FILES:
+        shutil.copy(TOKENIZER / file, folder)
+
+
+def fill(model: Any, norm_offset: float = 0) -> None:
+    """Give a model of transformers random weights, of a fixed seed.
+
+    Args:
+        model: which.
+        norm_offset: what it adds to the weights of its norms.
+    """
     generator = torch.Generator().manual_seed(20240)
-    tied = config.tie_word_embeddings
+    tied = model.config.tie_word_embeddings
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             weights = _weights(name, parameter.shape, tied, generator)
-            parameter.copy_(weights - shape.norm_offset if "norm" in name else weights)
-    model.to(dtype).save_pretrained(folder)
-    for file in TOKENIZER_FILES:
-        shutil.copy(TOKENIZER / file, folder)
-    return folder
+            parameter.copy_(weights - norm_offset if "norm" in name else weights)
 
 
 def _weights(name: str, shape: torch.Size, tied: bool, generator: torch.Generator) -> Tensor:
     """Random weights that keep the scale of what flows through them."""
     random = torch.randn(shape, generator=generator)
+    if name.endswith("bias"):
+        return random / 2
     if "norm" in name:
         # Random signs: else a tied embedding makes every token the most likely one after itself.
         is_head = name.endswith(("q_norm.weight", "k_norm.weight"))
         return random.sign() * (QUERY_KEY_STD if is_head else 1.0)
-    if name.endswith("bias"):
-        return random / 2
     if "embed_tokens" in name and not tied:
         return random
-    std = 1 / math.sqrt(shape[-1])
+    std = 1 / math.sqrt(shape[1:].numel())
     if "lm_head" in name or "embed_tokens" in name:
         std *= LOGIT_STD
     elif name.endswith(("q_proj.weight", "k_proj.weight")):

@@ -148,6 +148,8 @@ HOOKS = (
             "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register"
             "(kvcache_spec_cls, manager_class, *, uniform_type_base_spec)",
             f"{MANAGERS}:FullAttentionManager.free(request_id)",
+            "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys"
+            "(request, start_token_idx, end_token_idx, start_mm_idx)",
         ),
         reads={
             f"{MANAGERS}:FullAttentionManager": (

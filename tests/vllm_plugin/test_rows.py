@@ -116,6 +116,20 @@ class TestTree:
         assert ends(store.find(prefix(TOKENS[:71]), 70, always)) == [70]
         assert store.find(prefix([*TOKENS[:69], 0, 0]), 70, always) == []
 
+    def test_what_tokens_stand_for_counts(self, store: RowStore) -> None:
+        def with_image(name: str) -> Prefix:
+            return prefix(
+                TOKENS, beside=lambda start, end: (name, 66 - start) if end > 66 else None
+            )
+
+        row = Row(store.take_slot(), 0, 70, DEFAULT)
+        store.add(row, [], with_image("cat"))
+        assert store.find(with_image("cat"), 70, always) == [row]
+        assert store.find(with_image("dog"), 70, always) == []
+        assert store.find(prefix(TOKENS), 70, always) == []
+        assert with_image("cat").key(66) == prefix(TOKENS).key(66)
+        assert with_image("cat").key(64) == with_image("dog").key(64)
+
     def test_thresholds_and_salt_are_part_of_the_name(self, store: RowStore) -> None:
         Chain(store, TOKENS).close(64)
         Chain(store, TOKENS, OTHER).close(64, 128)
@@ -134,8 +148,6 @@ class TestTree:
         short.leave()
         assert len(blocks.free) == 2 and not blocks.watchers
         assert store.take_released() == [short.rows[0].slot]
-        images = prefix(TOKENS, whole_blocks=True)
-        assert images.key(65) is None and images.key(64) is not None
         assert prefix(TOKENS).key(0) is None and prefix(TOKENS).key(201) is None
 
     def test_of_two_rows_with_the_same_tokens_the_older_is_kept(self, store: RowStore) -> None:

@@ -81,6 +81,12 @@ _DIVIDED = (
     f"{TESTS}test_divided.py::test_lossless_tokens_equal_stock",
     f"{TESTS}test_divided.py::test_lossy_drift_is_bounded",
 )
+_IMAGES = (
+    f"{TESTS}test_multimodal.py::test_tokens_equal_stock_and_only_the_same_picture_is_found",
+    f"{TESTS}test_multimodal.py::test_lossy_drift_is_bounded",
+)
+_LOSSLESS = (f"{TESTS}test_lossless.py::test_tokens_equal_stock",)
+_PROCESSES = (f"{TESTS}test_lossless.py::test_tokens_equal_stock_in_several_processes",)
 _LAYERS = ("tests/test_support_matrix.py::test_layer_refusals",)
 
 _MODELS = (
@@ -92,7 +98,12 @@ _MODELS = (
             "head_dim 64, 80, 96, 128, 256",
         )
     ),
-    Row("models", "multimodal models", NOT_TRIED),
+    Row(
+        "models", "multimodal models", WORKS,
+        "a tiny Idefics3 with images equals vLLM's own cache; prefixes are found where images are the "
+        "same; by hand: Qwen 2.5 VL",
+        "", _IMAGES,
+    ),
     Row(
         "models", "layers with a recurrent state (Qwen3-Next, Jamba)", REFUSED,
         "not compared with vLLM's own cache yet; on a CPU vLLM has linear attention in bfloat16 only",
@@ -172,21 +183,15 @@ _MODELS = (
 _FEATURES = (
     Row(
         "features", "chunked prefill", WORKS, "decided segment by segment, as if it had come at once",
-        "", (f"{TESTS}test_lossless.py::test_tokens_equal_stock",),
+        "", _LOSSLESS,
     ),
     Row(
         "features", "prompts longer than the pool holds uncompressed", WORKS,
         "one that is too large even compressed ends alone, with an error", "",
         (f"{TESTS}test_prefix_caching.py::test_twice_what_the_pool_could_hold_uncompressed",),
     ),
-    Row(
-        "features", "preemption", WORKS, "by recomputation", "",
-        (f"{TESTS}test_lossless.py::test_tokens_equal_stock",),
-    ),
-    Row(
-        "features", "several processes (vLLM's default)", WORKS, "", "",
-        (f"{TESTS}test_lossless.py::test_tokens_equal_stock_in_several_processes",),
-    ),
+    Row("features", "preemption", WORKS, "by recomputation", "", _LOSSLESS),
+    Row("features", "several processes (vLLM's default)", WORKS, "", "", _PROCESSES),
     Row(
         "features", "logprobs", WORKS, "", "",
         (
@@ -221,6 +226,10 @@ _FEATURES = (
             f"{TESTS}test_requests.py::test_each_alone_gives_the_same",
             f"{TESTS}test_server.py::test_bad_settings",
         ),
+    ),
+    Row(
+        "features", "prompts of embeddings (--enable-prompt-embeds)", WORKS, "", "",
+        (f"{TESTS}test_multimodal.py::test_prompts_of_embeddings_equal_stock",),
     ),
     Row(
         "features", "structured output", WORKS, "choice, regex and JSON schema, with xgrammar", "",

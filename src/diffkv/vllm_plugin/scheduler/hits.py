@@ -1,8 +1,11 @@
 """Prefix caching: the closed rows that hold a waiting request's first tokens."""
 
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from itertools import chain
 from typing import Any
+
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
 from diffkv.policy import Thresholds
 from diffkv.segments import RowEnds, first_message
@@ -66,8 +69,9 @@ class Hits:
     def prefix(self, request: Any, thresholds: Thresholds) -> Prefix:
         """The tokens of a request, as rows are found by them."""
         embedded = bool(request.mm_features) or request.prompt_embeds is not None
+        beside = partial(_beside, request) if embedded else None
         hashes, tokens = request.block_hashes, request.all_token_ids
-        return Prefix(hashes, tokens, thresholds, self._block_size, embedded)
+        return Prefix(hashes, tokens, thresholds, self._block_size, beside)
 
     def look_up(self, block_hashes: Any, max_tokens: int) -> int:
         """Tokens of a request that rows hold, at most `max_tokens`.
@@ -129,6 +133,12 @@ class Hits:
         while row_end is not None and row_end <= end:
             row_end = running.ends.after(row_end)
         return row_end
+
+
+def _beside(request: Any, start: int, end: int) -> tuple[Any, ...] | None:
+    """What vLLM would hash of some tokens beside their ids: images by their places, embeddings."""
+    keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
+    return keys
 
 
 def message_ends(model_config: Any) -> frozenset[int]:

@@ -7,7 +7,7 @@ from the last to the first, so whatever is given up by least recent use has noth
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -40,27 +40,29 @@ class Prefix:
         tokens: the tokens' ids.
         thresholds: the request's.
         block_size: tokens of a hashed block.
-        whole_blocks: whether only hashes tell what the tokens are, since some stand for images.
+        beside: what tokens from one to another are beside their ids, where some stand for images.
     """
 
     hashes: Sequence[bytes]
     tokens: Sequence[int]
     thresholds: Thresholds
     block_size: int
-    whole_blocks: bool = False
+    beside: Callable[[int, int], Hashable] | None = None
 
     def key(self, end: int) -> "Key | None":
         """What names the tokens up to `end`; None where nothing does, so that no row may be kept."""
         num_blocks = end // self.block_size
-        tail = tuple(self.tokens[num_blocks * self.block_size : end])
-        if not 0 < num_blocks <= len(self.hashes) or (tail and self.whole_blocks):
+        start = num_blocks * self.block_size
+        tokens = tuple(self.tokens[start:end])
+        if not 0 < num_blocks <= len(self.hashes) or start + len(tokens) != end:
             return None
-        if num_blocks * self.block_size + len(tail) != end:
-            return None
-        return (self.hashes[num_blocks - 1], self.thresholds), tail
+        beside = self.beside(start, end) if self.beside and tokens else None
+        return (self.hashes[num_blocks - 1], self.thresholds), (tokens, beside)
 
 
-Key = tuple[tuple[bytes, Thresholds], tuple[int, ...]]
+Tail = tuple[tuple[int, ...], Hashable]
+"""The tokens after the hashed ones."""
+Key = tuple[tuple[bytes, Thresholds], Tail]
 
 
 @dataclass(eq=False)
@@ -91,9 +93,7 @@ class Row:
     parent: "Row | None" = None
     key: Key | None = None
     users: int = 0
-    children: dict[tuple[bytes, Thresholds], dict[tuple[int, ...], "Row"]] = field(
-        default_factory=dict
-    )
+    children: dict[tuple[bytes, Thresholds], dict[Tail, "Row"]] = field(default_factory=dict)
     longest: int = 0
 
     def below(self) -> list["Row"]:
@@ -184,9 +184,9 @@ class RowStore:
         size, most = prefix.block_size, min(max_tokens, node.end + node.longest)
         for number in range(max(1, node.end // size), min(most // size, len(prefix.hashes)) + 1):
             rows = node.children.get((prefix.hashes[number - 1], prefix.thresholds), {})
-            for tail, row in rows.items():
+            for (tokens, _), row in rows.items():
                 if row.end <= max_tokens and prefix.key(row.end) == row.key:
-                    assert row.end == number * size + len(tail), f"a row at a wrong place: {row}"
+                    assert row.end == number * size + len(tokens), f"a row at a wrong place: {row}"
                     found.append(row)
         return found
 
