@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["FAMILIES", "FORMATS", "copy_tokenizer", "fill", "make", "make_quantised"]
+__all__ = ["DIVIDED", "FAMILIES", "FORMATS", "copy_tokenizer", "fill", "make", "make_quantised"]
 
 TOKENIZER = Path(__file__).parents[1] / "src" / "diffkv" / "data" / "reference"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -48,6 +48,8 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
     norm_offset: float = 0
 
+
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1}
 
 FAMILIES = {
     "llama2": Family("LlamaConfig", 4, 64),
@@ -86,8 +88,27 @@ FAMILIES = {
         },
         norm_offset=1,
     ),
+    "granite_hybrid": Family(
+        "GraniteMoeHybridConfig",
+        2,
+        32,
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["mamba", "attention"] * 2,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 2 * HIDDEN,
+            "position_embedding_type": "rope",
+            "attention_multiplier": 32**-0.5,
+            **MAMBA,
+        },
+    ),
+    "falcon_h1": Family("FalconH1Config", 2, 64, {"mamba_d_ssm": 2 * HIDDEN, **MAMBA}),
 }
 """Every family that DiffKV promises, by the name that tests give it."""
+
+DIVIDED = ("gemma3", "granite_hybrid", "falcon_h1")
+"""Those in which other layers, or layers with full attention too, have a cache of another kind."""
 
 
 def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

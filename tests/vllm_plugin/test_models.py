@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES, make
+from checkpoints import DIVIDED, FAMILIES, make
 from conftest import engine, random_prompts
 
 from diffkv.quant import ConfigError
@@ -26,7 +26,7 @@ FORGETTING = 1.25
 THRESHOLDS = {"alpha_high": 2.0, "alpha_low": 1.0}
 WINDOW_ONLY = {"diffkv_alpha_high": 1e6, "diffkv_alpha_low": 1e6}
 PROMPTS = random_prompts(5, 150)
-SUPPORTED = [name for name in FAMILIES if name not in ("mistral_window", "gemma3")]
+SUPPORTED = [name for name in FAMILIES if name not in ("mistral_window", *DIVIDED)]
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,10 @@ _IMAGES = (
 )
 _LOSSLESS = (f"{TESTS}test_lossless.py::test_tokens_equal_stock",)
 _PROCESSES = (f"{TESTS}test_lossless.py::test_tokens_equal_stock_in_several_processes",)
+_STATES = (
+    f"{TESTS}test_states.py::test_lossless_tokens_equal_stock",
+    f"{TESTS}test_states.py::test_lossy_drift_is_bounded",
+)
 _LAYERS = ("tests/test_support_matrix.py::test_layer_refusals",)
 
 _MODELS = (
@@ -105,11 +109,34 @@ _MODELS = (
         "", _IMAGES,
     ),
     Row(
-        "models", "layers with a recurrent state (Qwen3-Next, Jamba)", REFUSED,
-        "not compared with vLLM's own cache yet; on a CPU vLLM has linear attention in bfloat16 only",
-        "serve them without DiffKV", _STARTS,
-        lambda config: config.model_config.is_hybrid or config.model_config.is_attention_free,
-        "models with layers that have a recurrent state",
+        "models", "recurrent states beside full attention (Granite 4, Falcon-H1), on a CPU", WORKS,
+        "states keep vLLM's cache, and the KV memory is divided at the start; by hand: Qwen3-Next in "
+        "bfloat16, LFM2",
+        "", _STATES,
+    ),
+    Row(
+        "models", "Mamba's first version beside full attention (Jamba), on a CPU", REFUSED,
+        "vLLM itself has no CPU kernel for it (selective_scan_fwd)", WITHOUT + ", on a GPU", _STARTS,
+        lambda config: config.device_config.device_type == "cpu" and layers.has_mamba1(config),
+        "Mamba's first version on a CPU, nor does vLLM",
+    ),
+    Row(
+        "models", "linear attention (Qwen3-Next) on a CPU in another dtype than bfloat16", REFUSED,
+        "vLLM's CPU kernel has that one only", "pass --dtype bfloat16", _STARTS,
+        lambda config: config.device_config.device_type == "cpu"
+        and layers.has_linear_attention(config)
+        and str(config.model_config.dtype) != "torch.bfloat16",
+        "linear attention in {config.model_config.dtype} on a CPU, nor does vLLM",
+    ),
+    Row(
+        "models", "recurrent states beside full attention, on a GPU", REFUSED, "not run there yet",
+        WITHOUT, _REFUSALS,
+        lambda config: config.model_config.is_hybrid and config.device_config.device_type != "cpu",
+        "recurrent states beside full attention on a GPU",
+    ),
+    Row(
+        "models", "recurrent states in all layers (Mamba)", REFUSED, "no layer is left to compress",
+        WITHOUT, _STARTS, layers.has_states_only, "models without layers that have full attention",
     ),
     Row(
         "models", "sliding windows in some layers (Gemma 3), on a CPU", WORKS,
@@ -276,10 +303,11 @@ _FEATURES = (
     ),
     Row(
         "features", "one kind of cache for layers of several kinds", REFUSED,
-        "DiffKV's would have to be that of windows too", "leave out --disable-hybrid-kv-cache-manager",
+        "DiffKV's would have to be that of windows and states too",
+        "leave out --disable-hybrid-kv-cache-manager",
         (f"{TESTS}test_divided.py::test_refusals", *_REFUSALS),
         layers.is_divided_under_one_manager,
-        "--disable-hybrid-kv-cache-manager with windows in some layers",
+        "--disable-hybrid-kv-cache-manager where only some layers have full attention",
     ),
     Row(
         "features", "another KV connector", REFUSED,
