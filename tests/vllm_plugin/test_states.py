@@ -63,13 +63,22 @@ def test_lossless_tokens_equal_stock(case: Case) -> None:
     assert (division.num_layers, division.num_others) == (2, 2)
 
 
+def test_tokens_of_two_ranks_in_several_processes_equal_stock(
+    monkeypatch: pytest.MonkeyPatch, case: Case, two_ranks: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with engine("k16v16", **case.settings(**two_ranks)) as llm:
+        assert greedy(llm, PROMPTS[:4], 16).token_ids == [
+            tokens[:16] for tokens in case.token_ids[:4]
+        ]
+
+
 def test_lossy_drift_is_bounded(case: Case) -> None:
     with engine("k8v4-k4v2", THRESHOLDS, **case.settings()) as llm:
         lossy = drift(case.answers, decode(llm, diffkv="off"))
         window_only = drift(case.answers, decode(llm, **WINDOW_ONLY))
         llm.llm_engine.step()
         check_empty(llm)
-    print("DRIFT", lossy, window_only)
     assert lossy < MAX_DRIFT
     assert lossy < window_only
 

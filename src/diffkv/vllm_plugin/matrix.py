@@ -79,6 +79,8 @@ _REFUSALS = ("tests/test_support_matrix.py::test_refusals",)
 _STARTS = (f"{TESTS}test_refused_models.py::test_refused_before_a_worker_starts", *_REFUSALS)
 _DIVIDED = (
     f"{TESTS}test_divided.py::test_lossless_tokens_equal_stock",
+    f"{TESTS}test_divided.py::test_tokens_equal_stock_in_several_processes",
+    f"{TESTS}test_divided.py::test_tokens_of_two_ranks_equal_stock",
     f"{TESTS}test_divided.py::test_lossy_drift_is_bounded",
 )
 _IMAGES = (
@@ -89,6 +91,7 @@ _LOSSLESS = (f"{TESTS}test_lossless.py::test_tokens_equal_stock",)
 _PROCESSES = (f"{TESTS}test_lossless.py::test_tokens_equal_stock_in_several_processes",)
 _STATES = (
     f"{TESTS}test_states.py::test_lossless_tokens_equal_stock",
+    f"{TESTS}test_states.py::test_tokens_of_two_ranks_in_several_processes_equal_stock",
     f"{TESTS}test_states.py::test_lossy_drift_is_bounded",
 )
 _LAYERS = ("tests/test_support_matrix.py::test_layer_refusals",)
@@ -111,7 +114,7 @@ _MODELS = (
     Row(
         "models", "recurrent states beside full attention (Granite 4, Falcon-H1), on a CPU", WORKS,
         "states keep vLLM's cache, and the KV memory is divided at the start; by hand: Qwen3-Next in "
-        "bfloat16, LFM2",
+        "bfloat16",
         "", _STATES,
     ),
     Row(
