@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["FAMILIES", "FORMATS", "make", "make_quantised"]
+__all__ = ["DIVIDED", "FAMILIES", "FORMATS", "copy_tokenizer", "fill", "make", "make_quantised"]
 
 TOKENIZER = Path(__file__).parents[1] / "src" / "diffkv" / "data" / "reference"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -48,6 +48,8 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
     norm_offset: float = 0
 
+
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1}
 
 FAMILIES = {
     "llama2": Family("LlamaConfig", 4, 64),
@@ -86,8 +88,27 @@ FAMILIES = {
         },
         norm_offset=1,
     ),
+    "granite_hybrid": Family(
+        "GraniteMoeHybridConfig",
+        2,
+        32,
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["mamba", "attention"] * 2,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 2 * HIDDEN,
+            "position_embedding_type": "rope",
+            "attention_multiplier": 32**-0.5,
+            **MAMBA,
+        },
+    ),
+    "falcon_h1": Family("FalconH1Config", 2, 64, {"mamba_d_ssm": 2 * HIDDEN, **MAMBA}),
 }
 """Every family that DiffKV promises, by the name that tests give it."""
+
+DIVIDED = ("gemma3", "granite_hybrid", "falcon_h1")
+"""Those in which other layers, or layers with full attention too, have a cache of another kind."""
 
 
 def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -124,30 +145,45 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     )
     name = shape.config.replace("TextConfig", "Config").replace("Config", "ForCausalLM")
     model = getattr(transformers, name)(config)
+    fill(model, shape.norm_offset)
+    model.to(dtype).save_pretrained(folder)
+    copy_tokenizer(folder)
+    return folder
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """Put the tokenizer of the shipped model into a folder."""
+    for file in TOKENIZER_FILES:
+        shutil.copy(TOKENIZER / file, folder)
+
+
+def fill(model: Any, norm_offset: float = 0) -> None:
+    """Give a model of transformers random weights, of a fixed seed.
+
+    Args:
+        model: which.
+        norm_offset: what it adds to the weights of its norms.
+    """
     generator = torch.Generator().manual_seed(20240)
-    tied = config.tie_word_embeddings
+    tied = model.config.tie_word_embeddings
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             weights = _weights(name, parameter.shape, tied, generator)
-            parameter.copy_(weights - shape.norm_offset if "norm" in name else weights)
-    model.to(dtype).save_pretrained(folder)
-    for file in TOKENIZER_FILES:
-        shutil.copy(TOKENIZER / file, folder)
-    return folder
+            parameter.copy_(weights - norm_offset if "norm" in name else weights)
 
 
 def _weights(name: str, shape: torch.Size, tied: bool, generator: torch.Generator) -> Tensor:
     """Random weights that keep the scale of what flows through them."""
     random = torch.randn(shape, generator=generator)
+    if name.endswith("bias"):
+        return random / 2
     if "norm" in name:
         # Random signs: else a tied embedding makes every token the most likely one after itself.
         is_head = name.endswith(("q_norm.weight", "k_norm.weight"))
         return random.sign() * (QUERY_KEY_STD if is_head else 1.0)
-    if name.endswith("bias"):
-        return random / 2
     if "embed_tokens" in name and not tied:
         return random
-    std = 1 / math.sqrt(shape[-1])
+    std = 1 / math.sqrt(shape[1:].numel())
     if "lm_head" in name or "embed_tokens" in name:
         std *= LOGIT_STD
     elif name.endswith(("q_proj.weight", "k_proj.weight")):

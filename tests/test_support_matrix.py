@@ -32,6 +32,7 @@ def vllm_config(**changes):
             "is_mm_prefix_lm": False,
             "enable_sleep_mode": False,
             "is_attention_free": False,
+            "dtype": "torch.float32",
             "get_num_layers": lambda parallel: NUM_LAYERS,
         },
         "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
@@ -71,7 +72,14 @@ REFUSALS = {
     },
     "attention in both directions over images (PaliGemma)": {"is_mm_prefix_lm": True},
     "MLA": {"use_mla": True},
-    "layers with a recurrent state (Qwen3-Next, Jamba)": {"is_hybrid": True},
+    "recurrent states beside full attention, on a GPU": {"is_hybrid": True, "device_type": "cuda"},
+    "Mamba's first version beside full attention (Jamba), on a CPU": {
+        "hf_text_config": SimpleNamespace(sliding_window=None, mamba_dt_rank=4)
+    },
+    "linear attention (Qwen3-Next) on a CPU in another dtype than bfloat16": {
+        "hf_text_config": SimpleNamespace(sliding_window=None, linear_key_head_dim=64)
+    },
+    "recurrent states in all layers (Mamba)": {"is_attention_free": True},
     "ALiBi": {"hf_text_config": SimpleNamespace(sliding_window=None, model_type="bloom")},
     "soft cap on attention scores": {
         "hf_text_config": SimpleNamespace(sliding_window=None, attn_logit_softcapping=50.0)
@@ -97,6 +105,7 @@ def test_nothing_special_is_not_refused():
     unused = SimpleNamespace(sliding_window=4096, use_sliding_window=False)
     matrix.refuse(vllm_config(hf_text_config=unused))
     matrix.refuse(vllm_config(hf_text_config=SOME_WINDOWS))
+    matrix.refuse(vllm_config(is_hybrid=True))
     windowed = SimpleNamespace(sliding_window=4096)
     matrix.refuse(vllm_config(hf_text_config=windowed, disable_sliding_window=True))
 

@@ -210,6 +210,12 @@ HOOKS = (
             "vllm.v1.core.block_pool:BlockPool.__init__"
             "(num_gpu_blocks, enable_caching, hash_block_size)",
             "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.free(request_id)",
+            "vllm.model_executor.models.registry:_ModelRegistry.resolve_model_cls"
+            "(architectures, *, model_config)",
+            "vllm.model_executor.models.interfaces:IsHybrid.get_mamba_state_shape_from_config"
+            "(vllm_config)",
+            "vllm.model_executor.models.granitemoehybrid:GraniteMoeHybridForCausalLM"
+            ".get_mamba_state_dtype_from_config(vllm_config)",
         ),
         reads={
             "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_tensors",
@@ -217,6 +223,10 @@ HOOKS = (
             "vllm.v1.kv_cache_interface:KVCacheLayout": "",
             "vllm.v1.kv_cache_interface:SlidingWindowSpec": (
                 "sliding_window block_size max_memory_usage_bytes page_size_bytes"
+            ),
+            "vllm.model_executor.models.registry:ModelRegistry": "",
+            "vllm.v1.kv_cache_interface:MambaSpec": (
+                "mamba_cache_mode max_memory_usage_bytes page_size_bytes"
             ),
             "vllm.v1.core.block_pool:BlockPool": "hash_block_size",
             "vllm.v1.core.kv_cache_utils:KVCacheBlock": "pool",

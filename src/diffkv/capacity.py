@@ -93,7 +93,7 @@ def rank_of(
     """
     if model.other_kinds:
         raise ConfigError(
-            f"{model.name} has layers of {', '.join(model.other_kinds)}: DiffKV does not serve it"
+            f"{model.name} has layers of {', '.join(model.other_kinds)}: their sizes are not known here"
         )
     if not model.num_full:
         raise ConfigError(f"{model.name} has a sliding window in every layer: DiffKV has no part")

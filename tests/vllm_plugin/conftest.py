@@ -84,6 +84,13 @@ def prompts() -> list[list[int]]:
     return random_prompts(NUM_PROMPTS, 900)
 
 
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Arguments of an engine of two ranks."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    return {"tensor_parallel_size": 2}
+
+
 @pytest.fixture(scope="session")
 def stock(prompts: list[list[int]]) -> list[list[int]]:
     """Tokens that vLLM's own cache gives."""

@@ -16,6 +16,8 @@ NEW_TOKENS = 100
 PROMPTS = random_prompts(12, 700)
 """Far longer than the window of 64 tokens, and than a block."""
 LITTLE_BYTES = 9_500_000
+LITTLE = {"kv_cache_memory_bytes": LITTLE_BYTES, "max_num_batched_tokens": 96}
+"""With preemptions, and prompts in chunks."""
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +41,7 @@ def settings(model: Path, **others: Any) -> dict[str, Any]:
     [
         pytest.param({}, False, id="whole prompts"),
         pytest.param({"max_num_batched_tokens": 96}, False, id="chunked prompts"),
-        pytest.param(
-            {"kv_cache_memory_bytes": LITTLE_BYTES, "max_num_batched_tokens": 96},
-            True,
-            id="preemptions and chunks",
-        ),
+        pytest.param(LITTLE, True, id="preemptions and chunks"),
     ],
 )
 def test_lossless_tokens_equal_stock(
@@ -55,6 +53,31 @@ def test_lossless_tokens_equal_stock(
         llm.llm_engine.step()  # the workers hear of the last end
         check_empty(llm)
     assert (run.preemptions > 0) == preempted
+
+
+def test_tokens_equal_stock_in_several_processes(
+    monkeypatch: pytest.MonkeyPatch, model: Path, stock: tuple[list[list[int]], Any]
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+    with engine("k16v16", **settings(model, **LITTLE)) as llm:
+        run = greedy(llm, PROMPTS, NEW_TOKENS)
+    assert run.token_ids == stock[0]
+    assert run.preemptions > 0
+
+
+def test_tokens_of_two_ranks_equal_stock(
+    model: Path, stock: tuple[list[list[int]], Any], two_ranks: dict[str, Any]
+) -> None:
+    """A rank has half of the heads, so half of the memory does."""
+    little = {**LITTLE, "kv_cache_memory_bytes": LITTLE_BYTES // 2}
+    with engine("k16v16", **settings(model, **little, **two_ranks)) as llm:
+        run = greedy(llm, PROMPTS, NEW_TOKENS)
+        llm.llm_engine.step()
+        ranks = llm.collective_rpc("diffkv_summary")
+    assert run.token_ids == stock[0]
+    assert run.preemptions > 0
+    assert [rank["pool"]["pages_held"] for rank in ranks] == [0, 0]
 
 
 def test_lossy_drift_is_bounded(model: Path, stock: tuple[Any, list[Answer]]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from vllm.config import CacheConfig
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 from diffkv.policy import Thresholds
 from diffkv.quant import ConfigError
@@ -65,6 +65,7 @@ class World:
     layout: str = "LBHNC"
     longest: int = 4096
     max_num_seqs: int = 64
+    states: str = "none"
     groups: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -83,7 +84,7 @@ class World:
         )
 
     def made(self, ours: DividedSpec, kinds: str, num_bytes: int) -> Any:
-        """vLLM's plan for layers of full attention (f) and windows (w)."""
+        """vLLM's plan for layers of full attention (f), windows (w) and states (s)."""
         window = SlidingWindowSpec(
             block_size=BLOCK,
             num_kv_heads=HEADS,
@@ -91,13 +92,21 @@ class World:
             dtype=torch.float32,
             sliding_window=WINDOW,
         )
-        specs = {f"{i}": ours if kind == "f" else window for i, kind in enumerate(kinds)}
+        state = MambaSpec(
+            block_size=self.longest,
+            shapes=((7, 11), (5, 13)),
+            dtypes=(torch.float32, torch.float32),
+            page_size_padded=window.page_size_bytes,
+            mamba_cache_mode=self.states,
+        )
+        of_kind = {"f": ours, "w": window, "s": state}
+        specs = {f"{i}": of_kind[kind] for i, kind in enumerate(kinds)}
         self.groups = get_kv_cache_groups(self.config, specs)
         return get_kv_cache_config_from_groups(self.config, self.groups, num_bytes)
 
 
 @pytest.mark.parametrize("layout", ["LBHNC", "BLHNC"])
-@pytest.mark.parametrize("kinds", ["wwf" * 4, "wf" * 4, "wwwwwf" * 4 + "ww"])
+@pytest.mark.parametrize("kinds", ["wwf" * 4, "wf" * 4, "wwwwwf" * 4 + "ww", "sssf" * 4])
 @pytest.mark.parametrize("megabytes", [48, 1024])
 def test_both_parts_hold_what_was_promised(kinds: str, megabytes: int, layout: str) -> None:
     world = World(layout)
@@ -118,7 +127,8 @@ def test_both_parts_hold_what_was_promised(kinds: str, megabytes: int, layout: s
     ]
     longest = -(-(WINDOW - 1 + 512) // BLOCK) + 1
     assert made.num_blocks > len(windows) * longest
-    assert (made.num_layers, made.num_others) == (kinds.count("f"), kinds.count("w"))
+    assert made.num_layers == kinds.count("f")
+    assert made.num_layers + made.num_others == len(kinds)
     assert made.max_concurrency >= 1
 
 
@@ -129,6 +139,21 @@ def test_blocks_are_no_more_than_requests_can_use() -> None:
     assert made is not None
     each = WINDOW // BLOCK + 1
     assert made.num_blocks == 1 + 2 * (4 * each + 512 // BLOCK)
+
+
+def test_a_state_takes_one_block_of_each_group() -> None:
+    world = World(max_num_seqs=4)
+    ours = spec("k8v4-k4v2", world.longest, 1024)
+    made = division.divide(world.made(ours, "sssf" * 4, 1 << 30), world.config)
+    assert made is not None
+    assert made.num_blocks == 1 + 3 * 4
+
+
+def test_states_that_are_kept_for_prefix_caching_are_refused() -> None:
+    world = World(states="align")
+    plan = world.made(spec("k8v4-k4v2", world.longest, 1024), "sssf" * 4, 64 << 20)
+    with pytest.raises(ConfigError, match="--no-enable-prefix-caching"):
+        division.divide(plan, world.config)
 
 
 def test_more_layers_with_full_attention_than_others_are_refused() -> None:

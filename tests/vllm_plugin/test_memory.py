@@ -62,6 +62,21 @@ def test_one_longest_request_fits_layers_of_two_kinds(tmp_path):
     assert LEAST_BYTES < least < needed_bytes(config, options, [10])
 
 
+def test_states_take_the_same_whatever_the_length(tmp_path):
+    config = EngineArgs(
+        str(make("granite_hybrid", tmp_path)), dtype="float32"
+    ).create_engine_config()
+    config.model_config.max_model_len = longest = 1 << 20
+    config.scheduler_config.max_num_seqs = 1024
+    layers, block = 2, 128 * 2 * 2 * 32 * 4  # tokens, K and V, heads, head_dim, float32
+    state = 4 * 64 * 64 * 4 + 3 * (256 + 2 * 64) * 4
+    of_request = layers * -(-state // block) * block
+    dense = layers * block // 128
+    assert needed_bytes(config, None, [longest]) == int(SPARE * (dense * longest + of_request))
+    ours = needed_bytes(config, Options("k16v16"), [longest])
+    assert ours == pytest.approx(SPARE * dense * longest, rel=0.1)
+
+
 @pytest.mark.parametrize("options", [None, Options()])
 def test_an_engine_starts_beside_other_load(monkeypatch, options):
     busy = SimpleNamespace(total_memory=64 * GIB, available_memory=GIB)

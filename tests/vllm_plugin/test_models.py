@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES, make
+from checkpoints import DIVIDED, FAMILIES, make
 from conftest import engine, random_prompts
 
 from diffkv.quant import ConfigError
@@ -26,7 +26,7 @@ FORGETTING = 1.25
 THRESHOLDS = {"alpha_high": 2.0, "alpha_low": 1.0}
 WINDOW_ONLY = {"diffkv_alpha_high": 1e6, "diffkv_alpha_low": 1e6}
 PROMPTS = random_prompts(5, 150)
-SUPPORTED = [name for name in FAMILIES if name not in ("mistral_window", "gemma3")]
+SUPPORTED = [name for name in FAMILIES if name not in ("mistral_window", *DIVIDED)]
 
 
 @dataclass(frozen=True)
@@ -57,30 +57,32 @@ def decode(llm: Any, new_tokens: int = NEW_TOKENS, **settings: Any) -> list[Answ
         temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=20, extra_args=settings
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    outputs = [out.outputs[0] for out in llm.generate(prompts, params, use_tqdm=False)]
-    return [
-        Answer(
-            list(out.token_ids),
-            [{token: each.logprob for token, each in step.items()} for step in out.logprobs],
-        )
-        for out in outputs
-    ]
+    return [answer(output) for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def answer(output: Any) -> Answer:
+    """What came of one prompt."""
+    (out,) = output.outputs
+    return Answer(
+        list(out.token_ids),
+        [{token: each.logprob for token, each in step.items()} for step in out.logprobs],
+    )
 
 
 def token_ids(answers: Sequence[Answer]) -> list[list[int]]:
-    return [answer.token_ids for answer in answers]
+    return [each.token_ids for each in answers]
 
 
 def drift(stock: Sequence[Answer], ours: Sequence[Answer]) -> float:
     """The measure of this module's docstring, in nats."""
     differences = []
-    for ref, answer in zip(stock, ours, strict=True):
+    for ref, our in zip(stock, ours, strict=True):
         for step, theirs in enumerate(ref.logprobs):
-            mine = answer.logprobs[step]
+            mine = our.logprobs[step]
             floor = min(mine.values())  # a token that fell out of the 20 likeliest is below it
             likeliest = sorted(theirs, key=theirs.__getitem__)[-LIKELIEST:]
             differences += [abs(theirs[token] - mine.get(token, floor)) for token in likeliest]
-            if ref.token_ids[step] != answer.token_ids[step]:
+            if ref.token_ids[step] != our.token_ids[step]:
                 break
     return float(np.mean(differences))
 
@@ -110,8 +112,8 @@ def case(
 
 
 def test_checkpoint_does_not_repeat_itself(case: Case) -> None:
-    for answer in case.stock:
-        assert len(set(answer.token_ids)) >= NEW_TOKENS // 3
+    for each in case.stock:
+        assert len(set(each.token_ids)) >= NEW_TOKENS // 3
 
 
 def test_lossless_tokens_equal_stock(case: Case) -> None:

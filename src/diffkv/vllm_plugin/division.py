@@ -8,6 +8,8 @@ of the rest are the pool, with blocks of account of its own.
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm.v1.kv_cache_interface import MambaSpec
+
 from diffkv.quant import ConfigError
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.matrix import WITHOUT
@@ -87,6 +89,11 @@ def divide(kv_cache_config: Any, vllm_config: Any) -> Division | None:
     groups, total = kv_cache_config.kv_cache_groups, kv_cache_config.num_blocks
     size = kv_cache_config.kv_cache_tensors[0].size
     block_bytes = size // total
+    if any(getattr(group.kv_cache_spec, "mamba_cache_mode", "none") != "none" for group in groups):
+        raise ConfigError(
+            "prefix caching does not go with a model whose layers have a recurrent state: pass "
+            "--no-enable-prefix-caching"
+        )
     needs = _Needs.of(groups, spec, vllm_config)
     num_blocks = needs.blocks_of(total, block_bytes, vllm_config.scheduler_config.max_num_seqs)
     _shrink(kv_cache_config, num_blocks)
@@ -181,6 +188,11 @@ def _longest_blocks(spec: Any, vllm_config: Any) -> int:
 
 
 def _typical_blocks(spec: Any, num_tokens: int, in_flight: int) -> tuple[int, int]:
-    """Blocks of a window's latest tokens for each request, and of all tokens of the steps that run."""
+    """Blocks for each request, and for all tokens of the steps that run.
+
+    A window needs those of its latest tokens; a state has the same size for any number of them.
+    """
+    if isinstance(spec, MambaSpec):
+        return 1, 0
     held = min(num_tokens, spec.sliding_window)
     return 1 + -(-held // spec.block_size), -(-in_flight // spec.block_size)

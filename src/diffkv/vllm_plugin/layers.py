@@ -10,6 +10,9 @@ from diffkv.model_config import FULL
 __all__ = [
     "has_alibi",
     "has_chunks",
+    "has_linear_attention",
+    "has_mamba1",
+    "has_states_only",
     "has_windows_only",
     "is_divided",
     "is_divided_under_one_manager",
@@ -17,23 +20,49 @@ __all__ = [
 ]
 
 
+ATTENDS = (FULL, "attention", "hybrid")
+"""Names of layers with full attention; "hybrid" ones have a state too."""
+
+
 def num_full_layers(vllm_config: Any) -> int:
-    """Layers with full attention: 0 for a model of windows alone."""
-    model = vllm_config.model_config
-    if not _has_windows(model):
-        return int(model.get_num_layers(vllm_config.parallel_config))
-    return list(getattr(model.hf_text_config, "layer_types", None) or ()).count(FULL)
+    """Layers with full attention: 0 for a model of windows or of recurrent states alone."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if model.is_attention_free:
+        return 0
+    text = model.hf_text_config
+    kinds = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None) or ()
+    if _has_windows(model) or (model.is_hybrid and kinds):
+        return sum(kind in ATTENDS for kind in kinds)
+    return int(model.get_num_layers(parallel))
 
 
 def has_windows_only(vllm_config: Any) -> bool:
-    """Whether no layer has full attention."""
-    return num_full_layers(vllm_config) == 0
+    """Whether there are windows, and no layer has full attention."""
+    return _has_windows(vllm_config.model_config) and num_full_layers(vllm_config) == 0
+
+
+def has_states_only(vllm_config: Any) -> bool:
+    """Whether there are recurrent states, and no layer has full attention."""
+    model = vllm_config.model_config
+    has_states = model.is_hybrid or model.is_attention_free
+    return has_states and num_full_layers(vllm_config) == 0
+
+
+def has_mamba1(vllm_config: Any) -> bool:
+    """Whether states are those of Mamba's first version, as in Jamba."""
+    return hasattr(vllm_config.model_config.hf_text_config, "mamba_dt_rank")
+
+
+def has_linear_attention(vllm_config: Any) -> bool:
+    """Whether states are those of gated linear attention, as in Qwen3-Next."""
+    return hasattr(vllm_config.model_config.hf_text_config, "linear_key_head_dim")
 
 
 def is_divided(vllm_config: Any) -> bool:
-    """Whether some layers have full attention and others have not."""
+    """Whether some layers have full attention, and some, or those too, have windows or states."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    return 0 < num_full_layers(vllm_config) < int(model.get_num_layers(parallel))
+    num_full = num_full_layers(vllm_config)
+    return num_full > 0 and (model.is_hybrid or num_full < int(model.get_num_layers(parallel)))
 
 
 def is_divided_under_one_manager(vllm_config: Any) -> bool:

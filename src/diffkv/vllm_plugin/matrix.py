@@ -79,7 +79,20 @@ _REFUSALS = ("tests/test_support_matrix.py::test_refusals",)
 _STARTS = (f"{TESTS}test_refused_models.py::test_refused_before_a_worker_starts", *_REFUSALS)
 _DIVIDED = (
     f"{TESTS}test_divided.py::test_lossless_tokens_equal_stock",
+    f"{TESTS}test_divided.py::test_tokens_equal_stock_in_several_processes",
+    f"{TESTS}test_divided.py::test_tokens_of_two_ranks_equal_stock",
     f"{TESTS}test_divided.py::test_lossy_drift_is_bounded",
+)
+_IMAGES = (
+    f"{TESTS}test_multimodal.py::test_tokens_equal_stock_and_only_the_same_picture_is_found",
+    f"{TESTS}test_multimodal.py::test_lossy_drift_is_bounded",
+)
+_LOSSLESS = (f"{TESTS}test_lossless.py::test_tokens_equal_stock",)
+_PROCESSES = (f"{TESTS}test_lossless.py::test_tokens_equal_stock_in_several_processes",)
+_STATES = (
+    f"{TESTS}test_states.py::test_lossless_tokens_equal_stock",
+    f"{TESTS}test_states.py::test_tokens_of_two_ranks_in_several_processes_equal_stock",
+    f"{TESTS}test_states.py::test_lossy_drift_is_bounded",
 )
 _LAYERS = ("tests/test_support_matrix.py::test_layer_refusals",)
 
@@ -92,13 +105,41 @@ _MODELS = (
             "head_dim 64, 80, 96, 128, 256",
         )
     ),
-    Row("models", "multimodal models", NOT_TRIED),
     Row(
-        "models", "layers with a recurrent state (Qwen3-Next, Jamba)", REFUSED,
-        "not compared with vLLM's own cache yet; on a CPU vLLM has linear attention in bfloat16 only",
-        "serve them without DiffKV", _STARTS,
-        lambda config: config.model_config.is_hybrid or config.model_config.is_attention_free,
-        "models with layers that have a recurrent state",
+        "models", "multimodal models", WORKS,
+        "a tiny Idefics3 with images equals vLLM's own cache; prefixes are found where images are the "
+        "same; by hand: Qwen 2.5 VL",
+        "", _IMAGES,
+    ),
+    Row(
+        "models", "recurrent states beside full attention (Granite 4, Falcon-H1), on a CPU", WORKS,
+        "states keep vLLM's cache, and the KV memory is divided at the start; by hand: Qwen3-Next in "
+        "bfloat16",
+        "", _STATES,
+    ),
+    Row(
+        "models", "Mamba's first version beside full attention (Jamba), on a CPU", REFUSED,
+        "vLLM itself has no CPU kernel for it (selective_scan_fwd)", WITHOUT + ", on a GPU", _STARTS,
+        lambda config: config.device_config.device_type == "cpu" and layers.has_mamba1(config),
+        "Mamba's first version on a CPU, nor does vLLM",
+    ),
+    Row(
+        "models", "linear attention (Qwen3-Next) on a CPU in another dtype than bfloat16", REFUSED,
+        "vLLM's CPU kernel has that one only", "pass --dtype bfloat16", _STARTS,
+        lambda config: config.device_config.device_type == "cpu"
+        and layers.has_linear_attention(config)
+        and str(config.model_config.dtype) != "torch.bfloat16",
+        "linear attention in {config.model_config.dtype} on a CPU, nor does vLLM",
+    ),
+    Row(
+        "models", "recurrent states beside full attention, on a GPU", REFUSED, "not run there yet",
+        WITHOUT, _REFUSALS,
+        lambda config: config.model_config.is_hybrid and config.device_config.device_type != "cpu",
+        "recurrent states beside full attention on a GPU",
+    ),
+    Row(
+        "models", "recurrent states in all layers (Mamba)", REFUSED, "no layer is left to compress",
+        WITHOUT, _STARTS, layers.has_states_only, "models without layers that have full attention",
     ),
     Row(
         "models", "sliding windows in some layers (Gemma 3), on a CPU", WORKS,
@@ -172,21 +213,15 @@ _MODELS = (
 _FEATURES = (
     Row(
         "features", "chunked prefill", WORKS, "decided segment by segment, as if it had come at once",
-        "", (f"{TESTS}test_lossless.py::test_tokens_equal_stock",),
+        "", _LOSSLESS,
     ),
     Row(
         "features", "prompts longer than the pool holds uncompressed", WORKS,
         "one that is too large even compressed ends alone, with an error", "",
         (f"{TESTS}test_prefix_caching.py::test_twice_what_the_pool_could_hold_uncompressed",),
     ),
-    Row(
-        "features", "preemption", WORKS, "by recomputation", "",
-        (f"{TESTS}test_lossless.py::test_tokens_equal_stock",),
-    ),
-    Row(
-        "features", "several processes (vLLM's default)", WORKS, "", "",
-        (f"{TESTS}test_lossless.py::test_tokens_equal_stock_in_several_processes",),
-    ),
+    Row("features", "preemption", WORKS, "by recomputation", "", _LOSSLESS),
+    Row("features", "several processes (vLLM's default)", WORKS, "", "", _PROCESSES),
     Row(
         "features", "logprobs", WORKS, "", "",
         (
@@ -221,6 +256,10 @@ _FEATURES = (
             f"{TESTS}test_requests.py::test_each_alone_gives_the_same",
             f"{TESTS}test_server.py::test_bad_settings",
         ),
+    ),
+    Row(
+        "features", "prompts of embeddings (--enable-prompt-embeds)", WORKS, "", "",
+        (f"{TESTS}test_multimodal.py::test_prompts_of_embeddings_equal_stock",),
     ),
     Row(
         "features", "structured output", WORKS, "choice, regex and JSON schema, with xgrammar", "",
@@ -267,10 +306,11 @@ _FEATURES = (
     ),
     Row(
         "features", "one kind of cache for layers of several kinds", REFUSED,
-        "DiffKV's would have to be that of windows too", "leave out --disable-hybrid-kv-cache-manager",
+        "DiffKV's would have to be that of windows and states too",
+        "leave out --disable-hybrid-kv-cache-manager",
         (f"{TESTS}test_divided.py::test_refusals", *_REFUSALS),
         layers.is_divided_under_one_manager,
-        "--disable-hybrid-kv-cache-manager with windows in some layers",
+        "--disable-hybrid-kv-cache-manager where only some layers have full attention",
     ),
     Row(
         "features", "another KV connector", REFUSED,

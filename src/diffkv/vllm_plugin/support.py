@@ -14,9 +14,9 @@ __all__ = [
     "SUPPORTED_VLLM",
     "check_config",
     "check_layer",
-    "check_prefix_caching",
     "check_version",
     "minor_version",
+    "settle_prefix_caching",
 ]
 
 SUPPORTED_VLLM = ("0.33", "0.32")
@@ -60,21 +60,24 @@ def check_config(vllm_config: Any, options: Options) -> None:
     _check_budget(vllm_config, options)
 
 
-def check_prefix_caching(vllm_config: Any, asked: bool | None) -> None:
-    """Refuse prefix caching where it was asked for and some layers keep vLLM's cache.
+def settle_prefix_caching(vllm_config: Any, asked: bool | None) -> bool | None:
+    """Whether to have prefix caching: not where some layers keep vLLM's cache.
 
     Args:
         vllm_config: vLLM's configuration.
-        asked: `enable_prefix_caching` as the user gave it; None: vLLM's default, which is turned off.
+        asked: `enable_prefix_caching` as the user gave it; None: vLLM's default.
 
     Raises:
-        ConfigError: says so.
+        ConfigError: it was asked for and cannot be.
     """
-    if asked and is_divided(vllm_config):
+    if not is_divided(vllm_config):
+        return asked
+    if asked:
         raise ConfigError(
             "prefix caching does not go with a model in which only some layers have full attention: "
             "leave out --enable-prefix-caching"
         )
+    return False
 
 
 def _check_budget(vllm_config: Any, options: Options) -> None:

@@ -157,7 +157,7 @@ def _checked(args: dict[str, Any], lengths: Sequence[int] | None) -> dict[str, A
 
     from diffkv.vllm_plugin.matrix import refuse
     from diffkv.vllm_plugin.options import options_of
-    from diffkv.vllm_plugin.support import check_config, check_prefix_caching
+    from diffkv.vllm_plugin.support import check_config, settle_prefix_caching
 
     if args.get("data_parallel_size", 1) > 1:  # LLM refuses it itself
         return args
@@ -168,7 +168,8 @@ def _checked(args: dict[str, Any], lengths: Sequence[int] | None) -> dict[str, A
     options = options_of(config)
     if options is not None:
         check_config(config, options)
-        check_prefix_caching(config, args.get("enable_prefix_caching"))
+        caching = settle_prefix_caching(config, args.get("enable_prefix_caching"))
+        args = {**args, "enable_prefix_caching": caching}
     elif transfer is not None:
         refuse(config)
     named = [args.get(name) for name in ("kv_cache_memory_bytes", "gpu_memory_utilization")]

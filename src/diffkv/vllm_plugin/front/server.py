@@ -12,7 +12,7 @@ from diffkv.vllm_plugin.front.middleware import ENGINE_DIED
 from diffkv.vllm_plugin.front.offline import check_model, first_line, refuse_in_one_line
 from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.requests import admission_path
-from diffkv.vllm_plugin.support import check_config, check_prefix_caching, check_version
+from diffkv.vllm_plugin.support import check_config, check_version, settle_prefix_caching
 
 __all__ = ["serve", "serve_flags"]
 
@@ -86,7 +86,7 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
     except (ValueError, OSError, TypeError) as error:
         raise ConfigError(f"vLLM refuses these settings: {first_line(error)}") from error
     check_config(config, options)
-    check_prefix_caching(config, args.enable_prefix_caching)
+    args.enable_prefix_caching = settle_prefix_caching(config, args.enable_prefix_caching)
     configure_logging_from_args(args)
     ServeSubcommand.cmd(args)
     if not getattr(args, ENGINE_DIED, False):

@@ -14,7 +14,7 @@ from diffkv.vllm_plugin.requests import admission_path, thresholds_of
 from diffkv.vllm_plugin.scheduler.banner import banner
 from diffkv.vllm_plugin.scheduler.manager import DiffKVManager
 
-__all__ = ["SchedulerSide"]
+__all__ = ["SchedulerSide", "limit_steps"]
 
 logger = init_logger("vllm.diffkv")
 
@@ -49,7 +49,7 @@ class SchedulerSide:
         self._manager.attach(vllm_config, self._thresholds_of, worst)
         for line in banner(options, self._manager.shape, vllm_config, division):
             logger.info(line)
-        _limit_steps(vllm_config.scheduler_config, self._manager.shape)
+        limit_steps(vllm_config.scheduler_config, self._manager.shape)
         if division is not None:
             longest = vllm_config.model_config.max_model_len
             vllm_config.cache_config.kv_cache_max_concurrency = division.max_concurrency
@@ -121,12 +121,13 @@ class SchedulerSide:
         return True
 
 
-def _limit_steps(scheduler_config: Any, shape: PoolShape) -> None:
+def limit_steps(scheduler_config: Any, shape: PoolShape) -> None:
     """Have a step compute no more than a pool can take that is all high, with room for what it holds.
 
-    vLLM's scheduler reads this limit in each step, and has prompts computed in more chunks.
+    vLLM's scheduler reads this limit in each step, and has prompts computed in more chunks. It stays
+    where an image must be in one chunk: vLLM has compared the largest with it.
     """
-    if not scheduler_config.enable_chunked_prefill:
+    if not scheduler_config.enable_chunked_prefill or scheduler_config.disable_chunked_mm_input:
         return
     layouts = shape.layout.exact(), shape.layout
     fewest = min(tier.tokens_per_page for layout in layouts for tier in layout.tiers)

@@ -73,7 +73,7 @@ class WorkerCache:
     """The pool of one worker, in the allocation that vLLM made for all layers' caches.
 
     Args:
-        kv_caches: each layer's view of that allocation.
+        kv_caches: each layer's view of that allocation; several for a layer with a recurrent state.
         options: the engine's.
         vllm_config: vLLM's configuration, which has the layers.
         kv_cache_config: vLLM's KVCacheConfig, with the number of blocks and the layers' spec.
@@ -86,7 +86,7 @@ class WorkerCache:
 
     def __init__(
         self,
-        kv_caches: Mapping[str, Tensor],
+        kv_caches: Mapping[str, Any],
         options: Options,
         vllm_config: Any,
         kv_cache_config: Any,
@@ -94,7 +94,7 @@ class WorkerCache:
     ) -> None:
         group = group_of(kv_cache_config)
         spec: DiffKVSpec = group.kv_cache_spec
-        storage = next(iter(kv_caches.values())).untyped_storage()
+        storage = kv_caches[group.layer_names[0]].untyped_storage()
         device, on_cpu = storage.device, storage.device.type == "cpu"
         layers = vllm_config.compilation_config.static_forward_context
         impls = [layers[name].impl for name in group.layer_names]
