@@ -8,7 +8,8 @@ import pytest
 
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import matrix
-from diffkv.vllm_plugin.matrix import MATRIX, NOT_TRIED, REFUSED, TRIED, WORKS
+from diffkv.vllm_plugin.matrix import MATRIX
+from diffkv.vllm_plugin.matrix_row import NOT_TRIED, REFUSED, TRIED, WORKS
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 from diffkv.quant import ConfigError
 from diffkv.shape import PoolShape
-from diffkv.vllm_plugin.matrix import WITHOUT
+from diffkv.vllm_plugin.matrix_row import WITHOUT
 from diffkv.vllm_plugin.spec import DiffKVSpec, DividedSpec
 
 __all__ = ["Division", "divide", "group_of"]

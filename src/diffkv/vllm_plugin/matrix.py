@@ -3,56 +3,30 @@
 Nothing here imports vLLM. `python tools/support_matrix.py` writes the page anew.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import layers
+from diffkv.vllm_plugin.matrix_models import MODELS
+from diffkv.vllm_plugin.matrix_row import (
+    FAMILIES,
+    NOT_TRIED,
+    REFUSALS,
+    REFUSED,
+    TESTS,
+    TRIED,
+    WORKS,
+    Row,
+)
 
-__all__ = ["CONNECTOR", "MATRIX", "WITHOUT", "Row", "refuse", "to_markdown"]
-
-WORKS, REFUSED = "works", "refused"
-TRIED, NOT_TRIED = "tried", "not tried"
-WITHOUT = "serve this model without DiffKV"
+__all__ = ["CONNECTOR", "MATRIX", "refuse", "to_markdown"]
 
 CONNECTOR = "DiffKVConnector"
 """Name of DiffKV's KV connector in a vLLM configuration."""
 
-TESTS = "tests/vllm_plugin/"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        area: models, weights, features, parallelism or versions.
-        feature: its name on the page.
-        status: works, refused, turned off, tried or not tried.
-        why: the reason, or a note.
-        change: the user's alternative, where it is refused.
-        tests: tests that run it, each `file::function`.
-        asked: test of a vLLM configuration for a refused feature; None where another check
-            refuses it: vLLM's own, a flag of `diffkv serve`, or `layer_argument`.
-        words: name in the refusal, formatted with the configuration as `config`; `feature` if empty.
-        layer_argument: argument of vLLM's attention layers that a model uses for it.
-    """
-
-    area: str
-    feature: str
-    status: str
-    why: str = ""
-    change: str = ""
-    tests: tuple[str, ...] = ()
-    asked: Callable[[Any], bool] | None = None
-    words: str = ""
-    layer_argument: str | None = None
-
-    def refusal(self, vllm_config: Any) -> str:
-        """The line that a user gets."""
-        what = (self.words or self.feature).format(config=vllm_config)
-        return f"DiffKV does not support {what}: {self.change}"
+_WEIGHTS = (f"{TESTS}test_weights.py::test_format_is_served_as_by_stock",)
+_LOSSLESS = (f"{TESTS}test_lossless.py::test_tokens_equal_stock",)
+_PROCESSES = (f"{TESTS}test_lossless.py::test_tokens_equal_stock_in_several_processes",)
 
 
 def _has_context_parallelism(config: Any) -> bool:
@@ -69,146 +43,6 @@ def _has_another_connector(config: Any) -> bool:
     transfer = config.kv_transfer_config
     return transfer is not None and transfer.kv_connector != CONNECTOR
 
-
-_FAMILIES = (
-    f"{TESTS}test_models.py::test_lossless_tokens_equal_stock",
-    f"{TESTS}test_models.py::test_lossy_drift_is_bounded_and_counts_are_right",
-)
-_WEIGHTS = (f"{TESTS}test_weights.py::test_format_is_served_as_by_stock",)
-_REFUSALS = ("tests/test_support_matrix.py::test_refusals",)
-_STARTS = (f"{TESTS}test_refused_models.py::test_refused_before_a_worker_starts", *_REFUSALS)
-_DIVIDED = (
-    f"{TESTS}test_divided.py::test_lossless_tokens_equal_stock",
-    f"{TESTS}test_divided.py::test_tokens_equal_stock_in_several_processes",
-    f"{TESTS}test_divided.py::test_tokens_of_two_ranks_equal_stock",
-    f"{TESTS}test_divided.py::test_lossy_drift_is_bounded",
-)
-_IMAGES = (
-    f"{TESTS}test_multimodal.py::test_tokens_equal_stock_and_only_the_same_picture_is_found",
-    f"{TESTS}test_multimodal.py::test_lossy_drift_is_bounded",
-)
-_LOSSLESS = (f"{TESTS}test_lossless.py::test_tokens_equal_stock",)
-_PROCESSES = (f"{TESTS}test_lossless.py::test_tokens_equal_stock_in_several_processes",)
-_STATES = (
-    f"{TESTS}test_states.py::test_lossless_tokens_equal_stock",
-    f"{TESTS}test_states.py::test_tokens_of_two_ranks_in_several_processes_equal_stock",
-    f"{TESTS}test_states.py::test_lossy_drift_is_bounded",
-)
-_LAYERS = ("tests/test_support_matrix.py::test_layer_refusals",)
-
-_MODELS = (
-    *(
-        Row("models", name, WORKS, "a tiny checkpoint equals vLLM's own cache", "", _FAMILIES)
-        for name in (
-            "Llama 2 (MHA)", "Llama 3 (GQA)", "Mistral", "Mixtral",
-            "Qwen 2.5 (QKV bias, tied embeddings)", "Qwen 3 (QK norm)", "Qwen 3 MoE",
-            "head_dim 64, 80, 96, 128, 256",
-        )
-    ),
-    Row(
-        "models", "multimodal models", WORKS,
-        "a tiny Idefics3 with images equals vLLM's own cache; prefixes are found where images are the "
-        "same; by hand: Qwen 2.5 VL",
-        "", _IMAGES,
-    ),
-    Row(
-        "models", "recurrent states beside full attention (Granite 4, Falcon-H1), on a CPU", WORKS,
-        "states keep vLLM's cache, and the KV memory is divided at the start; by hand: Qwen3-Next in "
-        "bfloat16",
-        "", _STATES,
-    ),
-    Row(
-        "models", "Mamba's first version beside full attention (Jamba), on a CPU", REFUSED,
-        "vLLM itself has no CPU kernel for it (selective_scan_fwd)", WITHOUT + ", on a GPU", _STARTS,
-        lambda config: config.device_config.device_type == "cpu" and layers.has_mamba1(config),
-        "Mamba's first version on a CPU, nor does vLLM",
-    ),
-    Row(
-        "models", "linear attention (Qwen3-Next) on a CPU in another dtype than bfloat16", REFUSED,
-        "vLLM's CPU kernel has that one only", "pass --dtype bfloat16", _STARTS,
-        lambda config: config.device_config.device_type == "cpu"
-        and layers.has_linear_attention(config)
-        and str(config.model_config.dtype) != "torch.bfloat16",
-        "linear attention in {config.model_config.dtype} on a CPU, nor does vLLM",
-    ),
-    Row(
-        "models", "recurrent states beside full attention, on a GPU", REFUSED, "not run there yet",
-        WITHOUT, _REFUSALS,
-        lambda config: config.model_config.is_hybrid and config.device_config.device_type != "cpu",
-        "recurrent states beside full attention on a GPU",
-    ),
-    Row(
-        "models", "recurrent states in all layers (Mamba)", REFUSED, "no layer is left to compress",
-        WITHOUT, _STARTS, layers.has_states_only, "models without layers that have full attention",
-    ),
-    Row(
-        "models", "sliding windows in some layers (Gemma 3), on a CPU", WORKS,
-        "those layers keep vLLM's cache, and the KV memory is divided at the start", "", _DIVIDED,
-    ),
-    Row(
-        "models", "sliding windows in some layers, on a GPU", REFUSED, "not run there yet", WITHOUT,
-        _REFUSALS,
-        lambda config: config.device_config.device_type != "cpu" and layers.is_divided(config),
-        "sliding windows beside full attention on a GPU", layer_argument="sliding_window",
-    ),
-    Row(
-        "models", "sliding windows in all layers (Mistral 7B v0.1)", REFUSED,
-        "no layer is left to compress",
-        "pass --disable-sliding-window, which limits the context to the window, or serve the model "
-        "without DiffKV",
-        (f"{TESTS}test_models.py::test_sliding_window_is_refused_unless_disabled", *_REFUSALS),
-        layers.has_windows_only, "models with a sliding window in every layer",
-    ),
-    Row(
-        "models", "chunked local attention (Llama 4)", REFUSED,
-        "vLLM makes such layers of its backend for full attention, so ours would get them", WITHOUT,
-        _STARTS,
-        layers.has_chunks,
-        "chunked local attention (attention_chunk_size)",
-    ),
-    Row(
-        "models", "attention in both directions over images (PaliGemma)", REFUSED,
-        "only causal attention is implemented", WITHOUT, _REFUSALS,
-        lambda config: config.model_config.is_mm_prefix_lm,
-    ),
-    Row(
-        "models", "MLA", REFUSED, "its cache is compressed already", "serve them without DiffKV",
-        _STARTS, lambda config: config.model_config.use_mla,
-        "MLA models (their cache is compressed already)",
-    ),
-    Row(
-        "models", "encoder-decoder models", REFUSED, "only decoder attention is implemented",
-        "serve them without DiffKV", _STARTS,
-        lambda config: config.model_config.is_encoder_decoder,
-    ),
-    Row(
-        "models", "models that do not generate", REFUSED, "pooling needs no cache",
-        "serve them without DiffKV", _STARTS,
-        lambda config: config.model_config.runner_type != "generate",
-    ),
-    Row(
-        "models", "ALiBi", REFUSED, "the kernels have no position bias", WITHOUT,
-        (*_STARTS, *_LAYERS), layers.has_alibi, layer_argument="alibi_slopes",
-    ),
-    Row(
-        "models", "soft cap on attention scores", REFUSED, "the kernels have none", WITHOUT,
-        (*_STARTS, *_LAYERS),
-        lambda config: bool(
-            getattr(config.model_config.hf_text_config, "attn_logit_softcapping", None)
-        ),
-        layer_argument="logits_soft_cap",
-    ),
-    Row(
-        "models", "attention sinks as parameters (gpt-oss)", REFUSED, "the kernels have none", WITHOUT,
-        (*_STARTS, *_LAYERS),
-        lambda config: getattr(config.model_config.hf_text_config, "model_type", None) == "gpt_oss",
-        layer_argument="sinks",
-    ),
-    Row(
-        "models", "layers that share a KV cache", REFUSED, "each layer has pages of its own", WITHOUT,
-        _LAYERS, layer_argument="kv_sharing",
-    ),
-)  # fmt: skip
 
 _FEATURES = (
     Row(
@@ -276,7 +110,7 @@ _FEATURES = (
     ),
     Row(
         "features", "sleep mode", REFUSED, "the pool's tables are in the memory that sleep gives up",
-        "leave out --enable-sleep-mode", _REFUSALS,
+        "leave out --enable-sleep-mode", REFUSALS,
         lambda config: config.model_config.enable_sleep_mode,
     ),
     Row(
@@ -287,14 +121,14 @@ _FEATURES = (
     Row(
         "features", "speculative decoding", REFUSED, "rejected tokens would have to be taken back",
         "leave out --speculative-config",
-        (f"{TESTS}test_bad_input.py::test_flags_that_do_not_go_together", *_REFUSALS),
+        (f"{TESTS}test_bad_input.py::test_flags_that_do_not_go_together", *REFUSALS),
         lambda config: config.speculative_config is not None,
         "speculative decoding (rejected tokens would have to be taken back)",
     ),
     Row(
         "features", "kv_cache_dtype other than auto", REFUSED, "formats are set by --quant",
         "leave it at auto, formats are set by quant",
-        (f"{TESTS}test_bad_input.py::test_options", *_REFUSALS),
+        (f"{TESTS}test_bad_input.py::test_options", *REFUSALS),
         lambda config: config.cache_config.cache_dtype != "auto",
         "--kv-cache-dtype {config.cache_config.cache_dtype}",
     ),
@@ -308,7 +142,7 @@ _FEATURES = (
         "features", "one kind of cache for layers of several kinds", REFUSED,
         "DiffKV's would have to be that of windows and states too",
         "leave out --disable-hybrid-kv-cache-manager",
-        (f"{TESTS}test_divided.py::test_refusals", *_REFUSALS),
+        (f"{TESTS}test_divided.py::test_refusals", *REFUSALS),
         layers.is_divided_under_one_manager,
         "--disable-hybrid-kv-cache-manager where only some layers have full attention",
     ),
@@ -316,14 +150,14 @@ _FEATURES = (
         "features", "another KV connector", REFUSED,
         "DiffKV is one, and vLLM has one; --kv-offloading-size asks for one too",
         "leave out --kv-transfer-config and --kv-offloading-size",
-        (f"{TESTS}test_bad_input.py::test_flags_that_do_not_go_together", *_REFUSALS),
+        (f"{TESTS}test_bad_input.py::test_flags_that_do_not_go_together", *REFUSALS),
         _has_another_connector,
         "the KV connector {config.kv_transfer_config.kv_connector} beside its own",
     ),
 )  # fmt: skip
 
 _VERSIONS = (
-    Row("versions", "vLLM 0.32", WORKS, "every test on this page runs with it", "", _FAMILIES),
+    Row("versions", "vLLM 0.32", WORKS, "every test on this page runs with it", "", FAMILIES),
     Row(
         "versions", "vLLM 0.33", TRIED,
         "accepted: a test compares all names that DiffKV relies on with its wheel. Engines were run "
@@ -351,19 +185,19 @@ _PARALLELISM = (
         (
             f"{TESTS}test_parallel.py::test_other_parallelism_is_refused_in_process",
             f"{TESTS}test_parallel.py::test_pipeline_parallelism_is_one_line_on_the_command_line",
-            *_REFUSALS,
+            *REFUSALS,
         ),
         lambda config: config.parallel_config.pipeline_parallel_size > 1,
     ),
     Row(
         "parallelism", "context parallelism", REFUSED, "a head's pages are on one rank",
-        "leave its sizes at 1", _REFUSALS, _has_context_parallelism,
+        "leave its sizes at 1", REFUSALS, _has_context_parallelism,
     ),
     Row("parallelism", "expert parallelism", NOT_TRIED, "on GPUs"),
     Row(
         "parallelism", "expert parallelism on CPUs", REFUSED,
         "vLLM 0.32 has no kernel for it there, and its workers die",
-        "leave out --enable-expert-parallel", _REFUSALS, _has_experts_on_cpus,
+        "leave out --enable-expert-parallel", REFUSALS, _has_experts_on_cpus,
     ),
     Row(
         "parallelism", "data parallelism", WORKS,
@@ -372,10 +206,10 @@ _PARALLELISM = (
     ),
     Row(
         "parallelism", "micro-batches (--enable-dbo)", REFUSED, "a step is planned once",
-        "leave out --enable-dbo", _REFUSALS, lambda config: config.parallel_config.use_ubatching,
+        "leave out --enable-dbo", REFUSALS, lambda config: config.parallel_config.use_ubatching,
     ),
     Row("parallelism", "several machines", NOT_TRIED, "vLLM's part, by Ray or multiprocessing"),
-    Row("parallelism", "CPU", WORKS, "every test above runs on one", "", _FAMILIES),
+    Row("parallelism", "CPU", WORKS, "every test above runs on one", "", FAMILIES),
     Row(
         "parallelism", "GPU", TRIED,
         "[engines and a server on one H100, and on two](results/gpu/README.md#engines), in bf16; not "
@@ -384,7 +218,7 @@ _PARALLELISM = (
 )  # fmt: skip
 
 MATRIX = (
-    *_MODELS,
+    *MODELS,
     *(
         Row("weights", name, WORKS, "a tiny checkpoint agrees with vLLM's own cache", "", _WEIGHTS)
         for name in (
@@ -399,7 +233,7 @@ MATRIX = (
         )
         for name in ("quantising to FP8 while loading, on a CPU", "AWQ experts, on a CPU without AMX")
     ),
-    Row("weights", "float32, bfloat16", WORKS, "", "", (*_FAMILIES, *_WEIGHTS)),
+    Row("weights", "float32, bfloat16", WORKS, "", "", (*FAMILIES, *_WEIGHTS)),
     *_FEATURES,
     *_PARALLELISM,
     *_VERSIONS,

@@ -8,6 +8,7 @@ from diffkv.quant import ConfigError
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin import matrix
 from diffkv.vllm_plugin.layers import is_divided
+from diffkv.vllm_plugin.matrix_row import WITHOUT
 from diffkv.vllm_plugin.options import Options
 
 __all__ = [
@@ -121,5 +122,5 @@ def check_layer(**features: Any) -> None:
         if value:
             raise ConfigError(
                 f"DiffKV does not support attention layers with {name} ({value!r}): "
-                f"{changes.get(name, matrix.WITHOUT)}"
+                f"{changes.get(name, WITHOUT)}"
             )

@@ -41,8 +41,8 @@ class Statements:
     separator = "\n"
     num_facts = 2
     num_choices = 3
-    num_copied = 10
-    begun, continued = 5, 6
+    num_copied = 8
+    begun, continued = 8, 4
     keys = tuple(
         "anchor basket candle dragon engine falcon garden hammer island jacket kettle lantern marble "
         "needle otter pepper rocket saddle bridge castle forest harbor museum tower river school".split()
@@ -70,11 +70,11 @@ class Statements:
 
     def place_fact(self, person: str, place: str) -> str:
         """A person is somewhere."""
-        return f"{person} lives in {place}."
+        return f"The home town of {person} is {place}."
 
     def ask_place(self, person: str, place: str) -> tuple[str, Answer]:
         """Begin to say where a person is."""
-        return f"{person} lives in", ((place, True),)
+        return f"The home town of {person} is", ((place, True),)
 
     def ask_copy(self, words: Sequence[str]) -> tuple[list[str], str, Answer]:
         """A list, and its beginning once more."""

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from diffkv.cache import Step
 from diffkv.quant import ConfigError
-from diffkv.vllm_plugin.matrix import WITHOUT
+from diffkv.vllm_plugin.matrix_row import WITHOUT
 from diffkv.vllm_plugin.options import options_of
 from diffkv.vllm_plugin.spec import DiffKVSpec, DividedSpec
 from diffkv.vllm_plugin.support import check_config, check_layer
