@@ -88,6 +88,21 @@ FAMILIES = {
         },
         norm_offset=1,
     ),
+    "llama4": Family(
+        "Llama4TextConfig",
+        2,
+        64,
+        {
+            "num_hidden_layers": 4,
+            "intermediate_size_mlp": 2 * HIDDEN,
+            "no_rope_layers": [1, 0] * 2,
+            "attention_chunk_size": 128,
+            "interleave_moe_layer_step": 0,
+            "moe_layers": [],
+            "num_local_experts": 2,
+            "attn_temperature_tuning": False,
+        },
+    ),
     "granite_hybrid": Family(
         "GraniteMoeHybridConfig",
         2,
@@ -107,7 +122,7 @@ FAMILIES = {
 }
 """Every family that DiffKV promises, by the name that tests give it."""
 
-DIVIDED = ("gemma3", "granite_hybrid", "falcon_h1")
+DIVIDED = ("gemma3", "llama4", "granite_hybrid", "falcon_h1")
 """Those in which other layers, or layers with full attention too, have a cache of another kind."""
 
 

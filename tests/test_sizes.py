@@ -111,7 +111,7 @@ def test_a_default_gives_way_to_what_is_given():
 def test_names_between_commas_add_up():
     parser = parser_of(calibrate)
     needed = ["--data", "synth", "--max-loss", "1%"]
-    assert parser.parse_args(needed).search == "alpha_high,alpha_low"
+    assert parser.parse_args(needed).search is None
     given = parser.parse_args([*needed, "--search", "alpha_high", "--search", "distinct"])
     assert given.search == "alpha_high,distinct"
 

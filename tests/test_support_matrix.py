@@ -60,16 +60,13 @@ REFUSALS = {
     "sliding windows in all layers (Mistral 7B v0.1)": {
         "hf_text_config": SimpleNamespace(sliding_window=4096)
     },
-    "sliding windows in some layers, on a GPU": {
+    "windows or chunks in some layers, on a GPU": {
         "hf_text_config": SOME_WINDOWS,
         "device_type": "cuda",
     },
     "one kind of cache for layers of several kinds": {
         "hf_text_config": SOME_WINDOWS,
         "disable_hybrid_kv_cache_manager": True,
-    },
-    "chunked local attention (Llama 4)": {
-        "hf_text_config": SimpleNamespace(sliding_window=None, attention_chunk_size=8192)
     },
     "attention in both directions over images (PaliGemma)": {"is_mm_prefix_lm": True},
     "MLA": {"use_mla": True},

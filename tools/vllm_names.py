@@ -55,6 +55,8 @@ HOOKS = (
             f"{BACKENDS}.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update"
             "(layer, key, value, kv_cache, slot_mapping)",
             "vllm.utils.import_utils:resolve_obj_by_qualname(qualname)",
+            "vllm.model_executor.layers.attention.chunked_local_attention"
+            ":create_chunked_local_attention_backend(underlying_attn_backend, attention_chunk_size)",
         ),
         reads={
             f"{BACKENDS}.registry:AttentionBackendEnum": "CUSTOM CPU_ATTN get_class",
@@ -96,7 +98,7 @@ HOOKS = (
                 "supported_kv_cache_layouts customize_spec"
             ),
             (
-                "diffkv.vllm_plugin.worker.windows:WindowImpl",
+                "diffkv.vllm_plugin.worker.windows:LocalImpl",
                 f"{BACKENDS}.cpu_attn:CPUAttentionBackendImpl",
             ): "forward",
         },
@@ -224,6 +226,7 @@ HOOKS = (
             "vllm.v1.kv_cache_interface:SlidingWindowSpec": (
                 "sliding_window block_size max_memory_usage_bytes page_size_bytes"
             ),
+            "vllm.v1.kv_cache_interface:ChunkedLocalAttentionSpec": "attention_chunk_size",
             "vllm.model_executor.models.registry:ModelRegistry": "",
             "vllm.v1.kv_cache_interface:MambaSpec": (
                 "mamba_cache_mode max_memory_usage_bytes page_size_bytes"

@@ -92,6 +92,20 @@ def test_lossy_drift_is_bounded(model: Path, stock: tuple[Any, list[Answer]]) ->
     assert all(len(answer.token_ids) == len(stock[1][0].token_ids) for answer in tiered)
 
 
+def test_chunks_equal_stock(tmp_path: Path) -> None:
+    """Chunks of 128 tokens: prompts are of several, and so are the parts in which they are computed."""
+    model = make("llama4", tmp_path)
+    with engine(**settings(model, enable_prefix_caching=False)) as llm:
+        tokens = greedy(llm, PROMPTS, NEW_TOKENS).token_ids
+    little = {**LITTLE, "kv_cache_memory_bytes": 6_000_000}
+    with engine("k16v16", **settings(model, **little)) as llm:
+        run = greedy(llm, PROMPTS, NEW_TOKENS)
+        llm.llm_engine.step()
+        check_empty(llm)
+    assert run.token_ids == tokens
+    assert run.preemptions > 0
+
+
 def test_either_part_may_run_out(model: Path) -> None:
     """Requests, some of them aborted, with too few blocks and too small a pool for all of them."""
     prompts = {f"{i}": Request(prompt, 40) for i, prompt in enumerate(PROMPTS)}

@@ -46,7 +46,6 @@ from diffkv.cli import main
             [],
             "attention sinks",
         ),
-        ("Llama4TextConfig", "Llama4ForCausalLM", {"num_hidden_layers": 4}, [], "chunked local"),
         ("JambaConfig", "JambaForCausalLM", {"num_hidden_layers": 8}, [], "Mamba's first version"),
         (
             "Qwen3NextConfig",

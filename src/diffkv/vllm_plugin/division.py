@@ -8,7 +8,7 @@ of the rest are the pool, with blocks of account of its own.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm.v1.kv_cache_interface import MambaSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, MambaSpec
 
 from diffkv.quant import ConfigError
 from diffkv.shape import PoolShape
@@ -190,9 +190,10 @@ def _longest_blocks(spec: Any, vllm_config: Any) -> int:
 def _typical_blocks(spec: Any, num_tokens: int, in_flight: int) -> tuple[int, int]:
     """Blocks for each request, and for all tokens of the steps that run.
 
-    A window needs those of its latest tokens; a state has the same size for any number of them.
+    A window or a chunk needs those of its latest tokens; a state is as large for any number of them.
     """
     if isinstance(spec, MambaSpec):
         return 1, 0
-    held = min(num_tokens, spec.sliding_window)
+    has_chunks = isinstance(spec, ChunkedLocalAttentionSpec)
+    held = min(num_tokens, spec.attention_chunk_size if has_chunks else spec.sliding_window)
     return 1 + -(-held // spec.block_size), -(-in_flight // spec.block_size)

@@ -9,7 +9,6 @@ from diffkv.model_config import FULL
 
 __all__ = [
     "has_alibi",
-    "has_chunks",
     "has_linear_attention",
     "has_mamba1",
     "has_states_only",
@@ -25,20 +24,20 @@ ATTENDS = (FULL, "attention", "hybrid")
 
 
 def num_full_layers(vllm_config: Any) -> int:
-    """Layers with full attention: 0 for a model of windows or of recurrent states alone."""
+    """Layers with full attention: 0 for a model of windows, of chunks or of recurrent states alone."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if model.is_attention_free:
         return 0
     text = model.hf_text_config
     kinds = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None) or ()
-    if _has_windows(model) or (model.is_hybrid and kinds):
+    if _is_local(model) or (model.is_hybrid and kinds):
         return sum(kind in ATTENDS for kind in kinds)
     return int(model.get_num_layers(parallel))
 
 
 def has_windows_only(vllm_config: Any) -> bool:
-    """Whether there are windows, and no layer has full attention."""
-    return _has_windows(vllm_config.model_config) and num_full_layers(vllm_config) == 0
+    """Whether there are windows or chunks, and no layer has full attention."""
+    return _is_local(vllm_config.model_config) and num_full_layers(vllm_config) == 0
 
 
 def has_states_only(vllm_config: Any) -> bool:
@@ -59,7 +58,7 @@ def has_linear_attention(vllm_config: Any) -> bool:
 
 
 def is_divided(vllm_config: Any) -> bool:
-    """Whether some layers have full attention, and some, or those too, have windows or states."""
+    """Whether some layers have full attention, and some, or those too, windows, chunks or states."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     num_full = num_full_layers(vllm_config)
     return num_full > 0 and (model.is_hybrid or num_full < int(model.get_num_layers(parallel)))
@@ -71,22 +70,18 @@ def is_divided_under_one_manager(vllm_config: Any) -> bool:
     return bool(one) and is_divided(vllm_config)
 
 
-def has_chunks(vllm_config: Any) -> bool:
-    """Whether layers attend within chunks."""
-    text = vllm_config.model_config.hf_text_config
-    return bool(getattr(text, "attention_chunk_size", None))
-
-
 def has_alibi(vllm_config: Any) -> bool:
     """Whether positions are biases of attention."""
     text = vllm_config.model_config.hf_text_config
     return getattr(text, "model_type", None) == "bloom" or bool(getattr(text, "alibi", None))
 
 
-def _has_windows(model: Any) -> bool:
+def _is_local(model: Any) -> bool:
+    """Whether there are layers that see a window, or a chunk."""
     text = model.hf_text_config
-    return (
+    has_windows = (
         getattr(text, "sliding_window", None) is not None
         and not model.disable_sliding_window
         and bool(getattr(text, "use_sliding_window", True))
     )
+    return has_windows or bool(getattr(text, "attention_chunk_size", None))

@@ -73,10 +73,14 @@ MODELS = (
         "those layers keep vLLM's cache, and the KV memory is divided at the start", "", _DIVIDED,
     ),
     Row(
-        "models", "sliding windows in some layers, on a GPU", REFUSED, "not run there yet", WITHOUT,
+        "models", "chunked local attention in some layers (Llama 4), on a CPU", WORKS,
+        "likewise", "", (f"{TESTS}test_divided.py::test_chunks_equal_stock",),
+    ),
+    Row(
+        "models", "windows or chunks in some layers, on a GPU", REFUSED, "not run there yet", WITHOUT,
         REFUSALS,
         lambda config: config.device_config.device_type != "cpu" and layers.is_divided(config),
-        "sliding windows beside full attention on a GPU", layer_argument="sliding_window",
+        "sliding windows or chunks beside full attention on a GPU", layer_argument="sliding_window",
     ),
     Row(
         "models", "sliding windows in all layers (Mistral 7B v0.1)", REFUSED,
@@ -85,13 +89,6 @@ MODELS = (
         "without DiffKV",
         (f"{TESTS}test_models.py::test_sliding_window_is_refused_unless_disabled", *REFUSALS),
         layers.has_windows_only, "models with a sliding window in every layer",
-    ),
-    Row(
-        "models", "chunked local attention (Llama 4)", REFUSED,
-        "vLLM makes such layers of its backend for full attention, so ours would get them", WITHOUT,
-        _STARTS,
-        layers.has_chunks,
-        "chunked local attention (attention_chunk_size)",
     ),
     Row(
         "models", "attention in both directions over images (PaliGemma)", REFUSED,
