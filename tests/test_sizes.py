@@ -4,7 +4,17 @@ import argparse
 
 import pytest
 
-from diffkv.cli import bench, calibrate, eval, generate, inspect, layout, plan, report
+from diffkv.cli import (
+    bench,
+    calibrate,
+    calibrate_questions,
+    eval,
+    generate,
+    inspect,
+    layout,
+    plan,
+    report,
+)
 from diffkv.cli.arguments import Joined, Listed
 from diffkv.quant import ConfigError
 from diffkv.sizes import parse_bytes, parse_tokens
@@ -112,6 +122,7 @@ def test_names_between_commas_add_up():
     parser = parser_of(calibrate)
     needed = ["--data", "synth", "--max-loss", "1%"]
     assert parser.parse_args(needed).search is None
+    assert calibrate_questions.SEARCH == "alpha_high,alpha_low"
     given = parser.parse_args([*needed, "--search", "alpha_high", "--search", "distinct"])
     assert given.search == "alpha_high,distinct"
 

@@ -20,10 +20,16 @@ __all__ = [
     "Switch",
     "above_zero",
     "at_least",
+    "flag_of",
     "num_bytes",
     "num_tokens",
     "positive",
 ]
+
+
+def flag_of(name: str) -> str:
+    """An option as it is typed, by its name in what was parsed."""
+    return "--" + name.replace("_", "-")
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffkv.cli import bench_agent, prompts
+from diffkv.cli.arguments import flag_of
 from diffkv.cli.bench_engines import (
     BENCH_SMALL,
     engine_flags,
@@ -226,7 +227,7 @@ def _serving(args: argparse.Namespace) -> None:
             "--max-model-len", str(longest + 16), "--max-num-seqs", str(max(8, args.num_prompts)),
         ]  # fmt: skip
         for name, value in engine.items():
-            flags += [f"--{name.replace('_', '-')}", value]
+            flags += [flag_of(name), value]
         facts = {"model": args.model or args.random_weights or BENCH_SMALL}
         serving.run(model, traffic, compared, [*flags, *args.flags], writer, facts, args.url)
     if args.plot:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffkv import policies
 from diffkv.cli import calibrate_kl, calibrate_questions, prompts, texts
-from diffkv.cli.arguments import Joined, Listed, above_zero, num_tokens, positive
+from diffkv.cli.arguments import Joined, Listed, above_zero, flag_of, num_tokens, positive
 from diffkv.cli.engine_options import DEFAULT_QUANT, model_folder
 from diffkv.cli.models import config_file
 from diffkv.policy import WINDOW
@@ -189,7 +189,7 @@ def _way(args: argparse.Namespace) -> str:
     for name in ONLY[other]:
         value = getattr(args, name)
         if value is not None and value is not False:
-            raise ConfigError(f"{_flag(name)} is for {_flag(other)}, not for {_flag(way)}")
+            raise ConfigError(f"{flag_of(name)} is for {flag_of(other)}, not for {flag_of(way)}")
     if way == BY_TEXTS and args.flags:
         raise ConfigError(f"unknown option {args.flags[0]}: only --max-loss passes some on to vLLM")
     if way == BY_QUESTIONS and args.data is None:
@@ -199,10 +199,6 @@ def _way(args: argparse.Namespace) -> str:
             f"--max-loss takes one --quant, got {' and '.join(args.quant)}: --max-kl takes several"
         )
     return way
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _steps(text: str, quants: list[QuantConfig]) -> tuple[str, ...]:

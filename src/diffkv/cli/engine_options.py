@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkv import presets
-from diffkv.cli.arguments import Switch, num_bytes
+from diffkv.cli.arguments import Switch, flag_of, num_bytes
 from diffkv.cli.models import config_file, load_config
 from diffkv.fetch import MODELS, fetch
 from diffkv.policies import PAPER
@@ -147,7 +147,7 @@ def _calibrated(args: argparse.Namespace, given: dict[str, Any]) -> Options:
 
     names = [name for name in (*CALIBRATED, "preset") if getattr(args, name) is not None]
     if names:
-        flags = " and ".join("--" + name.replace("_", "-") for name in names)
+        flags = " and ".join(flag_of(name) for name in names)
         raise ConfigError(
             f"--calibration sets formats, thresholds, window and policy: leave out {flags}"
         )

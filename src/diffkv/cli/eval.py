@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffkv.cli import eval_hf, eval_kld, eval_lm, eval_methods, prompts
-from diffkv.cli.arguments import Joined, Listed, at_least, num_tokens, positive
+from diffkv.cli.arguments import Joined, Listed, at_least, flag_of, num_tokens, positive
 from diffkv.cli.engine_options import (
     REFERENCE,
     SHIPPED,
@@ -144,10 +144,10 @@ def _check(args: argparse.Namespace) -> None:
             )
         for name in ("limit", "thinking", "run_code"):
             if getattr(args, name):
-                raise ConfigError(f"--{name.replace('_', '-')} is for --suite {eval_lm.SUITE}")
+                raise ConfigError(f"{flag_of(name)} is for --suite {eval_lm.SUITE}")
     for name in ("texts", "against", "contexts", "num_texts", "steps"):
         if args.suite != "kld" and getattr(args, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} is for --suite kld")
+            raise ConfigError(f"{flag_of(name)} is for --suite kld")
     if args.suite == "kld" and args.seed != [0]:
         raise ConfigError("--suite kld draws nothing: leave out --seed")
     for name in ("device", "threads"):

@@ -277,15 +277,13 @@ def _overhead(
     """Shares of a budget that just holds what a pool holds, by an engine for so many requests."""
     held = int(state.num_pages_held.sum())
     heads = state.num_layers, state.num_kv_heads
-    pages, num_slots = held * state.layout.page_bytes, 0
+    pages = held * state.layout.page_bytes
     shape = PoolShape(state.layout, *heads, 0, max_model_len, held, segment=segment)
-    while shape.num_slots != (
-        num_slots := shape.slots_within(
-            shape.table_bytes + pages, state.layout, shape.num_heads, num_requests, segment
-        )
-    ):
-        shape = replace(shape, num_slots=num_slots)
-    budget = shape.table_bytes + pages
+    before = None
+    while shape != before:  # more slots take more bytes, which may have room for more slots
+        before, budget = shape, shape.table_bytes + pages
+        most = shape.slots_within(budget, state.layout, shape.num_heads, num_requests, segment)
+        shape = replace(shape, num_slots=most)
     tokens = sum(
         count * tier.token_bytes
         for layer in range(state.num_layers)

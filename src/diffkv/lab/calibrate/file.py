@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -140,13 +141,10 @@ class CurvePoint(_Table):
     @classmethod
     def of(cls, point: Point, **more: Any) -> "Self":
         """A point of the search, in the file's terms, with values of a subclass."""
-        thresholds = point.setting.thresholds
         spent: dict[str, Any] = point.use.per_token()
         del spent["nominal_ratio_bf16"]
         return cls(
-            alpha_high=thresholds.alpha_high,
-            alpha_low=thresholds.alpha_low,
-            distinct=point.setting.distinct,
+            **_values(point.setting),
             samples=point.n,
             loss=point.loss,
             loss_ci95=point.ci95,
@@ -158,15 +156,13 @@ class CurvePoint(_Table):
     @classmethod
     def tried(cls, tried: Tried, **more: Any) -> "Self":
         """A setting of the search by texts, likewise."""
-        thresholds, score = tried.setting.thresholds, tried.score
+        score = tried.score
         names = (
             *("bytes_per_token", "ratio_bf16", "high", "low", "dropped"),
             *("kld_p99", "same_top1"),
         )
         return cls(
-            alpha_high=thresholds.alpha_high,
-            alpha_low=thresholds.alpha_low,
-            distinct=tried.setting.distinct,
+            **_values(tried.setting),
             samples=score.n,
             loss=score.kld_mean,
             accepted=tried.accepted,
@@ -174,6 +170,11 @@ class CurvePoint(_Table):
             **{name: getattr(score, name) for name in names},
             **more,
         )
+
+
+def _values(setting: Setting) -> dict[str, Any]:
+    """A setting, in the file's terms."""
+    return {**asdict(setting.thresholds), "distinct": setting.distinct}
 
 
 class Choice(CurvePoint):
