@@ -67,7 +67,13 @@ class Ops(Protocol):
         ...
 
     def append(
-        self, state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: Tensor
+        self,
+        state: PoolState,
+        layer: int,
+        plan: DecodePlan,
+        key: Tensor,
+        value: Tensor,
+        signs: Tensor | None = None,
     ) -> None:
         """See `reference.append`."""
         ...
@@ -80,6 +86,8 @@ class Ops(Protocol):
         query: Tensor,
         scale: float,
         output: Tensor,
+        signs: Tensor | None = None,
+        follows_append: bool = False,
     ) -> None:
         """See `reference.attend`."""
         ...

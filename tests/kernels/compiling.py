@@ -20,8 +20,9 @@ from diffkv.quant import QuantConfig
 LAYERS, HEADS = 32, 8
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-rotate, significance = (
-    importlib.import_module(f"diffkv.kernels.triton.{name}") for name in ("rotate", "significance")
+prepare, rotate, significance = (
+    importlib.import_module(f"diffkv.kernels.triton.{name}")
+    for name in ("prepare", "rotate", "significance")
 )  # the package has functions of these names
 
 BYTES, INTS, FLOATS = "*u8", "*i32", "*fp32"
@@ -94,6 +95,9 @@ def code_of(
 ) -> Code:
     """Compile one of `cases`."""
     fn, constants, options = cases(quant, head_dim, group, drops, dtype, chained)[name]
+    if "PDL" in constants:
+        constants |= {"PDL": arch >= 90}
+        options = {**options, "launch_pdl": arch >= 90}
     if dtype == "fp32" and "RAW_DOT" in constants:
         constants |= {"RAW_DOT": tl.float32, "CODE_DOT": tl.float32}
     binary = compiled(fn, constants, dtype, arch, **options)
@@ -137,11 +141,18 @@ def cases(
     centred = {"CENTRED": layout.centred}
     products = {"RAW_DOT": tl.bfloat16, "CODE_DOT": tl.float16, "FAST": True, **centred}
     chunks = {**tables, "TABLE": table, "TOKENS": worklist.CHUNK_TOKENS}
-    attention = {**grouped, **products, **chunks, "CHAINED": chained}
+    attention = {**grouped, **products, **chunks, "CHAINED": chained, "PDL": True}
     chain_width = 264 * chained
     closed = worklist.most_closed_chunks(layout, chain_width)
+    rotated = {"BLOCK": head_dim & -head_dim, "ROTATED": True, "PDL": True}
     listed = {
         **chunks,
+        **rotated,
+        "G": group,
+        "D": head_dim,
+        "DP": padded,
+        "VECTORS": prepare.VECTORS,
+        "FOLLOWS": True,
         "TIERS": tiers,
         "TILE": 64,
         "MAX": worklist.MAX_CHUNKS,
@@ -184,8 +195,8 @@ def cases(
     }
     ring = {**tables, "TABLE": table, "B": 128}
     exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}
-    finish = {**grouped, "D": head_dim, "D_PADDED": padded}
-    recomputed = {**grouped, **products, **tables}
+    finish = {**grouped, **rotated, "D": head_dim, "D_PADDED": padded}
+    recomputed = {**grouped, **products, **tables, "PDL": True}
     tuning = workspace.Tuning()
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
     counted = {**tables, "TABLE": table, "TIERS": tiers, "B": 2048}
@@ -194,8 +205,8 @@ def cases(
     applied = {"HEADS": LAYERS * HEADS, "TABLE": table, "TIERS": tiers, "B": 256, "COUNT": 4096}
     decided = {**paged, "WINDOW": 64, "B": 512}
     released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS, "TABLE": table}
-    appended = {**tables, "D": head_dim, "PAGE": layout.page_bytes, "TIERS": tiers}
-    appended |= centred
+    appended = {**tables, "D": head_dim, "DP": padded, "PAGE": layout.page_bytes, "TIERS": tiers}
+    appended |= {**centred, **rotated}
     return {
         "attend": (kernel("attend", "_attend_kernel"), attention, launch),
         "finish": (kernel("finish", "finish_kernel"), finish, {"num_stages": 2, "num_warps": 2}),
@@ -204,7 +215,7 @@ def cases(
             recomputed,
             {"num_stages": 2, "num_warps": 1},
         ),
-        "list": (kernel("worklist", "list_kernel"), listed, {}),
+        "prepare": (kernel("prepare", "_prepare_kernel"), listed, {}),
         "decide": (kernel("plan", "_decide_kernel"), decided, {}),
         "apply": (kernel("plan", "_apply_kernel"), applied, {}),
         "finish plan": (kernel("plan", "_finish_kernel"), {}, one_warp),
@@ -218,7 +229,7 @@ def cases(
         "gather": (kernel("gather", "_gather_kernel"), gathered, exact),
         "quantize": (kernel("quantize", "_quantize_kernel"), {"S": side, "T": vectors}, exact),
         "dequantize": (kernel("quantize", "_dequantize_kernel"), {"S": side, "T": vectors}, exact),
-        "rotate": (kernel("rotate", "_rotate_kernel"), turned, {}),
+        "rotate": (kernel("rotate", "_rotate_kernel"), turned, {"num_stages": 1}),
         "lse": (kernel("significance", "_lse_kernel"), scored, {"num_warps": 8}),
         "merge": (kernel("significance", "_merge_kernel"), merged, {}),
         "sum": (kernel("significance", "_sum_kernel"), scored, {"num_warps": 8}),

@@ -11,10 +11,10 @@ import compiling
 
 NAMES = tuple(compiling.cases("k8v4-k4v2", 128, 4))
 
-WITH_SUMS = ("attend", "finish", "recompute", "list", "decide", "append", "write", "gather")
+WITH_SUMS = ("attend", "finish", "recompute", "prepare", "decide", "append", "write", "gather")
 """Kernels that differ where sums of low tokens are kept."""
 
-CHAINED = ("attend", "list")
+CHAINED = ("attend", "prepare")
 """Kernels that differ where requests can have closed rows."""
 
 CASES = [

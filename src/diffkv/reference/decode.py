@@ -16,6 +16,7 @@ from diffkv.reference.pages import (
     write_token,
 )
 from diffkv.reference.ring import take
+from diffkv.reference.rotate import rotate, rotated
 from diffkv.state import DecodePlan, PoolState
 
 __all__ = ["append", "attend", "plan_decode"]
@@ -127,7 +128,14 @@ def _grow(state: PoolState, row: tuple[int, int, int], tier: int, page: int) -> 
     return torch.tensor([page_id(state, row, tier, number), index], dtype=torch.int32)
 
 
-def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: Tensor) -> None:
+def append(
+    state: PoolState,
+    layer: int,
+    plan: DecodePlan,
+    key: Tensor,
+    value: Tensor,
+    signs: Tensor | None = None,
+) -> None:
     """Write each request's new token where the plan says, demoting first what it replaces.
 
     A demoted token is read from its high place, requantised from there and written to its low place
@@ -139,7 +147,10 @@ def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: T
         plan: the plan of this step.
         key: [R, num_kv_heads, head_dim], the model's dtype.
         value: likewise.
+        signs: rotate them first (`rotate`); None: they are stored as they are.
     """
+    if signs is not None:
+        key, value = rotated(key, signs), rotated(value, signs)
     places = plan.places[:, layer].tolist()
     for r, slot in enumerate(plan.slots.tolist()):
         for head in range(state.num_kv_heads):
@@ -154,7 +165,14 @@ def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: T
 
 
 def attend(
-    state: PoolState, layer: int, slots: Tensor, query: Tensor, scale: float, output: Tensor
+    state: PoolState,
+    layer: int,
+    slots: Tensor,
+    query: Tensor,
+    scale: float,
+    output: Tensor,
+    signs: Tensor | None = None,
+    follows_append: bool = False,
 ) -> None:
     """Attention of one query token per request over all its kept tokens, both tiers of all its rows.
 
@@ -168,7 +186,12 @@ def attend(
         query: [R, num_q_heads, head_dim], the model's dtype.
         scale: softmax scale.
         output: [R, num_q_heads, head_dim], the model's dtype, written.
+        signs: what is stored is rotated by them (`rotate`): queries are, too, and the output back.
+        follows_append: `append` of this layer is what was launched last, with none of its tensors
+            changed since: what does not depend on it may be done meanwhile.
     """
+    if signs is not None:
+        query = rotated(query, signs)
     group = query.shape[1] // state.num_kv_heads
     output.zero_()
     for r, slot in enumerate(slots.tolist()):
@@ -182,6 +205,8 @@ def attend(
             probs = ((query[r, heads].float() @ k.T) * scale).softmax(-1)  # [group, kept tokens]
             output[r, heads] = (probs @ v).to(output.dtype)
             _add_sums(state, (slot, layer, head), probs.amax(0))
+    if signs is not None:
+        rotate(output, signs, True, output)
 
 
 def _read_row(state: PoolState, row: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

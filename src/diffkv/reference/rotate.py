@@ -1,10 +1,11 @@
 """Rotate vectors, and turn them back."""
 
+import torch
 from torch import Tensor
 
 from diffkv.rotation import hadamard_blocks
 
-__all__ = ["rotate"]
+__all__ = ["rotate", "rotated"]
 
 
 def rotate(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:
@@ -20,3 +21,10 @@ def rotate(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:
     blocks = hadamard_blocks(x.shape[-1]).to(x.device)
     vectors = x.float()
     out.copy_((vectors @ blocks) * signs if inverse else (vectors * signs) @ blocks)
+
+
+def rotated(x: Tensor, signs: Tensor) -> Tensor:
+    """What `rotate` makes of vectors, in a tensor of its own."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rotate(x, signs, False, out)
+    return out

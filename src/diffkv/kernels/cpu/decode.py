@@ -11,6 +11,7 @@ from diffkv.kernels.check import (
     check_tensor,
 )
 from diffkv.kernels.cpu.library import CPU, attend_function, check_status, handle
+from diffkv.kernels.cpu.rotate import rotate, rotated
 from diffkv.state import DecodePlan, PoolState
 
 __all__ = ["append", "attend", "plan_decode"]
@@ -33,9 +34,18 @@ def plan_decode(state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan
     return DecodePlan(slots, seq_lens - 1, places)
 
 
-def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: Tensor) -> None:
+def append(
+    state: PoolState,
+    layer: int,
+    plan: DecodePlan,
+    key: Tensor,
+    value: Tensor,
+    signs: Tensor | None = None,
+) -> None:
     """Same contract as `reference.append`. Rows of key and value may be apart."""
     pool = handle(state)
+    if signs is not None:
+        key, value = rotated(key, signs), rotated(value, signs)
     check_index("layer", layer, state.num_layers)
     key_stride, value_stride = check_new_tokens(state, plan, key, value, CPU)
     element = state.dtype.itemsize
@@ -47,10 +57,19 @@ def append(state: PoolState, layer: int, plan: DecodePlan, key: Tensor, value: T
 
 
 def attend(
-    state: PoolState, layer: int, slots: Tensor, query: Tensor, scale: float, output: Tensor
+    state: PoolState,
+    layer: int,
+    slots: Tensor,
+    query: Tensor,
+    scale: float,
+    output: Tensor,
+    signs: Tensor | None = None,
+    follows_append: bool = False,
 ) -> None:
     """Same contract as `reference.attend`. Rows of query and output may be apart."""
     pool = handle(state)
+    if signs is not None:
+        query = rotated(query, signs)
     num_requests, num_q_heads = query.shape[:2]
     check_index("layer", layer, state.num_layers)
     group = check_group(num_q_heads, state.num_kv_heads)
@@ -63,3 +82,5 @@ def attend(
         query.data_ptr(), query_stride * element, output.data_ptr(), output_stride * element,
         scale, torch.get_num_threads(),
     )  # fmt: skip
+    if signs is not None:
+        rotate(output, signs, True, output)

@@ -7,7 +7,7 @@ from diffkv.kernels.check import check_dtype, check_packed, check_tensor
 from diffkv.kernels.cpu.library import CPU, DTYPES, vectors_library
 from diffkv.rotation import block_size
 
-__all__ = ["rotate"]
+__all__ = ["rotate", "rotated"]
 
 MAX_DIM = 1024
 
@@ -28,3 +28,10 @@ def rotate(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:
         DTYPES[x.dtype], signs.data_ptr(), inverse, out.data_ptr(), out_row_bytes,
         torch.get_num_threads(),
     )  # fmt: skip
+
+
+def rotated(x: Tensor, signs: Tensor) -> Tensor:
+    """What `rotate` makes of vectors, in a tensor of its own."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    rotate(x, signs, False, out)
+    return out

@@ -1,22 +1,27 @@
-"""Decode attention over both tiers: list the work, attend to every chunk, merge and add significance."""
+"""Decode attention over both tiers: list the work, attend to every chunk, merge and add significance.
+
+Queries are rotated while the work is listed, and outputs back where they are merged.
+"""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.check import check_group, check_index, check_tensor
+from diffkv.kernels.check import check_group, check_index, check_packed, check_tensor
 from diffkv.kernels.triton.chunk import attend_item
 from diffkv.kernels.triton.constants import DTYPES, MIN_COLUMNS, tile_tokens
 from diffkv.kernels.triton.finish import finish_kernel, recompute_kernel
+from diffkv.kernels.triton.order import launch_dependents, wait
+from diffkv.kernels.triton.prepare import prepare
+from diffkv.kernels.triton.rotate import rotation_of
 from diffkv.kernels.triton.worklist import (
     ITEM_FIELDS,
     ROW_FIELDS,
     item_of,
-    list_kernel,
     most_chunk_pages,
     most_chunks,
     most_closed_chunks,
@@ -28,9 +33,6 @@ from diffkv.state import PoolState
 __all__ = ["attend"]
 
 LOG2_E = math.log2(math.e)
-
-LIST_ROWS = 8
-LIST_COUNT = 1024
 
 FINISH_PROGRAMS = 16
 """Programs of the last launch for each multiprocessor, beside those that merge."""
@@ -57,6 +59,7 @@ def _attend_kernel(
     lse_ptr,  # [items, G] f32, out, to base 2
     probs_ptr,  # [score_tiles, TILE, G] out
     most_ptr,  # [score_tiles, G] f32, out
+    q_stride,
     scale,
     score_tiles,
     layer,
@@ -75,11 +78,14 @@ def _attend_kernel(
     RAW_DOT: tl.constexpr,
     CODE_DOT: tl.constexpr,
     FAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Programs take items from the work list until none is left; who takes one changes no result.
 
     Closed rows come first: their chunks are larger.
     """
+    wait(PDL)
+    launch_dependents(PDL)
     num_closed = 0
     if CHAINED:
         num_closed = tl.load(num_items_ptr + 2)
@@ -95,16 +101,16 @@ def _attend_kernel(
             attend_item(
                 item, row, where, count, score_tile, slots_ptr, chains_ptr, directory_ptr,
                 num_tokens_ptr, centres_ptr, items_ptr,
-                q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
-                score_tiles, layer, 0, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
+                q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, q_stride,
+                scale, score_tiles, layer, 0, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
                 CHAINED, RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
         elif len(TIERS) > 1:
             attend_item(
                 item, row, where, count, score_tile, slots_ptr, chains_ptr, directory_ptr,
                 num_tokens_ptr, centres_ptr, items_ptr,
-                q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
-                score_tiles, layer, 1, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
+                q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, q_stride,
+                scale, score_tiles, layer, 1, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
                 CHAINED, RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
         number = following
@@ -148,7 +154,8 @@ def _check(
     scale: float,
     output: Tensor,
     device: torch.device,
-) -> None:
+) -> int:
+    """Refuse what is no call of `attend`; elements between the rows of the queries."""
     num_requests, num_q_heads, _ = query.shape
     check_index("layer", layer, state.num_layers)
     if scale <= 0:
@@ -156,42 +163,61 @@ def _check(
     check_group(num_q_heads, state.num_kv_heads)
     check_tensor("slots", slots, device, torch.int32, num_requests)
     shape = (num_requests, num_q_heads, state.layout.head_dim)
-    check_tensor("query", query, device, state.dtype, *shape)
     check_tensor("output", output, device, state.dtype, *shape)
+    return check_packed("query", query, device, state.dtype, *shape)
 
 
-def _item_buffers(
-    state: PoolState, work: Workspace, rows: int, most_rows: int, group: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """Items of work, those of each row and their number; partial outputs and log-sum-exps of items.
+class _Scratch(NamedTuple):
+    """Scratch memory of one call.
 
-    The last is the number of items that there is room for before those of closed rows. Of these there
-    are as many in all as every request can have: they may be shared, so pages are no bound.
+    Attributes:
+        items: of work.
+        row_items: those of each row.
+        num_items: how many.
+        partial: outputs of items.
+        lse: log-sum-exps of items.
+        room: items that there is room for before those of closed rows. Of these there are as many in all
+            as every request can have: they may be shared, so pages are no bound.
+        probs: probabilities of the tiles that are kept.
+        most: their maxima.
+        keeps_all: whether those are all tiles.
     """
-    f32, i32 = torch.float32, torch.int32
-    pages = _most_pages(state, most_rows)
-    room = most_items(state.layout, most_rows, pages, _table(state), work.tuning.chunk_tokens)
-    num = room + most_rows * most_closed_chunks(state.layout, state.chain_width)
-    return (
-        work.buffer("items", i32, num, ITEM_FIELDS),
-        work.buffer("row_items", i32, rows, ROW_FIELDS, least=most_rows * ROW_FIELDS),
-        work.buffer("num_items", i32, 3),
-        work.buffer("partial", f32, num, group, state.layout.head_dim),
-        work.buffer("lse", f32, num, group),
-        room,
-    )
 
+    items: Tensor
+    row_items: Tensor
+    num_items: Tensor
+    partial: Tensor
+    lse: Tensor
+    room: int
+    probs: Tensor
+    most: Tensor
+    keeps_all: bool
 
-def _score_buffers(
-    state: PoolState, work: Workspace, rows: int, group: int, tile: int
-) -> tuple[Tensor, Tensor, bool]:
-    """Probabilities and maxima of the tiles that are kept, and whether those are all."""
-    f32 = torch.float32
-    dtype = f32 if state.dtype is f32 else torch.float16
-    tile_bytes = group * (tile * dtype.itemsize + f32.itemsize)
-    num, keeps_all = _score_tiles(state, work, rows, tile, tile_bytes)
-    probs = work.buffer("probs", dtype, num, tile, group)
-    return probs, work.buffer("most", f32, num, group), keeps_all
+    @classmethod
+    def of(
+        cls, state: PoolState, work: Workspace, num_requests: int, group: int, tile: int
+    ) -> "_Scratch":
+        """The memory for some requests, made for more."""
+        f32, i32 = torch.float32, torch.int32
+        rows = num_requests * state.num_kv_heads
+        most_rows = work.num_requests(num_requests) * state.num_kv_heads
+        pages = _most_pages(state, most_rows)
+        room = most_items(state.layout, most_rows, pages, _table(state), work.tuning.chunk_tokens)
+        num = room + most_rows * most_closed_chunks(state.layout, state.chain_width)
+        dtype = f32 if state.dtype is f32 else torch.float16
+        tile_bytes = group * (tile * dtype.itemsize + f32.itemsize)
+        tiles, keeps_all = _score_tiles(state, work, most_rows, tile, tile_bytes)
+        return cls(
+            work.buffer("items", i32, num, ITEM_FIELDS),
+            work.buffer("row_items", i32, rows, ROW_FIELDS, least=most_rows * ROW_FIELDS),
+            work.buffer("num_items", i32, 3),
+            work.buffer("partial", f32, num, group, state.layout.head_dim),
+            work.buffer("lse", f32, num, group),
+            room,
+            work.buffer("probs", dtype, tiles, tile, group),
+            work.buffer("most", f32, tiles, group),
+            keeps_all,
+        )
 
 
 def _products(state: PoolState, fast: bool) -> dict[str, Any]:
@@ -205,62 +231,65 @@ def _products(state: PoolState, fast: bool) -> dict[str, Any]:
 
 
 def attend(
-    state: PoolState, layer: int, slots: Tensor, query: Tensor, scale: float, output: Tensor
+    state: PoolState,
+    layer: int,
+    slots: Tensor,
+    query: Tensor,
+    scale: float,
+    output: Tensor,
+    signs: Tensor | None = None,
+    follows_append: bool = False,
 ) -> None:
     """Same contract as `reference.attend`. Three launches, or four where probabilities are many.
 
-    Significance is deterministic: probabilities of tiers that are tracked are kept from the first pass,
-    relative to their tile's maximum and in float16 unless the model is in float32, and added up in the
-    last. Where no tier is tracked, that one only merges.
+    Rows of the query may be apart. Significance is deterministic: probabilities of tracked tiers
+    are kept from the first pass, relative to their tile's maximum and in float16 unless the model is in
+    float32, and added up in the last. Where no tier is tracked, that one only merges.
     """
     work = workspace(state)
     _check(state, layer, slots, query, scale, output, work.device)
     num_requests, num_q_heads, head_dim = query.shape
+    rotation = rotation_of(signs, head_dim, work.device)
     if not num_requests:
         return
     tuning, heads = work.tuning, state.num_kv_heads
     group, rows = num_q_heads // heads, num_requests * heads
     tile = tuning.tile or tile_tokens(state.layout)
-    most_rows = work.num_requests(num_requests) * heads
-    items, row_items, num_items, partial, lse, room = _item_buffers(
-        state, work, rows, most_rows, group
-    )
-    probs, most, keeps_all = _score_buffers(state, work, most_rows, group, tile)
-    score_tiles = len(most)
-
+    scratch = _Scratch.of(state, work, num_requests, group, tile)
+    items, row_items, num_items, partial, lse, room, probs, most, keeps_all = scratch
+    score_tiles, padded = len(most), triton.next_power_of_2(head_dim)
     chunks, closed = most_chunks(_table(state)), most_closed_chunks(state.layout, state.chain_width)
     programs = min(rows * (chunks + closed), work.multiprocessors * tuning.programs)
-    tiles = {"TIERS": work.tiers, "TILE": tile}
+    tiles = {"TIERS": work.tiers, "TILE": tile, **work.overlap}
     tables = {"L": state.num_layers, "H": heads, "TABLE": work.table, "TOKENS": tuning.chunk_tokens}
-    list_kernel[(triton.cdiv(rows, LIST_ROWS),)](
-        slots, state.chain_lens, state.directory, state.num_tokens, items, row_items, num_items, layer,
-        rows, programs, room, MAX=chunks, CHAIN_WIDTH=state.chain_width, CLOSED=closed,
-        ROWS=LIST_ROWS, COUNT=LIST_COUNT, num_warps=4, **tiles, **tables,
+    turned = query
+    if signs is not None:
+        most_queries = work.num_requests(num_requests) * num_q_heads
+        turned = work.buffer("query", state.dtype, *query.shape, least=most_queries * head_dim)
+    prepare(
+        state, layer, slots, (items, row_items, num_items), (room, programs), query, turned, rotation,
+        follows_append, {"MAX": chunks, "CLOSED": closed, **tiles, **tables},
     )  # fmt: skip
-    shared = {
-        "G": group, "GROUP": max(MIN_COLUMNS, triton.next_power_of_2(group)),
-        "PAGE": state.layout.page_bytes, **tiles,
-    }  # fmt: skip
-    products = _products(state, tuning.fast)
+    columns = max(MIN_COLUMNS, triton.next_power_of_2(group))
+    shared = {"G": group, "GROUP": columns, "PAGE": state.layout.page_bytes, **tiles}
+    products, scale = _products(state, tuning.fast), scale * LOG2_E
     _attend_kernel[(programs,)](
-        slots, state.chains, state.directory, state.num_tokens, state.centres,
-        query, state.pages, state.leaves, items, num_items, partial, lse, probs, most,
-        scale * LOG2_E, score_tiles, layer, room, CHAINED=state.chain_width > 0,
-        num_warps=tuning.num_warps, num_stages=tuning.num_stages,
-        maxnreg=tuning.max_registers, **shared, **products, **tables,
+        slots, state.chains, state.directory, state.num_tokens, state.centres, turned, state.pages,
+        state.leaves, items, num_items, partial, lse, probs, most, turned.stride(0), scale, score_tiles,
+        layer, room, CHAINED=state.chain_width > 0, num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages, maxnreg=tuning.max_registers, **shared, **products, **tables,
     )  # fmt: skip
     finishers = min(rows * chunks, work.multiprocessors * FINISH_PROGRAMS)
     if not any(tier.tracked for tier in state.layout.tiers):
         finishers = 0
     finish_kernel[(rows * group + finishers,)](
         output, state.pages, state.leaves, items, num_items, row_items, partial, lse, probs, most,
-        score_tiles, rows * group,
-        D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), num_warps=2, num_stages=2,
-        **shared,
+        rotation.signs, rotation.norm, score_tiles, rows * group,
+        D=head_dim, D_PADDED=padded, num_warps=2, num_stages=2, **shared, **rotation.constants,
     )  # fmt: skip
     if not keeps_all:
         recompute_kernel[(programs,)](
-            slots, state.centres, query, state.pages, state.leaves, items, num_items, row_items, lse,
-            scale * LOG2_E, score_tiles, layer, L=state.num_layers, H=heads, num_warps=1,
-            num_stages=2, **shared, **products,
+            slots, state.centres, turned, state.pages, state.leaves, items, num_items, row_items, lse,
+            turned.stride(0), scale, score_tiles, layer, L=state.num_layers, H=heads,
+            num_warps=1, num_stages=2, **shared, **products,
         )  # fmt: skip

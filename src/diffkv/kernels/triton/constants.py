@@ -13,7 +13,17 @@ from diffkv.layout import PageLayout
 from diffkv.quant import FLOAT16_MAX, cut_of
 from diffkv.tier import META_BYTES, TierLayout
 
-__all__ = ["DTYPES", "Side", "Table", "Tier", "tiers_of", "tile_vectors", "vector_side"]
+__all__ = [
+    "DTYPES",
+    "Side",
+    "Table",
+    "Tier",
+    "multiprocessors",
+    "overlaps",
+    "tiers_of",
+    "tile_vectors",
+    "vector_side",
+]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -33,6 +43,25 @@ MAX_TILE_TOKENS = 64
 
 TILE_ELEMENTS = 2048
 """Elements that one program quantises at a time: 16 to 32 per thread."""
+
+
+INTERPRETED_MULTIPROCESSORS = 2
+"""Stands in for the number of multiprocessors where there is no GPU."""
+
+OVERLAPPING = (9, 0)
+"""Least compute capability of GPUs that begin a launch before the one ahead of it has ended."""
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Number of a device's multiprocessors."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether launches on a device can overlap with the ones ahead of them."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OVERLAPPING
 
 
 @triton.jit

@@ -4,7 +4,15 @@ import triton
 import triton.language as tl
 
 from diffkv.kernels.triton.codes import rounded, sum_pointers
-from diffkv.kernels.triton.tile import centre_shift, load_query, tile_places, tile_scores
+from diffkv.kernels.triton.order import launch_dependents, wait
+from diffkv.kernels.triton.rotate import rotated
+from diffkv.kernels.triton.tile import (
+    centre_shift,
+    group_queries,
+    load_query,
+    tile_places,
+    tile_scores,
+)
 from diffkv.kernels.triton.worklist import has_sums, item_of, item_of_row, num_items_of
 
 __all__ = ["finish_kernel", "recompute_kernel"]
@@ -21,10 +29,11 @@ ADDED = tl.constexpr(256)
 
 @triton.jit
 def _merge(
-    head, output_ptr, partial_ptr, lse_ptr, row_items_ptr,
-    G: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    head, output_ptr, partial_ptr, lse_ptr, row_items_ptr, signs_ptr, norm,
+    G: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    ROTATED: tl.constexpr,
 ):  # fmt: skip
-    """Merge one query head's chunks by their log-sum-exp; 0 if there are none."""
+    """Merge one query head's chunks by their log-sum-exp, and rotate back; 0 if there are none."""
     row = head // G
     count = num_items_of(row_items_ptr, row)
     d = tl.arange(0, D_PADDED)
@@ -49,7 +58,13 @@ def _merge(
         partial = tl.load(partial_at, mask=mask, other=0.0)
         out += tl.sum(partial * weight[:, None], 0)
     out_ptr = output_ptr + head.to(tl.int64) * D + d
-    tl.store(out_ptr, rounded(out, output_ptr.dtype.element_ty), mask=d < D)
+    DTYPE: tl.constexpr = output_ptr.dtype.element_ty
+    if ROTATED:
+        sign = tl.load(signs_ptr + d, mask=d < D, other=0.0)
+        turned = rotated(out[None, :], sign, norm, DTYPE, 1, D_PADDED, BLOCK, True)
+        tl.store(out_ptr, tl.reshape(turned, [D_PADDED]), mask=d < D)
+    else:
+        tl.store(out_ptr, rounded(out, DTYPE), mask=d < D)
 
 
 @triton.jit
@@ -100,7 +115,7 @@ def _add_kept(
 
 @triton.jit
 def _add_recomputed(
-    row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr, entry_ptr, scale, layer,
+    row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr, entry_ptr, q_stride, scale, layer,
     T: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, CENTRED: tl.constexpr, RAW_DOT: tl.constexpr,
     CODE_DOT: tl.constexpr, FAST: tl.constexpr,
@@ -109,7 +124,7 @@ def _add_recomputed(
     K: tl.constexpr = T.k
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
-    head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
+    head_ptr = group_queries(q_ptr, row, q_stride, H, G, K)
     operands, totals, factor = load_query(head_ptr, G, GROUP, K, DOT)
     if CENTRED:
         table_row = (tl.load(slots_ptr + row // H) * L + layer) * H + row % H
@@ -133,6 +148,8 @@ def finish_kernel(
     lse_ptr,  # [items, G] f32, to base 2
     probs_ptr,  # [score_tiles, TILE, G]
     most_ptr,  # [score_tiles, G] f32
+    signs_ptr,  # [D] f32
+    norm,
     score_tiles,
     num_heads,  # R * H * G
     G: tl.constexpr,
@@ -142,13 +159,21 @@ def finish_kernel(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     TIERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROTATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The first programs merge a query head each, the others go through open rows' items again."""
+    wait(PDL)
+    launch_dependents(PDL)
     HIGH: tl.constexpr = TIERS[0]
     LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     pid = tl.program_id(0)
     if pid < num_heads:
-        _merge(pid, output_ptr, partial_ptr, lse_ptr, row_items_ptr, G, D, D_PADDED)
+        _merge(
+            pid, output_ptr, partial_ptr, lse_ptr, row_items_ptr, signs_ptr, norm, G, D, D_PADDED,
+            BLOCK, ROTATED,
+        )  # fmt: skip
     elif HIGH.tracked:
         num_items = tl.load(num_items_ptr)
         for item in range(pid - num_heads, num_items, tl.num_programs(0) - num_heads):
@@ -179,6 +204,7 @@ def recompute_kernel(
     num_items_ptr,  # [3]
     row_items_ptr,  # [R * H, ROW_FIELDS]
     lse_ptr,  # [items, G] f32, to base 2
+    q_stride,
     scale,
     score_tiles,
     layer,
@@ -193,10 +219,12 @@ def recompute_kernel(
     RAW_DOT: tl.constexpr,
     CODE_DOT: tl.constexpr,
     FAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Significance of the items whose probabilities were not kept; usually there are none."""
     HIGH: tl.constexpr = TIERS[0]
     LOW: tl.constexpr = TIERS[len(TIERS) - 1]
+    wait(PDL)
     num_items = tl.load(num_items_ptr)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         row, tier, entry, num_tokens, score_tile = item_of(items_ptr, item)
@@ -206,12 +234,12 @@ def recompute_kernel(
             if tier == 0:
                 _add_recomputed(
                     row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr,
-                    leaves_ptr + entry, scale, layer,
+                    leaves_ptr + entry, q_stride, scale, layer,
                     HIGH, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip
             elif len(TIERS) > 1 and LOW.tracked:
                 _add_recomputed(
                     row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr,
-                    leaves_ptr + entry, scale, layer,
+                    leaves_ptr + entry, q_stride, scale, layer,
                     LOW, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip

@@ -1,17 +1,29 @@
-"""Rotate vectors, and turn them back: by a product, which tensor cores do faster than sums."""
+"""Rotate vectors, and turn them back.
 
+Many are multiplied by the matrix, which tensor cores do faster than sums; single ones, in kernels that
+do something else with them, are added up in two short steps.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.check import check_dtype, check_packed, check_tensor
 from diffkv.kernels.triton.codes import rounded
-from diffkv.kernels.triton.constants import DTYPES, MIN_DOT
+from diffkv.kernels.triton.constants import DTYPES, MIN_DOT, multiprocessors
 from diffkv.rotation import block_size
 
-__all__ = ["rotate"]
+__all__ = ["matrix_rows", "rotate", "rotated", "rotation_of"]
 
 TILE_VECTORS = 32
+
+PROGRAMS = 8
+"""For each multiprocessor: each makes the matrix once, and multiplies all of its vectors by it."""
 
 MATRIX_BYTES = 64 << 10
 """Shared memory for rows of the matrix, which every GPU has beside the vectors'."""
@@ -30,6 +42,58 @@ def _signs_of_blocks(
         parity ^= parity >> (1 << shift)
     together = (i // BLOCK == j // BLOCK) & (i < D) & (j < D)
     return tl.where(together, 1 - 2 * (parity & 1), 0).to(DOT)
+
+
+@triton.jit
+def rotated(
+    x, sign, norm, DTYPE: tl.constexpr, T: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+    INVERSE: tl.constexpr,
+):  # fmt: skip
+    """Rotate [T, DP] float32 vectors, or back; rounded once to the model's dtype. `sign` is [DP]."""
+    INNER: tl.constexpr = min(BLOCK, 16)
+    OUTER: tl.constexpr = BLOCK // INNER
+    if not INVERSE:
+        x *= sign[None, :]
+    y = tl.reshape(x, [T * DP // INNER, INNER])
+    inner = _signs_of_blocks(0, INNER, INNER, INNER, INNER, tl.float32)
+    y = tl.sum(y[:, :, None] * inner[None, :, :], 1)
+    if OUTER > 1:
+        y = tl.reshape(y, [T * DP // BLOCK, OUTER, INNER])
+        outer = _signs_of_blocks(0, OUTER, OUTER, OUTER, OUTER, tl.float32)
+        y = tl.sum(y[:, :, None, :] * outer[None, :, :, None], 1)
+    y = tl.reshape(y, [T, DP]) * norm
+    if INVERSE:
+        y *= sign[None, :]
+    return rounded(y, DTYPE)
+
+
+@triton.jit
+def _rotate_tile(
+    tile, x_ptr, signs_ptr, output_ptr, x_stride, output_stride, norm, N,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, INVERSE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, B: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """B vectors, K of their elements at a time. A sum is rounded once, after it is scaled."""
+    vector = (tile * B + tl.arange(0, B)).to(tl.int64)
+    row = vector // H
+    head = vector % H
+    x_at = (row * x_stride + head * D)[:, None]
+    y = tl.zeros([B, DP], tl.float32)
+    for first in tl.static_range(0, DP, K):
+        e = first + tl.arange(0, K)
+        mask = (vector < N)[:, None] & (e < D)[None, :]
+        x = tl.load(x_ptr + x_at + e[None, :], mask=mask, other=0.0).to(tl.float32)
+        if not INVERSE:
+            x *= tl.load(signs_ptr + e, mask=e < D, other=0.0)[None, :]
+        blocks = _signs_of_blocks(first, K, D, DP, BLOCK, DOT)
+        y = tl.dot(x.to(DOT), blocks, y, input_precision=PRECISION)
+    y *= norm
+    d = tl.arange(0, DP)
+    mask = (vector < N)[:, None] & (d < D)[None, :]
+    if INVERSE:
+        y *= tl.load(signs_ptr + d, mask=d < D, other=0.0)[None, :]
+    out_at = (row * output_stride + head * D)[:, None] + d[None, :]
+    tl.store(output_ptr + out_at, rounded(y, output_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -51,32 +115,52 @@ def _rotate_kernel(
     B: tl.constexpr,
     K: tl.constexpr,
 ):
-    """B vectors a program, K of their elements at a time. A sum is rounded once, after it is scaled."""
-    vector = (tl.program_id(0) * B + tl.arange(0, B)).to(tl.int64)
-    row = vector // H
-    head = vector % H
-    x_at = (row * x_stride + head * D)[:, None]
-    rotated = tl.zeros([B, DP], tl.float32)
-    for first in tl.static_range(0, DP, K):
-        e = first + tl.arange(0, K)
-        mask = (vector < N)[:, None] & (e < D)[None, :]
-        x = tl.load(x_ptr + x_at + e[None, :], mask=mask, other=0.0).to(tl.float32)
-        if not INVERSE:
-            x *= tl.load(signs_ptr + e, mask=e < D, other=0.0)[None, :]
-        blocks = _signs_of_blocks(first, K, D, DP, BLOCK, DOT)
-        rotated = tl.dot(x.to(DOT), blocks, rotated, input_precision=PRECISION)
-    rotated *= norm
-    d = tl.arange(0, DP)
-    mask = (vector < N)[:, None] & (d < D)[None, :]
-    if INVERSE:
-        rotated *= tl.load(signs_ptr + d, mask=d < D, other=0.0)[None, :]
-    out_at = (row * output_stride + head * D)[:, None] + d[None, :]
-    tl.store(output_ptr + out_at, rounded(rotated, output_ptr.dtype.element_ty), mask=mask)
+    """B vectors a program, or where the whole matrix is there at once, as many as there are."""
+    if K == DP:
+        for tile in range(tl.program_id(0), tl.cdiv(N, B), tl.num_programs(0)):
+            _rotate_tile(
+                tile, x_ptr, signs_ptr, output_ptr, x_stride, output_stride, norm, N, H, D, DP, BLOCK,
+                INVERSE, DOT, PRECISION, B, K,
+            )  # fmt: skip
+    else:
+        _rotate_tile(
+            tl.program_id(0), x_ptr, signs_ptr, output_ptr, x_stride, output_stride, norm, N, H, D, DP,
+            BLOCK, INVERSE, DOT, PRECISION, B, K,
+        )  # fmt: skip
 
 
 def matrix_rows(padded_dim: int, element_bytes: int) -> int:
     """K: rows of the matrix that are multiplied at a time, a power of two."""
     return min(padded_dim, MATRIX_BYTES // (padded_dim * element_bytes))
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A rotation as kernels see it that turn single vectors.
+
+    Attributes:
+        signs: [head_dim] float32, or anything where nothing is rotated.
+        norm: what sums are multiplied by.
+        constants: ROTATED, whether anything is, and BLOCK, channels that are rotated together.
+    """
+
+    signs: Tensor
+    norm: float
+    constants: dict[str, Any]
+
+
+def rotation_of(signs: Tensor | None, head_dim: int, device: torch.device) -> Rotation:
+    """What `rotated` needs for vectors of head_dim; `signs` as the operations take it."""
+    size = block_size(head_dim)
+    if signs is None:
+        return Rotation(_nothing(device), 1.0, {"ROTATED": False, "BLOCK": size})
+    check_tensor("signs", signs, device, torch.float32, head_dim)
+    return Rotation(signs, size**-0.5, {"ROTATED": True, "BLOCK": size})
+
+
+@functools.cache
+def _nothing(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device=device)
 
 
 def rotate(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:
@@ -92,9 +176,13 @@ def rotate(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:
         return
     size, dtype = block_size(head_dim), DTYPES[x.dtype]
     padded = max(MIN_DOT, triton.next_power_of_2(head_dim))
-    _rotate_kernel[(triton.cdiv(rows * heads, TILE_VECTORS),)](
+    programs = triton.cdiv(rows * heads, TILE_VECTORS)
+    at_once = matrix_rows(padded, x.element_size())
+    if at_once == padded:
+        programs = min(programs, PROGRAMS * multiprocessors(x.device))
+    _rotate_kernel[(programs,)](
         x, signs, out, *strides, size**-0.5, rows * heads,
         H=heads, D=head_dim, DP=padded, BLOCK=size,
         INVERSE=inverse, DOT=dtype if x.is_cuda else tl.float32,
-        PRECISION="ieee", B=TILE_VECTORS, K=matrix_rows(padded, x.element_size()), num_warps=4,
+        PRECISION="ieee", B=TILE_VECTORS, K=at_once, num_warps=4, num_stages=1,
     )  # fmt: skip

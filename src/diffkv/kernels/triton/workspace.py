@@ -7,6 +7,7 @@ by more requests than before, where slots do not say how many there can be.
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -14,14 +15,11 @@ from torch import Tensor
 
 from diffkv.kernels.by_state import by_state
 from diffkv.kernels.check import check_state
-from diffkv.kernels.triton.constants import Table, Tier, tiers_of
+from diffkv.kernels.triton.constants import Table, Tier, multiprocessors, overlaps, tiers_of
 from diffkv.kernels.triton.worklist import CHUNK_TOKENS
 from diffkv.state import PoolState
 
 __all__ = ["Tuning", "Workspace", "workspace"]
-
-INTERPRETED_MULTIPROCESSORS = 2
-"""Stands in for the number of multiprocessors where there is no GPU."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,8 @@ class Workspace:
         has_chains: whether a request may have more than its open row.
         multiprocessors: number of the device's multiprocessors.
         tuning: launch parameters of `attend`.
+        overlap: what launches of a decode step are given, so that each may begin before the one ahead of
+            it has ended, where the device can do that.
         buffers: flat buffers by name.
         outgrown: former buffers.
     """
@@ -73,6 +73,7 @@ class Workspace:
     has_chains: bool
     multiprocessors: int
     tuning: Tuning
+    overlap: dict[str, Any]
     buffers: dict[str, Tensor] = field(default_factory=dict)
     outgrown: list[Tensor] = field(default_factory=list)
 
@@ -114,13 +115,16 @@ def workspace(state: PoolState) -> Workspace:
     """
     device = state.pages.device
     check_state(state, device)
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    else:
-        multiprocessors = INTERPRETED_MULTIPROCESSORS
     tuning = Tuning(fast=device.type == "cuda")
     table = Table(state.directory_width, state.leaf_entries)
     has_chains = state.chain_width > 0
     return Workspace(
-        tiers_of(state.layout), table, device, state.num_slots, has_chains, multiprocessors, tuning
+        tiers_of(state.layout),
+        table,
+        device,
+        state.num_slots,
+        has_chains,
+        multiprocessors(device),
+        tuning,
+        {"PDL": True, "launch_pdl": True} if overlaps(device) else {"PDL": False},
     )
