@@ -18,6 +18,7 @@ __all__ = [
     "Side",
     "Table",
     "Tier",
+    "chunk_shift",
     "multiprocessors",
     "overlaps",
     "tiers_of",
@@ -135,6 +136,7 @@ class Tier(_Constants):
         tracked: whether tokens have sums and positions.
         sums: offset of the significance sums in a page, bytes.
         positions: likewise.
+        shift: a chunk of attention has 2 ** shift times fewer of its pages than of high ones.
     """
 
     k: Side
@@ -143,6 +145,7 @@ class Tier(_Constants):
     tracked: bool
     sums: int
     positions: int
+    shift: int
 
 
 @dataclass(frozen=True)
@@ -187,19 +190,26 @@ def vector_side(bits: int, groups: int, head_dim: int) -> Side:
     return _side(bits, groups, head_dim, 0, 0, head_dim * bits // 8)
 
 
-def _tier(tier: TierLayout, head_dim: int) -> Tier:
+def chunk_shift(high_tokens: int, tokens: int) -> int:
+    """How far a chunk's pages are shifted where a page has so many tokens, and a high one so many."""
+    return max(0, (tokens // high_tokens).bit_length() - 1)
+
+
+def _tier(tier: TierLayout, head_dim: int, high_tokens: int) -> Tier:
     fmt = tier.format
     return Tier(
         _side(fmt.k_bits, fmt.k_groups, head_dim, tier.k_codes, tier.k_meta, tier.k_code_bytes),
         _side(fmt.v_bits, fmt.v_groups, head_dim, tier.v_codes, tier.v_meta, tier.v_code_bytes),
         tier.tokens_per_page, tier.tracked, tier.sums, tier.positions,
+        chunk_shift(high_tokens, tier.tokens_per_page),
     )  # fmt: skip
 
 
 def tiers_of(layout: PageLayout) -> tuple[Tier, ...]:
     """Constants of a layout's tiers, high first."""
     assert META_BYTES == 4, "kernels read scale and zero as one 4-byte word"
-    return tuple(_tier(tier, layout.head_dim) for tier in layout.tiers)
+    high_tokens = layout.high.tokens_per_page
+    return tuple(_tier(tier, layout.head_dim, high_tokens) for tier in layout.tiers)
 
 
 def tile_vectors(head_dim: int) -> int:

@@ -20,6 +20,7 @@ import math
 import triton
 import triton.language as tl
 
+from diffkv.kernels.triton.constants import chunk_shift
 from diffkv.kernels.triton.table import leaf_column, leaf_entry
 from diffkv.layout import PageLayout
 
@@ -44,7 +45,7 @@ MAX_CHUNKS = 64
 """Most chunks of a head where leaves are large enough: one program merges all partial results of one."""
 
 CHUNK_TOKENS = 192
-"""Fewest high tokens of a chunk, where a head has more; a chunk of low pages has as many pages."""
+"""Fewest tokens of a chunk, where a head has more: of low ones up to twice as many, for full pages."""
 
 CHUNK_ROOT = 3
 """A chunk has at least so many times the root of its head's tokens."""
@@ -52,8 +53,8 @@ CHUNK_ROOT = 3
 CHAIN_CHUNKS = 32
 """Most chunks of a chain and tier: as many as one program can merge, and enough to fill a GPU."""
 
-SPLIT_CHAIN = 16
-"""Most closed rows of a chain each of which is split in two; one that is alone is split in four."""
+SPLIT_ALONE, SPLIT_FEW, SPLIT_SOME = 8, 4, 2
+"""Into how many parts a closed row is split that is alone, each of up to 4, each of up to 16."""
 
 ITEM_FIELDS = 6
 """int32 fields of an item: row * 2 + tier, entry of the leaves with its first page, tokens, first tile
@@ -66,7 +67,7 @@ ROW_FIELDS = 4
 _FIELDS = tl.constexpr(ITEM_FIELDS)
 _ROW_FIELDS = tl.constexpr(ROW_FIELDS)
 _CHAIN_CHUNKS = tl.constexpr(CHAIN_CHUNKS)
-_SPLIT_CHAIN = tl.constexpr(SPLIT_CHAIN)
+_ALONE, _FEW, _SOME = (tl.constexpr(n) for n in (SPLIT_ALONE, SPLIT_FEW, SPLIT_SOME))
 _ROOT = tl.constexpr(CHUNK_ROOT)
 _MOST = tl.constexpr(MAX_CHUNKS)
 
@@ -91,7 +92,9 @@ def _wanted_pages(layout: PageLayout, table: tuple[int, int], tokens: int) -> in
     high, low = layout.high.tokens_per_page, layout.tiers[-1].tokens_per_page
     pages = table[0] * table[1]
     root = math.isqrt(max(0, CHUNK_ROOT**2 * pages * low - 1)) + 1
-    wanted = max(-(-max(tokens, root) // high), -(-pages // (MAX_CHUNKS - 2)))
+    wanted = max(
+        -(-max(tokens, root) // high), -(-(pages << chunk_shift(high, low)) // (MAX_CHUNKS - 2))
+    )
     return triton.next_power_of_2(wanted)
 
 
@@ -104,12 +107,14 @@ def most_items(
 ) -> int:
     """Chunks that open rows can have together whose heads hold so many pages, however they share them.
 
-    Where a head's pages have room for n high tokens of h a page, its chunks are at most n / tokens + 2
+    Low pages count as the high ones that a chunk has in their place. Where a head's pages have room for
+    n high tokens of h a page, its chunks are at most n / tokens + 2
     and at most sqrt(n) / r + 2 h / tokens + 2, r being CHUNK_ROOT (it may have 2 h tokens less than n).
     That root is below each of its tangents, sqrt(m) / 2 + n / (2 sqrt(m)). Heads whose chunks are no
     larger than that for want of larger leaves have one for each leaf.
     """
     high = layout.high.tokens_per_page
+    num_pages <<= chunk_shift(high, layout.tiers[-1].tokens_per_page)
     room = num_pages * high
     tangents = (
         (num_rows * root + room // root) // (2 * CHUNK_ROOT) + num_rows * (2 * high // tokens + 1)
@@ -127,7 +132,8 @@ def _row_chunks(
     L: tl.constexpr, H: tl.constexpr, TABLE: tl.constexpr, TIERS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """(slot, high tokens, low tokens, high pages, low pages, pages of a chunk) of some rows."""
+    """(slot, high tokens, low tokens, high pages, low pages, pages of a high and of a low chunk)."""
+    LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     slot = tl.load(slots_ptr + row // H, mask=mask, other=-1)
     is_request = slot >= 0
     at = num_tokens_ptr + ((slot.to(tl.int64) * L + layer) * H + row % H) * 2
@@ -141,10 +147,11 @@ def _row_chunks(
     root = tl.ceil(tl.sqrt_rn((high + low).to(tl.float32)) * _ROOT).to(tl.int32)
     chunk = tl.cdiv(tl.maximum(root, TOKENS), TIERS[0].tokens)
     # Two tiers may each end in a smaller chunk
-    chunk = tl.maximum(chunk, tl.cdiv(high_pages + low_pages, _MOST - 2)) - 1
+    chunk = tl.maximum(chunk, tl.cdiv(high_pages + (low_pages << LOW.shift), _MOST - 2)) - 1
     for shift in tl.static_range(5):
         chunk |= chunk >> (1 << shift)
-    return slot, high, low, high_pages, low_pages, tl.minimum(chunk + 1, TABLE.entries)
+    low_chunk = tl.minimum(tl.maximum((chunk + 1) >> LOW.shift, 1), TABLE.entries)
+    return slot, high, low, high_pages, low_pages, tl.minimum(chunk + 1, TABLE.entries), low_chunk
 
 
 @triton.jit
@@ -160,7 +167,8 @@ def _chunk_tiles(chunk, T: tl.constexpr, TILE: tl.constexpr):
 def _chain_chunks(length, TIERS: tl.constexpr):
     """(chunks, rows of one, parts of a row) of chains of some lengths."""
     rows = tl.maximum(tl.cdiv(length, _CHAIN_CHUNKS), 1)
-    parts = tl.where(length == 1, 4, tl.where(length <= _SPLIT_CHAIN, 2, 1))
+    parts = tl.where(length <= 4, _FEW, tl.where(length <= 16, _SOME, 1))
+    parts = tl.where(length <= 1, _ALONE, parts)
     return tl.cdiv(length, rows) * parts * len(TIERS), rows, parts
 
 
@@ -227,15 +235,15 @@ def list_kernel(
     for block in range(0, start, COUNT):
         row = block + tl.arange(0, COUNT)
         mask = row < start
-        slot, _, _, high_pages, low_pages, chunk = _row_chunks(
+        slot, _, _, high_pages, low_pages, chunk, low_chunk = _row_chunks(
             slots_ptr, num_tokens_ptr, row, mask, layer, L, H, TABLE, TIERS, TOKENS
         )
         high_items = tl.cdiv(high_pages, chunk)
-        low_items = tl.cdiv(low_pages, chunk)
+        low_items = tl.cdiv(low_pages, low_chunk)
         first_item += tl.sum(high_items + low_items)
         first_tile += tl.sum(
             high_items * _chunk_tiles(chunk, HIGH, TILE)
-            + low_items * _chunk_tiles(chunk, LOW, TILE)
+            + low_items * _chunk_tiles(low_chunk, LOW, TILE)
         )
         if CLOSED > 0:
             length = tl.load(chain_lens_ptr + slot, mask=slot >= 0, other=0)
@@ -243,14 +251,14 @@ def list_kernel(
 
     row = start + tl.arange(0, ROWS)
     exists = row < R_H
-    slot, high, low, high_pages, low_pages, chunk = _row_chunks(
+    slot, high, low, high_pages, low_pages, chunk, low_chunk = _row_chunks(
         slots_ptr, num_tokens_ptr, row, exists, layer, L, H, TABLE, TIERS, TOKENS
     )
     high_items = tl.cdiv(high_pages, chunk)
-    low_items = tl.cdiv(low_pages, chunk)
+    low_items = tl.cdiv(low_pages, low_chunk)
     items = high_items + low_items
     high_tiles = _chunk_tiles(chunk, HIGH, TILE)
-    low_tiles = _chunk_tiles(chunk, LOW, TILE)
+    low_tiles = _chunk_tiles(low_chunk, LOW, TILE)
     tiles = high_items * high_tiles + low_items * low_tiles
     item = first_item + tl.cumsum(items, 0) - items
     score_tile = first_tile + tl.cumsum(tiles, 0) - tiles
@@ -276,10 +284,11 @@ def list_kernel(
     is_low = each >= high_items[:, None]
     number = each - tl.where(is_low, high_items[:, None], 0)  # of the chunk in its tier
     per_page = tl.where(is_low, LOW.tokens, HIGH.tokens)
-    left = tl.where(is_low, low[:, None], high[:, None]) - number * chunk[:, None] * per_page
+    pages = tl.where(is_low, low_chunk[:, None], chunk[:, None])
+    left = tl.where(is_low, low[:, None], high[:, None]) - number * pages * per_page
     skipped = tl.where(is_low, (high_items * high_tiles)[:, None], 0)
     skipped += number * tl.where(is_low, low_tiles[:, None], high_tiles[:, None])
-    first_page = number * chunk[:, None]
+    first_page = number * pages
     leaf = first_page // TABLE.entries
     column = tl.where(is_low, leaf_column(leaf, 1, TABLE), leaf_column(leaf, 0, TABLE))
     head = (slot.to(tl.int64) * L + layer) * H + row % H
@@ -287,7 +296,7 @@ def list_kernel(
     at = items_ptr + (item[:, None] + each) * _FIELDS
     tl.store(at, row[:, None] * 2 + is_low.to(tl.int32), mask=mask)
     tl.store(at + 1, leaf * TABLE.entries + first_page % TABLE.entries, mask=mask)
-    tl.store(at + 2, tl.minimum(left, chunk[:, None] * per_page), mask=mask)
+    tl.store(at + 2, tl.minimum(left, pages * per_page), mask=mask)
     tl.store(at + 3, score_tile[:, None] + skipped, mask=mask)
 
 
@@ -354,7 +363,7 @@ def leaf_of_chain(
     head, part, parts = tl.load(at) // 2 % H, tl.load(at + 4), tl.load(at + 5)
     row = (tl.load(chains_ptr + place) * L + layer) * H + head
     kept = tl.load(num_tokens_ptr + row.to(tl.int64) * 2 + TIER)
-    least: tl.constexpr = (TOKENS + TIERS[0].tokens - 1) // TIERS[0].tokens
+    least: tl.constexpr = (TOKENS + T.tokens - 1) // T.tokens
     each = tl.maximum(tl.cdiv(tl.cdiv(kept, T.tokens), parts), least)
     page = tl.maximum(page, part * each)
     end = tl.minimum(kept, (part + 1) * each * T.tokens)
