@@ -23,6 +23,7 @@ from diffkv.lab.rows import Writer
 from diffkv.lab.timing import Case, Timing, measure, peak_gb_per_s, stream_case
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
+from diffkv.rotation import choose, signs_of
 from diffkv.state import PoolState
 
 __all__ = ["Grid", "Point", "run"]
@@ -168,18 +169,20 @@ def _needed_bytes(grid: Grid, point: Point) -> int:
 def _our_case(
     grid: Grid, quant: str, mix: str, point: Point, query: Tensor, tokens: Tokens, kernels: ops.Ops
 ) -> tuple[Case, Tensor]:
-    """A pool's attention, checked, and its output."""
+    """A pool's attention, checked, and its output: rotated as an engine's, where it would be."""
     device, lengths = query.device.type, tokens.lengths
+    rotation = choose(None, QuantConfig.parse(quant))
+    signs = signs_of(rotation, grid.head_dim, query.device)
     state = make_pool(
         quant, grid.head_dim, DTYPE, (1, grid.num_kv_heads), point.batch, max(lengths), device
     )
-    fill(state, kernels, tokens, TIER_MIXES[mix], point.ragged)
+    fill(state, kernels, _turned(tokens, kernels, signs), TIER_MIXES[mix], point.ragged)
     slots = torch.arange(point.batch, dtype=torch.int32, device=device)
     output = torch.empty_like(query)
     scale = grid.head_dim**-0.5
 
     def run() -> None:
-        kernels.attend(state, 0, slots, query, scale, output)
+        kernels.attend(state, 0, slots, query, scale, output, signs)
 
     kept = zip(kept_tokens(state, 0), state.layout.tiers, strict=True)
     num_bytes = sum(count * tier.vector_bytes for count, tier in kept)
@@ -188,9 +191,20 @@ def _our_case(
     longest = lengths.index(max(lengths))
     for slot in {0, longest}:
         stored = _stored(state, kernels, slot, lengths[slot])
+        stored = _turned(stored, kernels, signs, back=True)
         one = slice(slot, slot + 1)
         _check(checked, dense_attention(query[one], stored, scale), one)
     return checked.case, output
+
+
+def _turned(tokens: Tokens, kernels: ops.Ops, signs: Tensor | None, back: bool = False) -> Tokens:
+    """Keys and values rotated, or back; as they are without signs."""
+    if signs is None:
+        return tokens
+    turned = [torch.empty_like(tokens.key), torch.empty_like(tokens.value)]
+    for vectors, out in zip((tokens.key, tokens.value), turned, strict=True):
+        kernels.rotate(vectors, signs, back, out)
+    return Tokens(*turned, tokens.lengths)
 
 
 def _stored(state: PoolState, kernels: ops.Ops, slot: int, length: int) -> Tokens:
