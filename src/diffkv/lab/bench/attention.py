@@ -201,10 +201,10 @@ def _turned(tokens: Tokens, kernels: ops.Ops, signs: Tensor | None, back: bool =
     """Keys and values rotated, or back; as they are without signs."""
     if signs is None:
         return tokens
-    turned = [torch.empty_like(tokens.key), torch.empty_like(tokens.value)]
-    for vectors, out in zip((tokens.key, tokens.value), turned, strict=True):
-        kernels.rotate(vectors, signs, back, out)
-    return Tokens(*turned, tokens.lengths)
+    turned = Tokens(torch.empty_like(tokens.key), torch.empty_like(tokens.value), tokens.lengths)
+    kernels.rotate(tokens.key, signs, back, turned.key)
+    kernels.rotate(tokens.value, signs, back, turned.value)
+    return turned
 
 
 def _stored(state: PoolState, kernels: ops.Ops, slot: int, length: int) -> Tokens:
