@@ -120,16 +120,15 @@ def test_every_part_of_every_closed_row_is_in_one_chunk(quant, lengths):
     for row, length in enumerate(lengths):
         first, count = row_items[row, 2:].tolist()
         assert count <= worklist.most_closed_chunks(layout, WIDTH)
-        parts_of, counts_of = collections.defaultdict(list), set()
+        parts_of, counts_of = collections.defaultdict(list), collections.defaultdict(set)
         for row_tier, place, rows, score_tile, part, parts in items[first - room :][
             :count
         ].tolist():
             assert row_tier // 2 == row and score_tile == -1 and rows > 0
-            counts_of.add(parts)
+            counts_of[row_tier % 2].add(parts)
             for closed in range(place, place + rows):
                 parts_of[row_tier % 2, closed - row * WIDTH].append(part)
         tiers = range(len(layout.tiers))
         assert set(parts_of) == {(tier, closed) for tier in tiers for closed in range(length)}
-        assert len(counts_of) == (length > 0)
-        for parts in parts_of.values():
-            assert parts == list(range(*counts_of))
+        for (tier, _), parts in parts_of.items():
+            assert parts == list(range(*counts_of[tier]))

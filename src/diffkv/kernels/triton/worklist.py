@@ -53,8 +53,9 @@ CHUNK_ROOT = 3
 CHAIN_CHUNKS = 32
 """Most chunks of a chain and tier: as many as one program can merge, and enough to fill a GPU."""
 
-SPLIT_ALONE, SPLIT_FEW, SPLIT_SOME = 8, 4, 2
-"""Into how many parts a closed row is split that is alone, each of up to 4, each of up to 16."""
+SPLIT_CHAIN = 16
+"""Most closed rows of a chain each of which is split in two; one that is alone is split in four. High
+tokens are few where there are two tiers: theirs is split half as often."""
 
 ITEM_FIELDS = 6
 """int32 fields of an item: row * 2 + tier, entry of the leaves with its first page, tokens, first tile
@@ -67,7 +68,7 @@ ROW_FIELDS = 4
 _FIELDS = tl.constexpr(ITEM_FIELDS)
 _ROW_FIELDS = tl.constexpr(ROW_FIELDS)
 _CHAIN_CHUNKS = tl.constexpr(CHAIN_CHUNKS)
-_ALONE, _FEW, _SOME = (tl.constexpr(n) for n in (SPLIT_ALONE, SPLIT_FEW, SPLIT_SOME))
+_SPLIT_CHAIN = tl.constexpr(SPLIT_CHAIN)
 _ROOT = tl.constexpr(CHUNK_ROOT)
 _MOST = tl.constexpr(MAX_CHUNKS)
 
@@ -165,11 +166,16 @@ def _chunk_tiles(chunk, T: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _chain_chunks(length, TIERS: tl.constexpr):
-    """(chunks, rows of one, parts of a row) of chains of some lengths."""
+    """(chunks of the high tier, of all, rows of one, parts of a high row, of a low one), by length."""
     rows = tl.maximum(tl.cdiv(length, _CHAIN_CHUNKS), 1)
-    parts = tl.where(length <= 4, _FEW, tl.where(length <= 16, _SOME, 1))
-    parts = tl.where(length <= 1, _ALONE, parts)
-    return tl.cdiv(length, rows) * parts * len(TIERS), rows, parts
+    parts = tl.where(length == 1, 4, tl.where(length <= _SPLIT_CHAIN, 2, 1))
+    groups = tl.cdiv(length, rows)
+    high_parts = parts
+    chunks = groups * parts
+    if len(TIERS) > 1:
+        high_parts = (parts + 1) // 2
+        chunks += groups * high_parts
+    return groups * high_parts, chunks, rows, high_parts, parts
 
 
 @triton.jit
@@ -184,20 +190,20 @@ def _list_chains(
     CLOSED: tl.constexpr,
 ):
     """List the chunks of the closed rows of some rows, from number `item` on."""
-    chunks, rows, parts = _chain_chunks(length, TIERS)
+    high_chunks, chunks, rows, high_parts, low_parts = _chain_chunks(length, TIERS)
     each = tl.arange(0, CLOSED)[None, :]
     mask = each < chunks[:, None]
-    in_tier = (chunks // len(TIERS))[:, None]
-    is_low = each >= in_tier
-    number = each - tl.where(is_low, in_tier, 0)
-    first_row = number // parts[:, None] * rows[:, None]
+    is_low = each >= high_chunks[:, None]
+    number = each - tl.where(is_low, high_chunks[:, None], 0)
+    parts = tl.where(is_low, low_parts[:, None], high_parts[:, None])
+    first_row = number // parts * rows[:, None]
     at = items_ptr + (item[:, None] + each) * _FIELDS
     tl.store(at, row[:, None] * 2 + is_low.to(tl.int32), mask=mask)
     tl.store(at + 1, slot[:, None] * CHAIN_WIDTH + first_row, mask=mask)
     tl.store(at + 2, tl.minimum(length[:, None] - first_row, rows[:, None]), mask=mask)
     tl.store(at + 3, -1, mask=mask)
-    tl.store(at + 4, number % parts[:, None], mask=mask)
-    tl.store(at + 5, tl.broadcast_to(parts[:, None], mask.shape), mask=mask)
+    tl.store(at + 4, number % parts, mask=mask)
+    tl.store(at + 5, parts, mask=mask)
 
 
 @triton.jit(do_not_specialize=["layer", "R_H", "programs", "room"])
@@ -247,7 +253,7 @@ def list_kernel(
         )
         if CLOSED > 0:
             length = tl.load(chain_lens_ptr + slot, mask=slot >= 0, other=0)
-            first_closed += tl.sum(_chain_chunks(length, TIERS)[0])
+            first_closed += tl.sum(_chain_chunks(length, TIERS)[1])
 
     row = start + tl.arange(0, ROWS)
     exists = row < R_H
@@ -265,7 +271,7 @@ def list_kernel(
     closed = tl.zeros_like(items)
     if CLOSED > 0:
         length = tl.load(chain_lens_ptr + slot, mask=slot >= 0, other=0)
-        closed = _chain_chunks(length, TIERS)[0]
+        closed = _chain_chunks(length, TIERS)[1]
     closed_item = room + first_closed + tl.cumsum(closed, 0) - closed
     row_at = row_items_ptr + row * _ROW_FIELDS
     tl.store(row_at, item, mask=exists)
@@ -363,8 +369,8 @@ def leaf_of_chain(
     head, part, parts = tl.load(at) // 2 % H, tl.load(at + 4), tl.load(at + 5)
     row = (tl.load(chains_ptr + place) * L + layer) * H + head
     kept = tl.load(num_tokens_ptr + row.to(tl.int64) * 2 + TIER)
-    least: tl.constexpr = (TOKENS + T.tokens - 1) // T.tokens
-    each = tl.maximum(tl.cdiv(tl.cdiv(kept, T.tokens), parts), least)
+    filled = tl.maximum(tl.minimum(parts, tl.cdiv(kept, TOKENS)), 1)
+    each = tl.cdiv(tl.cdiv(kept, T.tokens), filled)
     page = tl.maximum(page, part * each)
     end = tl.minimum(kept, (part + 1) * each * T.tokens)
     next_page = (page // TABLE.entries + 1) * TABLE.entries
