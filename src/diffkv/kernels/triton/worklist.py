@@ -44,7 +44,7 @@ __all__ = [
 MAX_CHUNKS = 64
 """Most chunks of a head where leaves are large enough: one program merges all partial results of one."""
 
-CHUNK_TOKENS = 192
+CHUNK_TOKENS = 128
 """Fewest tokens of a chunk, where a head has more: of low ones up to twice as many, for full pages."""
 
 CHUNK_ROOT = 3
