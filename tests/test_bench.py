@@ -122,8 +122,8 @@ def test_a_wrong_output_is_never_timed(capsys, monkeypatch):
         def __getattr__(self, name):
             return getattr(kernels, name)
 
-        def attend(self, state, layer, slots, query, scale, output):
-            kernels.attend(state, layer, slots, query, scale * 1.1, output)
+        def attend(self, state, layer, slots, query, scale, output, signs):
+            kernels.attend(state, layer, slots, query, scale * 1.1, output, signs)
 
     monkeypatch.setattr(attention.ops, "load", lambda _: Broken())
     with pytest.raises(RuntimeError, match="k8v4-k4v2 low: wrong output, relative error"):
@@ -377,7 +377,7 @@ def test_throughput_from_engines_to_rows(monkeypatch, capsys):
     writer = Writer(HERE)
     workload = throughput.random_workload(3, 10, 4, 0.0, vocabulary=512)
     compared = throughput.settings([{"quant": "k8v4"}])
-    throughput.run({"model": "m"}, workload, 1 << 20, compared, 2, writer, {"model": "m"})
+    throughput.run({"model": "m"}, [workload], 1 << 20, compared, 2, writer, {"model": "m"})
     stock, fp8, ours = writer.rows
     assert stock.case == {
         "model": "m",
@@ -395,25 +395,27 @@ def test_throughput_from_engines_to_rows(monkeypatch, capsys):
     assert "stock fp8              did not run: no fp8 here" in printed
     assert "2.00x of bf16, decoding 2.00x, prefill 2.00x" in printed
     with pytest.raises(ConfigError, match="no engine could run: no fp8 here"):
-        throughput.run({}, workload, 1 << 20, compared[1:2], 1, Writer(HERE), {})
+        throughput.run({}, [workload], 1 << 20, compared[1:2], 1, Writer(HERE), {})
 
 
-@pytest.mark.parametrize(("together", "engines"), [(False, 6), (True, 3)])
-def test_repeats_start_their_own_engines_unless_all_are_there(monkeypatch, together, engines):
+@pytest.mark.parametrize(("together", "engines"), [(False, 12), (True, 3)])
+def test_runs_start_their_own_engines_unless_all_are_there(monkeypatch, together, engines):
     entered = []
     monkeypatch.setattr(FakeChild, "__enter__", lambda self: entered.append(self.job) or self)
     monkeypatch.setattr(throughput, "Child", FakeChild)
     monkeypatch.setattr(child, "Child", FakeChild)
-    workload = throughput.random_workload(3, 10, 4, 0.0, vocabulary=512)
+    loads = [throughput.random_workload(num, 10 * num, 4, 0.0, vocabulary=512) for num in (3, 2)]
     compared = throughput.settings([{"quant": "k8v4"}], ["bf16", "int4_per_token_head"])
     writer = Writer(HERE)
-    throughput.run({}, workload, 1 << 20, compared, 2, writer, {}, together=together)
+    throughput.run({}, loads, 1 << 20, compared, 2, writer, {}, together=together)
     assert len(entered) == engines
-    assert [row["engine"] for row in writer.rows] == [
-        "stock bf16",
-        "stock int4_per_token_head",
-        "diffkv",
+    assert [(row["engine"], row["requests"]) for row in writer.rows] == [
+        (engine, requests)
+        for requests in (3, 2)
+        for engine in ("stock bf16", "stock int4_per_token_head", "diffkv")
     ]
+    assert all(job.engine["max_num_seqs"] == 3 for job in entered)
+    assert all(job.engine["max_model_len"] == 35 for job in entered)
     assert entered[1].engine["kv_cache_dtype"] == "int4_per_token_head"
     assert "kv_cache_dtype" not in entered[0].engine
 
@@ -425,6 +427,7 @@ def test_repeats_start_their_own_engines_unless_all_are_there(monkeypatch, toget
         ("--load reasoning", (192, 1024, 2048)),
         ("--load long-context --num-prompts 8", (8, 16384, 512)),
         ("--output-len 7 --load chat", (256, 2048, 7)),
+        ("--load chat reasoning", (256, 2048, 300)),
     ],
 )
 def test_a_load_sets_sizes_that_are_not_given(monkeypatch, options, sizes):

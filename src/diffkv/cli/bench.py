@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from diffkv.lab.bench.loads import LOADS, Sizes
 from diffkv.quant import ConfigError, QuantConfig
 
 if TYPE_CHECKING:
-    from diffkv.lab.bench.throughput import Setting
+    from diffkv.lab.bench.throughput import Setting, Workload
     from diffkv.lab.rows import Writer
 
 __all__ = ["PASSES_FLAGS_ON", "add_arguments", "run"]
@@ -102,12 +103,11 @@ def _kv_bytes(args: argparse.Namespace, config: dict[str, Any], longest: int) ->
     return int(args.kv_bytes) if args.kv_bytes else room_for(4, config, longest)
 
 
-def _set_sizes(args: argparse.Namespace) -> None:
+def _sizes(args: argparse.Namespace, load: str | None) -> Sizes:
     """Sizes that are not given are those of the load."""
-    sizes = LOADS[args.load] if args.load else Sizes()
-    for name, value in vars(sizes).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    usual = LOADS[load] if load else Sizes()
+    given = {name: getattr(args, name) for name in vars(usual)}
+    return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
 def _throughput(args: argparse.Namespace) -> None:
@@ -115,7 +115,6 @@ def _throughput(args: argparse.Namespace) -> None:
     from diffkv.lab.bench.models import PAPER_MODELS
 
     options = options_by_quant(args, args.quant)
-    _set_sizes(args)
     if args.profile and args.together:
         raise ConfigError("--profile looks at one engine at a time: leave out --together")
     if args.smoke:
@@ -129,12 +128,12 @@ def _throughput(args: argparse.Namespace) -> None:
         args.model = model
         with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
             name, engine, config = find_model(args, Path(folder))
-            workload = _workload(args, name, config)
+            workloads = [_workload(args, load, name, config) for load in args.load or [None]]
             engine |= {"model": name, **engine_flags(args)}
             throughput.run(
                 engine,
-                workload,
-                _kv_bytes(args, config, workload.longest),
+                workloads,
+                _kv_bytes(args, config, max(each.longest for each in workloads)),
                 _compared(args, options, writer),
                 args.repeats,
                 writer,
@@ -184,29 +183,32 @@ def _compared(
     return [setting for setting in compared if setting.name != "stock fp8"]
 
 
-def _workload(args: argparse.Namespace, model: str, config: dict[str, Any]) -> Any:
+def _workload(
+    args: argparse.Namespace, load: str | None, model: str, config: dict[str, Any]
+) -> "Workload":
     from diffkv.lab.bench import throughput
 
+    sizes = _sizes(args, load)
     if args.workload == RANDOM:
         words = config.get("vocab_size", 512)
         return throughput.random_workload(
-            args.num_prompts, args.input_len, args.output_len, args.range_ratio, words
+            sizes.num_prompts, sizes.input_len, sizes.output_len, args.range_ratio, words
         )
     shipped = files("diffkv") / "data" / "prompts.jsonl"
     path = Path(str(shipped)) if args.workload == SHIPPED else Path(args.workload)
-    return throughput.text_workload(path, model, args.num_prompts, args.output_len)
+    return throughput.text_workload(path, model, sizes.num_prompts, sizes.output_len)
 
 
 def _serving(args: argparse.Namespace) -> None:
     from diffkv.lab.bench import pages, serving
     from diffkv.lab.bench.throughput import Setting, settings
 
-    _set_sizes(args)
+    sizes = _sizes(args, args.load)
     # Requests that may lose tokens need sums of all of them
     drops = True if args.request_alpha_low else None
     compared = settings(options_by_quant(args, args.quant, drops=drops))
     if args.smoke:
-        vars(args).update(num_prompts=4, input_len=64, output_len=8, rates=[4.0])
+        args.rates, sizes = [4.0], Sizes(num_prompts=4, input_len=64, output_len=8)
         compared = [compared[-1]]
         if args.model is None:
             args.random_weights = "bench-tiny"
@@ -215,16 +217,16 @@ def _serving(args: argparse.Namespace) -> None:
     alphas = (("high", args.request_alpha_high), ("low", args.request_alpha_low))
     given = {f"diffkv_alpha_{name}": value for name, value in alphas if value is not None}
     traffic = serving.Traffic(
-        args.rates, args.num_prompts, args.input_len, args.output_len, args.goodput,
+        args.rates, sizes.num_prompts, sizes.input_len, sizes.output_len, args.goodput,
         {"vllm_xargs": given} if given else None,
     )  # fmt: skip
     writer = make_writer(args, prompts.device())
     with tempfile.TemporaryDirectory(prefix="diffkv-bench-") as folder:
         model, engine, config = find_model(args, Path(folder))
-        longest = args.input_len + args.output_len
+        longest = sizes.input_len + sizes.output_len
         flags = [
             "--kv-cache-memory-bytes", str(_kv_bytes(args, config, longest)), "--enforce-eager",
-            "--max-model-len", str(longest + 16), "--max-num-seqs", str(max(8, args.num_prompts)),
+            "--max-model-len", str(longest + 16), "--max-num-seqs", str(max(8, sizes.num_prompts)),
         ]  # fmt: skip
         for name, value in engine.items():
             flags += [flag_of(name), value]

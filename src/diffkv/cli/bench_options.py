@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from diffkv.cli import bench_agent
 from diffkv.cli.arguments import Listed, above_zero, num_bytes, num_tokens, positive
@@ -95,7 +96,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     add_thresholds(parser)
 
 
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+def _add_engine_options(parser: argparse.ArgumentParser, loads: dict[str, Any]) -> None:
     _add_source(parser)
     parser.add_argument(
         "--kv-bytes", type=num_bytes, help="KV budget (default: four requests in bf16)"
@@ -104,6 +105,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--load",
         choices=LOADS,
+        **loads,
         help="sizes of requests that people have; those given apart override it",
     )
     parser.add_argument("--input-len", type=num_tokens, help=f"default: {usual.input_len}")
@@ -112,7 +114,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
-    _add_engine_options(parser)
+    _add_engine_options(parser, {"nargs": "+", "action": Listed, "default": []})
     parser.add_argument("--workload", default=RANDOM,
                         help="random, shipped, or a file of JSON lines with prompts")  # fmt: skip
     parser.add_argument("--range-ratio", type=float, default=0.0, help="spread of random lengths")
@@ -141,7 +143,7 @@ def _add_map(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:
-    _add_engine_options(parser)
+    _add_engine_options(parser, {})
     parser.add_argument("--url", help="of a running server, instead of starting some")
     parser.add_argument("--rates", nargs="+", action=Listed, type=above_zero, default=[0.5, 1.0, 2.0],
                         help="requests a second")  # fmt: skip

@@ -181,7 +181,7 @@ def tokenizer(model: str) -> Any:
 
 def run(
     engine: dict[str, Any],
-    workload: Workload,
+    workloads: Sequence[Workload],
     kv_bytes: int,
     compared: Sequence[Setting],
     repeats: int,
@@ -192,11 +192,12 @@ def run(
 ) -> None:
     """Run every setting `repeats` times, in turn, each in a process of its own; a row for each setting.
 
-    Engines that are there together serve all repeats; else each repeat starts its own.
+    Engines that are there together serve all loads and repeats; else each run starts its own. They have
+    room for the longest request, and as many at once as the largest load has.
 
     Args:
         engine: arguments of vLLM's engine that all settings share, the model among them.
-        workload: what to generate.
+        workloads: what to generate.
         kv_bytes: KV budget, tables included, the same for all.
         compared: settings; ratios are to those named stock.
         repeats: runs of each setting.
@@ -208,30 +209,32 @@ def run(
     Raises:
         ConfigError: no setting could run.
     """
-    results: list[list[dict[str, Any]]] = [[] for _ in compared]
-    writer.note(f"{workload.name}, {len(workload.prompts)} requests, {kv_bytes} bytes of KV")
     shared = {
-        "max_model_len": workload.longest + 1,
-        "max_num_seqs": len(workload.prompts),
+        "max_model_len": max(each.longest for each in workloads) + 1,
+        "max_num_seqs": max(len(each.prompts) for each in workloads),
         **engine,
     }
-    cells = [workload.load]
+    cells = [each.load for each in workloads]
     jobs = [Job({**shared, **each.engine}, each.options, kv_bytes, cells) for each in compared]
+    added = []
     with ExitStack() as stack:
         kept = started(stack, jobs) if together else None
-        for repeat in range(repeats):
-            for index, (setting, done) in enumerate(zip(compared, results, strict=True)):
-                if done and "error" in done[-1]:
-                    continue
-                if kept is not None:
-                    done.append(kept[index].run(0))
-                else:
-                    with Child(replace(jobs[index], profile=profile and repeat == 0)) as child:
-                        done.append(child.run(0))
-                writer.note(f"  {repeat + 1} of {repeats}, {_progress(setting, done[-1])}")
-    case = {"kv_bytes": kv_bytes, "workload": workload.name, "requests": len(workload.prompts)}
-    case = {**facts, **case, "repeats": repeats}
-    added = add_rows(writer, "throughput", case, compared, results, _text)
+        for cell, workload in enumerate(workloads):
+            case = {"kv_bytes": kv_bytes, "workload": workload.name}
+            case |= {"requests": len(workload.prompts), "repeats": repeats}
+            writer.note(f"{workload.name}, {case['requests']} requests, {kv_bytes} bytes of KV")
+            results: list[list[dict[str, Any]]] = [[] for _ in compared]
+            for repeat in range(repeats):
+                for index, (setting, done) in enumerate(zip(compared, results, strict=True)):
+                    if done and "error" in done[-1]:
+                        continue
+                    if kept is not None:
+                        done.append(kept[index].run(cell))
+                    else:
+                        with Child(replace(jobs[index], profile=profile and repeat == 0)) as child:
+                            done.append(child.run(cell))
+                    writer.note(f"  {repeat + 1} of {repeats}, {_progress(setting, done[-1])}")
+            added += add_rows(writer, "throughput", {**facts, **case}, compared, results, _text)
     if all(row.error is not None for row in added):
         raise ConfigError(f"no engine could run: {added[0].error}")
 
