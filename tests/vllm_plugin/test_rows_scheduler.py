@@ -61,7 +61,8 @@ class TestBounds:
         assert need.row_blocks[2] == self.blocks(LAYOUT, 16)
         assert need.open_blocks == self.blocks(LAYOUT, 6)
         assert self.bounds.step(request(135), 135).open_blocks == self.blocks(LAYOUT, 7)
-        assert self.bounds.step(request(128), 128).open_blocks == 1
+        assert self.bounds.step(request(128), 128).rows == ((0, 64), (64, 112))
+        assert self.bounds.step(request(128), 128).open_blocks == self.blocks(LAYOUT, 16)
 
     def test_generated_tokens_need_what_the_report_leaves_possible(self) -> None:
         running = request(150, 128, 150)
