@@ -36,7 +36,7 @@ class Family:
 
     Attributes:
         config: name of its configuration's class in transformers; the model's follows from it.
-        num_kv_heads: of 4 query heads.
+        num_kv_heads: of 4 query heads, unless `settings` say otherwise.
         head_dim: elements of a head's key.
         settings: other fields of the configuration.
         norm_offset: what the model adds to the weights of its norms.
@@ -50,6 +50,15 @@ class Family:
 
 
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1}
+GRANITE = {
+    "num_hidden_layers": 4,
+    "layer_types": ["mamba", "attention"] * 2,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 2 * HIDDEN,
+    "position_embedding_type": "rope",
+    **MAMBA,
+}
 
 FAMILIES = {
     "llama2": Family("LlamaConfig", 4, 64),
@@ -104,25 +113,35 @@ FAMILIES = {
         },
     ),
     "granite_hybrid": Family(
+        "GraniteMoeHybridConfig", 2, 32, {"attention_multiplier": 32**-0.5, **GRANITE}
+    ),
+    "granite_head64": Family(  # flash-attention on GPUs has no smaller heads
         "GraniteMoeHybridConfig",
-        2,
-        32,
-        {
-            "num_hidden_layers": 4,
-            "layer_types": ["mamba", "attention"] * 2,
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "shared_intermediate_size": 2 * HIDDEN,
-            "position_embedding_type": "rope",
-            "attention_multiplier": 32**-0.5,
-            **MAMBA,
-        },
+        1,
+        64,
+        {"attention_multiplier": 64**-0.5, "num_attention_heads": 2, **GRANITE},
     ),
     "falcon_h1": Family("FalconH1Config", 2, 64, {"mamba_d_ssm": 2 * HIDDEN, **MAMBA}),
+    "qwen3_next": Family(
+        "Qwen3NextConfig",
+        2,
+        64,
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+        norm_offset=1,
+    ),
 }
 """Every family that DiffKV promises, by the name that tests give it."""
 
-DIVIDED = ("gemma3", "llama4", "granite_hybrid", "falcon_h1")
+DIVIDED = ("gemma3", "llama4", "granite_hybrid", "granite_head64", "falcon_h1", "qwen3_next")
 """Those in which other layers, or layers with full attention too, have a cache of another kind."""
 
 
@@ -141,6 +160,7 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     config_class = getattr(transformers, shape.config)
     settings = {
         "num_hidden_layers": 2,
+        "num_attention_heads": 4,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         **shape.settings,
@@ -149,7 +169,6 @@ def make(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
-        num_attention_heads=4,
         num_key_value_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         max_position_embeddings=4096,

@@ -56,13 +56,24 @@ def vllm_config(**changes):
     return SimpleNamespace(speculative_config=speculative, **configs)
 
 
+ON_GPUS = {
+    "sliding windows in some layers (Gemma 3), on a GPU": {"hf_text_config": SOME_WINDOWS},
+    "chunked local attention in some layers (Llama 4), on a GPU": {
+        "hf_text_config": SimpleNamespace(
+            attention_chunk_size=8192, layer_types=["chunked_attention", "full_attention"] * 3
+        )
+    },
+    "recurrent states beside full attention (Granite 4, Falcon-H1), on a GPU": {"is_hybrid": True},
+    "linear attention beside full attention (Qwen3-Next), on a GPU": {
+        "hf_text_config": SimpleNamespace(linear_key_head_dim=64, layer_types=["full_attention"]),
+        "is_hybrid": True,
+    },
+}
+"""Each is refused until it was run there."""
+
 REFUSALS = {
     "sliding windows in all layers (Mistral 7B v0.1)": {
         "hf_text_config": SimpleNamespace(sliding_window=4096)
-    },
-    "windows or chunks in some layers, on a GPU": {
-        "hf_text_config": SOME_WINDOWS,
-        "device_type": "cuda",
     },
     "one kind of cache for layers of several kinds": {
         "hf_text_config": SOME_WINDOWS,
@@ -70,7 +81,6 @@ REFUSALS = {
     },
     "attention in both directions over images (PaliGemma)": {"is_mm_prefix_lm": True},
     "MLA": {"use_mla": True},
-    "recurrent states beside full attention, on a GPU": {"is_hybrid": True, "device_type": "cuda"},
     "Mamba's first version beside full attention (Jamba), on a CPU": {
         "hf_text_config": SimpleNamespace(sliding_window=None, mamba_dt_rank=4)
     },
@@ -95,6 +105,11 @@ REFUSALS = {
     "context parallelism": {"decode_context_parallel_size": 2},
     "expert parallelism on CPUs": {"enable_expert_parallel": True},
     "micro-batches (--enable-dbo)": {"use_ubatching": True},
+    **{
+        row.feature: {**ON_GPUS[row.feature], "device_type": "cuda"}
+        for row in MATRIX
+        if row.feature in ON_GPUS and row.status == REFUSED
+    },
 }
 
 
@@ -106,6 +121,14 @@ def test_nothing_special_is_not_refused():
     matrix.refuse(vllm_config(is_hybrid=True))
     windowed = SimpleNamespace(sliding_window=4096)
     matrix.refuse(vllm_config(hf_text_config=windowed, disable_sliding_window=True))
+
+
+def test_what_works_on_a_gpu_is_not_refused_there():
+    rows = {row.feature: row for row in MATRIX if row.feature in ON_GPUS}
+    assert rows.keys() == ON_GPUS.keys()
+    for feature, row in rows.items():
+        if row.status == WORKS:
+            matrix.refuse(vllm_config(**ON_GPUS[feature], device_type="cuda"))
 
 
 def test_every_predicate_is_tested():

@@ -16,7 +16,7 @@ from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 from diffkv.vllm_plugin import engine_args
 from diffkv.vllm_plugin.spec import DiffKVSpec
-from diffkv.vllm_plugin.worker.windows import CpuBackend
+from diffkv.vllm_plugin.worker.cpu import CpuBackend
 
 BLOCK_TOKENS = 128
 

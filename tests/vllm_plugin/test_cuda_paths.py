@@ -1,13 +1,18 @@
 """What vLLM does on CUDA and not on CPUs, as far as a CPU can show it."""
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from checkpoints import make
 from conftest import NEW_TOKENS, engine, greedy
 from stepping import Request, check_empty, check_quotas, drive, worker
 from torch import Tensor
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from diffkv.cache import Step
 from diffkv.prefill import Spans, torch_prefill
@@ -17,7 +22,8 @@ from diffkv.vllm_plugin.connector import DiffKVConnector
 from diffkv.vllm_plugin.front.admission import Admission
 from diffkv.vllm_plugin.messages import PagesHeld
 from diffkv.vllm_plugin.scheduler.manager import DiffKVManager
-from diffkv.vllm_plugin.worker.backend import DiffKVBuilder, DiffKVMetadata
+from diffkv.vllm_plugin.worker.backend import DiffKVBuilder, DiffKVImpl, DiffKVMetadata
+from diffkv.vllm_plugin.worker.cache import BatchRows, WorkerCache
 from diffkv.vllm_plugin.worker.prefill import choose_prefill
 from diffkv.vllm_plugin.worker.snapshot import Snapshots
 
@@ -61,7 +67,7 @@ def test_dummy_run_without_a_message(
 
     Its builder cannot tell them from steps whose message is still to come.
     """
-    init, plan = DiffKVBuilder.__init__, DiffKVMetadata.plan
+    init, plan, forward = DiffKVBuilder.__init__, DiffKVMetadata.plan, DiffKVImpl.forward
     planned: list[Any] = []
 
     def late(self: DiffKVBuilder, *args: Any, **kwargs: Any) -> None:
@@ -72,8 +78,15 @@ def test_dummy_run_without_a_message(
         planned.append(self)
         return plan(self)
 
+    def poisoned(self: DiffKVImpl, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs["output"].fill_(torch.nan)
+        output = forward(self, *args, **kwargs)
+        assert output.isfinite().all()
+        return output
+
     monkeypatch.setattr(DiffKVBuilder, "__init__", late)
     monkeypatch.setattr(DiffKVMetadata, "plan", count)
+    monkeypatch.setattr(DiffKVImpl, "forward", poisoned)
     with engine("k16v16", max_num_batched_tokens=256) as llm:
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
@@ -84,6 +97,53 @@ def test_dummy_run_without_a_message(
             check_empty(llm)
             assert drive(llm, {"r": Request(prompt, 8)}).token_ids["r"] == tokens[:8]
     assert len(planned) == len(set(map(id, planned))), "a step was planned twice"
+
+
+def test_a_run_before_there_is_a_pool() -> None:
+    """vLLM measures what graphs take with a KV cache of its own making, which no connector hears of."""
+    with engine("k16v16") as llm:
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        layers = runner.compilation_config.static_forward_context.values()
+        cache = worker()
+        for layer in layers:
+            layer.impl.worker = None
+        (group,), builds = runner.attn_groups[0], []
+        builder = group.get_metadata_builder()
+        build, capture = builder.build, builder.build_for_cudagraph_capture
+
+        def noted(built: Any) -> Any:
+            builds.append(built)
+            return built
+
+        builder.build = lambda *args, **kwargs: noted(build(*args, **kwargs))
+        builder.build_for_cudagraph_capture = lambda *args: noted(capture(*args))
+        runner._dummy_run(8, force_attention=True)
+        runner._dummy_run(8, force_attention=True, is_graph_capturing=True)
+        assert builds == [None, None]
+        for layer in layers:
+            layer.impl.worker = cache
+        check_empty(llm)
+
+
+def test_warm_up_numbers_requests_by_blocks_of_vllms(tmp_path: Path) -> None:
+    """Which are more than the blocks of account of ours, where other layers keep most of the memory."""
+    little = {"kv_cache_memory_bytes": 16 << 20, "max_model_len": 512, "max_num_seqs": 8}
+    with engine("k16v16", model=str(make("falcon_h1", tmp_path)), **little) as llm:
+        connector = get_kv_transfer_group()
+        config = llm.llm_engine.vllm_config
+        layers = config.compilation_config.static_forward_context
+        caches = {name: layer.kv_cache for name, layer in layers.items()}
+        num_blocks = connector.worker.state.num_pages + 1
+        cache = WorkerCache(
+            caches,
+            connector._options,
+            config,
+            replace(connector._kv_cache_config, num_blocks=num_blocks),
+            connector._division,
+        )
+        ids = torch.tensor([1, num_blocks - 1], dtype=torch.int32)
+        step = cache.plan(BatchRows(ids, np.arange(3), torch.ones(2, dtype=torch.int32)))
+        assert step.decode.slots.tolist() == [-1, -1]
 
 
 def test_reports_a_step_late(

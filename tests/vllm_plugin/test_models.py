@@ -1,24 +1,18 @@
-"""Every model family, on tiny checkpoints, against vLLM's own cache.
-
-Drift is measured in logits, not in tokens alone, since after one token that differs all others do. It is
-the mean of |log p - log p'| over the five likeliest tokens of vLLM's own run, over all steps up to the
-first where the two runs choose differently, that one included: so far both have read the same text.
-"""
+"""Every model family, on tiny checkpoints, against vLLM's own cache."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from checkpoints import DIVIDED, FAMILIES, make
 from conftest import engine, random_prompts
+from drift import LIKELIEST_KEPT, Answer, answer, drift
 
 from diffkv.quant import ConfigError
 
 NEW_TOKENS = 24
-LIKELIEST = 5
 MAX_DRIFT = 0.3
 """Of k8v4, in nats. These models, with logits of standard deviation 4, drift by 0.13 to 0.23."""
 FORGETTING = 1.25
@@ -27,14 +21,6 @@ THRESHOLDS = {"alpha_high": 2.0, "alpha_low": 1.0}
 WINDOW_ONLY = {"diffkv_alpha_high": 1e6, "diffkv_alpha_low": 1e6}
 PROMPTS = random_prompts(5, 150)
 SUPPORTED = [name for name in FAMILIES if name not in ("mistral_window", *DIVIDED)]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Tokens of one answer, and for each the log-probabilities of the likeliest tokens."""
-
-    token_ids: list[int]
-    logprobs: list[dict[int, float]]
 
 
 def arguments(model: Path, **others: Any) -> dict[str, Any]:
@@ -54,37 +40,18 @@ def decode(llm: Any, new_tokens: int = NEW_TOKENS, **settings: Any) -> list[Answ
     from vllm import SamplingParams
 
     params = SamplingParams(
-        temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=20, extra_args=settings
+        temperature=0,
+        max_tokens=new_tokens,
+        ignore_eos=True,
+        logprobs=LIKELIEST_KEPT,
+        extra_args=settings,
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     return [answer(output) for output in llm.generate(prompts, params, use_tqdm=False)]
 
 
-def answer(output: Any) -> Answer:
-    """What came of one prompt."""
-    (out,) = output.outputs
-    return Answer(
-        list(out.token_ids),
-        [{token: each.logprob for token, each in step.items()} for step in out.logprobs],
-    )
-
-
 def token_ids(answers: Sequence[Answer]) -> list[list[int]]:
     return [each.token_ids for each in answers]
-
-
-def drift(stock: Sequence[Answer], ours: Sequence[Answer]) -> float:
-    """The measure of this module's docstring, in nats."""
-    differences = []
-    for ref, our in zip(stock, ours, strict=True):
-        for step, theirs in enumerate(ref.logprobs):
-            mine = our.logprobs[step]
-            floor = min(mine.values())  # a token that fell out of the 20 likeliest is below it
-            likeliest = sorted(theirs, key=theirs.__getitem__)[-LIKELIEST:]
-            differences += [abs(theirs[token] - mine.get(token, floor)) for token in likeliest]
-            if ref.token_ids[step] != our.token_ids[step]:
-                break
-    return float(np.mean(differences))
 
 
 def totals(llm: Any) -> dict[str, float]:

@@ -37,7 +37,7 @@ def register() -> None:
     from diffkv.vllm_plugin.scheduler.divided import register_specs
 
     KVConnectorFactory.register_connector(CONNECTOR, "diffkv.vllm_plugin.connector", CONNECTOR)
-    register_backend(AttentionBackendEnum.CUSTOM, "diffkv.vllm_plugin.worker.backend.DiffKVBackend")
+    register_backend(AttentionBackendEnum.CUSTOM, "diffkv.vllm_plugin.worker.windows.CudaBackend")
     if current_platform.is_cpu():
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "diffkv.vllm_plugin.worker.select.CpuBackend"

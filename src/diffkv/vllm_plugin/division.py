@@ -60,7 +60,8 @@ def group_of(kv_cache_config: Any) -> Any:
     ]
     if not groups:
         raise ConfigError(
-            "DiffKV's connector runs without its attention backend: pass --attention-backend CUSTOM"
+            "DiffKV's connector runs without its attention backend: pass "
+            "--attention-config.backend_per_kind.full_attention CUSTOM"
         )
     if len(groups) > 1:
         raise ConfigError(

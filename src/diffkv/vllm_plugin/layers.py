@@ -11,6 +11,9 @@ __all__ = [
     "has_alibi",
     "has_linear_attention",
     "has_mamba1",
+    "has_some_chunks",
+    "has_some_windows",
+    "has_states",
     "has_states_only",
     "has_windows_only",
     "is_divided",
@@ -38,6 +41,21 @@ def num_full_layers(vllm_config: Any) -> int:
 def has_windows_only(vllm_config: Any) -> bool:
     """Whether there are windows or chunks, and no layer has full attention."""
     return _is_local(vllm_config.model_config) and num_full_layers(vllm_config) == 0
+
+
+def has_some_windows(vllm_config: Any) -> bool:
+    """Whether some layers see a window, and others have full attention."""
+    return is_divided(vllm_config) and _has_windows(vllm_config.model_config)
+
+
+def has_some_chunks(vllm_config: Any) -> bool:
+    """Whether some layers see a chunk, and others have full attention."""
+    return is_divided(vllm_config) and _has_chunks(vllm_config.model_config)
+
+
+def has_states(vllm_config: Any) -> bool:
+    """Whether there are recurrent states, but not of linear attention, beside full attention."""
+    return bool(vllm_config.model_config.is_hybrid) and not has_linear_attention(vllm_config)
 
 
 def has_states_only(vllm_config: Any) -> bool:
@@ -78,10 +96,17 @@ def has_alibi(vllm_config: Any) -> bool:
 
 def _is_local(model: Any) -> bool:
     """Whether there are layers that see a window, or a chunk."""
+    return _has_windows(model) or _has_chunks(model)
+
+
+def _has_windows(model: Any) -> bool:
     text = model.hf_text_config
-    has_windows = (
+    return (
         getattr(text, "sliding_window", None) is not None
         and not model.disable_sliding_window
         and bool(getattr(text, "use_sliding_window", True))
     )
-    return has_windows or bool(getattr(text, "attention_chunk_size", None))
+
+
+def _has_chunks(model: Any) -> bool:
+    return bool(getattr(model.hf_text_config, "attention_chunk_size", None))

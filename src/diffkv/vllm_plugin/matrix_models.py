@@ -1,7 +1,19 @@
 """Models and layers in the table of what works with DiffKV."""
 
+from collections.abc import Callable
+from typing import Any
+
 from diffkv.vllm_plugin import layers
-from diffkv.vllm_plugin.matrix_row import FAMILIES, REFUSALS, REFUSED, TESTS, WITHOUT, WORKS, Row
+from diffkv.vllm_plugin.matrix_row import (
+    FAMILIES,
+    NOT_TRIED,
+    REFUSALS,
+    REFUSED,
+    TESTS,
+    WITHOUT,
+    WORKS,
+    Row,
+)
 
 __all__ = ["MODELS"]
 
@@ -22,6 +34,34 @@ _STATES = (
     f"{TESTS}test_states.py::test_lossy_drift_is_bounded",
 )
 _LAYERS = ("tests/test_support_matrix.py::test_layer_refusals",)
+_HYBRIDS = (
+    "tests/gpu/test_hybrids.py::test_lossless_is_as_near_as_stock",
+    "tests/gpu/test_hybrids.py::test_lossy_drift_is_bounded",
+)
+
+
+def _on_gpu(feature: str, asked: Callable[[Any], bool], status: str) -> Row:
+    """A kind of models on a GPU: `WORKS`, or `REFUSED` until it was run there."""
+    name = f"{feature}, on a GPU"
+    if status == WORKS:
+        why = "other layers keep vLLM's own backends and cache; with vLLM's second model runner"
+        return Row("models", name, WORKS, why, "", _HYBRIDS)
+    return Row(
+        "models", name, REFUSED, "not run there yet", WITHOUT, REFUSALS,
+        lambda config: config.device_config.device_type != "cpu" and asked(config),
+    )  # fmt: skip
+
+
+_ON_GPUS = (
+    _on_gpu("sliding windows in some layers (Gemma 3)", layers.has_some_windows, WORKS),
+    _on_gpu("chunked local attention in some layers (Llama 4)", layers.has_some_chunks, WORKS),
+    _on_gpu(
+        "recurrent states beside full attention (Granite 4, Falcon-H1)", layers.has_states, WORKS
+    ),
+    _on_gpu(
+        "linear attention beside full attention (Qwen3-Next)", layers.has_linear_attention, WORKS
+    ),
+)
 
 MODELS = (
     *(
@@ -59,12 +99,6 @@ MODELS = (
         "linear attention in {config.model_config.dtype} on a CPU, nor does vLLM",
     ),
     Row(
-        "models", "recurrent states beside full attention, on a GPU", REFUSED, "not run there yet",
-        WITHOUT, REFUSALS,
-        lambda config: config.model_config.is_hybrid and config.device_config.device_type != "cpu",
-        "recurrent states beside full attention on a GPU",
-    ),
-    Row(
         "models", "recurrent states in all layers (Mamba)", REFUSED, "no layer is left to compress",
         WITHOUT, _STARTS, layers.has_states_only, "models without layers that have full attention",
     ),
@@ -76,12 +110,8 @@ MODELS = (
         "models", "chunked local attention in some layers (Llama 4), on a CPU", WORKS,
         "likewise", "", (f"{TESTS}test_divided.py::test_chunks_equal_stock",),
     ),
-    Row(
-        "models", "windows or chunks in some layers, on a GPU", REFUSED, "not run there yet", WITHOUT,
-        REFUSALS,
-        lambda config: config.device_config.device_type != "cpu" and layers.is_divided(config),
-        "sliding windows or chunks beside full attention on a GPU", layer_argument="sliding_window",
-    ),
+    *_ON_GPUS,
+    Row("models", "other recurrent states beside full attention (Jamba), on a GPU", NOT_TRIED),
     Row(
         "models", "sliding windows in all layers (Mistral 7B v0.1)", REFUSED,
         "no layer is left to compress",
@@ -89,6 +119,7 @@ MODELS = (
         "without DiffKV",
         (f"{TESTS}test_models.py::test_sliding_window_is_refused_unless_disabled", *REFUSALS),
         layers.has_windows_only, "models with a sliding window in every layer",
+        layer_argument="sliding_window",
     ),
     Row(
         "models", "attention in both directions over images (PaliGemma)", REFUSED,

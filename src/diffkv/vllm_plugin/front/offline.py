@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from diffkv.quant import ConfigError
 from diffkv.use import CacheUse
-from diffkv.vllm_plugin.arguments import arguments_of
+from diffkv.vllm_plugin.arguments import arguments_of, with_backends
 from diffkv.vllm_plugin.front.config_file import with_config_file
 from diffkv.vllm_plugin.front.memory import needed_bytes
 from diffkv.vllm_plugin.options import Options
@@ -295,8 +295,10 @@ def engine_arguments(arguments: dict[str, Any], options: Options | None) -> dict
     if options is None:
         return args
     ours = arguments_of(options)
+    if "attention_config" in ours and "attention_config" in args:
+        args["attention_config"] = with_backends(args["attention_config"])
     for name in ours:
-        if name in args and name != "watermark":
+        if name in args and name not in ("watermark", "attention_config"):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} does not go with DiffKV, which sets it: leave it out")
     return {**ours, **args}

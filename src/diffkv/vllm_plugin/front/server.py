@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffkv.quant import ConfigError
-from diffkv.vllm_plugin.arguments import arguments_of
+from diffkv.vllm_plugin.arguments import arguments_of, with_backends
 from diffkv.vllm_plugin.front.config_file import with_config_file
 from diffkv.vllm_plugin.front.middleware import ENGINE_DIED
 from diffkv.vllm_plugin.front.offline import check_model, first_line, refuse_in_one_line
@@ -17,10 +17,22 @@ from diffkv.vllm_plugin.support import check_config, check_version, settle_prefi
 __all__ = ["serve", "serve_flags"]
 
 
+PER_KIND = "--attention-config.backend_per_kind"
+
+
 def serve_flags(options: Options) -> list[str]:
     """The flags that turn DiffKV on in a plain `vllm serve`."""
     args = arguments_of(options)
-    flags = [
+    backends = args.get("attention_config", {}).get("backend_per_kind", {})
+    return [
+        *_flags(args),
+        *(part for kind, name in backends.items() for part in (f"{PER_KIND}.{kind}", name)),
+    ]
+
+
+def _flags(args: dict[str, Any]) -> list[str]:
+    """Those but the ones of `--attention-config`, which vLLM does not join with a user's JSON."""
+    return [
         "--kv-transfer-config",
         json.dumps(args["kv_transfer_config"]),
         "--worker-extension-cls",
@@ -32,9 +44,6 @@ def serve_flags(options: Options) -> list[str]:
         "--watermark",
         str(args["watermark"]),
     ]
-    if "attention_backend" in args:
-        flags += ["--attention-backend", args["attention_backend"]]
-    return flags
 
 
 def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
@@ -72,9 +81,12 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
     refuse_in_one_line(parser, "vllm serve")
     flags = with_config_file(parser, flags)
     _refuse_flags(flags)
+    set_by_us = arguments_of(options)
     args: Any = parser.parse_args(
-        ["--model", model, "--served-model-name", name, *serve_flags(options), *flags]
+        ["--model", model, "--served-model-name", name, *_flags(set_by_us), *flags]
     )
+    if "attention_config" in set_by_us:
+        args.attention_config = with_backends(args.attention_config)
     ours = [admission_path(options)]
     # a user's own replace what was given before them
     args.logits_processors = [*ours, *(p for p in args.logits_processors if p not in ours)]

@@ -38,12 +38,14 @@ class DiffKVMetadata:
         rows: the step's rows.
         layers: index of each layer in the pool, by name.
         step: the step as planned; None before `plan`.
+        is_dummy: whether it is a dummy run that no message came for.
     """
 
     worker: WorkerCache
     rows: BatchRows
     layers: dict[str, int]
     step: Step | None = None
+    is_dummy: bool = False
 
     def plan(self) -> Step:
         """Plan the step: once, before its first layer, with the scheduler's message if it has one."""
@@ -58,6 +60,7 @@ class DiffKVBuilder(AttentionMetadataBuilder[DiffKVMetadata]):
     second one after that, immediately before the model runs: then the plan waits for the message.
     Dummy runs have no message. The first runner's are planned here like every step, and so are those
     that a whole CUDA graph is captured of; the second's others are planned by their first layer.
+    Before there is a pool, when vLLM measures what graphs take, steps are None.
     """
 
     reorder_batch_threshold: int | None = 1
@@ -81,22 +84,27 @@ class DiffKVBuilder(AttentionMetadataBuilder[DiffKVMetadata]):
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-    ) -> DiffKVMetadata:
+    ) -> DiffKVMetadata | None:
         """Take the step that vLLM describes, and plan it, or have it planned."""
         metadata = self._describe(common_attn_metadata)
+        if metadata is None:
+            return None
         if self._message_comes_later:
             metadata.worker.plan_after_message(metadata.plan)
         else:
             metadata.plan()
         return metadata
 
-    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> DiffKVMetadata:
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> DiffKVMetadata | None:
         """A step of padding: its plan must be there before the capture begins."""
         metadata = self._describe(common_attn_metadata)
-        metadata.plan()
+        if metadata is not None:
+            metadata.plan()
         return metadata
 
-    def _describe(self, m: Any) -> DiffKVMetadata:
+    def _describe(self, m: Any) -> DiffKVMetadata | None:
+        if self._impl.worker is None:
+            return None
         rows = BatchRows(
             m.block_table_tensor[: m.num_reqs, 0],
             m.query_start_loc_cpu[: m.num_reqs + 1].numpy(),
@@ -112,7 +120,7 @@ class DiffKVImpl(AttentionImpl[DiffKVMetadata]):
         worker: the pool, set when vLLM has allocated the KV cache.
     """
 
-    worker: WorkerCache
+    worker: WorkerCache | None = None
 
     def __init__(
         self,
@@ -156,11 +164,17 @@ class DiffKVImpl(AttentionImpl[DiffKVMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Store and attend one layer of a step; warm-up runs without one give zeros."""
+        """Store and attend one layer of a step; warm-up runs without one give zeros.
+
+        So do dummy runs, for what becomes of their tokens may stay in other layers' caches.
+        """
         if attn_metadata is None:
             return output.fill_(0)
         m = attn_metadata
-        step = m.step or m.plan()  # the latter in a dummy run that no message came for
+        m.is_dummy |= m.step is None
+        step = m.step or m.plan()
+        if m.is_dummy:
+            output.fill_(0)
         index = m.layers[layer.layer_name]
         m.worker.cache.attend(index, step, query, key, value, output.view(query.shape))
         return output
@@ -235,6 +249,17 @@ class DiffKVBackend(AttentionBackend):
     def supports_sliding_window(cls) -> bool:
         """Windowed layers would need another rule for what to keep."""
         return False
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Why a layer cannot have it; vLLM starts no engine then."""
+        reasons = super().validate_configuration(*args, **kwargs)
+        if kwargs.get("has_sliding_window"):
+            reasons.append(
+                "DiffKV is for layers with full attention: in place of --attention-backend CUSTOM pass "
+                "--attention-config.backend_per_kind.full_attention CUSTOM"
+            )
+        return reasons
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

@@ -110,7 +110,9 @@ class WorkerCache:
             num_bytes = division.pool_bytes
             buffer = torch.empty(num_bytes, dtype=torch.int8, device=device)
         self.shape = spec.pool_shape(num_bytes, vllm_config.model_config.max_model_len)
-        num_blocks = 1 + num_bytes // (self.shape.num_layers * self.shape.page_bytes)
+        # in warm-up runs the second model runner numbers requests by vLLM's own blocks
+        num_ours = 1 + num_bytes // (self.shape.num_layers * self.shape.page_bytes)
+        num_blocks = max(num_ours, kv_cache_config.num_blocks)
         self.state = pool.create(self.shape, buffer, spec.dtype, options.window)
         if on_cpu:
             self.state.pages.zero_()  # a host that lacks the memory must say so now

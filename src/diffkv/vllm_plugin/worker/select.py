@@ -19,6 +19,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     if options_of(get_current_vllm_config_or_none()) is None:
         return resolve_obj_by_qualname(AttentionBackendEnum.CPU_ATTN.value)
-    from diffkv.vllm_plugin.worker.windows import CpuBackend
+    from diffkv.vllm_plugin.worker.cpu import CpuBackend
 
     return CpuBackend
