@@ -15,6 +15,12 @@ BACKEND = "vllm.v1.attention.backend"
 PROCESSOR = "vllm.v1.sample.logits_processor"
 PROCESSOR_V2 = "vllm.v1.worker.gpu.sample.logits_processor.interface"
 BACKENDS = "vllm.v1.attention.backends"
+LOCAL_IMPLS = (
+    "cpu_attn:CPUAttentionBackendImpl",
+    "flash_attn:FlashAttentionImpl",
+    "triton_attn:TritonAttentionImpl",
+)
+"""Implementations of layers with windows or chunks that we have store keys and values themselves."""
 TURBOQUANT = "vllm.model_executor.layers.quantization.turboquant"
 
 
@@ -52,8 +58,12 @@ HOOKS = (
             "vllm.config:get_current_vllm_config()",
             "vllm.config:get_current_vllm_config_or_none()",
             "vllm.config:get_layers_from_vllm_config(vllm_config, layer_type)",
-            f"{BACKENDS}.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update"
-            "(layer, key, value, kv_cache, slot_mapping)",
+            *(
+                f"{BACKENDS}.{name}.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)"
+                for name in LOCAL_IMPLS
+            ),
+            "vllm.v1.attention.selector:get_attn_backend(head_size, dtype, kv_cache_dtype, *, "
+            "has_sliding_window)",
             "vllm.utils.import_utils:resolve_obj_by_qualname(qualname)",
             "vllm.model_executor.layers.attention.chunked_local_attention"
             ":create_chunked_local_attention_backend(underlying_attn_backend, attention_chunk_size)",
@@ -72,8 +82,12 @@ HOOKS = (
                 "block_table_tensor num_reqs query_start_loc_cpu seq_lens"
             ),
             f"{BACKENDS}.cpu_attn:CPUAttentionMetadata": "slot_mapping",
-            f"{BACKENDS}.cpu_attn:CPUAttentionMetadataBuilder": "",
-            f"{BACKENDS}.cpu_attn:CPUAttentionBackendImpl": "kv_sharing_target_layer_name",
+            f"{BACKENDS}.flash_attn:FlashAttentionMetadata": "slot_mapping",
+            f"{BACKENDS}.triton_attn:TritonAttentionMetadata": "slot_mapping",
+            **dict.fromkeys(
+                (f"{BACKENDS}.{name}" for name in LOCAL_IMPLS), "kv_sharing_target_layer_name"
+            ),
+            "vllm.config:AttentionConfig": "backend backend_per_kind",
             "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": "",
             "vllm.config:CompilationConfig": "static_forward_context",
             "vllm.platforms:current_platform": "",
@@ -81,7 +95,13 @@ HOOKS = (
         overrides={
             ("diffkv.vllm_plugin.worker.backend:DiffKVBackend", f"{BACKEND}:AttentionBackend"): (
                 "get_name get_impl_cls get_builder_cls get_supported_kernel_block_sizes "
-                "supports_sliding_window customize_spec"
+                "supports_sliding_window validate_configuration customize_spec"
+            ),
+            ("diffkv.vllm_plugin.worker.windows:MixedBackend", f"{BACKEND}:AttentionBackend"): (
+                "get_builder_cls get_supported_kernel_block_sizes customize_spec"
+            ),
+            ("diffkv.vllm_plugin.worker.windows:CudaBackend", f"{BACKEND}:AttentionBackend"): (
+                "get_impl_cls supported_kv_cache_layouts"
             ),
             (
                 "diffkv.vllm_plugin.worker.backend:DiffKVBuilder",
@@ -91,18 +111,21 @@ HOOKS = (
                 "__init__ forward"
             ),
             (
-                "diffkv.vllm_plugin.worker.windows:CpuBackend",
+                "diffkv.vllm_plugin.worker.cpu:CpuBackend",
                 f"{BACKENDS}.cpu_attn:CPUAttentionBackend",
             ): (
                 "get_impl_cls get_builder_cls get_supported_kernel_block_sizes "
                 "supported_kv_cache_layouts customize_spec"
             ),
-            (
-                "diffkv.vllm_plugin.worker.windows:LocalImpl",
-                f"{BACKENDS}.cpu_attn:CPUAttentionBackendImpl",
-            ): "forward",
+            **{
+                ("diffkv.vllm_plugin.worker.windows:_Stores", f"{BACKENDS}.{name}"): "forward"
+                for name in LOCAL_IMPLS
+            },
         },
         values={
+            "vllm.v1.kv_cache_interface:KVCacheSpecKind.FULL_ATTENTION": (
+                "FULL_ATTENTION = 'full_attention'"
+            ),
             f"{BACKENDS}.registry:AttentionBackendEnum.CPU_ATTN": (
                 "CPU_ATTN = 'vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend'"
             ),
@@ -110,7 +133,9 @@ HOOKS = (
         bodies=(
             "vllm.v1.attention.selector:get_attn_backend",
             "vllm.v1.attention.selector:_cached_get_attn_backend",
+            "vllm.v1.attention.selector:get_attn_spec_kind",
             "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
+            "vllm.platforms.cuda:CudaPlatformBase.get_attn_backend_cls",
         ),
     ),
     Hook(
@@ -441,7 +466,7 @@ HOOKS = (
             "vllm.exceptions:VLLMClientError": "",
             "vllm.engine.arg_utils:EngineArgs": (
                 "kv_transfer_config worker_extension_cls logits_processors enable_prefix_caching "
-                "watermark attention_backend kv_cache_memory_bytes gpu_memory_utilization "
+                "watermark attention_config kv_cache_memory_bytes gpu_memory_utilization "
                 "use_tqdm_on_load disable_log_stats enforce_eager async_scheduling kv_cache_dtype"
             ),
             "vllm.config.cache:CacheDType": "",
@@ -458,6 +483,8 @@ HOOKS = (
             "vllm.v1.worker.gpu.kv_connector:ActiveKVConnector.post_forward",
             "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model",
             "vllm.v1.worker.gpu.model_runner:GPUModelRunner._dummy_run",
+            "vllm.v1.worker.gpu.warmup:_warmup_kernels",
+            "vllm.v1.worker.gpu.cudagraph_utils:profile_cudagraph_memory",
             "vllm.v1.worker.gpu_model_runner:GPUModelRunner._dummy_run",
         ),
     ),

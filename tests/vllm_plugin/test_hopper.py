@@ -8,6 +8,16 @@ from typing import Any
 
 import pytest
 from hopper import KV_BYTES
+from vllm.config import AttentionConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from diffkv.quant import ConfigError
+from diffkv.vllm_plugin.front.offline import engine_arguments
+from diffkv.vllm_plugin.front.server import serve_flags
+from diffkv.vllm_plugin.options import Options
 
 OURS = ["Attention", "CudaBackend", "DiffKVImpl"]
 WINDOW = ["Attention", "FlashAttentionBackend", "FlashAttentionImpl"]
@@ -87,3 +97,35 @@ def test_the_backend_for_all_layers_says_what_to_pass() -> None:
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert "pass --attention-config.backend_per_kind.full_attention CUSTOM" in last
+
+
+BACKENDS = {"full_attention": AttentionBackendEnum.CUSTOM}
+
+
+def test_settings_of_attention_can_be_given_beside_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    given = AttentionConfig(
+        flash_attn_version=3, backend_per_kind={"sliding_window": "TRITON_ATTN"}
+    )
+    for asked in (given, {"flash_attn_version": 3, "backend_per_kind": given.backend_per_kind}):
+        config = engine_arguments({"attention_config": asked}, Options())["attention_config"]
+        assert config.flash_attn_version == 3
+        assert config.backend_per_kind == {**given.backend_per_kind, **BACKENDS}
+    assert given.backend_per_kind.keys() == {"sliding_window"}
+    alone = engine_arguments({}, Options())["attention_config"]
+    assert AttentionConfig(**alone).backend_per_kind == BACKENDS
+    for other in (
+        {"backend": "FLASH_ATTN"},
+        {"backend_per_kind": {"full_attention": "FLASH_ATTN"}},
+    ):
+        with pytest.raises(ConfigError, match="DiffKV is the attention backend"):
+            engine_arguments({"attention_config": other}, Options())
+
+
+def test_flags_of_a_plain_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    flags = serve_flags(Options())[-2:]
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args([*flags, "--attention-config.flash_attn_version=3"])
+    assert args.attention_config.backend_per_kind == BACKENDS
+    assert args.attention_config.flash_attn_version == 3

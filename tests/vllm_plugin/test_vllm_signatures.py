@@ -36,7 +36,13 @@ OVERRIDES = [
     for (ours, base), names in hook.overrides.items()
     for name in names.split()
 ]
-GPU_ONLY = ("vllm.vllm_flash_attn", "vllm.v1.attention.ops")
+GPU_ONLY = (
+    "vllm.vllm_flash_attn",
+    "vllm.v1.attention.ops",
+    "vllm.v1.attention.backends.flash_attn",
+    "vllm.v1.attention.backends.triton_attn",
+    "vllm.platforms.cuda",
+)
 """Modules that cannot be imported without a GPU's libraries, but read."""
 
 each_version = pytest.mark.parametrize("version", VERSIONS)
