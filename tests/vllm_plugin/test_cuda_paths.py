@@ -92,7 +92,7 @@ def test_dummy_run_without_a_message(
 
         for prompt, tokens in zip(prompts[:3], stock, strict=False):
             num_steps = len(planned)
-            runner._dummy_run(8, force_attention=True)
+            runner._dummy_run(2 * runner.max_num_reqs, force_attention=True)
             assert len(planned) == num_steps + 1
             check_empty(llm)
             assert drive(llm, {"r": Request(prompt, 8)}).token_ids["r"] == tokens[:8]
