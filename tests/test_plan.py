@@ -288,7 +288,28 @@ def test_layers_with_a_window_are_planned_as_vllm_keeps_them(capsys, tmp_path):
     assert ours["window_bytes"] == ours["num_requests"] * window
     assert ours["num_requests"] * ours["bytes_per_token"] * 8192 <= facts["kv_bytes_per_gpu"]
     assert main(["plan", "--model", str(tmp_path), *flags]) == 0
-    assert "22 layers with a window of 512 tokens keep vLLM's own cache" in capsys.readouterr().out
+    assert (
+        "22 layers with a window or chunk of 512 tokens keep vLLM's own cache"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "num_chunks"),
+    [
+        ({"layer_types": ["chunked_attention", "full_attention"] * 13}, 13),
+        ({"no_rope_layers": [1, 1, 1, 1, 0] * 5 + [1]}, 21),
+        ({"no_rope_layers": [], "no_rope_layer_interval": 2}, 13),
+        ({}, 20),
+    ],
+)
+def test_chunks_are_planned_as_windows_are(said, num_chunks):
+    model = ModelConfig.parse(
+        {**GEMMA, "sliding_window": None, "attention_chunk_size": 512, **said}, "m"
+    )
+    assert (model.num_windows, model.window, model.num_full) == (num_chunks, 512, 26 - num_chunks)
+    rank = rank_of(model, 1, 1, GIB)
+    assert rank.window_bytes(8192, 16) == num_chunks * 2 * 256 * 2 * (512 + 16)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 QKV_BIAS_MODELS = ("qwen2", "qwen2_moe")
 """Their attention has a bias on Q, K and V that config.json does not mention."""
 QK_NORM_MODELS = ("qwen3", "qwen3_moe")
-FULL, WINDOW = "full_attention", "sliding_attention"
+FULL, WINDOW, CHUNK = "full_attention", "sliding_attention", "chunked_attention"
 """Kinds of layers, as `layer_types` names them."""
+LLAMA4_INTERVAL = 4
+"""Of Llama 4's layers every fourth has full attention, where config.json says nothing of it."""
 GROUP_META_BYTES = 2.5
 """Bytes of scale (float16) and zero (4 bits) of a group of GPTQ or AWQ weights."""
 
@@ -34,8 +36,8 @@ class ModelConfig:
         architecture: first of `architectures`.
         model_type: `model_type` of config.json.
         num_layers: attention layers.
-        num_windows: those of them with a sliding window, which keep vLLM's own cache.
-        window: tokens of the window; 0 if no layer has one.
+        num_windows: those of them with a sliding window or a chunk, which keep vLLM's own cache.
+        window: tokens of the window, or of the chunk; 0 if no layer has one.
         other_kinds: names of kinds of layers that have neither full attention nor such a window.
         num_q_heads: query heads of a layer.
         num_kv_heads: KV heads of a layer.
@@ -136,7 +138,7 @@ class ModelConfig:
             max_model_len=int(text.get("max_position_embeddings") or 0),
             num_windows=num_windows,
             window=window,
-            other_kinds=tuple(sorted(kinds - {FULL, WINDOW})),
+            other_kinds=tuple(sorted(kinds - {FULL, WINDOW, CHUNK})),
         )
 
     @classmethod
@@ -197,11 +199,16 @@ class ModelConfig:
 
 
 def _windows(text: Mapping[str, Any], num_layers: int) -> tuple[int, int]:
-    """(layers with a sliding window, tokens of it)."""
+    """(layers with a sliding window or a chunk, tokens of it)."""
+    chunk, kinds = int(text.get("attention_chunk_size") or 0), list(text.get("layer_types") or ())
+    if chunk:
+        interval = int(text.get("no_rope_layer_interval") or LLAMA4_INTERVAL)
+        rotated = list(text.get("no_rope_layers") or ())  # 1 for layers with rotation and chunks
+        num_full = rotated.count(0) if rotated else num_layers // interval
+        return (kinds.count(CHUNK) if kinds else num_layers - num_full), chunk
     window = int(text.get("sliding_window") or 0)
     if not window or not text.get("use_sliding_window", True):
         return 0, 0
-    kinds = list(text.get("layer_types") or ())
     pattern = int(text.get("sliding_window_pattern") or 0)
     if kinds:
         num_windows = kinds.count(WINDOW)

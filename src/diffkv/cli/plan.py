@@ -156,8 +156,8 @@ def _print(facts: dict[str, Any]) -> None:
         name = facts["verdict"]["name"]
         ours = next(plan for plan in facts["formats"] if plan["name"] == name)
         console.print(
-            f"{facts['num_windows']} layers with a window of {facts['window']:,} tokens keep vLLM's own "
-            f"cache: of the KV budget {_size(ours['window_bytes'])} for the "
+            f"{facts['num_windows']} layers with a window or chunk of {facts['window']:,} tokens keep "
+            f"vLLM's own cache: of the KV budget {_size(ours['window_bytes'])} for the "
             f"{ours['num_requests']} requests of {ours['name']}"
         )
     table = Table("cache", "KB a token", "of bf16", "requests", "of bf16", "tables")
