@@ -93,8 +93,8 @@ def test_reports_a_step_late(
     init, on_report = Snapshots.__init__, DiffKVManager.on_report
     stale = []
 
-    def late(self: Snapshots, state: Any, late: bool) -> None:
-        init(self, state, late=True)
+    def late(self: Snapshots, cache: Any, late: bool) -> None:
+        init(self, cache, late=True)
 
     def count(self: DiffKVManager, request_id: str, report: PagesHeld) -> None:
         running = self._running.get(request_id)
