@@ -48,6 +48,8 @@ class DiffKVManager(FullAttentionManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._requests: dict[str, Any] = {}
         self._running: dict[str, Running] = {}
+        self._closing: dict[str, Running] = {}
+        self._failed: set[str] = set()
         self._started: list[Started] = []
         self._restarted: set[str] = set()
         self._is_starved = False
@@ -206,6 +208,8 @@ class DiffKVManager(FullAttentionManager):
         slots are short, where a running request waits for blocks, and where a session goes on, so that
         it is not scheduled before it has been restarted.
         """
+        if self._is_paid(request_id, num_tokens):
+            return 0
         never = int(self.block_pool.num_gpu_blocks)
         if self._goes_on(request_id):
             self._restart(request_id)
@@ -233,6 +237,15 @@ class DiffKVManager(FullAttentionManager):
         self._is_starved |= runs
         return never
 
+    def _is_paid(self, request_id: str, num_tokens: int) -> bool:
+        """Whether a request's step generates a token that its blocks are enough for."""
+        running = self._running.get(request_id)
+        return (
+            running is not None
+            and running.num_tokens < num_tokens <= running.paid_until
+            and not self._goes_on(request_id)
+        )
+
     def _is_too_large(self, running: Running, need: Need) -> bool:
         """Whether a step asks for more than the whole pool has, once all pages are known."""
         chain = sum(len(row.blocks) for row in running.chain)
@@ -246,6 +259,9 @@ class DiffKVManager(FullAttentionManager):
     ) -> list[Any]:
         """Pay for a step; the worker is only ever told of the one block that is the request's id."""
         running = self._running.get(request_id)
+        if running is not None and self._is_paid(request_id, num_tokens):
+            running.num_tokens = num_tokens
+            return []
         new_ids: list[Any] = []
         if running is None:
             running = self._start(request_id)
@@ -302,12 +318,15 @@ class DiffKVManager(FullAttentionManager):
                 Row(self.store.take_slot(), start, end, running.thresholds, taken, maker)
             )
             running.start = end
+        if running.closing:
+            self._closing[maker[0]] = running
         if running.num_tokens < running.prompt_len:
             running.in_flight.append((num_tokens, need.open_blocks))
 
     def _fail(self, running: Running, num_tokens: int) -> None:
         """Let a request's step pass without blocks: the worker has vLLM end it."""
         running.failed = True
+        self._failed.add(running.request.request_id)
         logger.error(
             f"Request {running.request.request_id} ends with an error: {num_tokens} tokens of it may "
             f"need more than the {self.num_usable * self.shape.num_layers} pages of DiffKV's whole "
@@ -317,6 +336,8 @@ class DiffKVManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """The request leaves, for good or until it is resumed: its open row is gone."""
         running = self._running.pop(request_id, None)
+        self._closing.pop(request_id, None)
+        self._failed.discard(request_id)
         super().pop_blocks_for_free(request_id)
         if running is None:
             return []
@@ -345,19 +366,19 @@ class DiffKVManager(FullAttentionManager):
         """The step is scheduled: slots of the rows that it closes, which others may find from now on."""
         self._is_starved = False
         closing = {}
-        for name, running in self._running.items():
-            if running.closing:
-                closing[name] = tuple(row.slot for row in running.closing)
-                prefix = self._hits.prefix(running.request, running.thresholds)
-                for row in running.closing:
-                    self.store.add(row, running.chain, prefix)
-                    running.chain.append(row)
-                running.closing = []
+        for name, running in self._closing.items():
+            closing[name] = tuple(row.slot for row in running.closing)
+            prefix = self._hits.prefix(running.request, running.thresholds)
+            for row in running.closing:
+                self.store.add(row, running.chain, prefix)
+                running.chain.append(row)
+            running.closing = []
+        self._closing = {}
         return closing
 
     def failed(self) -> set[str]:
         """Running requests that are too large for the whole pool."""
-        return {name for name, running in self._running.items() if running.failed}
+        return self._failed
 
     def awaits_reports(self) -> bool:
         """Whether reports are to come that give blocks back."""
@@ -389,3 +410,4 @@ class DiffKVManager(FullAttentionManager):
         if surplus > 0:
             self.block_pool.free_blocks(running.blocks[-surplus:])
             del running.blocks[-surplus:]
+        running.paid_until = self._bounds.horizon(running) if surplus >= 0 else 0
