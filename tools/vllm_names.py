@@ -450,10 +450,9 @@ HOOKS = (
     ),
     Hook(
         "On CUDA",
-        reads={"vllm.config:VllmConfig": "max_concurrent_batches use_v2_model_runner"},
+        reads={"vllm.config:VllmConfig": "max_concurrent_batches"},
         bodies=(
             "vllm.config:VllmConfig.max_concurrent_batches",
-            "vllm.config:VllmConfig.use_v2_model_runner",
             "vllm.v1.worker.gpu.kv_connector:ActiveKVConnector.pre_forward",
             "vllm.v1.worker.gpu.kv_connector:ActiveKVConnector.post_forward",
             "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model",

@@ -17,7 +17,7 @@ from diffkv.vllm_plugin.connector import DiffKVConnector
 from diffkv.vllm_plugin.front.admission import Admission
 from diffkv.vllm_plugin.messages import PagesHeld
 from diffkv.vllm_plugin.scheduler.manager import DiffKVManager
-from diffkv.vllm_plugin.worker.backend import DiffKVBuilder, DiffKVMetadata
+from diffkv.vllm_plugin.worker.backend import DiffKVMetadata
 from diffkv.vllm_plugin.worker.prefill import choose_prefill
 from diffkv.vllm_plugin.worker.snapshot import Snapshots
 
@@ -27,7 +27,7 @@ def test_message_after_metadata(
 ) -> None:
     """vLLM's second model runner builds a step's metadata before the worker gets its message."""
     messages: list[Any] = []
-    deliver, init = DiffKVConnector.handle_preemptions, DiffKVBuilder.__init__
+    deliver = DiffKVConnector.handle_preemptions
     bind = DiffKVConnector.bind_connector_metadata
 
     def hold(self: DiffKVConnector, message: Any) -> None:
@@ -41,13 +41,8 @@ def test_message_after_metadata(
             deliver(self, messages.pop())
         bind(self, message)
 
-    def late(self: DiffKVBuilder, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self._message_comes_later = True
-
     monkeypatch.setattr(DiffKVConnector, "handle_preemptions", hold)
     monkeypatch.setattr(DiffKVConnector, "bind_connector_metadata", before_forward)
-    monkeypatch.setattr(DiffKVBuilder, "__init__", late)
     with engine("k16v16", max_num_batched_tokens=256) as llm:
         run = greedy(llm, prompts[:12], NEW_TOKENS)
     assert run.token_ids == stock[:12]
@@ -57,22 +52,14 @@ def test_message_after_metadata(
 def test_dummy_run_without_a_message(
     monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], stock: list[list[int]]
 ) -> None:
-    """The second runner captures graphs in pieces, and waits for other replicas, by such runs.
-
-    Its builder cannot tell them from steps whose message is still to come.
-    """
-    init, plan = DiffKVBuilder.__init__, DiffKVMetadata.plan
+    """Runners warm up, capture graphs, and wait for other replicas by such runs."""
+    plan = DiffKVMetadata.plan
     planned: list[Any] = []
-
-    def late(self: DiffKVBuilder, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self._message_comes_later = True
 
     def count(self: DiffKVMetadata) -> Step:
         planned.append(self)
         return plan(self)
 
-    monkeypatch.setattr(DiffKVBuilder, "__init__", late)
     monkeypatch.setattr(DiffKVMetadata, "plan", count)
     with engine("k16v16", max_num_batched_tokens=256) as llm:
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner

@@ -3,7 +3,7 @@
 There is one in each worker process. It knows vLLM's data, not its engine.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,8 +133,6 @@ class WorkerCache:
         self._scheduled: dict[str, RunningRequest] = {}
         self._has_prompts = False
         self._ended: list[RunningRequest] = []
-        self._plan_later: Callable[[], object] | None = None
-        self._row_slots: list[Tensor] = []
 
         for impl in impls:
             impl.worker = self
@@ -159,8 +157,6 @@ class WorkerCache:
         for name in message.failed:
             rows.of_block[rows.requests[name].block_id] = -1
         self.accounts.step_began(len(rows.requests))
-        if self._plan_later is not None:
-            self._plan_later()
 
     def _end(self, message: StepMessage) -> None:
         """Forget requests and release rows; the open rows of requests that are kept are closed now."""
@@ -192,17 +188,13 @@ class WorkerCache:
         """Blocks of the step's requests that are too large for the whole pool."""
         return {self._scheduled[name].block_id for name in self._message.failed}
 
-    def plan_after_message(self, plan: Callable[[], object]) -> None:
-        """Have `before_step` call `plan`, unless the step is planned before a message comes."""
-        self._plan_later = plan
-
     def plan(self, rows: BatchRows) -> Step:
         """Sort the rows of a step into prompts and generated tokens, and plan the latter.
 
-        A step without prompts is planned from device tensors alone: the host waits for nothing.
+        A step without prompts is planned from device tensors alone: the host waits for nothing, and a
+        CUDA graph can have the plan in it.
         """
-        self._plan_later = None
-        slots, seq_lens = self._slots_of(rows.block_ids), rows.seq_lens
+        slots, seq_lens = self._rows.of_block.index_select(0, rows.block_ids), rows.seq_lens
         prompts: list[PromptChunk] = []
         generated_rows: slice | Tensor = slice(0, len(slots))
         if self._has_prompts:
@@ -223,15 +215,6 @@ class WorkerCache:
             for slot, end in zip(chunk.closing, ends, strict=True):
                 self._rows.lengths[slot] = end - request.start
                 request.chain, request.start = (*request.chain, slot), end
-
-    def _slots_of(self, block_ids: Tensor) -> Tensor:
-        """[num_rows] int32 at an address that stays: a CUDA graph of a step reads it again."""
-        num = len(block_ids)
-        if not self._row_slots or len(self._row_slots[-1]) < num:
-            # a shorter one may be part of a graph, and is kept
-            self._row_slots.append(torch.empty(num, dtype=torch.int32, device=block_ids.device))
-        slots = self._row_slots[-1][:num]
-        return torch.index_select(self._rows.of_block, 0, block_ids, out=slots)
 
     def _split(
         self, row_slots: Tensor, query_starts: np.ndarray, seq_lens: Tensor
