@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import NEW_TOKENS, engine, greedy
@@ -18,6 +19,7 @@ from diffkv.vllm_plugin.front.admission import Admission
 from diffkv.vllm_plugin.messages import PagesHeld
 from diffkv.vllm_plugin.scheduler.manager import DiffKVManager
 from diffkv.vllm_plugin.worker.backend import DiffKVMetadata
+from diffkv.vllm_plugin.worker.graphs import keep_prompts_out
 from diffkv.vllm_plugin.worker.prefill import choose_prefill
 from diffkv.vllm_plugin.worker.snapshot import Snapshots
 
@@ -71,6 +73,43 @@ def test_dummy_run_without_a_message(
             check_empty(llm)
             assert drive(llm, {"r": Request(prompt, 8)}).token_ids["r"] == tokens[:8]
     assert len(planned) == len(set(map(id, planned))), "a step was planned twice"
+
+
+def test_no_whole_graph_has_a_prompt_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM counts the last token of a prompt as a generated one, where it is computed by itself."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    count = GPUModelRunner.gather_batch_req_state
+    monkeypatch.setattr(GPUModelRunner, "gather_batch_req_state", count)
+    step = SimpleNamespace(
+        num_scheduled_tokens={"a": 1, "b": 1},
+        total_num_scheduled_tokens=2,
+        scheduled_spec_decode_tokens={},
+    )
+
+    def tokens_each(connector: str, num_computed: list[int]) -> int | None:
+        """Of each request, if a whole graph may be replayed."""
+        transfer = SimpleNamespace(kv_connector=connector, kv_connector_extra_config={})
+        runner = SimpleNamespace(
+            vllm_config=SimpleNamespace(kv_transfer_config=transfer),
+            decode_query_len=1,
+            use_pp=False,
+            pcp_manager=None,
+            adaptive_verification=None,
+            req_states=SimpleNamespace(
+                req_id_to_index={"a": 0, "b": 1},
+                prefill_len=SimpleNamespace(np=np.array([100, 50])),
+                num_computed_prefill_tokens=np.array(num_computed),
+            ),
+        )
+        return GPUModelRunner.gather_batch_req_state(runner, step, False)[1]
+
+    assert tokens_each("DiffKVConnector", [99, 50]) == 1
+    for _ in range(2):
+        keep_prompts_out()
+        assert tokens_each("DiffKVConnector", [99, 50]) is None
+        assert tokens_each("DiffKVConnector", [100, 50]) == 1
+        assert tokens_each("OffloadingConnector", [99, 50]) == 1
 
 
 def test_reports_a_step_late(

@@ -40,6 +40,7 @@ class DiffKVManager(FullAttentionManager):
     Attributes:
         shape: the pool's.
         store: slots and closed rows.
+        failed: running requests that are too large for the whole pool.
     """
 
     supports_fine_grained_hash_lookup = False
@@ -49,7 +50,7 @@ class DiffKVManager(FullAttentionManager):
         self._requests: dict[str, Any] = {}
         self._running: dict[str, Running] = {}
         self._closing: dict[str, Running] = {}
-        self._failed: set[str] = set()
+        self.failed: set[str] = set()
         self._started: list[Started] = []
         self._restarted: set[str] = set()
         self._is_starved = False
@@ -208,8 +209,6 @@ class DiffKVManager(FullAttentionManager):
         slots are short, where a running request waits for blocks, and where a session goes on, so that
         it is not scheduled before it has been restarted.
         """
-        if self._is_paid(request_id, num_tokens):
-            return 0
         never = int(self.block_pool.num_gpu_blocks)
         if self._goes_on(request_id):
             self._restart(request_id)
@@ -218,6 +217,8 @@ class DiffKVManager(FullAttentionManager):
         if self._is_starved and not runs:
             return never
         running = self._as_running(request_id, total_computed_tokens)
+        if running.is_paid(num_tokens):
+            return 0
         if running.failed:
             return 0
         idle = [row for row in running.chain if not row.users]
@@ -237,15 +238,6 @@ class DiffKVManager(FullAttentionManager):
         self._is_starved |= runs
         return never
 
-    def _is_paid(self, request_id: str, num_tokens: int) -> bool:
-        """Whether a request's step generates a token that its blocks are enough for."""
-        running = self._running.get(request_id)
-        return (
-            running is not None
-            and running.num_tokens < num_tokens <= running.paid_until
-            and not self._goes_on(request_id)
-        )
-
     def _is_too_large(self, running: Running, need: Need) -> bool:
         """Whether a step asks for more than the whole pool has, once all pages are known."""
         chain = sum(len(row.blocks) for row in running.chain)
@@ -259,7 +251,7 @@ class DiffKVManager(FullAttentionManager):
     ) -> list[Any]:
         """Pay for a step; the worker is only ever told of the one block that is the request's id."""
         running = self._running.get(request_id)
-        if running is not None and self._is_paid(request_id, num_tokens):
+        if running is not None and running.is_paid(num_tokens):
             running.num_tokens = num_tokens
             return []
         new_ids: list[Any] = []
@@ -326,7 +318,7 @@ class DiffKVManager(FullAttentionManager):
     def _fail(self, running: Running, num_tokens: int) -> None:
         """Let a request's step pass without blocks: the worker has vLLM end it."""
         running.failed = True
-        self._failed.add(running.request.request_id)
+        self.failed.add(running.request.request_id)
         logger.error(
             f"Request {running.request.request_id} ends with an error: {num_tokens} tokens of it may "
             f"need more than the {self.num_usable * self.shape.num_layers} pages of DiffKV's whole "
@@ -337,18 +329,17 @@ class DiffKVManager(FullAttentionManager):
         """The request leaves, for good or until it is resumed: its open row is gone."""
         running = self._running.pop(request_id, None)
         self._closing.pop(request_id, None)
-        self._failed.discard(request_id)
+        self.failed.discard(request_id)
         super().pop_blocks_for_free(request_id)
         if running is None:
             return []
-        blocks = running.blocks
         for row in running.closing:  # no worker has heard of them
-            blocks.extend(row.blocks)
+            running.blocks.extend(row.blocks)
             self.store.return_slot(row.slot)
         self.store.leave(running.chain)
         if running.slot >= 0:
             self.store.release_slot(running.slot)
-        return blocks
+        return running.blocks
 
     # steps
 
@@ -375,10 +366,6 @@ class DiffKVManager(FullAttentionManager):
             running.closing = []
         self._closing = {}
         return closing
-
-    def failed(self) -> set[str]:
-        """Running requests that are too large for the whole pool."""
-        return self._failed
 
     def awaits_reports(self) -> bool:
         """Whether reports are to come that give blocks back."""

@@ -65,6 +65,10 @@ class Running:
         """Tokens of its prompt."""
         return self.ends.prompt_len
 
+    def is_paid(self, num_tokens: int) -> bool:
+        """Whether a step generates a token that the blocks are enough for."""
+        return self.num_tokens < num_tokens <= self.paid_until
+
     @property
     def is_settled(self) -> bool:
         """Whether the pages of all that it has stored are known."""

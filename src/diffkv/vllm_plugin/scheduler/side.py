@@ -102,7 +102,7 @@ class SchedulerSide:
             started=self._manager.take_started(),
             closing=self._manager.close_rows(),
             num_tokens=num_tokens,
-            failed={name for name in self._manager.failed() if name in num_tokens},
+            failed={name for name in self._manager.failed if name in num_tokens},
         )
 
     def take(self, message: ReportMessage) -> None:

@@ -85,8 +85,11 @@ class DiffKVBuilder(AttentionMetadataBuilder[DiffKVMetadata]):
     def get_cudagraph_support(
         cls, vllm_config: Any, kv_cache_spec: AttentionSpec
     ) -> AttentionCGSupport:
-        """Steps of generated tokens alone: their launches are static, over buffers that stay."""
-        if vllm_config.device_config.device_type == "cuda":
+        """Steps of generated tokens alone: their launches are static, over buffers that stay.
+
+        The first model runner also replays such a graph where prompts have one token left.
+        """
+        if vllm_config.device_config.device_type == "cuda" and vllm_config.use_v2_model_runner:
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.NEVER
 
