@@ -390,11 +390,11 @@ class DiffKVManager(FullAttentionManager):
         running.report = report
         while running.in_flight and running.in_flight[0][0] <= report.num_tokens:
             running.in_flight.popleft()
-        rest = running.prompt_len - running.start
-        if report.num_tokens == running.prompt_len and rest:
+        if report.num_tokens == running.prompt_len and (rest := running.prompt_len - running.start):
             self._sizes.observe(running.thresholds, rest, report.num_pages)
-        surplus = len(running.blocks) - self._bounds.held(running)
+        horizon = self._bounds.horizon(running)
+        surplus = len(running.blocks) - self._bounds.held(running, horizon)
         if surplus > 0:
             self.block_pool.free_blocks(running.blocks[-surplus:])
             del running.blocks[-surplus:]
-        running.paid_until = self._bounds.horizon(running) if surplus >= 0 else 0
+        running.paid_until = horizon if surplus >= 0 else 0

@@ -43,6 +43,7 @@ class Running:
         report: the latest.
         paid_until: tokens up to which its blocks are enough for generated ones.
         failed: whether the request is too large for the whole pool.
+        prompt_len: tokens of its prompt.
     """
 
     request: Any
@@ -59,11 +60,10 @@ class Running:
     report: PagesHeld | None = None
     paid_until: int = 0
     failed: bool = False
+    prompt_len: int = field(init=False)
 
-    @property
-    def prompt_len(self) -> int:
-        """Tokens of its prompt."""
-        return self.ends.prompt_len
+    def __post_init__(self) -> None:
+        self.prompt_len = self.ends.prompt_len
 
     def is_paid(self, num_tokens: int) -> bool:
         """Whether a step generates a token that the blocks are enough for."""
@@ -151,10 +151,9 @@ class Bounds:
         is_bounded = next_one - report.num_tokens <= len(report.growth)
         return next_one if is_bounded else running.num_tokens
 
-    def held(self, running: Running) -> int:
-        """Blocks that the open row may need for the tokens of the horizon, or before."""
-        pages = self._open(running, running.start, self.horizon(running))
-        bound = max(1, self.blocks(pages))
+    def held(self, running: Running, horizon: int) -> int:
+        """Blocks that the open row may need for the tokens of its horizon, or before."""
+        bound = max(1, self.blocks(self._open(running, running.start, horizon)))
         if not running.in_flight:
             return bound
         return max(bound, *(blocks for _, blocks in running.in_flight))
