@@ -59,6 +59,7 @@ def test_an_empty_pool():
     assert leaves == 3 + 3 * NUM_LAYERS * NUM_KV_HEADS * 2  # 5 pages, 2 a leaf; half-empty ones
     expected = {
         "overruns": (torch.int32, (1,), [0]),
+        "demotions": (torch.int64, (1,), [0]),
         "thresholds": (torch.float32, (3, 2), [0.0] * 6),
         "prompt_lens": (torch.int32, (3,), [0, 0, 0]),
         "chains": (torch.int32, (3, state.chain_width), [-1, -1]),
@@ -179,29 +180,6 @@ def test_sums_travel_with_their_tokens_when_stored_anew(ops):
         {0: (LOW, 0.5), 2: (HIGH, 2.5), 3: (LOW, 3.5)},
         {0: (LOW, 4.5), 1: (LOW, 5.5), 2: (LOW, 6.5), 3: (HIGH, 7.5)},
     ]
-
-
-def test_held_pages_and_growth():
-    # Two tokens a page. Head 0 of each layer: a full high page and half a low one. Head 1: a full and
-    # a half high page, no low one.
-    state = make_state("k8v4-k8v2", 96, num_pages=20)
-    assert [tier.tokens_per_page for tier in state.layout.tiers] == [2, 2]
-    tiers = [[HIGH, HIGH, LOW, DROPPED], [HIGH, HIGH, HIGH, DROPPED]]
-    for layer in range(NUM_LAYERS):
-        store(reference, state, layer, [(1, range(4))], tiers, [[0.0] * 4] * 2)
-    slots = torch.tensor([0, 1])
-    assert pool.held_pages(state, slots).tolist() == [0, 8]
-    # Head 0 could open a high page, head 1 a low one (demoted); without tokens every head opens one.
-    assert pool.page_growth(state, slots, 1).tolist() == [[4], [4]]
-
-    # One more low token for head 1: both its last pages are half full, the next token opens none.
-    for layer in range(NUM_LAYERS):
-        store(reference, state, layer, [(1, [4])], [[DROPPED], [LOW]], [[0.0]] * 2)
-    assert pool.held_pages(state, slots).tolist() == [0, 10]
-    assert pool.page_growth(state, slots, 1).tolist() == [[4], [2]]
-    several = pool.page_growth(state, slots, 40)
-    for n in (1, 7, 40):
-        assert torch.equal(pool.page_growth(state, slots, n), several[:, :n])
 
 
 @pytest.mark.parametrize(

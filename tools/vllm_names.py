@@ -106,7 +106,7 @@ HOOKS = (
             (
                 "diffkv.vllm_plugin.worker.backend:DiffKVBuilder",
                 f"{BACKEND}:AttentionMetadataBuilder",
-            ): "__init__ build build_for_cudagraph_capture get_cudagraph_support",
+            ): "__init__ build get_cudagraph_support",
             ("diffkv.vllm_plugin.worker.backend:DiffKVImpl", f"{BACKEND}:AttentionImpl"): (
                 "__init__ forward"
             ),
@@ -475,13 +475,20 @@ HOOKS = (
     ),
     Hook(
         "On CUDA",
+        calls=(
+            "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state"
+            "(scheduler_output, dummy_run)",
+        ),
         reads={"vllm.config:VllmConfig": "max_concurrent_batches use_v2_model_runner"},
         bodies=(
             "vllm.config:VllmConfig.max_concurrent_batches",
             "vllm.config:VllmConfig.use_v2_model_runner",
+            f"{BACKEND}:AttentionMetadataBuilder.build_for_cudagraph_capture",
             "vllm.v1.worker.gpu.kv_connector:ActiveKVConnector.pre_forward",
             "vllm.v1.worker.gpu.kv_connector:ActiveKVConnector.post_forward",
             "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model",
+            "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state",
+            "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.capture",
             "vllm.v1.worker.gpu.model_runner:GPUModelRunner._dummy_run",
             "vllm.v1.worker.gpu.warmup:_warmup_kernels",
             "vllm.v1.worker.gpu.cudagraph_utils:profile_cudagraph_memory",

@@ -144,6 +144,10 @@ class DiffKVCache:
         """What the formats cannot hold of the first prompts, in a line, or None; once, after a step."""
         return self._prompts.value_range.problem()
 
+    def report(self, slots: Tensor, numbers: Tensor) -> None:
+        """What the pool holds, and some of its rows: `reference.report`."""
+        self._ops.report(self.state, slots, numbers)
+
     def plan(
         self,
         prompts: Sequence[PromptChunk],

@@ -6,6 +6,7 @@ of a tier's tokens are is in `tier`.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from diffkv.quant import ConfigError, Format, QuantConfig
 from diffkv.tier import TierLayout, align
@@ -124,10 +125,15 @@ class PageLayout:
         """
         if num_tokens <= 0:
             return 0
-        fewest = min(tier.tokens_per_page for tier in self.tiers)
+        fewest = self._fewest_tokens
         if len(self.tiers) == 1:
             return -(-num_tokens // fewest)
         return 1 if num_tokens == 1 else 1 + -(-(num_tokens - 1) // fewest)
+
+    @cached_property
+    def _fewest_tokens(self) -> int:
+        """Of a page of either tier."""
+        return min(tier.tokens_per_page for tier in self.tiers)
 
     def page_token_bytes(self, tier: int) -> float:
         """Bytes per token of one KV head in full pages of a tier, padding included."""

@@ -62,6 +62,10 @@ class Ops(Protocol):
         """See `reference.release`."""
         ...
 
+    def report(self, state: PoolState, slots: Tensor, numbers: Tensor) -> None:
+        """See `reference.report`."""
+        ...
+
     def plan_decode(self, state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan:
         """See `reference.plan_decode`."""
         ...

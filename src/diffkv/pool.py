@@ -20,8 +20,6 @@ __all__ = [
     "check_invariants",
     "contents",
     "create",
-    "held_pages",
-    "page_growth",
     "prompt_pages",
     "restore",
 ]
@@ -65,11 +63,6 @@ def _begin(tensor: Tensor, spec: TensorSpec, shape: PoolShape) -> None:
         tensor.fill_(spec.initial)
 
 
-def held_pages(state: PoolState, slots: Tensor) -> Tensor:
-    """Pages that each of some slots holds: [R] int64."""
-    return state.num_pages_held[slots].sum((1, 2, 3))
-
-
 def contents(state: PoolState) -> dict[str, Tensor]:
     """A copy of all that a pool holds: every table, and of its pages those that are not free.
 
@@ -99,29 +92,6 @@ def prompt_pages(layout: PageLayout, tiers: Tensor) -> int:
         int((-(-(tiers == i).sum(1) // tier.tokens_per_page)).sum())
         for i, tier in enumerate(layout.tiers)
     )
-
-
-def page_growth(state: PoolState, slots: Tensor, most: int) -> Tensor:
-    """Most pages that 1, 2, … `most` more tokens can add to each of some slots: [R, most] int64.
-
-    Each token goes to one tier of each head; a tier takes a page when its last one is full.
-    """
-    slots = slots.long()
-    added = []  # by tier, pages for 0, 1, … tokens: [most + 1, R, L, H]
-    counts = torch.arange(most + 1, device=slots.device).view(-1, 1, 1, 1)
-    for i, tier in enumerate(state.layout.tiers):
-        held = state.num_pages_held[slots, :, :, i] * tier.tokens_per_page
-        free = held - state.num_tokens[slots, :, :, i]
-        added.append(-(-(counts - free).clamp(min=0) // tier.tokens_per_page))
-    high = added[0]
-    if len(added) == 1:
-        return high[1:].sum((2, 3)).T
-    low = added[1]
-    worst = [
-        torch.stack([high[k] + low[n - k] for k in range(n + 1)]).amax(0)
-        for n in range(1, most + 1)
-    ]
-    return torch.stack(worst).sum((2, 3)).T
 
 
 def check_invariants(state: PoolState, waiting: Sequence[int] = ()) -> None:

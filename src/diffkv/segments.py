@@ -54,7 +54,7 @@ class RowEnds:
         end = -(-(start + self.segment // 2) // self.segment) * self.segment
         if not self.drops and shortest <= self.message < min(end, self.prompt_len):
             return self.message
-        # A row that ends with its prompt is of no use to the same prompt: its last token is computed anew
+        # One that ends with its prompt is of no use to the same prompt: its last token is computed anew
         if end < self.prompt_len or (self.drops and end == self.prompt_len):
             return end
         if self.drops:

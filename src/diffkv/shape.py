@@ -5,6 +5,7 @@ A pool's tables are paid for out of the same bytes as its pages.
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from diffkv.layout import PageLayout, bf16_bytes_per_token
 from diffkv.quant import ConfigError
@@ -254,7 +255,7 @@ class PoolShape:
         """Leaves that a head can have, whichever tiers its pages are of."""
         return -(-self.max_pages // self.leaf_entries) + len(self.layout.tiers) - 1
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         """Bytes of the tables of one slot.
 

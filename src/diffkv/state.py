@@ -46,6 +46,7 @@ _HEADS = "num_slots num_layers num_kv_heads"
 
 TENSORS = {
     "overruns": TensorSpec(_I32, "1", 0, "plans that wanted more pages than were free"),
+    "demotions": TensorSpec(_I64, "1", 0, "tokens that decode steps took from high to low"),
     "thresholds": TensorSpec(_F32, "num_slots 2", 0, "(alpha_high, alpha_low) of each open row"),
     "prompt_lens": TensorSpec(
         _I32, "num_slots", 0, "tokens of the prompt of each open row's request"
@@ -107,6 +108,7 @@ class PoolState:
     dtype: torch.dtype
     window: int
     overruns: Tensor
+    demotions: Tensor
     thresholds: Tensor
     prompt_lens: Tensor
     chains: Tensor

@@ -125,7 +125,13 @@ def test_a_decode_step_in_a_graph_does_what_eager_steps_do():
         torch.cuda.synchronize()
         assert torch.equal(*outputs), "outputs of graph and eager steps differ"
     assert_same(state, eager)
-    pool.check_invariants(moved(state, "cpu"))
+    there = moved(state, "cpu")
+    pool.check_invariants(there)
+    numbers = torch.empty(1 + batch, 7, dtype=torch.int64, device="cuda")
+    kernels.report(state, slots, numbers)
+    expected = torch.empty(numbers.shape, dtype=torch.int64)
+    ops.load("cpu", "reference").report(there, slots.cpu(), expected)
+    assert torch.equal(numbers.cpu(), expected)
 
 
 def test_parts_that_a_stopwatch_times_do_their_work_once():

@@ -41,6 +41,8 @@ TYPES = {
     "total_ptr": FLOATS,
     "sums_ptr": FLOATS,
     "leaf_ends_ptr": "*i64",
+    "demotions_ptr": "*i64",
+    "numbers_ptr": "*i64",
     "thresholds_ptr": FLOATS,
     "scale": "fp32",
     "centres_ptr": "*bf16",
@@ -203,6 +205,14 @@ def cases(
     gathered = {**paged, **centred, "D": head_dim, "D_PADDED": padded, "STARTS": 64, "B": vectors}
     written = {**paged, **centred, "D": head_dim, "B": vectors}
     applied = {"HEADS": LAYERS * HEADS, "TABLE": table, "TIERS": tiers, "B": 256, "COUNT": 4096}
+    sizes = [tier.tokens_per_page for tier in layout.tiers]
+    reported = {
+        "HEADS": LAYERS * HEADS,
+        "HIGH": sizes[0],
+        "LOW": sum(sizes[1:]),
+        "MOST": 4,
+        "B": 256,
+    }
     decided = {**paged, "WINDOW": 64, "B": 512}
     released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS, "TABLE": table}
     appended = {**tables, "D": head_dim, "DP": padded, "PAGE": layout.page_bytes, "TIERS": tiers}
@@ -218,6 +228,7 @@ def cases(
         "prepare": (kernel("prepare", "_prepare_kernel"), listed, {}),
         "decide": (kernel("plan", "_decide_kernel"), decided, {}),
         "apply": (kernel("plan", "_apply_kernel"), applied, {}),
+        "report": (kernel("report", "_report_kernel"), reported, {}),
         "finish plan": (kernel("plan", "_finish_kernel"), {}, one_warp),
         "append": (kernel("append", "_append_kernel"), appended, {**exact, **one_warp}),
         "count": (kernel("store", "_count_kernel"), counted, {"num_warps": 8}),

@@ -40,11 +40,12 @@ def launches(monkeypatch):
 
 
 def step(state, slots, seq_lens, tensors):
-    query, key, value, output = tensors
+    query, key, value, output, numbers = tensors
     plan = kernels.plan_decode(state, slots, seq_lens)
     for layer in range(state.num_layers):
         kernels.append(state, layer, plan, key, value)
         kernels.attend(state, layer, slots, query, 0.125, output)
+    kernels.report(state, slots, numbers[: 1 + len(slots)])
     kernels.release(state, slots, -1)
 
 
@@ -65,13 +66,14 @@ def test_a_decode_step_is_only_launches(launches, chain, num_requests):
         torch.zeros(num_requests, 2, 64).bfloat16(),
         torch.zeros(num_requests, 2, 64).bfloat16(),
         torch.zeros(shape).bfloat16(),
+        torch.zeros(8, 7, dtype=torch.int64),
     )
     step(state, slots, seq_lens, tensors)
     launches.clear()
     with Recorder() as recorder:
         step(state, slots, seq_lens, tensors)
     assert recorder.operations == []
-    assert len(launches) == 3 + state.num_layers * (1 + 3) + 3
+    assert len(launches) == 3 + state.num_layers * (1 + 3) + 1 + 3
 
 
 def test_the_recorder_sees_what_it_must():

@@ -1,12 +1,11 @@
 """Drives an in-process engine step by step, and looks at both sides of its accounting on the way."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from conftest import MODEL
 
 from diffkv import pool
@@ -143,7 +142,9 @@ def check_idle(llm: Any) -> None:
     assert not worker().requests
     assert int((rows.of_block >= 0).sum()) == 0
     assert set(rows.lengths) == set(ours.store._rows) == set(ours.store._idle)
-    assert worker().accounts.num_held == int(pool.held_pages(state, slots_of(rows.lengths)).sum())
+    held = int(state.num_pages_held[list(rows.lengths)].sum())
+    assert worker().accounts.num_held == held == int(worker().accounts._kept[0])
+    assert rows.num_tokens == sum(rows.lengths.values())
     assert blocks_in_use(llm) == 0
     assert scheduler(llm).kv_cache_manager.usage == 0
     assert not any(
@@ -163,10 +164,6 @@ def check_empty(llm: Any) -> None:
     llm.llm_engine.step()
     assert worker().accounts.num_held == 0
     assert not worker()._rows.lengths
-
-
-def slots_of(slots: Iterable[int]) -> Any:
-    return torch.tensor(list(slots), dtype=torch.int64)
 
 
 def check_quotas(llm: Any) -> None:

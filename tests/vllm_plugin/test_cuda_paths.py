@@ -22,8 +22,9 @@ from diffkv.vllm_plugin.connector import DiffKVConnector
 from diffkv.vllm_plugin.front.admission import Admission
 from diffkv.vllm_plugin.messages import PagesHeld
 from diffkv.vllm_plugin.scheduler.manager import DiffKVManager
-from diffkv.vllm_plugin.worker.backend import DiffKVBuilder, DiffKVImpl, DiffKVMetadata
+from diffkv.vllm_plugin.worker.backend import DiffKVImpl, DiffKVMetadata
 from diffkv.vllm_plugin.worker.cache import BatchRows, WorkerCache
+from diffkv.vllm_plugin.worker.graphs import keep_prompts_out
 from diffkv.vllm_plugin.worker.prefill import choose_prefill
 from diffkv.vllm_plugin.worker.snapshot import Snapshots
 
@@ -33,7 +34,7 @@ def test_message_after_metadata(
 ) -> None:
     """vLLM's second model runner builds a step's metadata before the worker gets its message."""
     messages: list[Any] = []
-    deliver, init = DiffKVConnector.handle_preemptions, DiffKVBuilder.__init__
+    deliver = DiffKVConnector.handle_preemptions
     bind = DiffKVConnector.bind_connector_metadata
 
     def hold(self: DiffKVConnector, message: Any) -> None:
@@ -47,13 +48,8 @@ def test_message_after_metadata(
             deliver(self, messages.pop())
         bind(self, message)
 
-    def late(self: DiffKVBuilder, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self._message_comes_later = True
-
     monkeypatch.setattr(DiffKVConnector, "handle_preemptions", hold)
     monkeypatch.setattr(DiffKVConnector, "bind_connector_metadata", before_forward)
-    monkeypatch.setattr(DiffKVBuilder, "__init__", late)
     with engine("k16v16", max_num_batched_tokens=256) as llm:
         run = greedy(llm, prompts[:12], NEW_TOKENS)
     assert run.token_ids == stock[:12]
@@ -63,16 +59,9 @@ def test_message_after_metadata(
 def test_dummy_run_without_a_message(
     monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], stock: list[list[int]]
 ) -> None:
-    """The second runner captures graphs in pieces, and waits for other replicas, by such runs.
-
-    Its builder cannot tell them from steps whose message is still to come.
-    """
-    init, plan, forward = DiffKVBuilder.__init__, DiffKVMetadata.plan, DiffKVImpl.forward
+    """Runners warm up, capture graphs, and wait for other replicas by such runs."""
+    plan, forward = DiffKVMetadata.plan, DiffKVImpl.forward
     planned: list[Any] = []
-
-    def late(self: DiffKVBuilder, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self._message_comes_later = True
 
     def count(self: DiffKVMetadata) -> Step:
         planned.append(self)
@@ -84,7 +73,6 @@ def test_dummy_run_without_a_message(
         assert output.isfinite().all()
         return output
 
-    monkeypatch.setattr(DiffKVBuilder, "__init__", late)
     monkeypatch.setattr(DiffKVMetadata, "plan", count)
     monkeypatch.setattr(DiffKVImpl, "forward", poisoned)
     with engine("k16v16", max_num_batched_tokens=256) as llm:
@@ -109,14 +97,13 @@ def test_a_run_before_there_is_a_pool() -> None:
             layer.impl.worker = None
         (group,), builds = runner.attn_groups[0], []
         builder = group.get_metadata_builder()
-        build, capture = builder.build, builder.build_for_cudagraph_capture
+        build = builder.build
 
-        def noted(built: Any) -> Any:
-            builds.append(built)
-            return built
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            builds.append(build(*args, **kwargs))
+            return builds[-1]
 
-        builder.build = lambda *args, **kwargs: noted(build(*args, **kwargs))
-        builder.build_for_cudagraph_capture = lambda *args: noted(capture(*args))
+        builder.build = noted
         runner._dummy_run(8, force_attention=True)
         runner._dummy_run(8, force_attention=True, is_graph_capturing=True)
         assert builds == [None, None]
@@ -146,6 +133,43 @@ def test_warm_up_numbers_requests_by_blocks_of_vllms(tmp_path: Path) -> None:
         assert step.decode.slots.tolist() == [-1, -1]
 
 
+def test_no_whole_graph_has_a_prompt_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM counts the last token of a prompt as a generated one, where it is computed by itself."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    count = GPUModelRunner.gather_batch_req_state
+    monkeypatch.setattr(GPUModelRunner, "gather_batch_req_state", count)
+    step = SimpleNamespace(
+        num_scheduled_tokens={"a": 1, "b": 1},
+        total_num_scheduled_tokens=2,
+        scheduled_spec_decode_tokens={},
+    )
+
+    def tokens_each(connector: str, num_computed: list[int]) -> int | None:
+        """Of each request, if a whole graph may be replayed."""
+        transfer = SimpleNamespace(kv_connector=connector, kv_connector_extra_config={})
+        runner = SimpleNamespace(
+            vllm_config=SimpleNamespace(kv_transfer_config=transfer),
+            decode_query_len=1,
+            use_pp=False,
+            pcp_manager=None,
+            adaptive_verification=None,
+            req_states=SimpleNamespace(
+                req_id_to_index={"a": 0, "b": 1},
+                prefill_len=SimpleNamespace(np=np.array([100, 50])),
+                num_computed_prefill_tokens=np.array(num_computed),
+            ),
+        )
+        return GPUModelRunner.gather_batch_req_state(runner, step, False)[1]
+
+    assert tokens_each("DiffKVConnector", [99, 50]) == 1
+    for _ in range(2):
+        keep_prompts_out()
+        assert tokens_each("DiffKVConnector", [99, 50]) is None
+        assert tokens_each("DiffKVConnector", [100, 50]) == 1
+        assert tokens_each("OffloadingConnector", [99, 50]) == 1
+
+
 def test_reports_a_step_late(
     monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], stock: list[list[int]]
 ) -> None:
@@ -153,8 +177,8 @@ def test_reports_a_step_late(
     init, on_report = Snapshots.__init__, DiffKVManager.on_report
     stale = []
 
-    def late(self: Snapshots, state: Any, late: bool) -> None:
-        init(self, state, late=True)
+    def late(self: Snapshots, cache: Any, late: bool) -> None:
+        init(self, cache, late=True)
 
     def count(self: DiffKVManager, request_id: str, report: PagesHeld) -> None:
         running = self._running.get(request_id)

@@ -6,12 +6,9 @@ from typing import Any
 
 import pytest
 import stepping
-import torch
 from conftest import engine, metric, random_prompts
 from prometheus_client import REGISTRY
 from stepping import Request, check_empty, check_quotas, drive, scheduler, worker
-
-from diffkv import pool
 
 QUANT = "k8v4-k4v2"
 CHUNK = 192
@@ -94,7 +91,7 @@ class TestOneEngine:
             running = {r.request_id for r in scheduler(llm).running}
             used = [r.rows for name, r in worker().requests.items() if name in running]
             slots = {slot for rows in used for slot in rows}
-            covered = int(pool.held_pages(worker().state, torch.tensor(sorted(slots)).long()).sum())
+            covered = int(worker().state.num_pages_held[sorted(slots)].sum())
             assert covered <= usage * stepping.usable_blocks(llm) * layers + 1e-6
 
         drive(llm, requests(6), look)

@@ -14,6 +14,7 @@ __all__ = [
     "check_new_tokens",
     "check_packed",
     "check_read",
+    "check_report",
     "check_scored",
     "check_state",
     "check_tensor",
@@ -148,6 +149,14 @@ def check_read(
         check_packed("key", key, device, state.dtype, *shape),
         check_packed("value", value, device, state.dtype, *shape),
     )
+
+
+def check_report(slots: Tensor, numbers: Tensor, device: torch.device) -> int:
+    """Raise ValueError unless `report` can write them; returns the K of its contract."""
+    num_rows, columns = slots.numel(), numbers.shape[-1]
+    check_tensor("slots", slots, device, torch.int32, num_rows)
+    check_tensor("numbers", numbers, device, torch.int64, 1 + num_rows, max(3, columns))
+    return columns - 3
 
 
 def check_new_tokens(

@@ -8,6 +8,7 @@ from diffkv.reference.decode import attend as attend
 from diffkv.reference.decode import plan_decode as plan_decode
 from diffkv.reference.quantize import dequantize as dequantize
 from diffkv.reference.quantize import quantize as quantize
+from diffkv.reference.report import report as report
 from diffkv.reference.rotate import rotate as rotate
 from diffkv.reference.significance import significance as significance
 from diffkv.reference.store import gather as gather

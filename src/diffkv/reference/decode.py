@@ -31,8 +31,8 @@ def plan_decode(state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan
     include the new token afterwards; `append` must follow for every layer.
 
     Args:
-        state: tables and ring change; too few free pages are counted in `overruns`, and places are
-            then -1.
+        state: tables and ring change, and `demotions` counts; too few free pages are counted in
+            `overruns`, and places are then -1.
         slots: [R] int32, -1 for a row that is no request.
         seq_lens: [R] int32, tokens of each request with the new one.
 
@@ -62,6 +62,7 @@ def plan_decode(state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan
             places[r, layer, head, :2] = _grow(state, row, HIGH, page)
             continue
         places[r, layer, head, :2] = torch.tensor(victim)
+        state.demotions.add_(low_place is not None)
         if low_place == "new":
             places[r, layer, head, 2:] = _grow(state, row, LOW, page)
         elif low_place is not None:

@@ -10,6 +10,7 @@ what it is told with them.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
@@ -23,6 +24,8 @@ __all__ = ["MAX_IN_FLIGHT", "PagesHeld", "ReportMessage", "Started", "StepMessag
 MAX_IN_FLIGHT = 4
 """Generated tokens that a report may be behind: with asynchronous scheduling it lags by two steps, and
 a worker that does not wait for its device adds one."""
+
+_NONE: Mapping[int, int] = {}
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,12 @@ class StepMessage(KVConnectorMetadata):
     failed: set[str] = field(default_factory=set)
 
 
-@dataclass(frozen=True)
-class PagesHeld:
+class PagesHeld(NamedTuple):
     """One request on one rank after a step.
 
     Attributes:
         num_pages: pages of its open row, over all layers and KV heads.
-        growth: most pages that 1, 2, … more generated tokens can add to it; see `pool.page_growth`.
+        growth: most pages that 1, 2, … more generated tokens can add to it; see `reference.report`.
         num_tokens: tokens of the request that its rows cover, closed ones included.
         epoch: the admission of the request that this is about.
         closed: pages of each row that the step closed, by its slot.
@@ -96,7 +98,7 @@ class PagesHeld:
     growth: tuple[int, ...]
     num_tokens: int
     epoch: int = 0
-    closed: Mapping[int, int] = field(default_factory=dict)
+    closed: Mapping[int, int] = _NONE
 
     def fullest(self, other: "PagesHeld") -> "PagesHeld":
         """Two ranks in one: the fuller one decides."""

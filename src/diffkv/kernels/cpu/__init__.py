@@ -9,6 +9,7 @@ from diffkv.kernels.cpu.decode import attend as attend
 from diffkv.kernels.cpu.decode import plan_decode as plan_decode
 from diffkv.kernels.cpu.quantize import dequantize as dequantize
 from diffkv.kernels.cpu.quantize import quantize as quantize
+from diffkv.kernels.cpu.report import report as report
 from diffkv.kernels.cpu.rotate import rotate as rotate
 from diffkv.kernels.cpu.significance import significance as significance
 from diffkv.kernels.cpu.store import gather as gather

@@ -41,7 +41,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the models' dtypes, as in csrc/element.h."""
 
 VECTOR_SOURCES = ("quantize.cpp", "rotate.cpp", "significance.cpp")
-PAGE_SOURCES = ("store.cpp", "plan.cpp")
+PAGE_SOURCES = ("store.cpp", "plan.cpp", "report.cpp")
 ATTEND_SOURCES = ("attend.cpp",)
 
 VECTOR_FUNCTIONS = {
@@ -66,6 +66,7 @@ PAGE_FUNCTIONS = {
         c_void_p, c_int,
     ),
     "release": (c_void_p, c_void_p, c_int64, c_int64, c_int),
+    "report": (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int),
     "plan_decode": (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int),
     "append": (
         c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, *(c_void_p, c_int64) * 2, c_int,

@@ -23,6 +23,7 @@ COUNT_BLOCK = 4096
 _SCORED_QUERIES = tl.constexpr(SCORED_QUERIES)
 _NOWHERE = tl.constexpr(-1)
 _NO_SLOT = tl.constexpr(2**31 - 1)
+_DEMOTES = tl.constexpr(4)
 _GROWS = tl.constexpr(-2)  # in place of a page: the tier grows by a token, and maybe by a page
 
 
@@ -100,7 +101,7 @@ def _decide_kernel(
     held_ptr,  # [S, L, H, 2]
     thresholds_ptr,  # [S, 2]
     prompt_lens_ptr,  # [S]
-    wants_ptr,  # [R, L, H] i8, out: whether a page (1), and whether it opens a leaf (2)
+    wants_ptr,  # [R, L, H] i8, out: whether a page (1), whether it opens a leaf (2), and _DEMOTES
     places_ptr,  # [R, L, H, 4] out: _GROWS instead of a page where a tier grows
     positions_ptr,  # [R] out
     L: tl.constexpr,
@@ -161,6 +162,7 @@ def _decide_kernel(
             want = tl.where(
                 demote & ~evict, _wanted(low, tl.load(held_ptr + row * 2 + 1), LOW, TABLE), 0
             )
+            want += tl.where(demote, _DEMOTES, 0)
         grows = ~(drop | demote)
         page = tl.where(grows, _GROWS, page)
         index = tl.where(grows, _NOWHERE, index)
@@ -210,7 +212,7 @@ def _apply_kernel(
     num_tokens_ptr,  # [S, L, H, 2]
     held_ptr,  # [S, L, H, 2]
     places_ptr,  # [N, 4]
-    total_ptr,  # [2] i32, out: pages, leaves
+    total_ptr,  # [3] i32, out: pages, leaves, demotions
     num_pages,
     num_leaves,
     N,
@@ -228,17 +230,20 @@ def _apply_kernel(
     total = tl.zeros([], tl.int32)
     leaves_before = tl.zeros([], tl.int32)
     total_leaves = tl.zeros([], tl.int32)
+    demotions = tl.zeros([], tl.int32)
     for block in range(0, N, COUNT):
         at = block + tl.arange(0, COUNT)
         counts = tl.load(wants_ptr + at, mask=at < N, other=0).to(tl.int32)
-        pages, leaves = counts & 1, counts >> 1
+        pages, leaves = counts & 1, counts >> 1 & 1
         total += tl.sum(pages)
         before += tl.sum(tl.where(at < start, pages, 0))
         total_leaves += tl.sum(leaves)
         leaves_before += tl.sum(tl.where(at < start, leaves, 0))
+        demotions += tl.sum(counts // _DEMOTES)
     if start == 0:
         tl.store(total_ptr, total)
         tl.store(total_ptr + 1, total_leaves)
+        tl.store(total_ptr + 2, demotions)
     ring_head = tl.load(ring_ends_ptr)
     fits = total <= tl.load(ring_ends_ptr + 1) - ring_head
 
@@ -248,7 +253,7 @@ def _apply_kernel(
     row = slot * HEADS + i % HEADS
     changes = slot >= tl.where(fits, 0, _NO_SLOT)
     wants = tl.load(wants_ptr + i, mask=exists, other=0).to(tl.int32)
-    page, leaf = wants & 1, wants >> 1
+    page, leaf = wants & 1, wants >> 1 & 1
     ring_index = ring_head + before + tl.cumsum(page, 0) - page
     takes = changes & (page > 0)
     new_page = tl.load(free_ring_ptr + ring_index % num_pages, mask=takes, other=-1)
@@ -282,13 +287,14 @@ def _apply_kernel(
 
 
 @triton.jit
-def _finish_kernel(total_ptr, ring_ends_ptr, leaf_ends_ptr, overruns_ptr):
+def _finish_kernel(total_ptr, ring_ends_ptr, leaf_ends_ptr, demotions_ptr, overruns_ptr):
     """One program, after all others have read the rings."""
     total = tl.load(total_ptr)
     head = tl.load(ring_ends_ptr)
     if total <= tl.load(ring_ends_ptr + 1) - head:
         tl.store(ring_ends_ptr, head + total)
         tl.store(leaf_ends_ptr, tl.load(leaf_ends_ptr) + tl.load(total_ptr + 1))
+        tl.store(demotions_ptr, tl.load(demotions_ptr) + tl.load(total_ptr + 2))
     else:
         tl.store(overruns_ptr, tl.load(overruns_ptr) + 1)
 
@@ -309,7 +315,7 @@ def plan_decode(state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan
     )
     positions = work.buffer("plan_positions", i32, num_requests, least=most)
     wants = work.buffer("plan_wants", torch.int8, num, least=most * layers * heads)
-    total = work.buffer("plan_total", i32, 2)
+    total = work.buffer("plan_total", i32, 3)
     plan = DecodePlan(slots, positions, places)
     if not num_requests:
         return plan
@@ -326,5 +332,7 @@ def plan_decode(state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan
         HEADS=layers * heads, TABLE=work.table, TIERS=work.tiers, B=APPLY_HEADS,
         COUNT=COUNT_BLOCK, num_warps=4,
     )  # fmt: skip
-    _finish_kernel[(1,)](total, state.ring_ends, state.leaf_ends, state.overruns, num_warps=1)
+    _finish_kernel[(1,)](
+        total, state.ring_ends, state.leaf_ends, state.demotions, state.overruns, num_warps=1
+    )
     return plan

@@ -40,6 +40,7 @@ class DiffKVManager(FullAttentionManager):
     Attributes:
         shape: the pool's.
         store: slots and closed rows.
+        failed: running requests that are too large for the whole pool.
     """
 
     supports_fine_grained_hash_lookup = False
@@ -48,6 +49,8 @@ class DiffKVManager(FullAttentionManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._requests: dict[str, Any] = {}
         self._running: dict[str, Running] = {}
+        self._closing: dict[str, Running] = {}
+        self.failed: set[str] = set()
         self._started: list[Started] = []
         self._restarted: set[str] = set()
         self._is_starved = False
@@ -214,6 +217,8 @@ class DiffKVManager(FullAttentionManager):
         if self._is_starved and not runs:
             return never
         running = self._as_running(request_id, total_computed_tokens)
+        if running.is_paid(num_tokens):
+            return 0
         if running.failed:
             return 0
         idle = [row for row in running.chain if not row.users]
@@ -246,6 +251,9 @@ class DiffKVManager(FullAttentionManager):
     ) -> list[Any]:
         """Pay for a step; the worker is only ever told of the one block that is the request's id."""
         running = self._running.get(request_id)
+        if running is not None and running.is_paid(num_tokens):
+            running.num_tokens = num_tokens
+            return []
         new_ids: list[Any] = []
         if running is None:
             running = self._start(request_id)
@@ -302,12 +310,15 @@ class DiffKVManager(FullAttentionManager):
                 Row(self.store.take_slot(), start, end, running.thresholds, taken, maker)
             )
             running.start = end
+        if running.closing:
+            self._closing[maker[0]] = running
         if running.num_tokens < running.prompt_len:
             running.in_flight.append((num_tokens, need.open_blocks))
 
     def _fail(self, running: Running, num_tokens: int) -> None:
         """Let a request's step pass without blocks: the worker has vLLM end it."""
         running.failed = True
+        self.failed.add(running.request.request_id)
         logger.error(
             f"Request {running.request.request_id} ends with an error: {num_tokens} tokens of it may "
             f"need more than the {self.num_usable * self.shape.num_layers} pages of DiffKV's whole "
@@ -317,17 +328,18 @@ class DiffKVManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """The request leaves, for good or until it is resumed: its open row is gone."""
         running = self._running.pop(request_id, None)
+        self._closing.pop(request_id, None)
+        self.failed.discard(request_id)
         super().pop_blocks_for_free(request_id)
         if running is None:
             return []
-        blocks = running.blocks
         for row in running.closing:  # no worker has heard of them
-            blocks.extend(row.blocks)
+            running.blocks.extend(row.blocks)
             self.store.return_slot(row.slot)
         self.store.leave(running.chain)
         if running.slot >= 0:
             self.store.release_slot(running.slot)
-        return blocks
+        return running.blocks
 
     # steps
 
@@ -345,19 +357,15 @@ class DiffKVManager(FullAttentionManager):
         """The step is scheduled: slots of the rows that it closes, which others may find from now on."""
         self._is_starved = False
         closing = {}
-        for name, running in self._running.items():
-            if running.closing:
-                closing[name] = tuple(row.slot for row in running.closing)
-                prefix = self._hits.prefix(running.request, running.thresholds)
-                for row in running.closing:
-                    self.store.add(row, running.chain, prefix)
-                    running.chain.append(row)
-                running.closing = []
+        for name, running in self._closing.items():
+            closing[name] = tuple(row.slot for row in running.closing)
+            prefix = self._hits.prefix(running.request, running.thresholds)
+            for row in running.closing:
+                self.store.add(row, running.chain, prefix)
+                running.chain.append(row)
+            running.closing = []
+        self._closing = {}
         return closing
-
-    def failed(self) -> set[str]:
-        """Running requests that are too large for the whole pool."""
-        return {name for name, running in self._running.items() if running.failed}
 
     def awaits_reports(self) -> bool:
         """Whether reports are to come that give blocks back."""
@@ -382,10 +390,11 @@ class DiffKVManager(FullAttentionManager):
         running.report = report
         while running.in_flight and running.in_flight[0][0] <= report.num_tokens:
             running.in_flight.popleft()
-        rest = running.prompt_len - running.start
-        if report.num_tokens == running.prompt_len and rest:
+        if report.num_tokens == running.prompt_len and (rest := running.prompt_len - running.start):
             self._sizes.observe(running.thresholds, rest, report.num_pages)
-        surplus = len(running.blocks) - self._bounds.held(running)
+        horizon = self._bounds.horizon(running)
+        surplus = len(running.blocks) - self._bounds.held(running, horizon)
         if surplus > 0:
             self.block_pool.free_blocks(running.blocks[-surplus:])
             del running.blocks[-surplus:]
+        running.paid_until = horizon if surplus >= 0 else 0

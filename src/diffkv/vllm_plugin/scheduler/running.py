@@ -41,7 +41,9 @@ class Running:
         in_flight: (tokens after it, blocks of the open row) of each step of the prompt that is not
             reported yet.
         report: the latest.
+        paid_until: tokens up to which its blocks are enough for generated ones.
         failed: whether the request is too large for the whole pool.
+        prompt_len: tokens of its prompt.
     """
 
     request: Any
@@ -56,12 +58,16 @@ class Running:
     closing: list[Row] = field(default_factory=list)
     in_flight: deque[tuple[int, int]] = field(default_factory=deque)
     report: PagesHeld | None = None
+    paid_until: int = 0
     failed: bool = False
+    prompt_len: int = field(init=False)
 
-    @property
-    def prompt_len(self) -> int:
-        """Tokens of its prompt."""
-        return self.ends.prompt_len
+    def __post_init__(self) -> None:
+        self.prompt_len = self.ends.prompt_len
+
+    def is_paid(self, num_tokens: int) -> bool:
+        """Whether a step generates a token that the blocks are enough for."""
+        return self.num_tokens < num_tokens <= self.paid_until
 
     @property
     def is_settled(self) -> bool:
@@ -133,10 +139,24 @@ class Bounds:
             pages = min(pages, report.num_pages + growth)
         return pages
 
-    def held(self, running: Running) -> int:
-        """Blocks that the open row may need until the steps that were scheduled are done."""
-        bound = self.blocks(self._open(running, running.start, running.num_tokens))
-        return max(1, bound, *(blocks for _, blocks in running.in_flight))
+    def horizon(self, running: Running) -> int:
+        """Tokens for which a request keeps its blocks: those of the steps that were scheduled.
+
+        The next generated token is among them where the report bounds it: its blocks would be given
+        back and taken again in every step.
+        """
+        report, next_one = running.report, running.num_tokens + 1
+        if report is None or report.num_tokens < running.prompt_len:
+            return running.num_tokens
+        is_bounded = next_one - report.num_tokens <= len(report.growth)
+        return next_one if is_bounded else running.num_tokens
+
+    def held(self, running: Running, horizon: int) -> int:
+        """Blocks that the open row may need for the tokens of its horizon, or before."""
+        bound = max(1, self.blocks(self._open(running, running.start, horizon)))
+        if not running.in_flight:
+            return bound
+        return max(bound, *(blocks for _, blocks in running.in_flight))
 
     def step(self, running: Running, num_tokens: int) -> Need:
         """What a step may need after which the request has `num_tokens` tokens."""

@@ -102,7 +102,7 @@ class SchedulerSide:
             started=self._manager.take_started(),
             closing=self._manager.close_rows(),
             num_tokens=num_tokens,
-            failed=self._manager.failed() & set(num_tokens),
+            failed={name for name in self._manager.failed if name in num_tokens},
         )
 
     def take(self, message: ReportMessage) -> None:
@@ -158,8 +158,13 @@ def _manager_of(kv_cache_manager: Any) -> Any:
 
 def _tokens_after(scheduler_output: Any) -> dict[str, int]:
     """Tokens of each scheduled request after the step."""
-    computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
-    cached = scheduler_output.scheduled_cached_reqs
-    computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-    added = scheduler_output.num_scheduled_tokens
-    return {name: count + added[name] for name, count in computed.items() if name in added}
+    added, cached = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_cached_reqs
+    after = {
+        name: count + added[name]
+        for name, count in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        if name in added
+    }
+    for new in scheduler_output.scheduled_new_reqs:
+        if new.req_id in added:
+            after[new.req_id] = new.num_computed_tokens + added[new.req_id]
+    return after

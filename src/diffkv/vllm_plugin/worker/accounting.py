@@ -1,10 +1,12 @@
 """A worker's figures: totals for a summary, gauges and counters for metrics."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from diffkv.shape import PoolShape
 from diffkv.state import PoolState
@@ -33,7 +35,7 @@ class Totals:
 
 
 class Accounts:
-    """Counts what one worker's pool spends.
+    """Counts what one worker's pool spends, from the snapshots of its steps.
 
     Args:
         shape: the pool's.
@@ -47,6 +49,9 @@ class Accounts:
         self._counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self._ratios: list[float] = []
         self._snapshot: Snapshot | None = None
+        # pages, high and low tokens of each row, as the snapshots so far have them, and of all rows
+        self._held = np.zeros((shape.num_slots, 3), dtype=np.int64)
+        self._kept = np.zeros(3, dtype=np.int64)
 
     @property
     def num_held(self) -> int:
@@ -70,14 +75,28 @@ class Accounts:
         self._counters["prompts_compressed"] += num_compressed
 
     def step_ended(self, snapshot: Snapshot) -> None:
-        """Note the state of the pool; it holds most pages right after a step."""
+        """Note the state of the pool; it holds most pages right after a step.
+
+        Snapshots come in the order of their steps. What a request kept is known once all of those are
+        there that it was in.
+        """
+        for request in snapshot.moment.ended:
+            self._request_ended(request)
+        self._note(snapshot.moment.message.released, 0)
+        self._note(snapshot.slots, snapshot.numbers[1:, :3])
         before = 0 if self._snapshot is None else self._snapshot.demotions
         self._counters["demotions"] += snapshot.demotions - before
         held = self._state.num_pages - snapshot.num_free
         self._totals.pages_peak = max(self._totals.pages_peak, held)
         self._snapshot = snapshot
 
-    def request_ended(self, request: RunningRequest) -> None:
+    def _note(self, slots: Sequence[int], held: np.ndarray | int) -> None:
+        if slots:
+            self._kept -= self._held[slots].sum(0)
+            self._held[slots] = held
+            self._kept += self._held[slots].sum(0)
+
+    def _request_ended(self, request: RunningRequest) -> None:
         """Count what a request keeps, before it is released."""
         spent = self._add(self._totals, request)
         if spent:
@@ -90,10 +109,9 @@ class Accounts:
         Rows that it shares count as its own.
         """
         num_heads, rows = self._shape.num_heads, request.rows
-        pages = int(self._state.num_pages_held[rows].sum())
+        pages, high, low = self._held[rows].sum(0).tolist()
         if not pages:
             return 0
-        high, low = self._state.num_tokens[rows].sum((0, 1, 2)).tolist()
         totals.high += high / num_heads
         totals.low += low / num_heads
         for count, tier in zip((high, low), self._state.layout.tiers, strict=False):
@@ -111,11 +129,12 @@ class Accounts:
         high = low = per_token = 0.0
         held = num_tokens = 0
         if self._snapshot is not None:
-            high, low = (n / num_heads for n in self._snapshot.kept)
-            num_tokens = self._snapshot.num_tokens
+            high, low = (n / num_heads for n in self._kept[1:].tolist())
+            moment = self._snapshot.moment
+            num_tokens = moment.num_tokens
             held = self._state.num_pages - self._snapshot.num_free
             if num_tokens:
-                spent = self._shape.spent_bytes(held, self._snapshot.num_rows)
+                spent = self._shape.spent_bytes(held, moment.num_rows)
                 per_token = spent / num_tokens
         return {
             "pages_total": self._state.num_pages,

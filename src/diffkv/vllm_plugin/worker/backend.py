@@ -31,37 +31,46 @@ __all__ = ["DiffKVBackend", "DiffKVBuilder", "DiffKVImpl", "DiffKVMetadata"]
 
 @dataclass
 class DiffKVMetadata:
-    """A step, for each of its layers.
+    """A step, for each of its layers. The first one plans it.
+
+    By then the worker has the scheduler's message: vLLM's first model runner gives it before it builds
+    metadata, its second one after that, and dummy runs have none. In a whole CUDA graph the plan is a
+    part of the graph, made from buffers of vLLM's that stay, so a replay asks nothing of Python.
 
     Attributes:
         worker: the pool, and its requests.
-        rows: the step's rows.
+        common: vLLM's own metadata.
         layers: index of each layer in the pool, by name.
-        step: the step as planned; None before `plan`.
-        is_dummy: whether it is a dummy run that no message came for.
+        step: the step as planned; None before its first layer.
+        num_left: layers that have yet to attend.
     """
 
     worker: WorkerCache
-    rows: BatchRows
+    common: Any
     layers: dict[str, int]
     step: Step | None = None
-    is_dummy: bool = False
+    num_left: int = 0
 
     def plan(self) -> Step:
-        """Plan the step: once, before its first layer, with the scheduler's message if it has one."""
-        self.step = self.worker.plan(self.rows)
+        """Plan the step, or plan it anew."""
+        m = self.common
+        rows = BatchRows(
+            m.block_table_tensor[: m.num_reqs, 0],
+            m.query_start_loc_cpu[: m.num_reqs + 1].numpy(),
+            m.seq_lens[: m.num_reqs],
+        )
+        self.step, self.num_left = self.worker.plan(rows), len(self.layers)
         return self.step
+
+    def of_next_layer(self) -> Step:
+        """The plan, for one layer after the other."""
+        step = self.step if self.step is not None and self.num_left else self.plan()
+        self.num_left -= 1
+        return step
 
 
 class DiffKVBuilder(AttentionMetadataBuilder[DiffKVMetadata]):
-    """Plans each step, or has it planned before its first layer.
-
-    vLLM's first model runner gives the scheduler's message to the worker before it builds metadata, its
-    second one after that, immediately before the model runs: then the plan waits for the message.
-    Dummy runs have no message. The first runner's are planned here like every step, and so are those
-    that a whole CUDA graph is captured of; the second's others are planned by their first layer.
-    Before there is a pool, when vLLM measures what graphs take, steps are None.
-    """
+    """Makes the metadata of each step."""
 
     reorder_batch_threshold: int | None = 1
 
@@ -71,46 +80,26 @@ class DiffKVBuilder(AttentionMetadataBuilder[DiffKVMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._layers = {name: index for index, name in enumerate(layer_names)}
         self._impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
-        self._message_comes_later = vllm_config.use_v2_model_runner
 
     @classmethod
     def get_cudagraph_support(
         cls, vllm_config: Any, kv_cache_spec: AttentionSpec
     ) -> AttentionCGSupport:
-        """Steps of generated tokens alone: their launches are static, over buffers that stay."""
-        if vllm_config.device_config.device_type == "cuda":
+        """Steps of generated tokens alone: their launches are static, over buffers that stay.
+
+        The first model runner also replays such a graph where prompts have one token left.
+        """
+        if vllm_config.device_config.device_type == "cuda" and vllm_config.use_v2_model_runner:
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> DiffKVMetadata | None:
-        """Take the step that vLLM describes, and plan it, or have it planned."""
-        metadata = self._describe(common_attn_metadata)
-        if metadata is None:
-            return None
-        if self._message_comes_later:
-            metadata.worker.plan_after_message(metadata.plan)
-        else:
-            metadata.plan()
-        return metadata
-
-    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> DiffKVMetadata | None:
-        """A step of padding: its plan must be there before the capture begins."""
-        metadata = self._describe(common_attn_metadata)
-        if metadata is not None:
-            metadata.plan()
-        return metadata
-
-    def _describe(self, m: Any) -> DiffKVMetadata | None:
+        """Take the step that vLLM describes; None before there is a pool, when vLLM measures graphs."""
         if self._impl.worker is None:
             return None
-        rows = BatchRows(
-            m.block_table_tensor[: m.num_reqs, 0],
-            m.query_start_loc_cpu[: m.num_reqs + 1].numpy(),
-            m.seq_lens[: m.num_reqs],
-        )
-        return DiffKVMetadata(self._impl.worker, rows, self._layers)
+        return DiffKVMetadata(self._impl.worker, common_attn_metadata, self._layers)
 
 
 class DiffKVImpl(AttentionImpl[DiffKVMetadata]):
@@ -166,16 +155,15 @@ class DiffKVImpl(AttentionImpl[DiffKVMetadata]):
     ) -> Tensor:
         """Store and attend one layer of a step; warm-up runs without one give zeros.
 
-        So do dummy runs, for what becomes of their tokens may stay in other layers' caches.
+        So do tokens that no request has in dummy runs: what becomes of them may stay in other caches.
         """
         if attn_metadata is None:
             return output.fill_(0)
         m = attn_metadata
-        m.is_dummy |= m.step is None
-        step = m.step or m.plan()
-        if m.is_dummy:
-            output.fill_(0)
-        index = m.layers[layer.layer_name]
+        step, index = m.of_next_layer(), m.layers[layer.layer_name]
+        num_requests = m.common.num_reqs
+        if step.prompts is None and num_requests < len(query):
+            output[num_requests:].fill_(0)
         m.worker.cache.attend(index, step, query, key, value, output.view(query.shape))
         return output
 

@@ -3,7 +3,7 @@
 There is one in each worker process. It knows vLLM's data, not its engine.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.spec import DiffKVSpec
 from diffkv.vllm_plugin.worker.accounting import Accounts
 from diffkv.vllm_plugin.worker.prefill import choose_prefill
-from diffkv.vllm_plugin.worker.snapshot import RunningRequest, Snapshot, Snapshots
+from diffkv.vllm_plugin.worker.snapshot import Moment, RunningRequest, Snapshot, Snapshots
 
 __all__ = ["BatchRows", "WorkerCache"]
 
@@ -55,18 +55,14 @@ class _Rows:
         prompt_lens: [num_slots + 1] int64 on the host; the last is for no slot, -1.
         requests: the requests themselves, by vLLM's name.
         lengths: tokens of each row that is closed, by its slot.
+        num_tokens: tokens of all rows, each counted once.
     """
 
     of_block: Tensor
     prompt_lens: np.ndarray
     requests: dict[str, RunningRequest] = field(default_factory=dict)
     lengths: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all rows, each counted once."""
-        open_rows = (request.num_tokens - request.start for request in self.requests.values())
-        return sum(open_rows) + sum(self.lengths.values())
+    num_tokens: int = 0
 
 
 class WorkerCache:
@@ -132,12 +128,13 @@ class WorkerCache:
         )
         # where steps overlap, a report that came at once would wait for the device
         late = not on_cpu and vllm_config.max_concurrent_batches > 1
-        self._snapshots = Snapshots(self.state, late)
+        self._snapshots = Snapshots(self.cache, late)
         self._due: list[Snapshot] = []
         self._is_reported = False
+        self._message = StepMessage()
         self._scheduled: dict[str, RunningRequest] = {}
-        self._plan_later: Callable[[], object] | None = None
-        self._row_slots: list[Tensor] = []
+        self._has_prompts = False
+        self._ended: list[RunningRequest] = []
 
         for impl in impls:
             impl.worker = self
@@ -151,19 +148,17 @@ class WorkerCache:
         with self.accounts.managing():
             self._end(message)
             self._start(message.started)
-        self._scheduled = {}
+        rows = self._rows
+        self._message, self._scheduled = message, {}
+        self._has_prompts = self._is_reported = False
         for name, count in message.num_tokens.items():
-            request = self._rows.requests[name]
+            request = self._scheduled[name] = rows.requests[name]
+            rows.num_tokens += count - request.num_tokens
             request.num_tokens = count
-            request.closing = message.closing.get(name, ())
-            request.failed = name in message.failed
-            if request.failed:
-                self._rows.of_block[request.block_id] = -1
-            self._scheduled[name] = request
-        self._is_reported = False
-        self.accounts.step_began(len(self._rows.requests))
-        if self._plan_later is not None:
-            self._plan_later()
+            self._has_prompts |= count <= request.ends.prompt_len
+        for name in message.failed:
+            rows.of_block[rows.requests[name].block_id] = -1
+        self.accounts.step_began(len(rows.requests))
 
     def _end(self, message: StepMessage) -> None:
         """Forget requests and release rows; the open rows of requests that are kept are closed now."""
@@ -171,13 +166,13 @@ class WorkerCache:
         for request_id in message.ended:
             request = rows.requests.pop(request_id, None)
             if request is not None:
-                self.accounts.request_ended(request)
+                self._ended.append(request)
                 rows.of_block[request.block_id] = -1
                 self.cache.end([request.slot])
                 rows.lengths[request.slot] = request.num_tokens - request.start
         self.cache.release(message.released)
         for slot in message.released:
-            rows.lengths.pop(slot, None)
+            rows.num_tokens -= rows.lengths.pop(slot, 0)
 
     def _start(self, started: Iterable[Started]) -> None:
         rows = self._rows
@@ -186,36 +181,30 @@ class WorkerCache:
             self.cache.open(slot, prompt_len, start.thresholds, chain, start.starts, start.message)
             rows.of_block[start.block_id] = slot
             rows.prompt_lens[slot] = prompt_len
-            ends = self.cache.ends(slot)
+            ends, first = self.cache.ends(slot), start.starts[-1]
             rows.requests[start.request_id] = RunningRequest(
-                slot, start.block_id, ends, start.epoch, chain, start.starts[-1]
+                slot, start.block_id, ends, start.epoch, chain, first, first
             )
 
     def load_errors(self) -> set[int]:
         """Blocks of the step's requests that are too large for the whole pool."""
-        return {request.block_id for request in self._scheduled.values() if request.failed}
-
-    def plan_after_message(self, plan: Callable[[], object]) -> None:
-        """Have `before_step` call `plan`, unless the step is planned before a message comes."""
-        self._plan_later = plan
+        return {self._scheduled[name].block_id for name in self._message.failed}
 
     def plan(self, rows: BatchRows) -> Step:
         """Sort the rows of a step into prompts and generated tokens, and plan the latter.
 
-        A step without prompts is planned from device tensors alone: the host waits for nothing.
+        A step without prompts is planned from device tensors alone: the host waits for nothing, and a
+        CUDA graph can have the plan in it.
         """
-        self._plan_later = None
-        slots, seq_lens = self._slots_of(rows.block_ids), rows.seq_lens
+        slots, seq_lens = self._rows.of_block.index_select(0, rows.block_ids), rows.seq_lens
         prompts: list[PromptChunk] = []
         generated_rows: slice | Tensor = slice(0, len(slots))
-        if any(request.is_prompt for request in self._scheduled.values()):
+        if self._has_prompts:
             prompts, generated, generated_rows = self._split(slots, rows.query_starts, seq_lens)
             self._close(prompts)
             slots, seq_lens = slots[generated], seq_lens[generated]
         with self.accounts.managing():
             step = self.cache.plan(prompts, generated_rows, slots, seq_lens.int())
-        if step.decode is not None:
-            self._snapshots.count_demotions(step.decode.places)
         self.accounts.step_planned(sum(map(self.cache.compresses, prompts)))
         return step
 
@@ -229,15 +218,6 @@ class WorkerCache:
                 self._rows.lengths[slot] = end - request.start
                 request.chain, request.start = (*request.chain, slot), end
 
-    def _slots_of(self, block_ids: Tensor) -> Tensor:
-        """[num_rows] int32 at an address that stays: a CUDA graph of a step reads it again."""
-        num = len(block_ids)
-        if not self._row_slots or len(self._row_slots[-1]) < num:
-            # a shorter one may be part of a graph, and is kept
-            self._row_slots.append(torch.empty(num, dtype=torch.int32, device=block_ids.device))
-        slots = self._row_slots[-1][:num]
-        return torch.index_select(self._rows.of_block, 0, block_ids, out=slots)
-
     def _split(
         self, row_slots: Tensor, query_starts: np.ndarray, seq_lens: Tensor
     ) -> tuple[list[PromptChunk], Tensor, slice | Tensor]:
@@ -246,7 +226,10 @@ class WorkerCache:
         num_new = np.diff(query_starts)
         used = (slots >= 0) & (num_new > 0)
         generated = used & (lengths > self._rows.prompt_lens[slots])
-        closing = {request.slot: request.closing for request in self._scheduled.values()}
+        closing = {
+            request.slot: self._message.closing.get(name, ())
+            for name, request in self._scheduled.items()
+        }
         prompts = []
         for row in np.nonzero(used & ~generated)[0].tolist():
             span = slice(int(query_starts[row]), int(query_starts[row + 1]))
@@ -293,11 +276,24 @@ class WorkerCache:
         problem = self.cache.range_problem()
         if problem is not None:
             logger.warning("DiffKV: %s", problem)
-        running, rows = len(self._rows.requests), self._rows
-        self._snapshots.take(self._scheduled, running, running + len(rows.lengths), rows.num_tokens)
-        self._due = self._snapshots.give()
-        if self._due:
-            self.accounts.step_ended(self._due[-1])
+        rows, running = self._rows, len(self._rows.requests)
+        ended, self._ended = self._ended, []
+        self._snapshots.take(
+            Moment(
+                self._message,
+                self._scheduled,
+                ended,
+                running,
+                running + len(rows.lengths),
+                rows.num_tokens,
+            )
+        )
+        self._take_due(self._snapshots.give())
+
+    def _take_due(self, due: Sequence[Snapshot]) -> None:
+        for snapshot in due:
+            self.accounts.step_ended(snapshot)
+        self._due += due
 
     @property
     def requests(self) -> Mapping[str, RunningRequest]:
@@ -306,4 +302,5 @@ class WorkerCache:
 
     def summary(self) -> dict[str, Any]:
         """Totals of all requests so far, running ones included, and the pool's shape."""
+        self._take_due(self._snapshots.give(settle=True))
         return self.accounts.summary(list(self._rows.requests.values()))

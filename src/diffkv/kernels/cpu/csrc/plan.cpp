@@ -134,13 +134,15 @@ EXPORT int diffkv_plan_decode(const Pool* pool_ptr, const int32_t* slots, const 
   }
 
   const int64_t head = pool.ring_ends[0];
-  int64_t next = head, next_leaf = pool.leaf_ends[0];
+  int64_t next = head, next_leaf = pool.leaf_ends[0], demotions = 0;
   bool table_full = false;
   for (int64_t i = 0; i < num; i++) {
     const int64_t slot = slots[i / per_request];
     ring_index[i] = next;
     leaf_index[i] = next_leaf;
-    if (slot < 0 || !decisions[i].wants_page) continue;
+    if (slot < 0) continue;
+    demotions += decisions[i].grows == LOW || decisions[i].low.page >= 0;
+    if (!decisions[i].wants_page) continue;
     const int64_t row = slot * per_request + i % per_request;
     next++;
     if (!pool.wants_leaf(row, decisions[i].grows)) continue;
@@ -155,6 +157,7 @@ EXPORT int diffkv_plan_decode(const Pool* pool_ptr, const int32_t* slots, const 
   } else {
     pool.ring_ends[0] = next;
     pool.leaf_ends[0] = next_leaf;
+    *pool.demotions += demotions;
   }
 
 #pragma omp parallel for num_threads(threads) schedule(static) if (num >= SERIAL_HEADS)
