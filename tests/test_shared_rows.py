@@ -11,6 +11,7 @@ from diffkv.cache import DiffKVCache, PromptChunk
 from diffkv.layout import PageLayout
 from diffkv.policy import Thresholds
 from diffkv.quant import QuantConfig
+from diffkv.rotation import signs_of
 from diffkv.segments import RowEnds, first_message, longest_row, most_rows
 from diffkv.shape import PoolShape
 
@@ -28,13 +29,16 @@ def kernels(request):
     return request.param
 
 
-def make_cache(quant, kernels, segment=SEGMENT, drops=False):
+def make_cache(quant, kernels, segment=SEGMENT, drops=False, rotate="none"):
     layout = PageLayout.derive(QuantConfig.parse(quant), HEAD_DIM, None, 4, drops)
     heads = (NUM_LAYERS, NUM_KV_HEADS)
     shape = PoolShape(layout, *heads, NUM_SLOTS, MAX_MODEL_LEN, NUM_PAGES, segment=segment)
     num_bytes = shape.table_bytes + NUM_PAGES * layout.page_bytes
     state = pool.create(shape, torch.zeros(num_bytes, dtype=torch.uint8), torch.float32, WINDOW)
-    return DiffKVCache(state, ops.load("cpu", kernels), HEAD_DIM**-0.5, segment=segment)
+    signs = signs_of(rotate, HEAD_DIM, state.pages.device)
+    return DiffKVCache(
+        state, ops.load("cpu", kernels), HEAD_DIM**-0.5, signs=signs, segment=segment
+    )
 
 
 def vectors(num_tokens, seed=0, common=0.0):
@@ -151,18 +155,23 @@ def test_exact_tokens_are_attended_exactly(kernels, segment, chunks):
 
 
 @pytest.mark.parametrize(
-    ("quant", "alphas", "drops"),
-    [("k8v4-k4v2", (3, 0), False), ("k8v4-k4v2", (1, 0.5), True), ("k8v8", (0.7, 0.7), True)],
+    ("quant", "alphas", "drops", "rotate"),
+    [
+        ("k8v4-k4v2", (3, 0), False, "hadamard"),
+        ("k8v4-k4v2", (1, 0.5), True, "hadamard"),
+        ("k8v8", (0.7, 0.7), True, "none"),
+    ],
 )
 @pytest.mark.parametrize("segment", [SEGMENT, LONG])
-def test_hits_and_chunks_change_nothing(kernels, quant, alphas, drops, segment):
+def test_hits_and_chunks_change_nothing(kernels, quant, alphas, drops, rotate, segment):
     """A row is the same whoever computed it, and in whatever chunks: tiers, and bytes after a hit."""
     sequence, thresholds = vectors(PROMPT + NEW), Thresholds(*alphas)
-    first = Run(make_cache(quant, kernels, segment, drops), segment)
+    cache = quant, kernels, segment, drops, rotate
+    first = Run(make_cache(*cache), segment)
     outputs, request = first.whole(sequence, [PROMPT], thresholds)
     state = first.cache.state
     for chunks in CHUNKS[1:]:
-        again = Run(make_cache(quant, kernels, segment, drops), segment)
+        again = Run(make_cache(*cache), segment)
         chunked, other = again.whole(sequence, chunks, thresholds)
         torch.testing.assert_close(chunked, outputs, atol=1e-5, rtol=1e-5)
         rows, others = [*request.chain, request.slot], [*other.chain, other.slot]

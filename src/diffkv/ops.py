@@ -39,6 +39,25 @@ class Ops(Protocol):
         """See `reference.significance`."""
         ...
 
+    def decide_rows(
+        self,
+        sums: Tensor,
+        cu_seqlens: Tensor,
+        bounds: Tensor | None,
+        page_tokens: Tensor,
+        window: int,
+        scored_queries: int,
+        tiers: Tensor,
+    ) -> None:
+        """See `reference.decide_rows`."""
+        ...
+
+    def centre_rows(
+        self, state: PoolState, layer: int, rows: Tensor, cu_seqlens: Tensor, key: Tensor
+    ) -> None:
+        """See `reference.centre_rows`."""
+        ...
+
     def store_prompt(
         self, state: PoolState, layer: int, tokens: PromptTokens, tiers: Tensor, sums: Tensor
     ) -> None:

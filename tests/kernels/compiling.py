@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffkv.kernels.triton import constants, worklist, workspace
+from diffkv.kernels.triton import constants, rows, worklist, workspace
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 
@@ -42,6 +42,7 @@ TYPES = {
     "sums_ptr": FLOATS,
     "leaf_ends_ptr": "*i64",
     "thresholds_ptr": FLOATS,
+    "bounds_ptr": FLOATS,
     "scale": "fp32",
     "centres_ptr": "*bf16",
     "signs_ptr": FLOATS,
@@ -204,6 +205,9 @@ def cases(
     written = {**paged, **centred, "D": head_dim, "B": vectors}
     applied = {"HEADS": LAYERS * HEADS, "TABLE": table, "TIERS": tiers, "B": 256, "COUNT": 4096}
     decided = {**paged, "WINDOW": 64, "B": 512}
+    decided_rows = {"BOUNDS": True, "B": rows.DECIDE_BLOCK}
+    summed = {"T": rows.CENTRE_TOKENS, "C": rows.CENTRE_CHANNELS}
+    centres = {**tables, **summed, "K": tiers[0].k, "D": head_dim}
     released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS, "TABLE": table}
     appended = {**tables, "D": head_dim, "DP": padded, "PAGE": layout.page_bytes, "TIERS": tiers}
     appended |= {**centred, **rotated}
@@ -220,6 +224,8 @@ def cases(
         "apply": (kernel("plan", "_apply_kernel"), applied, {}),
         "finish plan": (kernel("plan", "_finish_kernel"), {}, one_warp),
         "append": (kernel("append", "_append_kernel"), appended, {**exact, **one_warp}),
+        "decide rows": (kernel("rows", "_decide_kernel"), decided_rows, {"num_warps": 16}),
+        "centre rows": (kernel("rows", "_centre_kernel"), centres, {"num_warps": 8}),
         "count": (kernel("store", "_count_kernel"), counted, {"num_warps": 8}),
         "enter": (kernel("store", "_enter_kernel"), ring, one_warp),
         "write": (kernel("store", "_write_kernel"), written, exact),

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffkv.cache import Step
 from diffkv.prefill import Spans, torch_prefill
 from diffkv.quant import ConfigError
+from diffkv.uploads import at_once
 from diffkv.vllm_plugin import engine_args
 from diffkv.vllm_plugin.connector import DiffKVConnector
 from diffkv.vllm_plugin.front.admission import Admission
@@ -163,7 +164,7 @@ def test_prefill_by_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
     generator = torch.Generator().manual_seed(0)
     for lengths in ([(5, 5)], [(7, 30), (1, 64), (12, 12)]):
-        spans = Spans.of(*zip(*lengths, strict=True), torch.device("cpu"))
+        spans = Spans.of(*zip(*lengths, strict=True), at_once(torch.device("cpu")))
         query = draw(sum(spans.num_queries), 8, 64)
         key, value = (draw(sum(spans.num_keys), 2, 64) for _ in range(2))
         ours, torchs = torch.empty_like(query), torch.empty_like(query)
