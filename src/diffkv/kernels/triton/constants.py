@@ -75,15 +75,30 @@ INTERPRETED = not isinstance(_jitted, triton.JITFunction)
 
 
 class _Constants:
-    """Wraps every field as a kernel's constants are, so that what is computed from them is one, too."""
+    """Wraps every field as a kernel's constants are, so that what is computed from them is one, too.
+
+    Each launch of a kernel looks its constants up, so their hash, which is one of dozens of numbers, is
+    computed once.
+    """
 
     def __post_init__(self) -> None:
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        values = tuple(getattr(self, name) for name in names)
+        object.__setattr__(self, "_values", values)
+        object.__setattr__(self, "_hash", hash(values))
         if not INTERPRETED:
-            for field in fields(self):  # type: ignore[arg-type]
-                object.__setattr__(self, field.name, tl.constexpr(getattr(self, field.name)))
+            for name, value in zip(names, values, strict=True):
+                object.__setattr__(self, name, tl.constexpr(value))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined,no-any-return]
+
+    def __eq__(self, other: object) -> bool:
+        same = type(self) is type(other)
+        return same and self._values == other._values  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Side(_Constants):
     """K or V of one tier. For kernels: outside of them, fields are no plain numbers.
 
@@ -125,7 +140,7 @@ class Side(_Constants):
     cut: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tier(_Constants):
     """One tier of a page. For kernels: outside of them, fields are no plain numbers.
 
@@ -148,7 +163,7 @@ class Tier(_Constants):
     shift: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table(_Constants):
     """Sizes of page tables. For kernels: outside of them, fields are no plain numbers.
 
