@@ -225,6 +225,11 @@ def cases(
         "finish plan": (kernel("plan", "_finish_kernel"), {}, one_warp),
         "append": (kernel("append", "_append_kernel"), appended, {**exact, **one_warp}),
         "decide rows": (kernel("rows", "_decide_kernel"), decided_rows, {"num_warps": 16}),
+        "fill rows": (
+            kernel("rows", "_decide_kernel"),
+            decided_rows | {"BOUNDS": False},
+            {"num_warps": 16},
+        ),
         "centre rows": (kernel("rows", "_centre_kernel"), centres, {"num_warps": 8}),
         "count": (kernel("store", "_count_kernel"), counted, {"num_warps": 8}),
         "enter": (kernel("store", "_enter_kernel"), ring, one_warp),
