@@ -128,7 +128,7 @@ def test_chunks_are_cut_into_waves():
     assert decided.scoring.page_tokens.tolist() == [per_page, 0], "an open row grows"
     assert decided.centring.tolist() == [[10, 1, -1, -1], [1, 0, 8, -1]]
     (segment,) = second.complete
-    assert (segment.rows, segment.scoring.queries) == (slice(6, 22), slice(6, 22))
+    assert (segment.rows, segment.scoring.queries) == (slice(6, 22), slice(0, 16))
     assert rows_of(high.rows, 60) == [42, 43, 44, 45, 46]
     assert (high.packing.slots.tolist(), high.scoring) == ([4], None)
     last = third.parts[0]

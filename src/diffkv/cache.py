@@ -67,11 +67,12 @@ class DiffKVCache:
         shape = (state.num_kv_heads, state.layout.head_dim)
         key = torch.zeros(1, *shape, dtype=dtype, device=device)
         query = torch.zeros(1, num_q_heads, shape[1], dtype=dtype, device=device)
-        self._rotator.unrotate(query)
         key = self._rotator.rotate(key)
         self._rotator.unrotate(key.repeat(1, 2, 1))  # keys and values, as they are read back
         starts = one, one, one
-        sums = self._ops.significance(query, key, *starts, 1, self._scale, SCORED_QUERIES)
+        for lse in (None, torch.zeros(num_q_heads, 1, device=device)):
+            scored = query, key, *starts, 1, self._scale, SCORED_QUERIES
+            sums = self._ops.significance(*scored, lse)
         tiers = torch.full(sums.shape, HIGH, dtype=torch.int8, device=device)
         none = torch.zeros_like(nobody)
         for bounds in (None, torch.zeros(1, 2, device=device)):

@@ -35,6 +35,7 @@ class Ops(Protocol):
         num_own: int,
         scale: float,
         max_queries: int,
+        lse: Tensor | None = None,
     ) -> Tensor:
         """See `reference.significance`."""
         ...

@@ -42,7 +42,7 @@ class Prefill(Protocol):
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, output: Tensor
-    ) -> None:
+    ) -> Tensor | None:
         """Attend.
 
         Args:
@@ -52,6 +52,10 @@ class Prefill(Protocol):
             spans: the requests, each with at least as many keys as queries.
             scale: softmax scale.
             output: [num_queries of all, num_q_heads, head_dim], written; rows may be apart.
+
+        Returns:
+            [num_q_heads, num_queries of all] float32, the logarithm of the sum of exponentials of each
+            query's scores, scale included; None where the kernel does not say.
         """
         ...
 

@@ -33,6 +33,9 @@ __all__ = ["PromptPath"]
 Vectors = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values of a step's prompts in one layer: [num_tokens, heads, head_dim] each."""
 
+Attended = tuple[Tensor, Tensor | None]
+"""Queries, and the log-sum-exp of their scores where attention has said it, see `Prefill`."""
+
 
 def _fewest_bits(layout: PageLayout) -> tuple[int, int]:
     """Bits of keys and of values, in the tiers that have fewest."""
@@ -121,9 +124,9 @@ class PromptPath:
         seen: dict[int, Seen] = {}
         for wave in plan.waves:
             self._see(layer, [part for part in wave.parts if part.first], seen, vectors)
-            self._attend_wave(wave, seen, vectors, out)
+            attended = self._attend_wave(wave, seen, vectors, out)
             for completion in wave.complete:
-                self._complete(layer, completion, seen, vectors)
+                self._complete(layer, completion, seen, vectors, attended)
             if wave.waiting is not None:
                 self._wait(layer, wave.waiting, vectors)
             followed = [part for part in wave.parts if part.end > part.stop]
@@ -155,16 +158,18 @@ class PromptPath:
 
     def _attend_wave(
         self, wave: Wave, seen: dict[int, Seen], vectors: Vectors, output: Tensor
-    ) -> None:
+    ) -> Attended:
+        query = vectors[0][wave.rows]
         if any(self._may_differ(part) for part in wave.parts):
             self._attend_by_head(wave, seen, vectors, output)
-            return
-        query, (key, value) = vectors[0][wave.rows], self._context(wave, seen, vectors)
+            return query, None
+        key, value = self._context(wave, seen, vectors)
         in_place = isinstance(wave.rows, slice)
         out = output[wave.rows] if in_place else torch.empty_like(query)
-        self._prefill(query, key, value, wave.spans, self._scale, out)
+        lse = self._prefill(query, key, value, wave.spans, self._scale, out)
         if not in_place:
             output[wave.rows] = out
+        return query, lse
 
     @staticmethod
     def _context(wave: Wave, seen: dict[int, Seen], vectors: Vectors) -> tuple[Tensor, Tensor]:
@@ -193,14 +198,23 @@ class PromptPath:
                 self._prefill(query, key, value, alone, self._scale, output[part.rows])
 
     def _complete(
-        self, layer: int, completion: Completion, seen: dict[int, Seen], vectors: Vectors
+        self,
+        layer: int,
+        completion: Completion,
+        seen: dict[int, Seen],
+        vectors: Vectors,
+        attended: Attended,
     ) -> None:
         """Decide rows and store them, in place of what has waited."""
         own = self._own(completion, seen, vectors)
         if completion.scoring is None:
             sums, tiers = self._undecided(len(own[0]))
         else:
-            sums, tiers = self._decide(layer, completion, completion.scoring, seen, vectors, own[0])
+            queries = self._scoring_queries(
+                layer, completion, completion.scoring, vectors, attended
+            )
+            sums = self._sums(completion, completion.scoring, seen, vectors, queries)
+            tiers = self._decide(completion, completion.scoring, sums, own[0])
         state, packing = self._state, completion.packing
         if completion.waited is not None:
             self._ops.release(state, completion.waited, layer)
@@ -240,20 +254,13 @@ class PromptPath:
         return joined([key for key, _ in pairs]), joined([value for _, value in pairs])
 
     def _decide(
-        self,
-        layer: int,
-        completion: Completion,
-        scoring: Scoring,
-        seen: dict[int, Seen],
-        vectors: Vectors,
-        own_key: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Sums and tiers of complete rows: [num_kv_heads, N] each."""
-        sums = self._sums(layer, completion, scoring, seen, vectors)
+        self, completion: Completion, scoring: Scoring, sums: Tensor, key: Tensor
+    ) -> Tensor:
+        """Tiers of complete rows, [num_kv_heads, N]; their sums become those that go with them."""
         if scoring.num_scored is None:
             tiers = torch.empty(sums.shape, dtype=torch.int8, device=self._device)
         else:
-            tiers = self._tiers(completion.parts, sums / scoring.num_scored, own_key)
+            tiers = self._tiers(completion.parts, sums / scoring.num_scored, key)
         self._ops.decide_rows(
             sums,
             completion.packing.starts,
@@ -263,19 +270,18 @@ class PromptPath:
             self._policy.scored_queries,
             tiers,
         )
-        return sums, tiers
+        return tiers
 
     def _sums(
         self,
-        layer: int,
         completion: Completion,
         scoring: Scoring,
         seen: dict[int, Seen],
         vectors: Vectors,
+        scored_by: Attended,
     ) -> Tensor:
         """Significance sums of complete rows: [num_kv_heads, N]."""
-        parts = completion.parts
-        queries = self._scoring_queries(layer, parts, scoring, vectors[0])
+        parts, (queries, lse) = completion.parts, scored_by
         if any(self._may_differ(part) for part in parts):
             most = self._policy.scored_queries
             each = queries.split([min(part.length, most) for part in parts])
@@ -288,9 +294,8 @@ class PromptPath:
                 [seen[p.slot].key[: p.stop] if p.first else vectors[1][p.rows] for p in parts]
             )
         starts = scoring.query_starts, scoring.key_starts, completion.packing.starts
-        return self._ops.significance(
-            queries, keys, *starts, completion.packing.num_tokens, self._scale, scoring.max_queries
-        )
+        num, most = completion.packing.num_tokens, scoring.max_queries
+        return self._ops.significance(queries, keys, *starts, num, self._scale, most, lse)
 
     def _tiers(self, parts: Sequence[Part], means: Tensor, key: Tensor) -> Tensor:
         """Tiers by a policy that looks at one row at a time."""
@@ -317,17 +322,23 @@ class PromptPath:
         return self._ops.significance(query, key, *starts, len(key), self._scale, len(query))
 
     def _scoring_queries(
-        self, layer: int, parts: Sequence[Part], scoring: Scoring, query: Tensor
-    ) -> Tensor:
+        self,
+        layer: int,
+        completion: Completion,
+        scoring: Scoring,
+        vectors: Vectors,
+        attended: Attended,
+    ) -> Attended:
         """The queries that score complete rows, those of earlier chunks included."""
         if scoring.queries is not None:
-            return query[scoring.queries]
+            query, lse = attended
+            return query[scoring.queries], None if lse is None else lse[:, scoring.queries]
         most, queries = self._policy.scored_queries, []
-        for part in parts:
+        for part in completion.parts:
             if part.num_early_queries(most):
                 queries.append(self._queries.pop((part.slot, layer)))
-            queries.append(query[part.queries(most)])
-        return torch.cat(queries)
+            queries.append(vectors[0][part.queries(most)])
+        return torch.cat(queries), None
 
     def _wait(self, layer: int, waiting: Waiting, vectors: Vectors) -> None:
         """Keep tokens for the rest of their segment, and those queries that will score it."""

@@ -3,7 +3,7 @@
 All that the layers of a step have in common is put on the device once, without waiting for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -112,6 +112,11 @@ class Part:
         return self.stop - self.start
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the part."""
+        return self.stop - self.first
+
+    @property
     def has_waited(self) -> bool:
         """Whether tokens of the segment came in earlier chunks."""
         return self.first > self.start
@@ -130,7 +135,7 @@ class Scoring:
     """What sorts the N tokens of complete rows into tiers.
 
     Attributes:
-        queries: where the rows' scoring queries are among the tokens of `PromptPlan`; None where some of
+        queries: where the rows' scoring queries are among the tokens of their wave; None where some of
             them came in earlier chunks.
         query_starts: [R + 1] int32, where each row's scoring queries start.
         key_starts: [R + 1] int32, where the tokens of each request start, those of its chain first.
@@ -150,10 +155,20 @@ class Scoring:
 
     @classmethod
     def of(
-        cls, parts: Sequence[Part], policy: Policy, layout: PageLayout, place: Place
+        cls,
+        parts: Sequence[Part],
+        starts: Mapping[int, int],
+        policy: Policy,
+        layout: PageLayout,
+        place: Place,
     ) -> "Scoring":
-        """Put together what the rule asks of parts that complete their rows."""
+        """Put together what the rule asks of parts that complete their rows.
+
+        `starts` is where each request's tokens start in the wave.
+        """
         most = policy.scored_queries
+        stops = [starts[p.slot] + p.num_tokens for p in parts]
+        last = [slice(e - min(p.num_tokens, most), e) for p, e in zip(parts, stops, strict=True)]
         lengths, ends = [p.length for p in parts], [p.stop for p in parts]
         num_queries = [min(length, most) for length in lengths]
         # A closed row grows no more: what room its last high page has is filled
@@ -169,9 +184,7 @@ class Scoring:
             from_end = [np.arange(length, 0, -1) for length in lengths]
             num_scored = place(np.concatenate(from_end).clip(max=most), torch.float32)
         return cls(
-            None
-            if any(p.num_early_queries(most) for p in parts)
-            else spans_of([p.queries(most) for p in parts], place),
+            None if any(p.num_early_queries(most) for p in parts) else spans_of(last, place),
             place([0, *accumulate(num_queries)]),
             place([0, *accumulate(ends)]),
             max(num_queries),
@@ -223,7 +236,12 @@ class Completion:
 
     @classmethod
     def of(
-        cls, parts: Sequence[Part], policy: Policy | None, state: PoolState, place: Place
+        cls,
+        parts: Sequence[Part],
+        starts: Mapping[int, int],
+        policy: Policy | None,
+        state: PoolState,
+        place: Place,
     ) -> "Completion":
         """Rows that a policy decides, or that are all high."""
         targets = [p.target for p in parts if p.target is not None]
@@ -235,7 +253,7 @@ class Completion:
             Packing.of(targets, [p.start for p in parts], lengths, place),
             place(waited) if waited else None,
             _centring(parts, state.window, place) if state.centre_dim else None,
-            Scoring.of(parts, policy, state.layout, place) if policy is not None else None,
+            None if policy is None else Scoring.of(parts, starts, policy, state.layout, place),
         )
 
 
@@ -258,7 +276,7 @@ class Waiting:
         """None if there are no parts."""
         if not parts:
             return None
-        firsts, lengths = [p.first for p in parts], [p.stop - p.first for p in parts]
+        firsts, lengths = [p.first for p in parts], [p.num_tokens for p in parts]
         packing = Packing.of([p.slot for p in parts], firsts, lengths, place)
         return cls(tuple(parts), spans_of([p.rows for p in parts], place), packing)
 
@@ -284,16 +302,20 @@ class Wave:
     @classmethod
     def of(cls, parts: Sequence[Part], policy: Policy, state: PoolState, place: Place) -> "Wave":
         """Put together what all layers ask of some parts."""
+        lengths = [p.num_tokens for p in parts]
+        starts = {
+            p.slot: start for p, start in zip(parts, accumulate(lengths, initial=0), strict=False)
+        }
         waiting = [p for p in parts if p.target is None]
         decided = [p for p in parts if p.target is not None and p.thresholds is not None]
         high = [p for p in parts if p.target is not None and p.thresholds is None]
         return cls(
             tuple(parts),
             spans_of([p.rows for p in parts], place),
-            Spans.of([p.stop - p.first for p in parts], [p.stop for p in parts], place),
+            Spans.of(lengths, [p.stop for p in parts], place),
             Waiting.of(waiting, place),
             tuple(
-                Completion.of(some, policy if some is decided else None, state, place)
+                Completion.of(some, starts, policy if some is decided else None, state, place)
                 for some in (decided, high)
                 if some
             ),

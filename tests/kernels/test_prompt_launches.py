@@ -48,8 +48,8 @@ def launches(monkeypatch):
 class Run:
     """Steps of prompts, of which one layer is counted."""
 
-    def __init__(self, launches, policy="paper"):
-        self.launches, self.attended = launches, 0
+    def __init__(self, launches, policy="paper", says_lse=False):
+        self.launches, self.attended, self.says_lse = launches, 0, says_lse
         state = make_state(
             "k8v4-k4v2", HEAD_DIM, num_layers=1, num_slots=40, max_tokens=2048, num_pages=64,
             window=64, segment=SEGMENT, drops=False,
@@ -65,6 +65,7 @@ class Run:
         assert len(query) == sum(spans.num_queries) and len(key) == sum(spans.num_keys)
         assert query.stride()[1:] == key.stride()[1:] == (HEAD_DIM, 1)
         self.attended += 1
+        return torch.zeros(query.shape[1], len(query)) if self.says_lse else None
 
     def open(self, slot, prompt_len):
         self.cache.open(slot, prompt_len, Thresholds(3, 0))
@@ -161,6 +162,16 @@ def test_requests_that_go_on_are_joined(launches):
     assert attended == 1
     # Keys, values and scored keys of all; the tokens of each; scoring queries
     assert others == Counter({"aten.cat": 3, "aten.copy_": 6, "aten.index": 1})
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_what_attention_says_is_not_found_again(launches, num):
+    run = used(Run(launches, says_lse=True))
+    for slot in range(num):
+        run.open(slot, 2 * SEGMENT)
+    kernels_of_layer, others, _ = run.step(**{f"s{slot}": SEGMENT for slot in range(num)})
+    assert kernels_of_layer == ROW - Counter(_lse_kernel=1, _merge_kernel=1)
+    assert others["aten.index"] == (0 if num == 1 else 2)
 
 
 def test_a_policy_that_looks_at_keys_has_its_pages_filled_likewise(launches):

@@ -209,12 +209,13 @@ def check_scored(
     cu_seqlens_k: Tensor,
     cu_seqlens_own: Tensor,
     num_own: int,
+    lse: Tensor | None,
     device: torch.device,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Raise ValueError unless `significance` can take them.
 
     Returns:
-        Elements between the rows of the queries, and of the keys.
+        Elements between the rows of the queries, of the keys, and of `lse`.
     """
     num_requests = cu_seqlens_k.numel() - 1
     check_dtype("key", key.dtype)
@@ -225,7 +226,13 @@ def check_scored(
     if not 0 <= num_own <= len(key):
         raise ValueError(f"num_own must be 0 to the number of tokens, {len(key)}, got {num_own}")
     q_shape = (len(query), query.shape[1], key.shape[2])
+    lse_stride = 0
+    if lse is not None:
+        one_head = lse[:, None]
+        shape = (query.shape[1], 1, len(query))
+        lse_stride = check_packed("lse", one_head, device, torch.float32, *shape)
     return (
         check_packed("query", query, device, key.dtype, *q_shape),
         check_packed("key", key, device, key.dtype, *key.shape),
+        lse_stride,
     )

@@ -52,7 +52,7 @@ VECTOR_FUNCTIONS = {
     ),
     "significance": (
         c_void_p, c_int64, c_void_p, c_int64, *(c_void_p,) * 3, *(c_int64,) * 3, *(c_int,) * 3,
-        c_float, c_int, c_void_p, c_int,
+        c_float, c_int, c_void_p, c_int64, c_void_p, c_int,
     ),
     "decide_rows": (
         c_void_p, c_void_p, c_int64, c_void_p, c_void_p, *(c_int64,) * 3, c_void_p, c_int64, c_int64,

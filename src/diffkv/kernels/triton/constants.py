@@ -91,7 +91,7 @@ class _Constants:
                 object.__setattr__(self, name, tl.constexpr(value))
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined,no-any-return]
+        return self._hash  # type: ignore[attr-defined]
 
     def __eq__(self, other: object) -> bool:
         same = type(self) is type(other)

@@ -1,6 +1,7 @@
 """Significance sums of prompt tokens from the attention of the last queries.
 
-Scores are computed twice instead of kept: once for every query's log-sum-exp, once for the sums.
+Scores are computed twice instead of kept: once for every query's log-sum-exp, where attention has not
+found it, once for the sums.
 """
 
 import math
@@ -16,6 +17,7 @@ from diffkv.kernels.triton.constants import DTYPES, MIN_DOT
 __all__ = ["significance"]
 
 LOG2_E = math.log2(math.e)
+_LOG2_E = tl.constexpr(LOG2_E)
 
 ITEM_TOKENS = 128
 """Tokens that one program scores; fewer where float32 vectors are long."""
@@ -193,14 +195,14 @@ def _merge_kernel(
     tl.store(lse_ptr + (r * HEADS + q_head).to(tl.int64) * QUERIES + j, lse)
 
 
-@triton.jit(do_not_specialize=["R", "max_queries", "N"])
+@triton.jit(do_not_specialize=["R", "max_queries", "N", "lse_stride"])
 def _sum_kernel(
     query_ptr,  # [., H * G, D]
     key_ptr,  # [N, H, D]
     starts_q_ptr,  # [R + 1]
     starts_k_ptr,  # [R + 1]
     own_ptr,  # [R + 1]
-    lse_ptr,  # [R, H * G, QUERIES]
+    lse_ptr,  # [R, H * G, QUERIES] to base 2; with GIVEN [H * G, .] of all queries, natural
     sums_ptr,  # [H, N] f32, out
     query_stride,
     key_stride,
@@ -208,6 +210,7 @@ def _sum_kernel(
     max_queries,
     R,
     N,
+    lse_stride,
     R_PADDED: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -217,6 +220,7 @@ def _sum_kernel(
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
     B: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):
     """Sums of one item's tokens: probabilities over the queries, the largest of the group."""
     head = tl.program_id(1)
@@ -246,7 +250,11 @@ def _sum_kernel(
                     query_ptr, query_stride, q_head, first_q, num_q, j, keys, token, n, scale,
                     D, DP, DOT,
                 )  # fmt: skip
-                lse = tl.load(lse_ptr + (r * (H * G) + q_head).to(tl.int64) * QUERIES + j)
+                if GIVEN:
+                    at = q_head.to(tl.int64) * lse_stride + first_q + j
+                    lse = tl.load(lse_ptr + at, mask=j < num_q, other=float("inf")) * _LOG2_E
+                else:
+                    lse = tl.load(lse_ptr + (r * (H * G) + q_head).to(tl.int64) * QUERIES + j)
                 total += tl.sum(tl.exp2(scores - lse[:, None]), 0)
             largest = tl.maximum(largest, total)
         at = head.to(tl.int64) * N + tl.load(own_ptr + r) + token - without
@@ -268,13 +276,14 @@ def significance(
     num_own: int,
     scale: float,
     max_queries: int,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Same contract as `reference.significance`. Rows of `query` and `key` may be apart."""
     num_tokens, num_kv_heads, head_dim = key.shape
     num_queries, num_q_heads, _ = query.shape
     device, num_requests = key.device, cu_seqlens_k.numel() - 1
     starts = cu_seqlens_q, cu_seqlens_k, cu_seqlens_own
-    strides = check_scored(query, key, *starts, num_own, device)
+    *strides, lse_stride = check_scored(query, key, *starts, num_own, lse, device)
     sums = torch.empty(num_kv_heads, num_own, dtype=torch.float32, device=device)
     if not num_own or not num_requests:
         return sums.zero_()
@@ -287,9 +296,6 @@ def significance(
     padded_queries = triton.cdiv(max_queries, rows) * rows
     # Lengths stay on the device: at most one item per request is not full
     num_items = triton.cdiv(num_tokens, tokens) + num_requests
-    most = torch.empty(num_items, num_q_heads, padded_queries, dtype=torch.float32, device=device)
-    total = torch.empty_like(most)
-    lse = torch.empty(num_requests, num_q_heads, padded_queries, dtype=torch.float32, device=device)
     dtype = DTYPES[key.dtype]
     padded_requests = max(MIN_PADDED_REQUESTS, triton.next_power_of_2(num_requests))
     packed = {"R_PADDED": padded_requests, "B": tokens}
@@ -302,15 +308,21 @@ def significance(
     }  # fmt: skip
     inputs = (query, key, cu_seqlens_q, cu_seqlens_k)
     numbers = (*strides, scale * LOG2_E, max_queries, num_requests)
-    _lse_kernel[(num_items, num_kv_heads)](
-        *inputs, most, total, *numbers, **packed, **queries, **heads, num_warps=8
-    )
-    _merge_kernel[(num_requests, num_q_heads, padded_queries // rows)](
-        cu_seqlens_k, most, total, lse, num_requests, HEADS=num_q_heads, ITEMS=MERGE_ITEMS,
-        **packed, **queries, num_warps=4,
-    )  # fmt: skip
-    added = (*inputs, cu_seqlens_own, lse, sums)
+    found = lse
+    if found is None:
+        shape = (num_items, num_q_heads, padded_queries)
+        most, total = torch.empty(2, *shape, dtype=torch.float32, device=device).unbind()
+        found = torch.empty(num_requests, *shape[1:], dtype=torch.float32, device=device)
+        _lse_kernel[(num_items, num_kv_heads)](
+            *inputs, most, total, *numbers, **packed, **queries, **heads, num_warps=8
+        )
+        _merge_kernel[(num_requests, num_q_heads, padded_queries // rows)](
+            cu_seqlens_k, most, total, found, num_requests, HEADS=num_q_heads, ITEMS=MERGE_ITEMS,
+            **packed, **queries, num_warps=4,
+        )  # fmt: skip
+    added = (*inputs, cu_seqlens_own, found, sums)
     _sum_kernel[(num_items, num_kv_heads)](
-        *added, *numbers, num_own, **packed, **queries, **heads, num_warps=8
-    )
+        *added, *numbers, num_own, lse_stride, GIVEN=lse is not None,
+        **packed, **queries, **heads, num_warps=8,
+    )  # fmt: skip
     return sums
