@@ -175,6 +175,7 @@ def cases(
         "ROWS": queries,
         "B": tokens,
     }
+    summed_up = {**scored, "B": min(tokens, significance.SUM_TOKENS), "GIVEN": False}
     merged = {
         "HEADS": HEADS * group,
         "ITEMS": 32,
@@ -243,5 +244,10 @@ def cases(
         "rotate": (kernel("rotate", "_rotate_kernel"), turned, {"num_stages": 1}),
         "lse": (kernel("significance", "_lse_kernel"), scored, {"num_warps": 8}),
         "merge": (kernel("significance", "_merge_kernel"), merged, {}),
-        "sum": (kernel("significance", "_sum_kernel"), scored, {"num_warps": 8}),
+        "sum": (kernel("significance", "_sum_kernel"), summed_up, {"num_warps": 4}),
+        "sum by lse": (
+            kernel("significance", "_sum_kernel"),
+            summed_up | {"GIVEN": True},
+            {"num_warps": 4},
+        ),
     }

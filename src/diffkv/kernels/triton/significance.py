@@ -22,6 +22,9 @@ _LOG2_E = tl.constexpr(LOG2_E)
 ITEM_TOKENS = 128
 """Tokens that one program scores; fewer where float32 vectors are long."""
 
+SUM_TOKENS = 64
+"""At most, where sums are added up: of one segment alone, so that programs would be few."""
+
 QUERY_ROWS = 64
 """Queries of one head that a program scores at a time, likewise."""
 
@@ -32,12 +35,23 @@ MIN_PADDED_REQUESTS = 64
 
 
 @triton.jit
-def _request_items(starts_ptr, R, R_PADDED: tl.constexpr, B: tl.constexpr):
-    """[R_PADDED] items of each request, and of it and all before."""
+def _lengths(starts_ptr, R, R_PADDED: tl.constexpr):
+    """[R_PADDED] tokens of each request."""
     r = tl.arange(0, R_PADDED)
-    start = tl.load(starts_ptr + r, mask=r < R, other=0)
     end = tl.load(starts_ptr + r + 1, mask=r < R, other=0)
-    items = tl.cdiv(end - start, B)
+    return end - tl.load(starts_ptr + r, mask=r < R, other=0)
+
+
+@triton.jit
+def _request_items(
+    starts_ptr, own_ptr, R, R_PADDED: tl.constexpr, B: tl.constexpr, OWN: tl.constexpr
+):
+    """[R_PADDED] items of each request, and of it and all before; with OWN those that have sums."""
+    lengths = _lengths(starts_ptr, R, R_PADDED)
+    items = tl.cdiv(lengths, B)
+    if OWN:
+        own = _lengths(own_ptr, R, R_PADDED)
+        items = tl.where(own > 0, items - (lengths - own) // B, 0)
     return items, tl.cumsum(items, 0)
 
 
@@ -60,11 +74,11 @@ def _item(
     """Work of one program, for one head: tokens of one request, scored by its last queries.
 
     Returns (request, its first scored query, how many, its tokens, how many of them without a sum, this
-    program's tokens, their keys); the request is R where there is no work. With OWN there is none among
-    tokens without a sum, else they are 0.
+    program's tokens, their keys); the request is R where there is no work. With OWN work is among tokens
+    with a sum alone, else it is among all, and those without are 0.
     """
     pid = tl.program_id(0)
-    items, through = _request_items(starts_k_ptr, R, R_PADDED, B)
+    items, through = _request_items(starts_k_ptr, own_ptr, R, R_PADDED, B, OWN)
     r = tl.sum((through <= pid).to(tl.int32))
     before = tl.sum(tl.where(tl.arange(0, R_PADDED) < r, items, 0))
     request = tl.minimum(r, R - 1)
@@ -72,12 +86,11 @@ def _item(
     first_q = tl.maximum(tl.load(starts_q_ptr + request), end_q - max_queries)
     first_k = tl.load(starts_k_ptr + request)
     n = tl.where(r < R, tl.load(starts_k_ptr + request + 1) - first_k, 0)
-    start = (pid - before) * B
     without = 0
     if OWN:
         without = n - (tl.load(own_ptr + request + 1) - tl.load(own_ptr + request))
-        r = tl.where(start + B <= without, R, r)
-    token = start + tl.arange(0, B)
+    # Where a token is in its program does not depend on which sums are asked for
+    token = (without // B + pid - before) * B + tl.arange(0, B)
     d = tl.arange(0, DP)
     at = (first_k + token).to(tl.int64) * stride + tl.program_id(1) * D
     mask = (token < tl.where(r < R, n, 0))[:, None] & (d < D)[None, :]
@@ -175,7 +188,7 @@ def _merge_kernel(
     r = tl.program_id(0)
     q_head = tl.program_id(1)
     j = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    items, _ = _request_items(starts_k_ptr, R, R_PADDED, B)
+    items, _ = _request_items(starts_k_ptr, starts_k_ptr, R, R_PADDED, B, False)
     each = tl.arange(0, R_PADDED)
     first = tl.sum(tl.where(each < r, items, 0))
     num = tl.sum(tl.where(each == r, items, 0))
@@ -320,9 +333,10 @@ def significance(
             cu_seqlens_k, most, total, found, num_requests, HEADS=num_q_heads, ITEMS=MERGE_ITEMS,
             **packed, **queries, num_warps=4,
         )  # fmt: skip
+    tokens = min(tokens, SUM_TOKENS)
     added = (*inputs, cu_seqlens_own, found, sums)
-    _sum_kernel[(num_items, num_kv_heads)](
+    _sum_kernel[(triton.cdiv(num_own, tokens) + 2 * num_requests, num_kv_heads)](
         *added, *numbers, num_own, lse_stride, GIVEN=lse is not None,
-        **packed, **queries, **heads, num_warps=8,
+        **packed | {"B": tokens}, **queries, **heads, num_warps=4,
     )  # fmt: skip
     return sums
