@@ -10,7 +10,9 @@ from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk
 from diffkv.layout import PageLayout
 from diffkv.policy import Thresholds
+from diffkv.prefill import torch_prefill
 from diffkv.quant import QuantConfig
+from diffkv.rotation import signs_of
 from diffkv.segments import RowEnds, first_message, longest_row, most_rows
 from diffkv.shape import PoolShape
 
@@ -28,13 +30,21 @@ def kernels(request):
     return request.param
 
 
-def make_cache(quant, kernels, segment=SEGMENT, drops=False):
+def make_cache(quant, kernels, segment=SEGMENT, drops=False, rotate="none", prefill=torch_prefill):
     layout = PageLayout.derive(QuantConfig.parse(quant), HEAD_DIM, None, 4, drops)
     heads = (NUM_LAYERS, NUM_KV_HEADS)
     shape = PoolShape(layout, *heads, NUM_SLOTS, MAX_MODEL_LEN, NUM_PAGES, segment=segment)
     num_bytes = shape.table_bytes + NUM_PAGES * layout.page_bytes
     state = pool.create(shape, torch.zeros(num_bytes, dtype=torch.uint8), torch.float32, WINDOW)
-    return DiffKVCache(state, ops.load("cpu", kernels), HEAD_DIM**-0.5, segment=segment)
+    signs = signs_of(rotate, HEAD_DIM, state.pages.device)
+    return DiffKVCache(
+        state,
+        ops.load("cpu", kernels),
+        HEAD_DIM**-0.5,
+        prefill=prefill,
+        signs=signs,
+        segment=segment,
+    )
 
 
 def vectors(num_tokens, seed=0, common=0.0):
@@ -151,18 +161,23 @@ def test_exact_tokens_are_attended_exactly(kernels, segment, chunks):
 
 
 @pytest.mark.parametrize(
-    ("quant", "alphas", "drops"),
-    [("k8v4-k4v2", (3, 0), False), ("k8v4-k4v2", (1, 0.5), True), ("k8v8", (0.7, 0.7), True)],
+    ("quant", "alphas", "drops", "rotate"),
+    [
+        ("k8v4-k4v2", (3, 0), False, "hadamard"),
+        ("k8v4-k4v2", (1, 0.5), True, "hadamard"),
+        ("k8v8", (0.7, 0.7), True, "none"),
+    ],
 )
 @pytest.mark.parametrize("segment", [SEGMENT, LONG])
-def test_hits_and_chunks_change_nothing(kernels, quant, alphas, drops, segment):
+def test_hits_and_chunks_change_nothing(kernels, quant, alphas, drops, rotate, segment):
     """A row is the same whoever computed it, and in whatever chunks: tiers, and bytes after a hit."""
     sequence, thresholds = vectors(PROMPT + NEW), Thresholds(*alphas)
-    first = Run(make_cache(quant, kernels, segment, drops), segment)
+    cache = quant, kernels, segment, drops, rotate
+    first = Run(make_cache(*cache), segment)
     outputs, request = first.whole(sequence, [PROMPT], thresholds)
     state = first.cache.state
     for chunks in CHUNKS[1:]:
-        again = Run(make_cache(quant, kernels, segment, drops), segment)
+        again = Run(make_cache(*cache), segment)
         chunked, other = again.whole(sequence, chunks, thresholds)
         torch.testing.assert_close(chunked, outputs, atol=1e-5, rtol=1e-5)
         rows, others = [*request.chain, request.slot], [*other.chain, other.slot]
@@ -172,6 +187,51 @@ def test_hits_and_chunks_change_nothing(kernels, quant, alphas, drops, segment):
         shared, other = first.whole(sequence, [PROMPT], thresholds, chain, starts)
         assert torch.equal(shared, outputs[:, starts[-1] :])
         first.end(other, *other.chain[hit:])
+
+
+def telling_prefill(query, key, value, spans, scale, output):
+    """Attention that also says the log-sum-exp of its scores, as flash-attention does."""
+    torch_prefill(query, key, value, spans, scale, output)
+    found = []
+    for q, k in zip(query.split(spans.num_queries), key.split(spans.num_keys), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(GROUP, 1)) * scale
+        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        found.append(scores.masked_fill(~seen, float("-inf")).logsumexp(-1))
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("ends", [[(33, 20), (75, 60)], [(75, 60)], [(10, 10), (15, 40), (75, 60)]])
+def test_what_attention_says_is_what_scoring_would_find(kernels, ends):
+    """Of two requests in the same steps, whose scoring queries may come in several of them."""
+    lengths, sequences, counts, outputs = ends[-1], [vectors(PROMPT, s) for s in range(2)], [], []
+    for prefill in (torch_prefill, telling_prefill):
+        cache = make_cache("k8v4-k4v2", kernels, drops=False, rotate="hadamard", prefill=prefill)
+        free, starts, attended = list(range(2, NUM_SLOTS)), [0, 0], []
+        for slot, length in enumerate(lengths):
+            cache.open(slot, length, Thresholds(3, 0))
+        before = (0, 0)
+        for step_ends in ends:
+            chunks, row = [], 0
+            for slot, (first, end) in enumerate(zip(before, step_ends, strict=True)):
+                rows = cache.ends(slot).up_to(starts[slot], end)
+                span, closing = slice(row, row + end - first), tuple(free.pop(0) for _ in rows)
+                if end > first:
+                    chunks.append(PromptChunk(slot, span, first, lengths[slot], closing))
+                starts[slot], row = [starts[slot], *rows][-1], row + end - first
+            step = cache.plan(chunks, NOBODY.long(), NOBODY, NOBODY)
+            places = [slice(*each) for each in zip(before, step_ends, strict=True)]
+            for layer in range(NUM_LAYERS):
+                batch = [
+                    torch.cat([s[i][layer, p] for s, p in zip(sequences, places, strict=True)])
+                    for i in range(3)
+                ]
+                attended.append(torch.empty_like(batch[0]))
+                cache.attend(layer, step, *batch, attended[-1])
+            before = step_ends
+        counts.append(cache.state.num_tokens.clone())
+        outputs.append(torch.cat(attended))
+    assert torch.equal(*counts) and 0 < counts[0][..., 1].sum() < counts[0].sum()
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 
 def test_closed_rows_stay_as_they_are(kernels):

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from diffkv import pool
+from diffkv import pool, reference
 from diffkv.chains import Chains
 from diffkv.lab.evaluation import baselines
 from diffkv.layout import PageLayout
@@ -16,6 +16,7 @@ from diffkv.quant import QuantConfig
 from diffkv.segments import RowEnds
 from diffkv.shape import PoolShape
 from diffkv.steps import PromptChunk
+from diffkv.uploads import at_once
 
 CPU = torch.device("cpu")
 WINDOW = 8
@@ -51,8 +52,13 @@ def test_joined_prompts_are_decided_as_each_alone():
     (complete,) = whole(LENGTHS).complete
     means = torch.rand(3, sum(LENGTHS)) * 0.05
     means[0, 10] = torch.nan
-    tiers = complete.scoring.bounds.tiers(means)
-    assert tiers.dtype == torch.int8
+    scoring, tiers = complete.scoring, torch.empty(means.shape, dtype=torch.int8)
+    from_end = torch.cat([torch.arange(n, 0, -1) for n in LENGTHS])
+    means *= from_end.clamp(max=64)
+    sums = means.clone()
+    means /= from_end.clamp(max=64)
+    starts = complete.packing.starts
+    reference.decide_rows(sums, starts, scoring.bounds, scoring.page_tokens, WINDOW, 64, tiers)
     each = zip(tiers.split(LENGTHS, 1), means.split(LENGTHS, 1), THRESHOLDS, strict=True)
     for got, alone, thresholds in each:
         assert torch.equal(got, paper_tiers(alone, thresholds, WINDOW))
@@ -61,17 +67,30 @@ def test_joined_prompts_are_decided_as_each_alone():
 
 def test_means_are_divided_by_the_queries_that_saw_a_token():
     for scored in (SCORED_QUERIES, 16):
-        scoring = whole(LENGTHS, f"paper:queries={scored}").complete[0].scoring
-        seen, by = scoring.num_seen.split(LENGTHS), scoring.num_scored.split(LENGTHS)
-        for n, num_seen, num_scored in zip(LENGTHS, seen, by, strict=True):
-            position, length = torch.arange(n), torch.tensor(n)
-            assert num_seen.tolist() == num_queries_seen(position, length, length).tolist()
-            assert num_scored.tolist() == (n - position).clamp(max=scored).tolist()
+        each = torch.cat([(n - torch.arange(n)).clamp(max=scored) for n in LENGTHS])
+        scoring = whole(LENGTHS, f"topk:queries={scored}").complete[0].scoring
+        assert torch.equal(scoring.num_scored, each.float())
+        sums, tiers = each.float()[None] / 2, torch.zeros(1, sum(LENGTHS), dtype=torch.int8)
+        starts, none = whole(LENGTHS).complete[0].packing.starts, torch.zeros(5, dtype=torch.int32)
+        reference.decide_rows(sums, starts, None, none, WINDOW, scored, tiers)
+        for n, of_row in zip(LENGTHS, sums[0].split(LENGTHS), strict=True):
+            length = torch.tensor(n)
+            seen = num_queries_seen(torch.arange(n), length, length)
+            assert of_row.tolist() == (seen / 2).tolist()
 
 
 def test_a_policy_that_looks_at_keys_has_no_bounds():
     for text in ("paper:distinct=0.5", "topk", "paper-uniform"):
         assert whole([70], text).complete[0].scoring.bounds is None
+    assert whole([70]).complete[0].scoring.num_scored is None
+
+
+def test_queries_of_several_rows_are_found_at_once():
+    (complete,) = whole([70, 5, 200], "paper:queries=16").complete
+    expected = [*range(54, 70), *range(70, 75), *range(259, 275)]
+    assert complete.scoring.queries.tolist() == expected
+    assert complete.scoring.query_starts.tolist() == [0, 16, 21, 37]
+    assert complete.rows == slice(0, 275)
 
 
 def test_chunks_are_cut_into_waves():
@@ -95,21 +114,26 @@ def test_chunks_are_cut_into_waves():
         (16, 32, 11), (32, 44, 3),
     ]  # fmt: skip
     assert first.spans.num_keys == (16, 21, 23, 5)
-    assert first.waiting.slots.tolist() == [2]
-    assert first.waiting.positions.tolist() == [20, 21, 22]
+    assert rows_of(first.waiting.rows, 60) == [39, 40, 41]
+    assert first.waiting.packing.slots.tolist() == [2]
+    assert first.waiting.packing.positions.tolist() == [20, 21, 22]
     decided, high = first.complete
     assert decided.packing.slots.tolist() == [10, 1]
     assert decided.packing.positions.tolist() == [*range(16), *range(16, 21)]
     assert decided.waited.tolist() == [3]
-    assert decided.scoring.own_starts.tolist() == [0, 16, 21]
-    assert decided.scoring.num_own == 21
+    assert decided.packing.starts.tolist() == [0, 16, 21]
+    assert decided.packing.num_tokens == 21
+    assert (decided.rows, decided.scoring.queries) == (None, None), "ten of slot 3 have waited"
+    per_page = known._state.layout.high.tokens_per_page
+    assert decided.scoring.page_tokens.tolist() == [per_page, 0], "an open row grows"
+    assert decided.centring.tolist() == [[10, 1, -1, -1], [1, 0, 8, -1]]
+    (segment,) = second.complete
+    assert (segment.rows, segment.scoring.queries) == (slice(6, 22), slice(0, 16))
+    assert rows_of(high.rows, 60) == [42, 43, 44, 45, 46]
     assert (high.packing.slots.tolist(), high.scoring) == ([4], None)
     last = third.parts[0]
-    assert (last.chain, last.starts, last.closed.slots.tolist()) == (
-        (10, 11),
-        (0, 16, 32),
-        [10, 11],
-    )
+    assert (last.chain, last.starts, last.closed) == ((10, 11), (0, 16, 32), None)
+    assert first.parts[1].closed.slots.tolist() == [8]
     assert known._state.chains[3, :2].tolist() == [10, 11]
 
 
@@ -118,14 +142,13 @@ def test_thresholds_count_all_tokens_so_far():
     known.open(0, RowEnds(16, 40), Thresholds(3, 0), (5,), (0, 16))
     (wave,) = known.plan([PromptChunk(0, slice(0, 16), 16, 40, (6,))]).waves
     bounds = wave.complete[0].scoring.bounds
-    torch.testing.assert_close(bounds.least_high, torch.full((16,), 3 / 32))
-    assert bounds.recent.tolist() == [False] * 8 + [True] * 8
+    torch.testing.assert_close(bounds, torch.tensor([[3 / 32, 0.0]]))
 
 
 @pytest.mark.parametrize("spans", [[(0, 3), (3, 5)], [(0, 3), (4, 5)], [(7, 9), (0, 1), (1, 3)]])
 def test_rows_of_spans(spans):
     slices = [slice(a, b) for a, b in spans]
-    rows = spans_of(slices, CPU)
+    rows = spans_of(slices, at_once(CPU))
     neighbours = all(a[1] == b[0] for a, b in pairwise(spans))
     assert isinstance(rows, slice) == neighbours
     assert rows_of(rows, 10) == [i for a, b in spans for i in range(a, b)]

@@ -427,8 +427,8 @@ HOOKS = (
         "Attention over prompts",
         calls=(
             "vllm.vllm_flash_attn.flash_attn_interface:flash_attn_varlen_func(*, q, k, v, "
-            "max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k, softmax_scale, causal, out, "
-            "fa_version)",
+            "max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k, softmax_scale, causal, "
+            "return_softmax_lse, out, fa_version)",
             f"{BACKENDS}.fa_utils:get_flash_attn_version(*, head_size)",
             f"{BACKENDS}.cpu_attn:_get_attn_isa(dtype, block_size, head_size)",
             f"{BACKENDS}.cpu_attn:CPUAttentionBackend.get_supported_head_sizes()",

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from diffkv.ops import Ops
-from diffkv.packing import on_device
 from diffkv.policies import PAPER, Policy
 from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds
 from diffkv.prefill import Prefill, torch_prefill
@@ -18,6 +17,7 @@ from diffkv.rotator import Rotator
 from diffkv.segments import RowEnds
 from diffkv.state import DecodePlan, PoolState, PromptTokens
 from diffkv.steps import PromptChunk, Step
+from diffkv.uploads import on_device
 
 __all__ = ["DiffKVCache", "PromptChunk", "Step"]
 
@@ -67,11 +67,19 @@ class DiffKVCache:
         shape = (state.num_kv_heads, state.layout.head_dim)
         key = torch.zeros(1, *shape, dtype=dtype, device=device)
         query = torch.zeros(1, num_q_heads, shape[1], dtype=dtype, device=device)
-        self._rotator.unrotate(query)
         key = self._rotator.rotate(key)
+        self._rotator.unrotate(key.repeat(1, 2, 1))  # keys and values, as they are read back
         starts = one, one, one
-        sums = self._ops.significance(query, key, *starts, 1, self._scale, SCORED_QUERIES)
+        for lse in (None, torch.zeros(num_q_heads, 1, device=device)):
+            scored = query, key, *starts, 1, self._scale, SCORED_QUERIES
+            sums = self._ops.significance(*scored, lse)
         tiers = torch.full(sums.shape, HIGH, dtype=torch.int8, device=device)
+        none = torch.zeros_like(nobody)
+        for bounds in (None, torch.zeros(1, 2, device=device)):
+            self._ops.decide_rows(sums, one, bounds, none, state.window, SCORED_QUERIES, tiers)
+        if state.centre_dim:
+            unnamed = self._slot_tensor([0, 0, 0, -1])[None]  # slot 0 takes its own centre
+            self._ops.centre_rows(state, 0, unnamed, one, key)
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
         self._ops.store_prompt(state, 0, tokens, tiers, sums)
         plan = self._ops.plan_decode(state, nobody, torch.ones_like(nobody))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 
-import torch
+from torch import Tensor
 
 from diffkv.packing import RowPlaces, spans_of
 from diffkv.policies import Policy
@@ -12,6 +12,7 @@ from diffkv.policy import Thresholds
 from diffkv.segments import RowEnds
 from diffkv.state import PoolState
 from diffkv.steps import Part, PromptChunk, PromptPlan, Wave
+from diffkv.uploads import Place, Uploads, at_once
 
 __all__ = ["Chains"]
 
@@ -63,6 +64,10 @@ class Chains:
         tiers = thresholds.for_tiers(self._state.layout.low is not None)
         self._requests[slot] = _Request(tiers, ends)
         self._extend(slot, chain, starts[1:])
+        if chain:
+            self._write(slot, 0, at_once(self._device)(chain))
+        else:
+            self._state.chain_lens[slot] = 0
 
     def ends(self, slot: int) -> RowEnds:
         """Where a request's closed rows end."""
@@ -78,16 +83,18 @@ class Chains:
 
     def _extend(self, slot: int, rows: Sequence[int], ends: Sequence[int]) -> None:
         """Add closed rows to a request's chain."""
-        request, state = self._requests[slot], self._state
-        before, num = len(request.chain), len(request.chain) + len(rows)
-        if num > state.chain_width:
-            raise ValueError(f"a request can have {state.chain_width} closed rows, got {num}")
+        request, most = self._requests[slot], self._state.chain_width
+        num = len(request.chain) + len(rows)
+        if num > most:
+            raise ValueError(f"a request can have {most} closed rows, got {num}")
         request.chain = (*request.chain, *rows)
         request.starts = (*request.starts, *ends)
-        if rows:
-            new = torch.tensor(rows, dtype=torch.int32)
-            state.chains[slot, before:num] = new.to(self._device, non_blocking=True)
-        state.chain_lens[slot] = num
+
+    def _write(self, slot: int, before: int, rows: Tensor) -> None:
+        """Write what a chain has grown by, [.] int32, into the pool's tables."""
+        num = before + rows.numel()
+        self._state.chains[slot, before:num] = rows
+        self._state.chain_lens[slot] = num
 
     def plan(self, chunks: Sequence[PromptChunk]) -> PromptPlan:
         """Plan some chunks for all layers; chains grow by the rows that they complete.
@@ -95,21 +102,26 @@ class Chains:
         Raises:
             ValueError: a chunk does not name a slot for each row that it completes.
         """
+        uploads = Uploads(self._device)
         starts = [0, *accumulate(chunk.num_new for chunk in chunks)]
-        by_chunk = [self._parts(c, s) for c, s in zip(chunks, starts, strict=False)]
-        waves = (
-            Wave.of(
-                [part for part in parts if part is not None],
-                self._policy,
-                self._state.window,
-                bool(self._state.centre_dim),
-                self._device,
-            )
+        before = [len(self._requests[chunk.slot].chain) for chunk in chunks]
+        by_chunk = [self._parts(c, s, uploads.add) for c, s in zip(chunks, starts, strict=False)]
+        waves = tuple(
+            Wave.of([p for p in parts if p is not None], self._policy, self._state, uploads.add)
             for parts in zip_longest(*by_chunk)
         )
-        return PromptPlan(spans_of([c.span for c in chunks], self._device), tuple(waves))
+        plan = PromptPlan(spans_of([c.span for c in chunks], uploads.add), waves)
+        grown = [
+            (chunk.slot, num, uploads.add(chunk.closing))
+            for chunk, num in zip(chunks, before, strict=True)
+            if chunk.closing
+        ]
+        uploads.send()
+        for slot, num, rows in grown:
+            self._write(slot, num, rows)
+        return plan
 
-    def _parts(self, chunk: PromptChunk, offset: int) -> list[Part]:
+    def _parts(self, chunk: PromptChunk, offset: int, place: Place) -> list[Part]:
         """A chunk's parts; `offset` is where its tokens are among those of the plan."""
         request, parts = self._requests[chunk.slot], []
         bounds = request.ends.cuts(request.starts[-1], chunk.num_stored, chunk.end)
@@ -122,16 +134,22 @@ class Chains:
             is_last = stop == chunk.prompt_len
             open_target = chunk.slot if is_last else None
             target = next(closing) if closes else open_target
-            parts.append(self._part(chunk, offset - chunk.num_stored, first, stop, target))
+            parts.append(self._part(chunk, offset - chunk.num_stored, first, stop, target, place))
             if closes and target is not None:
                 self._extend(chunk.slot, [target], [stop])
         return parts
 
     def _part(
-        self, chunk: PromptChunk, offset: int, first: int, stop: int, target: int | None
+        self,
+        chunk: PromptChunk,
+        offset: int,
+        first: int,
+        stop: int,
+        target: int | None,
+        place: Place,
     ) -> Part:
         request = self._requests[chunk.slot]
-        start, device = request.starts[-1], self._device
+        start, begins = request.starts[-1], first == chunk.num_stored
         row_end = request.ends.after(start) or chunk.prompt_len
         waited = [chunk.slot] if first > start else []
         stored = [target] if target is not None and stop < chunk.end else []
@@ -147,7 +165,7 @@ class Chains:
             is_last=stop == chunk.prompt_len,
             thresholds=request.thresholds if self.decides(chunk.slot) else None,
             rows=slice(offset + first, offset + stop),
-            closed=RowPlaces.of(request.chain, request.starts, device),
-            waited=RowPlaces.of(waited, (start, first), device),
-            stored=RowPlaces.of(stored, (start, stop), device),
+            closed=RowPlaces.of(request.chain, request.starts, place) if begins else None,
+            waited=RowPlaces.of(waited, (start, first), place),
+            stored=RowPlaces.of(stored, (start, stop), place),
         )

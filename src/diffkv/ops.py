@@ -35,8 +35,28 @@ class Ops(Protocol):
         num_own: int,
         scale: float,
         max_queries: int,
+        lse: Tensor | None = None,
     ) -> Tensor:
         """See `reference.significance`."""
+        ...
+
+    def decide_rows(
+        self,
+        sums: Tensor,
+        cu_seqlens: Tensor,
+        bounds: Tensor | None,
+        page_tokens: Tensor,
+        window: int,
+        scored_queries: int,
+        tiers: Tensor,
+    ) -> None:
+        """See `reference.decide_rows`."""
+        ...
+
+    def centre_rows(
+        self, state: PoolState, layer: int, rows: Tensor, cu_seqlens: Tensor, key: Tensor
+    ) -> None:
+        """See `reference.centre_rows`."""
         ...
 
     def store_prompt(

@@ -29,7 +29,6 @@ __all__ = [
     "DecodeAction",
     "PromptPolicy",
     "Thresholds",
-    "TokenBounds",
     "decode_action",
     "decode_candidates",
     "fill_pages",
@@ -37,6 +36,7 @@ __all__ = [
     "num_queries_seen",
     "paper_tiers",
     "threshold",
+    "tiers_by_bounds",
 ]
 
 HIGH, LOW, DROPPED = 0, 1, 2
@@ -152,40 +152,37 @@ def num_queries_seen(positions: Tensor, num_tokens: Tensor, prompt_lens: Tensor)
     return num_tokens - first
 
 
-@dataclass(frozen=True)
-class TokenBounds:
-    """Bounds that the published rule compares the means of some prompts' tokens with.
+def tiers_by_bounds(
+    means: Tensor, least_high: Tensor | float, least_low: Tensor | float, window: int
+) -> Tensor:
+    """The published rule for prompts, by bounds of the means.
 
-    Attributes:
-        least_high: [N] float32, alpha_high / N of each token's prompt, clamped.
-        least_low: [N] float32, likewise of alpha_low.
-        recent: [N] bool, whether the token is in its prompt's window.
-    """
-
-    least_high: Tensor
-    least_low: Tensor
-    recent: Tensor
-
-    def tiers(self, means: Tensor) -> Tensor:
-        """The published rule for prompts, see `paper_tiers`: [num_kv_heads, N] int8."""
-        high, low = (means >= self.least_high) | self.recent, means >= self.least_low
-        # HIGH 0, LOW 1, DROPPED 2: one more for each bound that a token is under
-        return (~high).to(torch.int8) + (~(high | low)).to(torch.int8)
-
-
-def paper_tiers(means: Tensor, thresholds: Thresholds, window: int) -> Tensor:
-    """The published rule for prompts.
-
-    The last `window` tokens are high. Another token is high if its mean is at least alpha_high / N,
-    low if at least alpha_low / N, and dropped otherwise.
+    The last `window` tokens are high. Another token is high if its mean is at least `least_high`, low if
+    at least `least_low`, and dropped otherwise.
 
     Args:
         means: [num_kv_heads, N] float32.
-        thresholds: the request's thresholds.
+        least_high: alpha_high / N, see `threshold`.
+        least_low: alpha_low / N.
         window: recent tokens that stay high; N <= window keeps all of them high.
 
     Returns:
         [num_kv_heads, N] int8 of HIGH, LOW and DROPPED.
+    """
+    tiers = torch.full(means.shape, DROPPED, dtype=torch.int8, device=means.device)
+    tiers[means >= least_low] = LOW
+    tiers[means >= least_high] = HIGH
+    tiers[:, max(0, means.shape[1] - window) :] = HIGH
+    return tiers
+
+
+def paper_tiers(means: Tensor, thresholds: Thresholds, window: int) -> Tensor:
+    """The published rule for a prompt of N tokens, see `tiers_by_bounds`.
+
+    Args:
+        means: [num_kv_heads, N] float32.
+        thresholds: the request's thresholds.
+        window: recent tokens that stay high.
     """
     num_tokens = torch.tensor(means.shape[1])
     # On the host: a device would be waited for
@@ -193,32 +190,26 @@ def paper_tiers(means: Tensor, thresholds: Thresholds, window: int) -> Tensor:
         threshold(alpha, num_tokens).item()
         for alpha in (thresholds.alpha_high, thresholds.alpha_low)
     )
-    tiers = torch.full(means.shape, DROPPED, dtype=torch.int8, device=means.device)
-    tiers[means >= least_low] = LOW
-    tiers[means >= least_high] = HIGH
-    recent = max(0, means.shape[1] - window)
-    tiers[:, recent:] = HIGH
-    return tiers
+    return tiers_by_bounds(means, least_high, least_low, window)
 
 
 def fill_pages(tiers: Tensor, means: Tensor, tokens_per_page: int) -> None:
     """Move the most significant low tokens up to where a head's last high page has room.
 
-    A row that is closed grows no more, so the room would be lost; the row takes no page more.
+    A row that is closed grows no more, so the room would be lost; the row takes no page more. Of equal
+    means the earlier token moves first; one that is no number stays.
 
     Args:
         tiers: [num_kv_heads, N] int8, changes.
         means: [num_kv_heads, N] float32.
         tokens_per_page: high tokens that a page holds.
     """
-    most = min(tokens_per_page - 1, tiers.shape[1])
-    if not most:
-        return
-    low = tiers == LOW
-    best = torch.where(low, means, -1.0).topk(most, dim=1)
     room = -(tiers == HIGH).sum(1, keepdim=True) % tokens_per_page
-    moves = (torch.arange(most, device=tiers.device) < room) & (best.values >= 0)
-    tiers.scatter_(1, best.indices, torch.where(moves, HIGH, tiers.gather(1, best.indices)))
+    scores = torch.where((tiers == LOW) & (means >= 0), means, -1.0)
+    best = scores.sort(dim=1, descending=True, stable=True)
+    moves = (torch.arange(tiers.shape[1], device=tiers.device) < room) & (best.values >= 0)
+    moved = torch.where(moves, HIGH, tiers.gather(1, best.indices))
+    tiers.scatter_(1, best.indices, moved.to(tiers.dtype))
 
 
 def key_difference(key: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from diffkv.uploads import Place
+
 __all__ = ["Prefill", "Spans", "torch_prefill"]
 
 
@@ -29,21 +31,10 @@ class Spans:
     key_starts: Tensor
 
     @classmethod
-    def of(
-        cls, num_queries: Sequence[int], num_keys: Sequence[int], device: torch.device
-    ) -> "Spans":
+    def of(cls, num_queries: Sequence[int], num_keys: Sequence[int], place: Place) -> "Spans":
         """Put together the spans of requests of given lengths."""
-        return cls(
-            tuple(num_queries),
-            tuple(num_keys),
-            _starts(num_queries, device),
-            _starts(num_keys, device),
-        )
-
-
-def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return starts.to(device, non_blocking=True)
+        starts = ([0, *accumulate(lengths)] for lengths in (num_queries, num_keys))
+        return cls(tuple(num_queries), tuple(num_keys), *map(place, starts))
 
 
 class Prefill(Protocol):
@@ -51,7 +42,7 @@ class Prefill(Protocol):
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, output: Tensor
-    ) -> None:
+    ) -> Tensor | None:
         """Attend.
 
         Args:
@@ -61,6 +52,10 @@ class Prefill(Protocol):
             spans: the requests, each with at least as many keys as queries.
             scale: softmax scale.
             output: [num_queries of all, num_q_heads, head_dim], written; rows may be apart.
+
+        Returns:
+            [num_q_heads, num_queries of all] float32, the logarithm of the sum of exponentials of each
+            query's scores, scale included; None where the kernel does not say.
         """
         ...
 

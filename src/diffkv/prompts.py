@@ -1,5 +1,8 @@
 """The way of prompts into the cache: exact attention, then tiers by the attention received.
 
+All of this is done with keys and values as the model made them. They are rotated on their way into the
+pages of a row that is complete, and turned back when they are read.
+
 A prompt is decided segment by segment. What is complete becomes a closed row, and later segments read
 it as it is stored, so that it makes no difference who computed it, and when. Tokens of a segment that is
 not complete wait for the rest of it as the model made them, in pages of the open row; so do the queries
@@ -7,7 +10,6 @@ that score it.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,15 +19,22 @@ from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.packing import joined
 from diffkv.policies import Policy
-from diffkv.policy import HIGH, SCORED_QUERIES, fill_pages
+from diffkv.policy import HIGH
 from diffkv.prefill import Prefill, Spans
-from diffkv.reading import Seen
+from diffkv.reading import Reader, Seen
 from diffkv.rotator import Rotator
 from diffkv.state import PoolState
-from diffkv.steps import Completion, Part, PromptChunk, PromptPlan, Scoring, Wave
+from diffkv.steps import Completion, Part, PromptChunk, PromptPlan, Scoring, Waiting, Wave
+from diffkv.uploads import at_once
 from diffkv.value_range import ValueRange
 
 __all__ = ["PromptPath"]
+
+Vectors = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values of a step's prompts in one layer: [num_tokens, heads, head_dim] each."""
+
+Attended = tuple[Tensor, Tensor | None]
+"""Queries, and the log-sum-exp of their scores where attention has said it, see `Prefill`."""
 
 
 def _fewest_bits(layout: PageLayout) -> tuple[int, int]:
@@ -53,7 +62,7 @@ class PromptPath:
         rotator: Rotator,
     ) -> None:
         self._state = state
-        self.exact = state.exact()
+        self._reader = Reader(state, ops, rotator)
         self._ops = ops
         self._scale = scale
         self._policy = policy
@@ -62,8 +71,14 @@ class PromptPath:
         self._device = state.pages.device
         self.chains = Chains(state, policy)
         self._queries: dict[tuple[int, int], Tensor] = {}
+        self._high = self._all_high(0)
         bits = _fewest_bits(state.layout)
         self.value_range = ValueRange(state.num_layers, self._device, *bits, bool(state.centre_dim))
+
+    @property
+    def exact(self) -> PoolState:
+        """The pool for rows whose tokens wait."""
+        return self._reader.exact
 
     def __contains__(self, slot: int) -> bool:
         """Whether a slot has a request."""
@@ -92,7 +107,7 @@ class PromptPath:
         value: Tensor,
         output: Tensor,
     ) -> None:
-        """Attend exactly, then store. Only what has been stored before is attended to as rotated.
+        """Attend exactly, then store.
 
         Args:
             layer: number of the layer.
@@ -104,234 +119,237 @@ class PromptPath:
         """
         rows = plan.rows
         vectors = query[rows], key[rows], value[rows]
-        stored = self._rotator.rotate(vectors[1]), self._rotator.rotate(vectors[2])
-        self.value_range.look(layer, *stored)
-        out = output[rows]
+        in_place = isinstance(rows, slice)
+        out = output[rows] if in_place else torch.empty_like(vectors[0])
         seen: dict[int, Seen] = {}
         for wave in plan.waves:
-            self._read(layer, wave, seen, stored)
-            self._attend_wave(wave, seen, vectors, out)
+            self._see(layer, [part for part in wave.parts if part.first], seen, vectors)
+            attended = self._attend_wave(wave, seen, vectors, out)
             for completion in wave.complete:
-                self._complete(layer, completion, seen, vectors[0], stored)
-            self._wait(layer, wave, vectors[0], stored)
-            for part in wave.parts:
-                if part.end > part.stop:
-                    self._seen(layer, part, seen).close(part)
-        if not isinstance(rows, slice):
+                self._complete(layer, completion, seen, vectors, attended)
+            if wave.waiting is not None:
+                self._wait(layer, wave.waiting, vectors)
+            followed = [part for part in wave.parts if part.end > part.stop]
+            self._see(layer, followed, seen, vectors)
+            for part in followed:
+                seen[part.slot].close(part)
+        if not in_place:
             output[rows] = out
 
-    def _read(
-        self, layer: int, wave: Wave, seen: dict[int, Seen], stored: tuple[Tensor, Tensor]
+    def _see(
+        self, layer: int, parts: Sequence[Part], seen: dict[int, Seen], vectors: Vectors
     ) -> None:
-        """Read what parts see of earlier tokens, and add their own."""
-        for part in wave.parts:
-            if part.first:
-                earlier = self._seen(layer, part, seen)
-                earlier.add(part, stored[0][part.rows], stored[1][part.rows])
+        """Gather what some requests' parts see, where that has not been done."""
+        for part in parts:
+            if part.slot not in seen:
+                chunk = slice(part.rows.start, part.rows.start + part.end - part.first)
+                own = vectors[1][chunk], vectors[2][chunk]
+                seen[part.slot] = Seen(self._reader, layer, part, *own, self._drops(part))
 
-    def _seen(self, layer: int, part: Part, seen: dict[int, Seen]) -> Seen:
-        """What a request's parts see in a layer; made by the first of them that asks."""
-        if part.slot not in seen:
-            seen[part.slot] = Seen(self._state, self.exact, self._ops, layer, part)
-        return seen[part.slot]
-
-    def _may_drop(self, part: Part) -> bool:
-        """Whether heads may keep different tokens of a request's closed rows."""
-        if not part.chain or part.thresholds is None:
+    def _drops(self, part: Part) -> bool:
+        """Whether heads may keep different tokens of a request's rows."""
+        if part.thresholds is None:
             return False
         return part.thresholds.drops or not self._policy.by_token
 
+    def _may_differ(self, part: Part) -> bool:
+        """Whether heads may see different tokens before a part's own row."""
+        return bool(part.chain) and self._drops(part)
+
     def _attend_wave(
-        self,
-        wave: Wave,
-        seen: dict[int, Seen],
-        vectors: tuple[Tensor, Tensor, Tensor],
-        output: Tensor,
-    ) -> None:
-        if not any(part.first for part in wave.parts):
-            out, rows = output[wave.rows], wave.rows
-            query, key, value = (x[rows] for x in vectors)
-            self._prefill(query, key, value, wave.spans, self._scale, out)
-            if not isinstance(rows, slice):
-                output[rows] = out
-            return
-        if any(self._may_drop(part) for part in wave.parts):
+        self, wave: Wave, seen: dict[int, Seen], vectors: Vectors, output: Tensor
+    ) -> Attended:
+        query = vectors[0][wave.rows]
+        if any(self._may_differ(part) for part in wave.parts):
             self._attend_by_head(wave, seen, vectors, output)
-            return
-        queries, keys, values = [], [], []
-        for part in wave.parts:
-            query, key, value = (x[part.rows] for x in vectors)
-            if part.first:
-                query = self._rotator.rotate(query)
-                key, value = (x[: part.stop] for x in (seen[part.slot].key, seen[part.slot].value))
-            queries.append(query)
-            keys.append(key)
-            values.append(value)
-        packed = joined(queries)
-        out = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
-        self._prefill(packed, joined(keys), joined(values), wave.spans, self._scale, out)
-        for part, attended in zip(wave.parts, out.split(wave.spans.num_queries), strict=True):
-            if part.first:
-                self._rotator.unrotate(attended)
-            output[part.rows] = attended
+            return query, None
+        key, value = self._context(wave, seen, vectors)
+        in_place = isinstance(wave.rows, slice)
+        out = output[wave.rows] if in_place else torch.empty_like(query)
+        lse = self._prefill(query, key, value, wave.spans, self._scale, out)
+        if not in_place:
+            output[wave.rows] = out
+        return query, lse
+
+    @staticmethod
+    def _context(wave: Wave, seen: dict[int, Seen], vectors: Vectors) -> tuple[Tensor, Tensor]:
+        """Keys and values that the parts of a wave attend to, one part after the other."""
+        if not any(part.first for part in wave.parts):
+            return vectors[1][wave.rows], vectors[2][wave.rows]
+        pairs = [
+            (seen[part.slot].key[: part.stop], seen[part.slot].value[: part.stop])
+            if part.first
+            else (vectors[1][part.rows], vectors[2][part.rows])
+            for part in wave.parts
+        ]
+        return joined([key for key, _ in pairs]), joined([value for _, value in pairs])
 
     def _attend_by_head(
-        self,
-        wave: Wave,
-        seen: dict[int, Seen],
-        vectors: tuple[Tensor, Tensor, Tensor],
-        output: Tensor,
+        self, wave: Wave, seen: dict[int, Seen], vectors: Vectors, output: Tensor
     ) -> None:
         """Attend where heads may keep different tokens: one part after the other."""
         for part in wave.parts:
             query, key, value = (x[part.rows] for x in vectors)
-            if not part.first:
-                alone = Spans.of([part.stop], [part.stop], self._device)
+            if part.first:
+                packed = seen[part.slot].by_head(part)
+                packed.attend(self._prefill, query, self._scale, output[part.rows])
+            else:
+                alone = Spans.of([part.stop], [part.stop], at_once(self._device))
                 self._prefill(query, key, value, alone, self._scale, output[part.rows])
-                continue
-            out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-            packed = seen[part.slot].by_head(part)
-            packed.attend(self._prefill, self._rotator.rotate(query), self._scale, out)
-            self._rotator.unrotate(out)
-            output[part.rows] = out
 
     def _complete(
         self,
         layer: int,
         completion: Completion,
         seen: dict[int, Seen],
-        query: Tensor,
-        stored: tuple[Tensor, Tensor],
+        vectors: Vectors,
+        attended: Attended,
     ) -> None:
         """Decide rows and store them, in place of what has waited."""
-        own = [self._own(part, seen, stored) for part in completion.parts]
-        key, value = joined([k for k, _ in own]), joined([v for _, v in own])
-        packing, state = completion.packing, self._state
+        own = self._own(completion, seen, vectors)
         if completion.scoring is None:
-            sums, tiers = self._all_high(len(key))
+            sums, tiers = self._undecided(len(own[0]))
         else:
-            queries = [self._scoring_queries(layer, part, query) for part in completion.parts]
-            sums, tiers = self._score(completion, completion.scoring, seen, stored, queries)
+            queries = self._scoring_queries(
+                layer, completion, completion.scoring, vectors, attended
+            )
+            sums = self._sums(completion, completion.scoring, seen, vectors, queries)
+            tiers = self._decide(completion, completion.scoring, sums, own[0])
+        state, packing = self._state, completion.packing
         if completion.waited is not None:
             self._ops.release(state, completion.waited, layer)
+        key, value = (self._rotator.rotate(x) for x in own)
+        self.value_range.look(layer, key, value)
         if completion.centring is not None:
-            completion.centring.centre(key, state.centres[:, layer])
+            self._ops.centre_rows(state, layer, completion.centring, packing.starts, key)
         self._ops.store_prompt(state, layer, packing.tokens(key, value), tiers, sums)
 
-    def _all_high(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Sums and tiers of tokens that nothing decides: [num_kv_heads, num_tokens] each."""
-        shape = (self._state.num_kv_heads, num_tokens)
-        sums = torch.zeros(shape, dtype=torch.float32, device=self._device)
-        return sums, torch.full(shape, HIGH, dtype=torch.int8, device=self._device)
+    def _all_high(self, num: int) -> tuple[Tensor, Tensor]:
+        """Sums and tiers, [num] each, that say that all tokens are high."""
+        sums = torch.zeros(num, dtype=torch.float32, device=self._device)
+        return sums, torch.full(sums.shape, HIGH, dtype=torch.int8, device=self._device)
+
+    def _undecided(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Those of tokens that nothing decides: [num_kv_heads, num_tokens] each, only to be read."""
+        heads = self._state.num_kv_heads
+        if self._high[0].numel() < heads * num_tokens:
+            self._high = self._all_high(heads * num_tokens)
+        sums, tiers = (each[: heads * num_tokens].view(heads, num_tokens) for each in self._high)
+        return sums, tiers
 
     @staticmethod
     def _own(
-        part: Part, seen: dict[int, Seen], stored: tuple[Tensor, Tensor]
+        completion: Completion, seen: dict[int, Seen], vectors: Vectors
     ) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values of a part's row."""
-        if not part.first:
-            return stored[0][part.rows], stored[1][part.rows]
-        row = slice(part.start, part.stop)
-        return seen[part.slot].key[row], seen[part.slot].value[row]
+        """Keys and values of complete rows, one row after the other."""
+        if completion.rows is not None:
+            return vectors[1][completion.rows], vectors[2][completion.rows]
+        pairs = []
+        for part in completion.parts:
+            if part.has_waited:
+                row, request = slice(part.start, part.stop), seen[part.slot]
+                pairs.append((request.key[row], request.value[row]))
+            else:
+                pairs.append((vectors[1][part.rows], vectors[2][part.rows]))
+        return joined([key for key, _ in pairs]), joined([value for _, value in pairs])
 
-    def _score(
+    def _decide(
+        self, completion: Completion, scoring: Scoring, sums: Tensor, key: Tensor
+    ) -> Tensor:
+        """Tiers of complete rows, [num_kv_heads, N]; their sums become those that go with them."""
+        if scoring.num_scored is None:
+            tiers = torch.empty(sums.shape, dtype=torch.int8, device=self._device)
+        else:
+            tiers = self._tiers(completion.parts, sums / scoring.num_scored, key)
+        self._ops.decide_rows(
+            sums,
+            completion.packing.starts,
+            scoring.bounds,
+            scoring.page_tokens,
+            self._state.window,
+            self._policy.scored_queries,
+            tiers,
+        )
+        return tiers
+
+    def _sums(
         self,
         completion: Completion,
         scoring: Scoring,
         seen: dict[int, Seen],
-        stored: tuple[Tensor, Tensor],
-        queries: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Sums and tiers of complete rows: [num_kv_heads, N] each."""
-        parts, policy = completion.parts, self._policy
-        if any(part.first and self._may_drop(part) for part in parts):
-            sums = torch.cat(
-                [
-                    self._sums_by_head(part, seen, stored, q)
-                    for part, q in zip(parts, queries, strict=True)
-                ],
-                1,
-            )
-        else:
-            keys = [seen[p.slot].key[: p.stop] if p.first else stored[0][p.rows] for p in parts]
-            starts = scoring.query_starts, scoring.key_starts, scoring.own_starts
-            sums = self._ops.significance(
-                joined(queries),
-                joined(keys),
-                *starts,
-                scoring.num_own,
-                self._scale,
-                scoring.max_queries,
-            )
-        means = sums / scoring.num_scored
-        if policy.scored_queries != SCORED_QUERIES:
-            # Decode divides by `num_seen`, whoever has scored the prompt
-            sums = means * scoring.num_seen
-        if scoring.bounds is not None:
-            tiers = scoring.bounds.tiers(means)
-        else:
-            tiers = self._tiers(parts, means, seen, stored)
-        if self._state.layout.low is not None:
-            firsts = accumulate((part.length for part in parts), initial=0)
-            for part, start in zip(parts, firsts, strict=False):
-                if part.target != part.slot:
-                    row = slice(start, start + part.length)
-                    fill_pages(
-                        tiers[:, row], means[:, row], self._state.layout.high.tokens_per_page
-                    )
-        return sums, tiers
-
-    def _tiers(
-        self,
-        parts: Sequence[Part],
-        means: Tensor,
-        seen: dict[int, Seen],
-        stored: tuple[Tensor, Tensor],
+        vectors: Vectors,
+        scored_by: Attended,
     ) -> Tensor:
+        """Significance sums of complete rows: [num_kv_heads, N]."""
+        parts, (queries, lse) = completion.parts, scored_by
+        if any(self._may_differ(part) for part in parts):
+            most = self._policy.scored_queries
+            each = queries.split([min(part.length, most) for part in parts])
+            sums = [self._sums_by_head(*of, seen, vectors) for of in zip(parts, each, strict=True)]
+            return torch.cat(sums, 1)
+        if completion.rows is not None and not any(part.first for part in parts):
+            keys = vectors[1][completion.rows]
+        else:
+            keys = joined(
+                [seen[p.slot].key[: p.stop] if p.first else vectors[1][p.rows] for p in parts]
+            )
+        starts = scoring.query_starts, scoring.key_starts, completion.packing.starts
+        num, most = completion.packing.num_tokens, scoring.max_queries
+        return self._ops.significance(queries, keys, *starts, num, self._scale, most, lse)
+
+    def _tiers(self, parts: Sequence[Part], means: Tensor, key: Tensor) -> Tensor:
         """Tiers by a policy that looks at one row at a time."""
         lengths = [part.length for part in parts]
-        keys = [self._own(part, seen, stored)[0] for part in parts]
         tiers = [
             self._policy.decide(
-                mean, key, p.thresholds.of_part(p.length, p.stop), self._state.window
+                mean, own, p.thresholds.of_part(p.length, p.stop), self._state.window
             )
-            for p, mean, key in zip(parts, means.split(lengths, 1), keys, strict=True)
+            for p, mean, own in zip(parts, means.split(lengths, 1), key.split(lengths), strict=True)
             if p.thresholds is not None
         ]
         return torch.cat(tiers, 1)
 
     def _sums_by_head(
-        self, part: Part, seen: dict[int, Seen], stored: tuple[Tensor, Tensor], query: Tensor
+        self, part: Part, query: Tensor, seen: dict[int, Seen], vectors: Vectors
     ) -> Tensor:
         most = self._policy.scored_queries
         if part.first:
             packed = seen[part.slot].by_head(part)
             return packed.significance(self._ops, part, query, self._scale, most)
-        alone = Spans.of([len(query)], [part.stop], self._device)
+        alone = Spans.of([len(query)], [part.stop], at_once(self._device))
         starts = alone.query_starts, alone.key_starts, alone.key_starts
-        key = stored[0][part.rows]
+        key = vectors[1][part.rows]
         return self._ops.significance(query, key, *starts, len(key), self._scale, len(query))
 
-    def _scoring_queries(self, layer: int, part: Part, query: Tensor) -> Tensor:
-        """The rotated queries that score a complete row, those of earlier chunks included."""
-        rows = slice(
-            max(part.rows.start, part.rows.stop - self._policy.scored_queries), part.rows.stop
-        )
-        earlier = self._queries.pop((part.slot, layer), query[:0])
-        return torch.cat([earlier, self._rotator.rotate(query[rows])])
+    def _scoring_queries(
+        self,
+        layer: int,
+        completion: Completion,
+        scoring: Scoring,
+        vectors: Vectors,
+        attended: Attended,
+    ) -> Attended:
+        """The queries that score complete rows, those of earlier chunks included."""
+        if scoring.queries is not None:
+            query, lse = attended
+            return query[scoring.queries], None if lse is None else lse[:, scoring.queries]
+        most, queries = self._policy.scored_queries, []
+        for part in completion.parts:
+            if part.num_early_queries(most):
+                queries.append(self._queries.pop((part.slot, layer)))
+            queries.append(vectors[0][part.queries(most)])
+        return torch.cat(queries), None
 
-    def _wait(self, layer: int, wave: Wave, query: Tensor, stored: tuple[Tensor, Tensor]) -> None:
+    def _wait(self, layer: int, waiting: Waiting, vectors: Vectors) -> None:
         """Keep tokens for the rest of their segment, and those queries that will score it."""
-        if wave.waiting is None:
-            return
-        parts = [part for part in wave.parts if part.target is None]
-        key, value = (joined([x[part.rows] for part in parts]) for x in stored)
-        sums, tiers = self._all_high(len(key))
-        self._ops.store_prompt(self.exact, layer, wave.waiting.tokens(key, value), tiers, sums)
-        for part in parts:
+        query, key, value = vectors
+        sums, tiers = self._undecided(waiting.packing.num_tokens)
+        tokens = waiting.packing.tokens(key[waiting.rows], value[waiting.rows])
+        self._ops.store_prompt(self.exact, layer, tokens, tiers, sums)
+        for part in waiting.parts:
             num = part.stop - max(part.first, part.row_end - self._policy.scored_queries)
             if part.thresholds is None or num <= 0:
                 continue
-            latest = self._rotator.rotate(query[part.rows.stop - num : part.rows.stop])
+            latest = query[part.rows.stop - num : part.rows.stop]
             place = part.slot, layer
             self._queries[place] = torch.cat([self._queries.get(place, query[:0]), latest])

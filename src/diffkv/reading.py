@@ -1,6 +1,6 @@
 """What attention of prompts sees of earlier tokens: closed rows as they are stored, others exactly.
 
-Everything is rotated, as it is stored.
+Everything is as the model makes it: what is rotated in pages is turned back when it is read.
 """
 
 from dataclasses import dataclass
@@ -9,77 +9,112 @@ import torch
 from torch import Tensor
 
 from diffkv.ops import Ops
-from diffkv.packing import RowPlaces, on_device
+from diffkv.packing import RowPlaces
 from diffkv.policy import DROPPED, HIGH
 from diffkv.prefill import Prefill, Spans
+from diffkv.rotator import Rotator
 from diffkv.state import PoolState
 from diffkv.steps import Part
+from diffkv.uploads import at_once
 
-__all__ = ["HeadPacking", "Seen"]
+__all__ = ["HeadPacking", "Reader", "Seen"]
+
+
+class Reader:
+    """Reads rows of a pool back, as the model made their keys and values.
+
+    Args:
+        state: the pool.
+        ops: the kernels.
+        rotator: has rotated what is in rows that are complete.
+
+    Attributes:
+        exact: the pool for rows that wait (`PoolState.exact`); nothing in them is rotated.
+    """
+
+    def __init__(self, state: PoolState, ops: Ops, rotator: Rotator) -> None:
+        self._state, self._ops, self._rotator = state, ops, rotator
+        self.exact = state.exact()
+
+    def read(self, layer: int, rows: RowPlaces, pairs: Tensor, waits: bool = False) -> Tensor:
+        """Read rows to the places where they are in their request.
+
+        Args:
+            layer: number of the layer.
+            rows: the rows.
+            pairs: [tokens, 2, num_kv_heads, head_dim], the request's keys and values; changes.
+            waits: whether the rows' tokens wait.
+
+        Returns:
+            [num_kv_heads, tokens of the rows] int8, the tiers: DROPPED where there is nothing.
+        """
+        places = pairs[rows.span]
+        tiers = torch.empty(places.shape[2], len(places), dtype=torch.int8, device=pairs.device)
+        state, (key, value) = self.exact if waits else self._state, places.unbind(1)
+        self._ops.gather(state, layer, rows.slots, rows.starts, key, value, tiers)
+        if not waits:
+            self._rotator.unrotate(places.flatten(1, 2))
+        return tiers
 
 
 class Seen:
     """Keys and values of one layer of one request, up to the end of its chunk.
 
     Args:
-        state: the pool.
-        exact: the same for rows that wait (`PoolState.exact`).
-        ops: the kernels.
+        reader: reads the request's rows.
         layer: number of the layer.
-        part: first part of the chunk that asks.
+        part: first part of the chunk.
+        key: [tokens, num_kv_heads, head_dim] of the chunk.
+        value: likewise.
+        drops: whether heads may keep different tokens.
 
     Attributes:
-        key: [part.end, num_kv_heads, head_dim], the model's dtype.
+        key: [part.end, num_kv_heads, head_dim], the model's dtype; rows are apart.
         value: likewise.
-        tiers: [num_kv_heads, part.end] int8: DROPPED where there is nothing.
     """
 
     def __init__(
-        self, state: PoolState, exact: PoolState, ops: Ops, layer: int, part: Part
+        self, reader: Reader, layer: int, part: Part, key: Tensor, value: Tensor, drops: bool
     ) -> None:
-        self._state, self._ops, self._layer = state, ops, layer
-        shape = (part.end, state.num_kv_heads, state.layout.head_dim)
-        device = state.pages.device
-        self.key = torch.empty(shape, dtype=state.dtype, device=device)
-        self.value = torch.empty_like(self.key)
-        self.tiers = torch.full(shape[1::-1], HIGH, dtype=torch.int8, device=device)
+        self._reader, self._layer = reader, layer
+        _, heads, head_dim = key.shape
+        # Side by side, so that both are turned back at once
+        self._pairs = key.new_empty(part.end, 2, heads, head_dim)
+        self.key, self.value = self._pairs.unbind(1)
+        self._tiers: Tensor | None = None
+        if drops:
+            self._tiers = torch.full((heads, part.end), HIGH, dtype=torch.int8, device=key.device)
         self._by_head: HeadPacking | None = None
         if part.closed is not None:
-            self._read(state, part.closed)
+            self._read(part.closed)
         if part.waited is not None:
-            self._read(exact, part.waited)
+            self._reader.read(layer, part.waited, self._pairs, waits=True)
+        self.key[part.first :] = key
+        self.value[part.first :] = value
 
-    def _read(self, state: PoolState, rows: RowPlaces) -> None:
-        """Read rows to the places where they are in the request."""
-        span, heads = rows.span, len(self.tiers)
-        tiers = self.tiers.new_empty(heads, span.stop - span.start)
-        self._ops.gather(
-            state,
-            self._layer,
-            rows.slots,
-            rows.starts,
-            self.key[span],
-            self.value[span],
-            tiers,
-        )
-        self.tiers[:, span] = tiers
-
-    def add(self, part: Part, key: Tensor, value: Tensor) -> None:
-        """Add a part's own tokens: [tokens, num_kv_heads, head_dim], rotated."""
-        self.key[part.first : part.stop] = key
-        self.value[part.first : part.stop] = value
-        self._by_head = None
-
-    def by_head(self, part: Part) -> "HeadPacking":
-        """A part that was added, each head a sequence of its own; made once."""
-        if self._by_head is None:
-            self._by_head = HeadPacking.of(part, self)
-        return self._by_head
+    def _read(self, rows: RowPlaces) -> None:
+        tiers = self._reader.read(self._layer, rows, self._pairs)
+        if self._tiers is not None:
+            self._tiers[:, rows.span] = tiers
 
     def close(self, part: Part) -> None:
         """From here on the row that a part has completed is seen as it is stored."""
         assert part.stored is not None, "the row is not complete, or nothing follows"
-        self._read(self._state, part.stored)
+        self._read(part.stored)
+        self._by_head = None
+
+    def kept(self, part: Part) -> Tensor:
+        """[num_kv_heads, part.stop] bool: what each head keeps, the part and its segment included."""
+        assert self._tiers is not None, "every head keeps the same"
+        kept = self._tiers[:, : part.stop] != DROPPED
+        kept[:, part.start :] = True
+        return kept
+
+    def by_head(self, part: Part) -> "HeadPacking":
+        """A part, each head a sequence of its own; made once."""
+        if self._by_head is None:
+            self._by_head = HeadPacking.of(part, self)
+        return self._by_head
 
 
 @dataclass(frozen=True)
@@ -99,15 +134,14 @@ class HeadPacking:
     @classmethod
     def of(cls, part: Part, seen: Seen) -> "HeadPacking":
         """Pack what each head keeps. Waits for the device."""
-        kept = seen.tiers[:, : part.stop] != DROPPED
-        kept[:, part.start :] = True
+        kept = seen.kept(part)
         key, value = (x[: part.stop].transpose(0, 1)[kept][:, None] for x in (seen.key, seen.value))
         return cls(key, value, tuple(kept.sum(1).tolist()))
 
     def attend(self, prefill: Prefill, query: Tensor, scale: float, output: Tensor) -> None:
         """`Prefill` of one part: query and output are [tokens, num_q_heads, head_dim]."""
         heads, num = len(self.counts), len(query)
-        spans = Spans.of([num] * heads, self.counts, query.device)
+        spans = Spans.of([num] * heads, self.counts, at_once(query.device))
         queries = self.by_head(query)
         attended = torch.empty_like(queries)
         prefill(queries, self.key, self.value, spans, scale, attended)
@@ -118,9 +152,9 @@ class HeadPacking:
         self, ops: Ops, part: Part, query: Tensor, scale: float, max_queries: int
     ) -> Tensor:
         """[num_kv_heads, part.length]: sums of the part's row, see `reference.significance`."""
-        heads, num, device = len(self.counts), len(query), query.device
-        spans, length = Spans.of([num] * heads, self.counts, device), part.length
-        own = on_device(range(0, (heads + 1) * length, length), torch.int32, device)
+        heads, num, place = len(self.counts), len(query), at_once(query.device)
+        spans, length = Spans.of([num] * heads, self.counts, place), part.length
+        own = place(range(0, (heads + 1) * length, length))
         starts = spans.query_starts, spans.key_starts, own
         sums = ops.significance(
             self.by_head(query), self.key, *starts, heads * length, scale, max_queries

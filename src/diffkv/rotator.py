@@ -1,4 +1,4 @@
-"""Rotates vectors on their way into the cache, and what was attended among them back."""
+"""Rotates vectors on their way into pages, and turns back what is read of them."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ __all__ = ["Rotator"]
 
 
 class Rotator:
-    """The rotation of one model's queries, keys and values (`diffkv.rotation`), or none.
+    """The rotation of one model's keys and values in pages (`diffkv.rotation`), or none.
 
     Args:
         ops: the kernels, as `diffkv.ops.load` returns them.
@@ -28,7 +28,7 @@ class Rotator:
         self._ops.rotate(vectors, self._signs, False, out)
         return out
 
-    def unrotate(self, output: Tensor) -> None:
-        """Undo the rotation of what was attended among rotated vectors, in place."""
+    def unrotate(self, vectors: Tensor) -> None:
+        """Turn vectors back that were read of pages, in place."""
         if self._signs is not None:
-            self._ops.rotate(output, self._signs, True, output)
+            self._ops.rotate(vectors, self._signs, True, vectors)

@@ -3,18 +3,21 @@
 All that the layers of a step have in common is put on the device once, without waiting for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from diffkv.packing import Packing, RowPlaces, on_device, spans_of, spread
+from diffkv.layout import PageLayout
+from diffkv.packing import Packing, RowPlaces, spans_of
 from diffkv.policies import Policy
-from diffkv.policy import SCORED_QUERIES, Thresholds, TokenBounds, threshold
+from diffkv.policy import Thresholds, threshold
 from diffkv.prefill import Spans
-from diffkv.state import DecodePlan
+from diffkv.state import DecodePlan, PoolState
+from diffkv.uploads import Place
 
 __all__ = [
     "Completion",
@@ -23,6 +26,7 @@ __all__ = [
     "PromptPlan",
     "Scoring",
     "Step",
+    "Waiting",
     "Wave",
 ]
 
@@ -77,9 +81,9 @@ class Part:
         is_last: whether the prompt is complete with it.
         thresholds: those that decide the row; None if all of its tokens are high.
         rows: where its tokens are among those of `PromptPlan`.
-        closed: the chain as it is read back, or None.
+        closed: of a chunk's first part, the chain as it is read back, or None.
         waited: likewise what has waited of the segment.
-        stored: likewise the row that is complete with it.
+        stored: the row that is complete with it as it is read back, if tokens of the chunk follow.
     """
 
     slot: int
@@ -108,9 +112,22 @@ class Part:
         return self.stop - self.start
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the part."""
+        return self.stop - self.first
+
+    @property
     def has_waited(self) -> bool:
         """Whether tokens of the segment came in earlier chunks."""
         return self.first > self.start
+
+    def num_early_queries(self, most: int) -> int:
+        """Of the last `most` queries of the segment so far, those that came in earlier chunks."""
+        return max(0, self.first - max(self.start, self.stop - most))
+
+    def queries(self, most: int) -> slice:
+        """The others of them, among the tokens of `PromptPlan`."""
+        return slice(max(self.rows.start, self.rows.stop - most), self.rows.stop)
 
 
 @dataclass(frozen=True)
@@ -118,112 +135,83 @@ class Scoring:
     """What sorts the N tokens of complete rows into tiers.
 
     Attributes:
+        queries: where the rows' scoring queries are among the tokens of their wave; None where some of
+            them came in earlier chunks.
         query_starts: [R + 1] int32, where each row's scoring queries start.
         key_starts: [R + 1] int32, where the tokens of each request start, those of its chain first.
-        own_starts: [R + 1] int32, where the rows' tokens start among the N.
-        num_own: N.
         max_queries: most of one row.
-        num_scored: [N] float32, scoring queries that saw each token.
-        num_seen: [N] float32, by how many the rule divides when it decides for generated tokens.
-        bounds: bounds of the means, where the policy just compares them.
+        page_tokens: [R] int32, see `reference.decide_rows`.
+        bounds: [R, 2] float32, bounds of the means, where the policy just compares them; else None.
+        num_scored: [N] float32, scoring queries that saw each token, where it does not; else None.
     """
 
+    queries: slice | Tensor | None
     query_starts: Tensor
     key_starts: Tensor
-    own_starts: Tensor
-    num_own: int
     max_queries: int
-    num_scored: Tensor
-    num_seen: Tensor
-    bounds: TokenBounds | None
+    page_tokens: Tensor
+    bounds: Tensor | None
+    num_scored: Tensor | None
 
     @classmethod
     def of(
-        cls, parts: Sequence[Part], policy: Policy, window: int, device: torch.device
+        cls,
+        parts: Sequence[Part],
+        starts: Mapping[int, int],
+        policy: Policy,
+        layout: PageLayout,
+        place: Place,
     ) -> "Scoring":
-        """Put together what the rule asks of parts that complete their rows."""
+        """Put together what the rule asks of parts that complete their rows.
+
+        `starts` is where each request's tokens start in the wave.
+        """
+        most = policy.scored_queries
+        stops = [starts[p.slot] + p.num_tokens for p in parts]
+        last = [slice(e - min(p.num_tokens, most), e) for p, e in zip(parts, stops, strict=True)]
         lengths, ends = [p.length for p in parts], [p.stop for p in parts]
-        num_queries = [min(length, policy.scored_queries) for length in lengths]
-        each = torch.arange(sum(lengths), dtype=torch.int32, device=device)
-        from_end = spread(list(accumulate(lengths)), torch.int32, lengths, device) - each
-        bounds = None
+        num_queries = [min(length, most) for length in lengths]
+        # A closed row grows no more: what room its last high page has is filled
+        per_page = layout.high.tokens_per_page if layout.low is not None else 0
+        page_tokens = [per_page * (p.target != p.slot) for p in parts]
+        bounds = num_scored = None
         if policy.by_token:
             alphas = [(t.alpha_high, t.alpha_low) for p in parts if (t := p.thresholds)]
-            least = [
-                threshold(torch.tensor(values), torch.tensor(ends)).tolist()
-                for values in zip(*alphas, strict=True)
-            ]
-            high, low = (spread(values, torch.float32, lengths, device) for values in least)
-            bounds = TokenBounds(high, low, from_end <= window)
+            bounds = place(
+                threshold(torch.tensor(alphas), torch.tensor(ends)[:, None]), torch.float32
+            )
+        else:
+            from_end = [np.arange(length, 0, -1) for length in lengths]
+            num_scored = place(np.concatenate(from_end).clip(max=most), torch.float32)
         return cls(
-            on_device([0, *accumulate(num_queries)], torch.int32, device),
-            on_device([0, *accumulate(ends)], torch.int32, device),
-            on_device([0, *accumulate(lengths)], torch.int32, device),
-            sum(lengths),
+            None if any(p.num_early_queries(most) for p in parts) else spans_of(last, place),
+            place([0, *accumulate(num_queries)]),
+            place([0, *accumulate(ends)]),
             max(num_queries),
-            from_end.clamp(max=policy.scored_queries).float(),
-            from_end.clamp(max=SCORED_QUERIES).float(),
+            place(page_tokens),
             bounds,
+            num_scored,
         )
 
 
-@dataclass(frozen=True)
-class Centring:
-    """How the centres of complete rows follow from their keys.
+def _centring(parts: Sequence[Part], window: int, place: Place) -> Tensor:
+    """[R, 4] int32: how the centres of complete rows follow from their keys, see `centre_rows`.
 
-    Attributes:
-        slots: [R] int64.
-        lengths: [R] int64, tokens of each row.
-        starts: [R] int64, where they start.
-        left_out: [R, 1, 1] float32: 1 where a row's first token is a request's first, which attention
-            treats unlike others, so that it does not count; else 0.
-        copied: [R] int64: the closed row before one that is too short for a centre of its own, or -1.
-        copies: whether there is such a row.
-        heirs: [2, .] int64: open rows that begin empty, and those from which they have their centres.
+    A request's first token, which attention treats unlike others, does not count. A row that is shorter
+    than the window takes the centre of the row before it. An open row that begins empty has that of the
+    prompt's last row.
     """
-
-    slots: Tensor
-    lengths: Tensor
-    starts: Tensor
-    left_out: Tensor
-    copied: Tensor
-    copies: bool
-    heirs: Tensor
-
-    @classmethod
-    def of(cls, parts: Sequence[Part], window: int, device: torch.device) -> "Centring":
-        """Put together what the centres of complete rows are made from."""
-        lengths = [p.length for p in parts]
-        copied = [p.chain[-1] if p.chain and p.length < window else -1 for p in parts]
-        left_out = [float(p.start == 0 and p.length > 1) for p in parts]
-        heirs = [(p.slot, p.target or 0) for p in parts if p.is_last and p.target != p.slot]
-        return cls(
-            on_device([p.target or 0 for p in parts], torch.int64, device),
-            on_device(lengths, torch.int64, device),
-            on_device([0, *accumulate(lengths)][:-1], torch.int64, device),
-            on_device(left_out, torch.float32, device)[:, None, None],
-            on_device(copied, torch.int64, device),
-            max(copied) >= 0,
-            on_device(heirs, torch.int64, device).view(-1, 2).T,
-        )
-
-    def centre(self, key: Tensor, centres: Tensor) -> None:
-        """Note the mean key of each row as its centre.
-
-        Args:
-            key: [N, num_kv_heads, head_dim], the rows' keys as they would be stored.
-            centres: [num_slots, num_kv_heads, head_dim], of all rows in one layer; changes.
-        """
-        flat = key.flatten(1).float()
-        sums = torch.segment_reduce(flat, "sum", lengths=self.lengths, axis=0, unsafe=True)
-        sums = sums.view(-1, *key.shape[1:]) - key[self.starts].float() * self.left_out
-        means = sums / (self.lengths[:, None, None] - self.left_out)
-        if self.copies:
-            before = centres[self.copied.clamp(min=0)].float()
-            means = torch.where((self.copied >= 0)[:, None, None], before, means)
-        centres[self.slots] = means.to(centres.dtype)
-        if self.heirs.numel():
-            centres[self.heirs[0]] = centres[self.heirs[1]]
+    return place(
+        [
+            (
+                p.target,
+                p.start == 0 and p.length > 1,
+                p.chain[-1] if p.chain and p.length < window else -1,
+                p.slot if p.is_last and p.target != p.slot else -1,
+            )
+            for p in parts
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -232,17 +220,65 @@ class Completion:
 
     Attributes:
         parts: the parts that complete them.
+        rows: where their tokens are among those of `PromptPlan`; None where some came in earlier chunks.
         packing: their tokens, earlier chunks included.
         waited: [.] int32, open rows whose tokens have waited and are now elsewhere; None: none has.
-        centring: None where keys are stored as they are.
+        centring: [R, 4] int32, see `reference.centre_rows`; None where keys are stored as they are.
         scoring: None where all tokens are high.
     """
 
     parts: tuple[Part, ...]
+    rows: slice | Tensor | None
     packing: Packing
     waited: Tensor | None
-    centring: Centring | None
+    centring: Tensor | None
     scoring: Scoring | None
+
+    @classmethod
+    def of(
+        cls,
+        parts: Sequence[Part],
+        starts: Mapping[int, int],
+        policy: Policy | None,
+        state: PoolState,
+        place: Place,
+    ) -> "Completion":
+        """Rows that a policy decides, or that are all high."""
+        targets = [p.target for p in parts if p.target is not None]
+        waited = [p.slot for p in parts if p.has_waited]
+        lengths = [p.length for p in parts]
+        return cls(
+            tuple(parts),
+            None if waited else spans_of([p.rows for p in parts], place),
+            Packing.of(targets, [p.start for p in parts], lengths, place),
+            place(waited) if waited else None,
+            _centring(parts, state.window, place) if state.centre_dim else None,
+            None if policy is None else Scoring.of(parts, starts, policy, state.layout, place),
+        )
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Tokens that have to wait for the rest of their segment.
+
+    Attributes:
+        parts: their parts.
+        rows: where they are among the tokens of `PromptPlan`.
+        packing: the same as they are stored.
+    """
+
+    parts: tuple[Part, ...]
+    rows: slice | Tensor
+    packing: Packing
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], place: Place) -> "Waiting | None":
+        """None if there are no parts."""
+        if not parts:
+            return None
+        firsts, lengths = [p.first for p in parts], [p.num_tokens for p in parts]
+        packing = Packing.of([p.slot for p in parts], firsts, lengths, place)
+        return cls(tuple(parts), spans_of([p.rows for p in parts], place), packing)
 
 
 @dataclass(frozen=True)
@@ -260,54 +296,30 @@ class Wave:
     parts: tuple[Part, ...]
     rows: slice | Tensor
     spans: Spans
-    waiting: Packing | None
+    waiting: Waiting | None
     complete: tuple[Completion, ...]
 
     @classmethod
-    def of(
-        cls,
-        parts: Sequence[Part],
-        policy: Policy,
-        window: int,
-        centred: bool,
-        device: torch.device,
-    ) -> "Wave":
+    def of(cls, parts: Sequence[Part], policy: Policy, state: PoolState, place: Place) -> "Wave":
         """Put together what all layers ask of some parts."""
+        lengths = [p.num_tokens for p in parts]
+        starts = {
+            p.slot: start for p, start in zip(parts, accumulate(lengths, initial=0), strict=False)
+        }
         waiting = [p for p in parts if p.target is None]
         decided = [p for p in parts if p.target is not None and p.thresholds is not None]
         high = [p for p in parts if p.target is not None and p.thresholds is None]
-        packing = None
-        if waiting:
-            lengths = [p.stop - p.first for p in waiting]
-            packing = Packing.of(
-                [p.slot for p in waiting], [p.first for p in waiting], lengths, device
-            )
         return cls(
             tuple(parts),
-            spans_of([p.rows for p in parts], device),
-            Spans.of([p.stop - p.first for p in parts], [p.stop for p in parts], device),
-            packing,
+            spans_of([p.rows for p in parts], place),
+            Spans.of(lengths, [p.stop for p in parts], place),
+            Waiting.of(waiting, place),
             tuple(
-                _completion(some, policy if some is decided else None, window, centred, device)
+                Completion.of(some, starts, policy if some is decided else None, state, place)
                 for some in (decided, high)
                 if some
             ),
         )
-
-
-def _completion(
-    parts: Sequence[Part], policy: Policy | None, window: int, centred: bool, device: torch.device
-) -> Completion:
-    """Rows that a policy decides, or that are all high."""
-    targets = [p.target for p in parts if p.target is not None]
-    waited = [p.slot for p in parts if p.has_waited]
-    return Completion(
-        tuple(parts),
-        Packing.of(targets, [p.start for p in parts], [p.length for p in parts], device),
-        on_device(waited, torch.int32, device) if waited else None,
-        Centring.of(parts, window, device) if centred else None,
-        Scoring.of(parts, policy, window, device) if policy is not None else None,
-    )
 
 
 @dataclass(frozen=True)

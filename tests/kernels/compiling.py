@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffkv.kernels.triton import constants, worklist, workspace
+from diffkv.kernels.triton import constants, rows, worklist, workspace
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 
@@ -44,6 +44,7 @@ TYPES = {
     "demotions_ptr": "*i64",
     "numbers_ptr": "*i64",
     "thresholds_ptr": FLOATS,
+    "bounds_ptr": FLOATS,
     "scale": "fp32",
     "centres_ptr": "*bf16",
     "signs_ptr": FLOATS,
@@ -176,6 +177,7 @@ def cases(
         "ROWS": queries,
         "B": tokens,
     }
+    summed_up = {**scored, "B": min(tokens, significance.SUM_TOKENS), "GIVEN": False}
     merged = {
         "HEADS": HEADS * group,
         "ITEMS": 32,
@@ -214,6 +216,9 @@ def cases(
         "B": 256,
     }
     decided = {**paged, "WINDOW": 64, "B": 512}
+    decided_rows = {"BOUNDS": True, "B": rows.DECIDE_BLOCK}
+    summed = {"T": rows.CENTRE_TOKENS, "C": rows.CENTRE_CHANNELS}
+    centres = {**tables, **summed, "K": tiers[0].k, "D": head_dim}
     released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS, "TABLE": table}
     appended = {**tables, "D": head_dim, "DP": padded, "PAGE": layout.page_bytes, "TIERS": tiers}
     appended |= {**centred, **rotated}
@@ -231,6 +236,13 @@ def cases(
         "report": (kernel("report", "_report_kernel"), reported, {}),
         "finish plan": (kernel("plan", "_finish_kernel"), {}, one_warp),
         "append": (kernel("append", "_append_kernel"), appended, {**exact, **one_warp}),
+        "decide rows": (kernel("rows", "_decide_kernel"), decided_rows, {"num_warps": 16}),
+        "fill rows": (
+            kernel("rows", "_decide_kernel"),
+            decided_rows | {"BOUNDS": False},
+            {"num_warps": 16},
+        ),
+        "centre rows": (kernel("rows", "_centre_kernel"), centres, {"num_warps": 8}),
         "count": (kernel("store", "_count_kernel"), counted, {"num_warps": 8}),
         "enter": (kernel("store", "_enter_kernel"), ring, one_warp),
         "write": (kernel("store", "_write_kernel"), written, exact),
@@ -243,5 +255,10 @@ def cases(
         "rotate": (kernel("rotate", "_rotate_kernel"), turned, {"num_stages": 1}),
         "lse": (kernel("significance", "_lse_kernel"), scored, {"num_warps": 8}),
         "merge": (kernel("significance", "_merge_kernel"), merged, {}),
-        "sum": (kernel("significance", "_sum_kernel"), scored, {"num_warps": 8}),
+        "sum": (kernel("significance", "_sum_kernel"), summed_up, {"num_warps": 4}),
+        "sum by lse": (
+            kernel("significance", "_sum_kernel"),
+            summed_up | {"GIVEN": True},
+            {"num_warps": 4},
+        ),
     }

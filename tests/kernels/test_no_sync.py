@@ -12,7 +12,15 @@ from diffkv.kernels import triton as kernels
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter would launch")
 
-VIEWS = {"aten.view", "aten.slice", "aten.select", "aten._unsafe_view", "aten.alias", "aten.detach"}
+VIEWS = {
+    "aten.view",
+    "aten.slice",
+    "aten.select",
+    "aten._unsafe_view",
+    "aten.alias",
+    "aten.detach",
+    "aten.unbind",
+}
 
 
 class Recorder(TorchDispatchMode):
@@ -93,7 +101,11 @@ def test_other_operations_do_not_wait_either(launches):
     starts = torch.tensor([0, 5], dtype=torch.int32)
     query, key = torch.zeros(5, 8, 64), torch.zeros(5, 2, 64)
     row, read, tiers = starts[:1], key.bfloat16(), torch.zeros(2, 5, dtype=torch.int8)
+    sums, bounds = torch.zeros(2, 5), torch.zeros(1, 2)
+    centring = torch.tensor([[0, 1, -1, -1]], dtype=torch.int32)
     with Recorder() as recorder:
         kernels.significance(query, key, starts, starts, starts, 5, 0.125, 64)
         kernels.gather(state, 0, row, row, read, read, tiers)
+        kernels.decide_rows(sums, starts, bounds, row, 8, 64, tiers)
+        kernels.centre_rows(state, 0, centring, starts, read)
     assert set(recorder.operations) <= {"aten.empty", "aten.fill_", "aten.empty_like"}

@@ -104,3 +104,38 @@ def test_wrong_tensors_are_refused(kernels):
         kernels.significance(query, key, starts_q, starts_k, own[:1], *rest, 64)
     with pytest.raises(ValueError, match="num_own must be 0 to the number of tokens, 4, got 5"):
         kernels.significance(query, key, starts_q, starts_k, own, 5, rest[1], 64)
+
+
+def lse_of(query, key, starts_q, starts_k, own, num_own, scale):
+    """[num_q_heads, num_query_tokens]: what attention finds."""
+    group, found = query.shape[1] // key.shape[1], []
+    for r in range(len(starts_k) - 1):
+        q, k = query[starts_q[r] : starts_q[r + 1]], key[starts_k[r] : starts_k[r + 1]]
+        k = k.double().repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
+        seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(len(k) - len(q))
+        found.append(scores.masked_fill(~seen, float("-inf")).logsumexp(-1))
+    return torch.cat(found, 1).float()
+
+
+@pytest.mark.parametrize("max_queries", [5, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_attention_has_found_is_not_computed_again(backend, dtype, max_queries):
+    lens_k, lens_own = [1, 64, 150, 300], [1, 9, 5, 200]
+    case = make_case([1, 64, 5, 70], lens_k, dtype=dtype, lens_own=lens_own)
+    lse = lse_of(*case)
+    apart = torch.cat([lse, lse], 1)[:, : lse.shape[1]]
+    expected = backend.significance(*case, max_queries)
+    got = backend.significance(*case, max_queries, apart)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        got, reference.significance(*case, max_queries, lse), rtol=1e-4, atol=1e-5
+    )
+    half = backend.significance(*case, max_queries, lse + 0.6931472)
+    torch.testing.assert_close(half, got / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_log_sum_exps_are_refused(kernels):
+    case = make_case([4], [4])
+    with pytest.raises(ValueError, match="lse"):
+        kernels.significance(*case, 64, torch.zeros(6, 5))

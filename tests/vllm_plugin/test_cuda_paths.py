@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from diffkv.cache import Step
 from diffkv.prefill import Spans, torch_prefill
 from diffkv.quant import ConfigError
+from diffkv.uploads import at_once
 from diffkv.vllm_plugin import engine_args
 from diffkv.vllm_plugin.connector import DiffKVConnector
 from diffkv.vllm_plugin.front.admission import Admission
@@ -212,11 +213,13 @@ def flash(
     cu_seqlens_k: Tensor,
     softmax_scale: float,
     causal: bool,
+    return_softmax_lse: bool,
     out: Tensor,
     fa_version: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Plain arithmetic behind flash-attention's signature: the mask is aligned at the end."""
-    assert causal and fa_version == 3
+    assert causal and return_softmax_lse and fa_version == 3
+    lse = []
     assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
     starts = zip(
         cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:], strict=True
@@ -228,9 +231,10 @@ def flash(
         seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(
             scores.shape[2] - scores.shape[1]
         )
-        probs = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        out[q0:q1] = torch.einsum("hqk,khd->qhd", probs, values)
-    return out
+        scores = scores.masked_fill(~seen, float("-inf"))
+        out[q0:q1] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+        lse.append(scores.logsumexp(-1))
+    return out, torch.cat(lse, 1).float()
 
 
 def test_prefill_by_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,11 +251,12 @@ def test_prefill_by_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
     generator = torch.Generator().manual_seed(0)
     for lengths in ([(5, 5)], [(7, 30), (1, 64), (12, 12)]):
-        spans = Spans.of(*zip(*lengths, strict=True), torch.device("cpu"))
+        spans = Spans.of(*zip(*lengths, strict=True), at_once(torch.device("cpu")))
         query = draw(sum(spans.num_queries), 8, 64)
         key, value = (draw(sum(spans.num_keys), 2, 64) for _ in range(2))
         ours, torchs = torch.empty_like(query), torch.empty_like(query)
-        prefill(query, key, value, spans, 0.125, ours)
+        lse = prefill(query, key, value, spans, 0.125, ours)
+        assert lse is not None and lse.shape == (8, len(query))
         torch_prefill(query, key, value, spans, 0.125, torchs)
         torch.testing.assert_close(ours, torchs, rtol=2e-2, atol=1e-2)
 

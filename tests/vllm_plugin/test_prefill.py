@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffkv.prefill import Spans, torch_prefill
+from diffkv.uploads import at_once
 from diffkv.vllm_plugin.worker.prefill import choose_prefill
 
 WORST = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}
@@ -16,7 +17,7 @@ def test_cpu_prefill_is_causal_attention(head_dim, dtype):
     prefill = choose_prefill("cpu", dtype, head_dim)
     assert prefill is not torch_prefill
     shapes = [(1, 1), (129, 129), (3, 200), (128, 300)]
-    spans = Spans.of(*zip(*shapes, strict=True), torch.device("cpu"))
+    spans = Spans.of(*zip(*shapes, strict=True), at_once(torch.device("cpu")))
     query = torch.randn(sum(spans.num_queries), 8, head_dim).to(dtype)
     key, value = (torch.randn(sum(spans.num_keys), 2, head_dim).to(dtype) for _ in "kv")
     got, want = torch.full_like(query, torch.nan), torch.full(query.shape, torch.nan)

@@ -17,7 +17,6 @@ from diffkv.cache import DiffKVCache, Step
 from diffkv.hf.attention import IMPLEMENTATION
 from diffkv.hf.rows import SequenceRows
 from diffkv.layout import PageLayout
-from diffkv.packing import on_device
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import MOST_TOKENS, WINDOW, Thresholds
 from diffkv.pool import contents, create, restore
@@ -26,6 +25,7 @@ from diffkv.rotation import choose, signs_of
 from diffkv.segments import SEGMENT
 from diffkv.shape import PoolShape
 from diffkv.state import PoolState
+from diffkv.uploads import on_device
 from diffkv.use import CacheUse
 
 __all__ = ["DiffKVHFCache", "PoolOptions", "feed"]

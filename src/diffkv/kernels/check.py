@@ -7,6 +7,8 @@ from diffkv.quant import BITS
 from diffkv.state import TENSORS, DecodePlan, PoolState, PromptTokens, sizes_of
 
 __all__ = [
+    "check_centring",
+    "check_decided",
     "check_dtype",
     "check_format",
     "check_group",
@@ -20,6 +22,9 @@ __all__ = [
     "check_tensor",
     "check_tokens",
 ]
+
+CENTRE_COLUMNS = 4
+"""Slot, skipped tokens, row before, heir: see `reference.centre_rows`."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of a model."""
@@ -175,6 +180,37 @@ def check_new_tokens(
     )
 
 
+def check_decided(
+    sums: Tensor,
+    cu_seqlens: Tensor,
+    bounds: Tensor | None,
+    page_tokens: Tensor,
+    tiers: Tensor,
+    device: torch.device,
+) -> None:
+    """Raise ValueError unless `decide_rows` can take them."""
+    num = page_tokens.numel()
+    check_tensor("page_tokens", page_tokens, device, torch.int32, num)
+    check_tensor("cu_seqlens", cu_seqlens, device, torch.int32, num + 1)
+    if bounds is not None:
+        check_tensor("bounds", bounds, device, torch.float32, num, 2)
+    check_tensor("sums", sums, device, torch.float32, *sums.shape[:1], *sums.shape[1:2])
+    check_tensor("tiers", tiers, device, torch.int8, *sums.shape)
+
+
+def check_centring(
+    state: PoolState, rows: Tensor, cu_seqlens: Tensor, key: Tensor, device: torch.device
+) -> int:
+    """Raise ValueError unless `centre_rows` can take them; returns the elements between rows of keys."""
+    if not state.centre_dim:
+        raise ValueError("state must have centres: its layout has none")
+    num = len(rows)
+    check_tensor("rows", rows, device, torch.int32, num, CENTRE_COLUMNS)
+    check_tensor("cu_seqlens", cu_seqlens, device, torch.int32, num + 1)
+    shape = (len(key), state.num_kv_heads, state.layout.head_dim)
+    return check_packed("key", key, device, state.dtype, *shape)
+
+
 def check_scored(
     query: Tensor,
     key: Tensor,
@@ -182,12 +218,13 @@ def check_scored(
     cu_seqlens_k: Tensor,
     cu_seqlens_own: Tensor,
     num_own: int,
+    lse: Tensor | None,
     device: torch.device,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Raise ValueError unless `significance` can take them.
 
     Returns:
-        Elements between the rows of the queries, and of the keys.
+        Elements between the rows of the queries, of the keys, and of `lse`.
     """
     num_requests = cu_seqlens_k.numel() - 1
     check_dtype("key", key.dtype)
@@ -198,7 +235,13 @@ def check_scored(
     if not 0 <= num_own <= len(key):
         raise ValueError(f"num_own must be 0 to the number of tokens, {len(key)}, got {num_own}")
     q_shape = (len(query), query.shape[1], key.shape[2])
+    lse_stride = 0
+    if lse is not None:
+        one_head = lse[:, None]
+        shape = (query.shape[1], 1, len(query))
+        lse_stride = check_packed("lse", one_head, device, torch.float32, *shape)
     return (
         check_packed("query", query, device, key.dtype, *q_shape),
         check_packed("key", key, device, key.dtype, *key.shape),
+        lse_stride,
     )

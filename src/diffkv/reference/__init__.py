@@ -10,6 +10,8 @@ from diffkv.reference.quantize import dequantize as dequantize
 from diffkv.reference.quantize import quantize as quantize
 from diffkv.reference.report import report as report
 from diffkv.reference.rotate import rotate as rotate
+from diffkv.reference.rows import centre_rows as centre_rows
+from diffkv.reference.rows import decide_rows as decide_rows
 from diffkv.reference.significance import significance as significance
 from diffkv.reference.store import gather as gather
 from diffkv.reference.store import release as release

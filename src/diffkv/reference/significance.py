@@ -15,6 +15,7 @@ def significance(
     num_own: int,
     scale: float,
     max_queries: int,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attention that the last queries of each request give to each of its last tokens.
 
@@ -32,6 +33,9 @@ def significance(
         num_own: how many these are, the last of `cu_seqlens_own`.
         scale: softmax scale.
         max_queries: only the last so many queries of each request count.
+        lse: [num_q_heads, num_query_tokens] float32, the logarithm of the sum of exponentials of each
+            query's scores, scale included, where attention has found it; rows may be apart. None: it is
+            computed here.
 
     Returns:
         [num_kv_heads, num_own] float32 sums; divide by min(N - i, queries) for means.
@@ -49,7 +53,11 @@ def significance(
         num_queries, n = q.shape[1], k.shape[1]
         scores = (q @ k.transpose(1, 2)) * scale
         seen = torch.ones(num_queries, n, dtype=torch.bool, device=key.device).tril(n - num_queries)
-        probs = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if lse is None:
+            probs = scores.softmax(-1)
+        else:
+            probs = (scores - lse[:, first_q : starts_q[r + 1], None]).exp()
         own = slice(starts_own[r], starts_own[r + 1])
         last = probs[:, :, n - (own.stop - own.start) :]
         sums[:, own] = last.sum(1).view(num_kv_heads, group, -1).amax(1)

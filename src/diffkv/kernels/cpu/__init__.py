@@ -11,6 +11,8 @@ from diffkv.kernels.cpu.quantize import dequantize as dequantize
 from diffkv.kernels.cpu.quantize import quantize as quantize
 from diffkv.kernels.cpu.report import report as report
 from diffkv.kernels.cpu.rotate import rotate as rotate
+from diffkv.kernels.cpu.rows import centre_rows as centre_rows
+from diffkv.kernels.cpu.rows import decide_rows as decide_rows
 from diffkv.kernels.cpu.significance import significance as significance
 from diffkv.kernels.cpu.store import gather as gather
 from diffkv.kernels.cpu.store import release as release

@@ -40,8 +40,8 @@ CPU = torch.device("cpu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the models' dtypes, as in csrc/element.h."""
 
-VECTOR_SOURCES = ("quantize.cpp", "rotate.cpp", "significance.cpp")
-PAGE_SOURCES = ("store.cpp", "plan.cpp", "report.cpp")
+VECTOR_SOURCES = ("quantize.cpp", "rotate.cpp", "significance.cpp", "decide.cpp")
+PAGE_SOURCES = ("store.cpp", "plan.cpp", "report.cpp", "centre.cpp")
 ATTEND_SOURCES = ("attend.cpp",)
 
 VECTOR_FUNCTIONS = {
@@ -52,7 +52,11 @@ VECTOR_FUNCTIONS = {
     ),
     "significance": (
         c_void_p, c_int64, c_void_p, c_int64, *(c_void_p,) * 3, *(c_int64,) * 3, *(c_int,) * 3,
-        c_float, c_int, c_void_p, c_int,
+        c_float, c_int, c_void_p, c_int64, c_void_p, c_int,
+    ),
+    "decide_rows": (
+        c_void_p, c_void_p, c_int64, c_void_p, c_void_p, *(c_int64,) * 3, c_void_p, c_int64, c_int64,
+        c_int,
     ),
 }  # fmt: skip
 
@@ -60,6 +64,9 @@ PAGE_FUNCTIONS = {
     "store_prompt": (
         c_void_p, c_int64, c_void_p, c_void_p, c_int64, *(c_void_p, c_int64) * 2,
         c_void_p, c_void_p, c_void_p, c_int64, c_int,
+    ),
+    "centre_rows": (
+        c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int,
     ),
     "gather": (
         c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, *(c_void_p, c_int64) * 2,
@@ -198,7 +205,7 @@ def _declare(
 
 @functools.cache
 def vectors_library() -> ctypes.CDLL:
-    """The functions that know no page: quantize, dequantize, rotate, significance."""
+    """The functions that know no page: quantize, dequantize, rotate, significance, decide_rows."""
     return _declare(load_library(VECTOR_SOURCES, render_quantiser()), VECTOR_FUNCTIONS, None)
 
 

@@ -14,5 +14,7 @@ from diffkv.kernels.triton.quantize import quantize as quantize
 from diffkv.kernels.triton.release import release as release
 from diffkv.kernels.triton.report import report as report
 from diffkv.kernels.triton.rotate import rotate as rotate
+from diffkv.kernels.triton.rows import centre_rows as centre_rows
+from diffkv.kernels.triton.rows import decide_rows as decide_rows
 from diffkv.kernels.triton.significance import significance as significance
 from diffkv.kernels.triton.store import store_prompt as store_prompt

@@ -1,6 +1,7 @@
 """Significance sums of prompt tokens from the attention of the last queries.
 
-Scores are computed twice instead of kept: once for every query's log-sum-exp, once for the sums.
+Scores are computed twice instead of kept: once for every query's log-sum-exp, where attention has not
+found it, once for the sums.
 """
 
 import math
@@ -16,9 +17,13 @@ from diffkv.kernels.triton.constants import DTYPES, MIN_DOT
 __all__ = ["significance"]
 
 LOG2_E = math.log2(math.e)
+_LOG2_E = tl.constexpr(LOG2_E)
 
 ITEM_TOKENS = 128
 """Tokens that one program scores; fewer where float32 vectors are long."""
+
+SUM_TOKENS = 64
+"""At most, where sums are added up: of one segment alone, so that programs would be few."""
 
 QUERY_ROWS = 64
 """Queries of one head that a program scores at a time, likewise."""
@@ -30,12 +35,23 @@ MIN_PADDED_REQUESTS = 64
 
 
 @triton.jit
-def _request_items(starts_ptr, R, R_PADDED: tl.constexpr, B: tl.constexpr):
-    """[R_PADDED] items of each request, and of it and all before."""
+def _lengths(starts_ptr, R, R_PADDED: tl.constexpr):
+    """[R_PADDED] tokens of each request."""
     r = tl.arange(0, R_PADDED)
-    start = tl.load(starts_ptr + r, mask=r < R, other=0)
     end = tl.load(starts_ptr + r + 1, mask=r < R, other=0)
-    items = tl.cdiv(end - start, B)
+    return end - tl.load(starts_ptr + r, mask=r < R, other=0)
+
+
+@triton.jit
+def _request_items(
+    starts_ptr, own_ptr, R, R_PADDED: tl.constexpr, B: tl.constexpr, OWN: tl.constexpr
+):
+    """[R_PADDED] items of each request, and of it and all before; with OWN those that have sums."""
+    lengths = _lengths(starts_ptr, R, R_PADDED)
+    items = tl.cdiv(lengths, B)
+    if OWN:
+        own = _lengths(own_ptr, R, R_PADDED)
+        items = tl.where(own > 0, items - (lengths - own) // B, 0)
     return items, tl.cumsum(items, 0)
 
 
@@ -58,11 +74,11 @@ def _item(
     """Work of one program, for one head: tokens of one request, scored by its last queries.
 
     Returns (request, its first scored query, how many, its tokens, how many of them without a sum, this
-    program's tokens, their keys); the request is R where there is no work. With OWN there is none among
-    tokens without a sum, else they are 0.
+    program's tokens, their keys); the request is R where there is no work. With OWN work is among tokens
+    with a sum alone, else it is among all, and those without are 0.
     """
     pid = tl.program_id(0)
-    items, through = _request_items(starts_k_ptr, R, R_PADDED, B)
+    items, through = _request_items(starts_k_ptr, own_ptr, R, R_PADDED, B, OWN)
     r = tl.sum((through <= pid).to(tl.int32))
     before = tl.sum(tl.where(tl.arange(0, R_PADDED) < r, items, 0))
     request = tl.minimum(r, R - 1)
@@ -70,12 +86,11 @@ def _item(
     first_q = tl.maximum(tl.load(starts_q_ptr + request), end_q - max_queries)
     first_k = tl.load(starts_k_ptr + request)
     n = tl.where(r < R, tl.load(starts_k_ptr + request + 1) - first_k, 0)
-    start = (pid - before) * B
     without = 0
     if OWN:
         without = n - (tl.load(own_ptr + request + 1) - tl.load(own_ptr + request))
-        r = tl.where(start + B <= without, R, r)
-    token = start + tl.arange(0, B)
+    # Where a token is in its program does not depend on which sums are asked for
+    token = (without // B + pid - before) * B + tl.arange(0, B)
     d = tl.arange(0, DP)
     at = (first_k + token).to(tl.int64) * stride + tl.program_id(1) * D
     mask = (token < tl.where(r < R, n, 0))[:, None] & (d < D)[None, :]
@@ -173,7 +188,7 @@ def _merge_kernel(
     r = tl.program_id(0)
     q_head = tl.program_id(1)
     j = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    items, _ = _request_items(starts_k_ptr, R, R_PADDED, B)
+    items, _ = _request_items(starts_k_ptr, starts_k_ptr, R, R_PADDED, B, False)
     each = tl.arange(0, R_PADDED)
     first = tl.sum(tl.where(each < r, items, 0))
     num = tl.sum(tl.where(each == r, items, 0))
@@ -193,14 +208,14 @@ def _merge_kernel(
     tl.store(lse_ptr + (r * HEADS + q_head).to(tl.int64) * QUERIES + j, lse)
 
 
-@triton.jit(do_not_specialize=["R", "max_queries", "N"])
+@triton.jit(do_not_specialize=["R", "max_queries", "N", "lse_stride"])
 def _sum_kernel(
     query_ptr,  # [., H * G, D]
     key_ptr,  # [N, H, D]
     starts_q_ptr,  # [R + 1]
     starts_k_ptr,  # [R + 1]
     own_ptr,  # [R + 1]
-    lse_ptr,  # [R, H * G, QUERIES]
+    lse_ptr,  # [R, H * G, QUERIES] to base 2; with GIVEN [H * G, .] of all queries, natural
     sums_ptr,  # [H, N] f32, out
     query_stride,
     key_stride,
@@ -208,6 +223,7 @@ def _sum_kernel(
     max_queries,
     R,
     N,
+    lse_stride,
     R_PADDED: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -217,6 +233,7 @@ def _sum_kernel(
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
     B: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):
     """Sums of one item's tokens: probabilities over the queries, the largest of the group."""
     head = tl.program_id(1)
@@ -246,7 +263,11 @@ def _sum_kernel(
                     query_ptr, query_stride, q_head, first_q, num_q, j, keys, token, n, scale,
                     D, DP, DOT,
                 )  # fmt: skip
-                lse = tl.load(lse_ptr + (r * (H * G) + q_head).to(tl.int64) * QUERIES + j)
+                if GIVEN:
+                    at = q_head.to(tl.int64) * lse_stride + first_q + j
+                    lse = tl.load(lse_ptr + at, mask=j < num_q, other=float("inf")) * _LOG2_E
+                else:
+                    lse = tl.load(lse_ptr + (r * (H * G) + q_head).to(tl.int64) * QUERIES + j)
                 total += tl.sum(tl.exp2(scores - lse[:, None]), 0)
             largest = tl.maximum(largest, total)
         at = head.to(tl.int64) * N + tl.load(own_ptr + r) + token - without
@@ -268,13 +289,14 @@ def significance(
     num_own: int,
     scale: float,
     max_queries: int,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Same contract as `reference.significance`. Rows of `query` and `key` may be apart."""
     num_tokens, num_kv_heads, head_dim = key.shape
     num_queries, num_q_heads, _ = query.shape
     device, num_requests = key.device, cu_seqlens_k.numel() - 1
     starts = cu_seqlens_q, cu_seqlens_k, cu_seqlens_own
-    strides = check_scored(query, key, *starts, num_own, device)
+    *strides, lse_stride = check_scored(query, key, *starts, num_own, lse, device)
     sums = torch.empty(num_kv_heads, num_own, dtype=torch.float32, device=device)
     if not num_own or not num_requests:
         return sums.zero_()
@@ -287,9 +309,6 @@ def significance(
     padded_queries = triton.cdiv(max_queries, rows) * rows
     # Lengths stay on the device: at most one item per request is not full
     num_items = triton.cdiv(num_tokens, tokens) + num_requests
-    most = torch.empty(num_items, num_q_heads, padded_queries, dtype=torch.float32, device=device)
-    total = torch.empty_like(most)
-    lse = torch.empty(num_requests, num_q_heads, padded_queries, dtype=torch.float32, device=device)
     dtype = DTYPES[key.dtype]
     padded_requests = max(MIN_PADDED_REQUESTS, triton.next_power_of_2(num_requests))
     packed = {"R_PADDED": padded_requests, "B": tokens}
@@ -302,15 +321,22 @@ def significance(
     }  # fmt: skip
     inputs = (query, key, cu_seqlens_q, cu_seqlens_k)
     numbers = (*strides, scale * LOG2_E, max_queries, num_requests)
-    _lse_kernel[(num_items, num_kv_heads)](
-        *inputs, most, total, *numbers, **packed, **queries, **heads, num_warps=8
-    )
-    _merge_kernel[(num_requests, num_q_heads, padded_queries // rows)](
-        cu_seqlens_k, most, total, lse, num_requests, HEADS=num_q_heads, ITEMS=MERGE_ITEMS,
-        **packed, **queries, num_warps=4,
+    found = lse
+    if found is None:
+        shape = (num_items, num_q_heads, padded_queries)
+        most, total = torch.empty(2, *shape, dtype=torch.float32, device=device).unbind()
+        found = torch.empty(num_requests, *shape[1:], dtype=torch.float32, device=device)
+        _lse_kernel[(num_items, num_kv_heads)](
+            *inputs, most, total, *numbers, **packed, **queries, **heads, num_warps=8
+        )
+        _merge_kernel[(num_requests, num_q_heads, padded_queries // rows)](
+            cu_seqlens_k, most, total, found, num_requests, HEADS=num_q_heads, ITEMS=MERGE_ITEMS,
+            **packed, **queries, num_warps=4,
+        )  # fmt: skip
+    tokens = min(tokens, SUM_TOKENS)
+    added = (*inputs, cu_seqlens_own, found, sums)
+    _sum_kernel[(triton.cdiv(num_own, tokens) + 2 * num_requests, num_kv_heads)](
+        *added, *numbers, num_own, lse_stride, GIVEN=lse is not None,
+        **packed | {"B": tokens}, **queries, **heads, num_warps=4,
     )  # fmt: skip
-    added = (*inputs, cu_seqlens_own, lse, sums)
-    _sum_kernel[(num_items, num_kv_heads)](
-        *added, *numbers, num_own, **packed, **queries, **heads, num_warps=8
-    )
     return sums

@@ -36,7 +36,8 @@ def _count_kernel(
     tiers_ptr,  # [H, N] i8
     num_tokens_ptr,  # [S, L, H, 2]
     held_ptr,  # [S, L, H, 2]
-    token_ptr,  # [H, N] i32, out: number of the token in its head and tier, -1 if it is not kept
+    token_ptr,  # [H, N] i32, out: of each request, high tokens first, low ones last, -1 between
+    number_ptr,  # [H, N] i32, out: number of each of these in its head and tier
     request_ptr,  # [N] i32, out
     after_ptr,  # [R, H, 2] i32, out: tokens that each head will keep
     wanted_ptr,  # [2, R, H, 2] i32, out: pages and leaves that this takes
@@ -48,7 +49,7 @@ def _count_kernel(
     TIERS: tl.constexpr,
     B: tl.constexpr,
 ):
-    """One program per request and head."""
+    """One program per request and head. Tokens of a tier are put together, to be quantised together."""
     r = tl.program_id(0)
     head = tl.program_id(1)
     slot = tl.load(slots_ptr + r).to(tl.int64)
@@ -59,22 +60,35 @@ def _count_kernel(
     last = tl.where(is_request, end, start)
     tiers_ptr += head.to(tl.int64) * N
     token_ptr += head.to(tl.int64) * N
+    number_ptr += head.to(tl.int64) * N
     high = tl.load(num_tokens_ptr + row * 2, mask=is_request, other=0)
     low = tl.load(num_tokens_ptr + row * 2 + 1, mask=is_request, other=0)
+    first_high = start
+    last_low = end
     for block in range(start, end, B):
         i = block + tl.arange(0, B)
         mask = i < end
         tier = tl.load(tiers_ptr + i, mask=i < last, other=_DROPPED)
         is_high = (tier == 0).to(tl.int32)
         is_low = (tier == 1).to(tl.int32)
-        high_number = high + tl.cumsum(is_high, 0) - is_high
-        low_number = low + tl.cumsum(is_low, 0) - is_low
-        number = tl.where(tier == 0, high_number, tl.where(tier == 1, low_number, -1))
-        tl.store(token_ptr + i, number, mask=mask)
+        before_high = tl.cumsum(is_high, 0) - is_high
+        before_low = tl.cumsum(is_low, 0) - is_low
+        place = tl.where(tier == 0, first_high + before_high, last_low - 1 - before_low)
+        number = tl.where(tier == 0, high + before_high, low + before_low)
+        kept = mask & (tier < 2)
+        tl.store(token_ptr + place, i, mask=kept)
+        tl.store(number_ptr + place, number, mask=kept)
         if head == 0:
             tl.store(request_ptr + i, tl.zeros_like(i) + r, mask=mask)
-        high += tl.sum(is_high)
-        low += tl.sum(is_low)
+        num_high = tl.sum(is_high)
+        num_low = tl.sum(is_low)
+        high += num_high
+        low += num_low
+        first_high += num_high
+        last_low -= num_low
+    for block in range(first_high, last_low, B):
+        place = block + tl.arange(0, B)
+        tl.store(token_ptr + place, -1, mask=place < last_low)
     out = (r * H + head) * 2
     tl.store(after_ptr + out, high)
     tl.store(after_ptr + out + 1, low)
@@ -167,6 +181,7 @@ def _write_kernel(
     centres_ptr,  # [S, L, H, D or 0] bf16
     first_ptr,  # [2, R, H, 2] i64
     token_ptr,  # [H, N]
+    number_ptr,  # [H, N]
     request_ptr,  # [N]
     key_ptr,  # [N, H, D]
     value_ptr,  # [N, H, D]
@@ -189,14 +204,15 @@ def _write_kernel(
     CENTRED: tl.constexpr,
     B: tl.constexpr,
 ):
-    """Quantise and write. One program per B tokens of a head."""
+    """Quantise and write. One program per B tokens of a head, in order of tiers."""
     NUM_TIERS: tl.constexpr = len(TIERS)
-    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    place = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     head = tl.program_id(1).to(tl.int64)
-    exists = i < N
-    number = tl.load(token_ptr + head * N + i, mask=exists, other=-1)
-    r = tl.load(request_ptr + i, mask=exists, other=0).to(tl.int64)
-    kept = (number >= 0) & (tl.load(first_ptr + r * (2 * H), mask=exists, other=-1) >= 0)
+    exists = place < N
+    i = tl.load(token_ptr + head * N + place, mask=exists, other=-1).to(tl.int64)
+    r = tl.load(request_ptr + place, mask=exists, other=0).to(tl.int64)
+    kept = (i >= 0) & (tl.load(first_ptr + r * (2 * H), mask=exists, other=-1) >= 0)
+    number = tl.load(number_ptr + head * N + place, mask=kept, other=0)
     tier_of = tl.load(tiers_ptr + head * N + i, mask=kept, other=_DROPPED)
     slot = tl.load(slots_ptr + r, mask=kept, other=0).to(tl.int64)
     row = (slot * L + layer) * H + head
@@ -242,6 +258,7 @@ def store_prompt(
     if not num or not num_requests:
         return
     token = work.buffer("store_token", torch.int32, heads, num)
+    number = work.buffer("store_number", torch.int32, heads, num)
     request = work.buffer("store_request", torch.int32, num)
     after = work.buffer("store_after", torch.int32, num_requests, heads, 2)
     wanted = work.buffer("store_wanted", torch.int32, 2, num_requests, heads, 2)
@@ -249,7 +266,7 @@ def store_prompt(
     tables = {"L": state.num_layers, "H": heads, "TABLE": work.table}
     _count_kernel[(num_requests, heads)](
         tokens.slots, tokens.cu_seqlens, tiers, state.num_tokens, state.num_pages_held,
-        token, request, after, wanted, layer, num,
+        token, number, request, after, wanted, layer, num,
         TIERS=work.tiers, B=COUNT_BLOCK, num_warps=8, **tables,
     )  # fmt: skip
     scan_kernel[(1,)](
@@ -263,7 +280,7 @@ def store_prompt(
     )  # fmt: skip
     block = tile_vectors(head_dim)
     _write_kernel[(triton.cdiv(num, block), heads)](
-        tokens.slots, state.centres, first, token, request, tokens.key, tokens.value,
+        tokens.slots, state.centres, first, token, number, request, tokens.key, tokens.value,
         tokens.positions, tiers, sums, state.pages, state.leaves, state.directory, key_stride,
         value_stride, layer, num,
         D=head_dim, PAGE=state.layout.page_bytes, TIERS=work.tiers, CENTRED=state.centre_dim > 0,

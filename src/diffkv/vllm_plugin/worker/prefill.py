@@ -37,9 +37,9 @@ def _flash_prefill(head_dim: int) -> Prefill:
 
     def flash_prefill(
         query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, output: Tensor
-    ) -> None:
+    ) -> Tensor:
         """`Prefill` by one call for all requests, which writes the output in its place."""
-        flash_attn_varlen_func(
+        _, lse = flash_attn_varlen_func(
             q=query,
             k=key,
             v=value,
@@ -49,9 +49,12 @@ def _flash_prefill(head_dim: int) -> Prefill:
             cu_seqlens_k=spans.key_starts,
             softmax_scale=scale,
             causal=True,
+            return_softmax_lse=True,
             out=output,
             fa_version=version,
         )
+        found: Tensor = lse
+        return found
 
     return flash_prefill
 

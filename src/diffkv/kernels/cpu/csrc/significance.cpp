@@ -2,8 +2,9 @@
 //
 // Two passes over items of a fixed number of tokens, each a small matrix product of a KV head's
 // keys with all scored queries of its group: the first finds every query's log-sum-exp, the second
-// adds up the probabilities of those tokens whose sums are asked for. Items are merged in a fixed
-// order, so results do not depend on threads.
+// adds up the probabilities of those tokens whose sums are asked for. Where attention has found the
+// log-sum-exps, there is no first pass. Items are merged in a fixed order, so results do not depend
+// on threads.
 
 #include <algorithm>
 #include <limits>
@@ -37,6 +38,8 @@ struct Call {
   int64_t query_stride, key_stride;
   int dim, group;
   float scale;
+  const float* lse;  // [q heads, lse_stride], natural logarithms; null: to be found
+  int64_t lse_stride;
 };
 
 // Memory of one thread.
@@ -140,13 +143,14 @@ void run(const Call& call, const std::vector<Request>& requests, const std::vect
   const int64_t N = (int64_t)items.size(), R = (int64_t)requests.size();
   int64_t num_lse = 0;
   for (const Request& request : requests) num_lse += num_heads * call.group * request.num_queries;
-  const int64_t num_partial = N ? items.back().first_partial + (int64_t)num_rows : 0;
+  const bool finds = call.lse == nullptr;
+  const int64_t num_partial = N && finds ? items.back().first_partial + (int64_t)num_rows : 0;
   std::vector<float> largest(num_partial), total(num_partial), lse(num_lse);
 #pragma omp parallel num_threads(threads)
   {
     Buffers buffers(call.dim, num_rows);
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < N; i++) {
+    for (int64_t i = 0; i < (finds ? N : 0); i++) {
       const Request& request = requests[items[i].request];
       score_item<DTYPE>(call, request, items[i], buffers);
       reduce_item(call.group * request.num_queries, buffers.scores.data(),
@@ -156,6 +160,15 @@ void run(const Call& call, const std::vector<Request>& requests, const std::vect
     for (int64_t i = 0; i < R * num_heads; i++) {
       const Request& request = requests[i / num_heads];
       const int rows = call.group * request.num_queries;
+      if (!finds) {
+        for (int row = 0; row < rows; row++) {
+          const int64_t q_head = i % num_heads * call.group + row / request.num_queries;
+          const int64_t query = request.first_query + row % request.num_queries;
+          lse[request.first_row + i % num_heads * rows + row] =
+              call.lse[q_head * call.lse_stride + query] * LOG2_E;
+        }
+        continue;
+      }
       const auto before = [&](const Item& item, int64_t key) {
         return item.request * num_heads + item.head < key;
       };
@@ -193,8 +206,9 @@ EXPORT void diffkv_significance(const uint8_t* query, int64_t query_stride, cons
                                 const int32_t* cu_seqlens_k, const int32_t* cu_seqlens_own,
                                 int64_t num_requests, int64_t num_sums, int64_t num_kv_heads,
                                 int group, int dim, int dtype, float scale, int max_queries,
-                                float* sums, int threads) {
-  const Call call = {query, key, query_stride, key_stride, dim, group, scale * LOG2_E};
+                                const float* lse, int64_t lse_stride, float* sums, int threads) {
+  const Call call = {query,          key, query_stride, key_stride, dim, group,
+                     scale * LOG2_E, lse, lse_stride};
   std::fill(sums, sums + num_kv_heads * num_sums, 0.0f);
   std::vector<Request> requests;
   std::vector<Item> items;
