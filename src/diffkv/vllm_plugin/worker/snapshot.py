@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diffkv.cache import DiffKVCache
-from diffkv.packing import on_device
 from diffkv.segments import RowEnds
+from diffkv.uploads import on_device
 from diffkv.vllm_plugin.messages import MAX_IN_FLIGHT, PagesHeld, StepMessage
 
 __all__ = ["Moment", "RunningRequest", "Snapshot", "Snapshots"]
