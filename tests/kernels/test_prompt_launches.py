@@ -19,6 +19,9 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpr
 
 SEGMENT, HEADS, GROUP, HEAD_DIM = 128, 2, 2, 64
 
+REST = 40
+"""Tokens of a prompt that come in a later step, so that a step ends with a segment."""
+
 ROW = Counter(
     _lse_kernel=1, _merge_kernel=1, _sum_kernel=1,
     _decide_kernel=1,
@@ -113,11 +116,11 @@ def used(run):
 
 
 @pytest.mark.parametrize("num", [1, 5])
-def test_whole_prompts_cost_as_many_launches_as_one(launches, num):
+def test_segments_of_several_prompts_cost_as_many_launches_as_one(launches, num):
     run = used(Run(launches))
     ends = {f"s{slot}": SEGMENT for slot in range(num)}
     for slot in range(num):
-        run.open(slot, SEGMENT)
+        run.open(slot, SEGMENT + REST)
     kernels_of_layer, others, attended = run.step(first_row=3, **ends)
     assert kernels_of_layer == ROW
     assert attended == 1
@@ -127,7 +130,7 @@ def test_whole_prompts_cost_as_many_launches_as_one(launches, num):
 @pytest.mark.parametrize("num_segments", [2, 6])
 def test_each_segment_of_a_long_prompt(launches, num_segments):
     run = used(Run(launches))
-    run.open(0, num_segments * SEGMENT)
+    run.open(0, num_segments * SEGMENT + REST)
     kernels_of_layer, others, attended = run.step(s0=num_segments * SEGMENT)
     expected = Counter()
     for _ in range(num_segments):
@@ -142,7 +145,7 @@ def test_each_segment_of_a_long_prompt(launches, num_segments):
 
 def test_chunks_that_wait(launches):
     run = used(Run(launches))
-    run.open(0, SEGMENT)
+    run.open(0, SEGMENT + REST)
     kernels_of_layer, others, attended = run.step(s0=100)
     assert (kernels_of_layer, attended) == (WAIT, 1)
     assert others == Counter({"aten.cat": 1}), "queries that are kept"
@@ -155,7 +158,7 @@ def test_chunks_that_wait(launches):
 def test_requests_that_go_on_are_joined(launches):
     run = used(Run(launches))
     for slot in range(3):
-        run.open(slot, 2 * SEGMENT)
+        run.open(slot, 2 * SEGMENT + REST)
     run.step(s0=SEGMENT, s1=SEGMENT, s2=SEGMENT)
     kernels_of_layer, others, attended = run.step(s0=2 * SEGMENT, s1=2 * SEGMENT, s2=2 * SEGMENT)
     assert kernels_of_layer == ROW + READ + READ + READ
@@ -168,14 +171,23 @@ def test_requests_that_go_on_are_joined(launches):
 def test_what_attention_says_is_not_found_again(launches, num):
     run = used(Run(launches, says_lse=True))
     for slot in range(num):
-        run.open(slot, 2 * SEGMENT)
+        run.open(slot, 2 * SEGMENT + REST)
     kernels_of_layer, others, _ = run.step(**{f"s{slot}": SEGMENT for slot in range(num)})
     assert kernels_of_layer == ROW - Counter(_lse_kernel=1, _merge_kernel=1)
     assert others["aten.index"] == (0 if num == 1 else 2)
 
 
+def test_a_whole_prompt_has_two_waves(launches):
+    """Its last tokens are in the open row, and read the row before them."""
+    run = used(Run(launches))
+    run.open(0, SEGMENT)
+    kernels_of_layer, others, attended = run.step(s0=SEGMENT)
+    assert kernels_of_layer == ROW + READ + ROW
+    assert (attended, others) == (2, Counter({"aten.copy_": 2}))
+
+
 def test_a_policy_that_looks_at_keys_has_its_pages_filled_likewise(launches):
     run = used(Run(launches, "paper:distinct=0.5"))
-    run.open(0, SEGMENT)
+    run.open(0, SEGMENT + REST)
     kernels_of_layer, _, _ = run.step(s0=SEGMENT)
     assert kernels_of_layer == ROW
