@@ -101,6 +101,9 @@ def test_attention_may_begin_before_what_is_appended_is_there(
         placed = kernels.place(copy_of(state))
         q, k, v, turn, where = map(kernels.place, (query, *new, signs(head_dim), slots))
         out = torch.empty(query.shape, dtype=dtype, device=kernels.device)
+        # Scratch memory is made, and here filled, when it is first asked for
+        nobody = torch.full_like(where, -1)
+        kernels.module.attend(placed, 0, nobody, q, head_dim**-0.5, out, turn)
         plan = kernels.module.plan_decode(placed, where, kernels.place(lens))
         kernels.module.append(placed, 0, plan, k, v, turn)
         kernels.module.attend(placed, 0, where, q, head_dim**-0.5, out, turn, follows)

@@ -255,6 +255,7 @@ def attend(
     tuning, heads = work.tuning, state.num_kv_heads
     group, rows = num_q_heads // heads, num_requests * heads
     tile = tuning.tile or tile_tokens(state.layout)
+    num_made = work.num_made
     scratch = _Scratch.of(state, work, num_requests, group, tile)
     items, row_items, num_items, partial, lse, room, probs, most, keeps_all = scratch
     score_tiles, padded = len(most), triton.next_power_of_2(head_dim)
@@ -266,6 +267,8 @@ def attend(
     if signs is not None:
         most_queries = work.num_requests(num_requests) * num_q_heads
         turned = work.buffer("query", state.dtype, *query.shape, least=most_queries * head_dim)
+    # Memory that is new may be written to by what fills it, as torch can be told to
+    follows_append &= work.num_made == num_made
     prepare(
         state, layer, slots, (items, row_items, num_items), (room, programs), query, turned, rotation,
         follows_append, {"MAX": chunks, "CLOSED": closed, **tiles, **tables},
