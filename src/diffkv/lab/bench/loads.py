@@ -21,6 +21,8 @@ class Sizes:
 
 
 LOADS = {
+    "alone": Sizes(num_prompts=1, input_len=4 * 1024, output_len=256),
+    "few": Sizes(num_prompts=8, input_len=1024, output_len=256),
     "reasoning": Sizes(num_prompts=192, input_len=1024, output_len=2048),
     "long-context": Sizes(num_prompts=48, input_len=16 * 1024, output_len=512),
     "chat": Sizes(num_prompts=256, input_len=2048, output_len=300),
