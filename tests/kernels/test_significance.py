@@ -19,12 +19,12 @@ def make_case(lens_q, lens_k, head_dim=64, kv_heads=2, group=3, dtype=torch.floa
     return query, key, *starts, sum(lens_own), head_dim**-0.5
 
 
-def check(kernels, case, max_queries=64):
+def check(kernels, case, max_queries=64, rounding=2e-5):
     got = kernels.significance(*case, max_queries)
     expected = reference.significance(*case, max_queries)
     assert got.dtype == torch.float32
     # A GPU multiplies float32 in three parts, whose error grows with the scores
-    rtol = 2e-5 if kernels.device == "cpu" else 1e-3
+    rtol = rounding if kernels.device == "cpu" else 1e-3
     torch.testing.assert_close(got, expected, rtol=rtol, atol=2e-6)
 
 
@@ -78,7 +78,8 @@ def test_request_without_queries_gets_zeros(backend):
 
 def test_large_scores(kernels):
     query, key, *rest = make_case([64], [300])
-    check(kernels, (query * 30, key * 3, *rest))
+    # Scores of hundreds are rounded to some 1e-5, and so are the logarithms of probabilities
+    check(kernels, (query * 30, key * 3, *rest), rounding=5e-4)
 
 
 def test_sums_of_a_head_are_its_queries(backend):

@@ -59,7 +59,6 @@ def _attend_kernel(
     lse_ptr,  # [items, G] f32, out, to base 2
     probs_ptr,  # [score_tiles, TILE, G] out
     most_ptr,  # [score_tiles, G] f32, out
-    q_stride,
     scale,
     score_tiles,
     layer,
@@ -101,16 +100,16 @@ def _attend_kernel(
             attend_item(
                 item, row, where, count, score_tile, slots_ptr, chains_ptr, directory_ptr,
                 num_tokens_ptr, centres_ptr, items_ptr,
-                q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, q_stride,
-                scale, score_tiles, layer, 0, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
+                q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
+                score_tiles, layer, 0, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
                 CHAINED, RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
         elif len(TIERS) > 1:
             attend_item(
                 item, row, where, count, score_tile, slots_ptr, chains_ptr, directory_ptr,
                 num_tokens_ptr, centres_ptr, items_ptr,
-                q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, q_stride,
-                scale, score_tiles, layer, 1, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
+                q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
+                score_tiles, layer, 1, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
                 CHAINED, RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
         number = following
@@ -263,10 +262,8 @@ def attend(
     programs = min(rows * (chunks + closed), work.multiprocessors * tuning.programs)
     tiles = {"TIERS": work.tiers, "TILE": tile, **work.overlap}
     tables = {"L": state.num_layers, "H": heads, "TABLE": work.table, "TOKENS": tuning.chunk_tokens}
-    turned = query
-    if signs is not None:
-        most_queries = work.num_requests(num_requests) * num_q_heads
-        turned = work.buffer("query", state.dtype, *query.shape, least=most_queries * head_dim)
+    most_queries = work.num_requests(num_requests) * num_q_heads
+    turned = work.buffer("query", state.dtype, *query.shape, least=most_queries * head_dim)
     # Memory that is new may be written to by what fills it, as torch can be told to
     follows_append &= work.num_made == num_made
     prepare(
@@ -278,8 +275,8 @@ def attend(
     products, scale = _products(state, tuning.fast), scale * LOG2_E
     _attend_kernel[(programs,)](
         slots, state.chains, state.directory, state.num_tokens, state.centres, turned, state.pages,
-        state.leaves, items, num_items, partial, lse, probs, most, turned.stride(0), scale, score_tiles,
-        layer, room, CHAINED=state.chain_width > 0, num_warps=tuning.num_warps,
+        state.leaves, items, num_items, partial, lse, probs, most, scale, score_tiles, layer, room,
+        CHAINED=state.chain_width > 0, num_warps=tuning.num_warps,
         num_stages=tuning.num_stages, maxnreg=tuning.max_registers, **shared, **products, **tables,
     )  # fmt: skip
     finishers = min(rows * chunks, work.multiprocessors * FINISH_PROGRAMS)
@@ -293,6 +290,6 @@ def attend(
     if not keeps_all:
         recompute_kernel[(programs,)](
             slots, state.centres, turned, state.pages, state.leaves, items, num_items, row_items, lse,
-            turned.stride(0), scale, score_tiles, layer, L=state.num_layers, H=heads,
+            scale, score_tiles, layer, L=state.num_layers, H=heads,
             num_warps=1, num_stages=2, **shared, **products,
         )  # fmt: skip

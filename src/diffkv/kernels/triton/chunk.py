@@ -10,7 +10,6 @@ import triton.language as tl
 from diffkv.kernels.triton.tile import (
     centre_shift,
     folded,
-    group_queries,
     load_query,
     part_elements,
     tile_places,
@@ -130,8 +129,7 @@ def _store_partial(
 def attend_item(
     item, row, where, count, score_tile, slots_ptr, chains_ptr, directory_ptr, num_tokens_ptr,
     centres_ptr, items_ptr,
-    q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, q_stride, scale,
-    score_tiles, layer,
+    q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale, score_tiles, layer,
     TIER: tl.constexpr, TIERS: tl.constexpr, L: tl.constexpr, H: tl.constexpr, TABLE: tl.constexpr,
     G: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     TOKENS: tl.constexpr, CENTRED: tl.constexpr, CHAINED: tl.constexpr,
@@ -149,7 +147,7 @@ def attend_item(
     V_DOT: tl.constexpr = RAW_DOT if V.bits == 16 else CODE_DOT
     PARTS: tl.constexpr = V.planes * V.word
     GROUPS: tl.constexpr = V.groups
-    head_ptr = group_queries(q_ptr, row, q_stride, H, G, K)
+    head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
     operands, totals, factor = load_query(head_ptr, G, GROUP, K, K_DOT)
 
     factor = factor * scale

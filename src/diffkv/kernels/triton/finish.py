@@ -6,13 +6,7 @@ import triton.language as tl
 from diffkv.kernels.triton.codes import rounded, sum_pointers
 from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.rotate import rotated
-from diffkv.kernels.triton.tile import (
-    centre_shift,
-    group_queries,
-    load_query,
-    tile_places,
-    tile_scores,
-)
+from diffkv.kernels.triton.tile import centre_shift, load_query, tile_places, tile_scores
 from diffkv.kernels.triton.worklist import has_sums, item_of, item_of_row, num_items_of
 
 __all__ = ["finish_kernel", "recompute_kernel"]
@@ -115,7 +109,7 @@ def _add_kept(
 
 @triton.jit
 def _add_recomputed(
-    row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr, entry_ptr, q_stride, scale, layer,
+    row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr, entry_ptr, scale, layer,
     T: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, CENTRED: tl.constexpr, RAW_DOT: tl.constexpr,
     CODE_DOT: tl.constexpr, FAST: tl.constexpr,
@@ -124,7 +118,7 @@ def _add_recomputed(
     K: tl.constexpr = T.k
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
-    head_ptr = group_queries(q_ptr, row, q_stride, H, G, K)
+    head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
     operands, totals, factor = load_query(head_ptr, G, GROUP, K, DOT)
     if CENTRED:
         table_row = (tl.load(slots_ptr + row // H) * L + layer) * H + row % H
@@ -204,7 +198,6 @@ def recompute_kernel(
     num_items_ptr,  # [3]
     row_items_ptr,  # [R * H, ROW_FIELDS]
     lse_ptr,  # [items, G] f32, to base 2
-    q_stride,
     scale,
     score_tiles,
     layer,
@@ -234,12 +227,12 @@ def recompute_kernel(
             if tier == 0:
                 _add_recomputed(
                     row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr,
-                    leaves_ptr + entry, q_stride, scale, layer,
+                    leaves_ptr + entry, scale, layer,
                     HIGH, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip
             elif len(TIERS) > 1 and LOW.tracked:
                 _add_recomputed(
                     row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr,
-                    leaves_ptr + entry, q_stride, scale, layer,
+                    leaves_ptr + entry, scale, layer,
                     LOW, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip

@@ -31,7 +31,7 @@ def _prepare_kernel(
     num_items_ptr,  # [3] out
     query_ptr,  # [R, H * G, D]
     signs_ptr,  # [D] f32
-    q_ptr,  # [R, H * G, D] out, rotated
+    q_ptr,  # [R, H * G, D] out
     query_stride,
     norm,
     layer,
@@ -60,7 +60,7 @@ def _prepare_kernel(
     FOLLOWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The first programs list the work (`list_kernel`), the others rotate queries.
+    """The first programs list the work (`list_kernel`), the others put queries together, rotated.
 
     FOLLOWS: nothing of it needs what the launch ahead does, which is `append`'s and has itself waited.
     """
@@ -74,15 +74,17 @@ def _prepare_kernel(
             num_items_ptr, layer, R_H, programs, room, L, H, TABLE, TIERS, TILE, TOKENS, MAX,
             CHAIN_WIDTH, CLOSED, ROWS, COUNT,
         )  # fmt: skip
-    elif ROTATED:
+    else:
         vector = (pid - lists) * VECTORS + tl.arange(0, VECTORS)
         d = tl.arange(0, DP)
         mask = (vector < num_queries)[:, None] & (d < D)[None, :]
         r = (vector // (H * G)).to(tl.int64)
         at = (r * query_stride + vector % (H * G) * D)[:, None] + d[None, :]
-        x = tl.load(query_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        sign = tl.load(signs_ptr + d, mask=d < D, other=0.0)
-        y = rotated(x, sign, norm, q_ptr.dtype.element_ty, VECTORS, DP, BLOCK, False)
+        y = tl.load(query_ptr + at, mask=mask, other=0.0)
+        if ROTATED:
+            sign = tl.load(signs_ptr + d, mask=d < D, other=0.0)
+            y = y.to(tl.float32)
+            y = rotated(y, sign, norm, q_ptr.dtype.element_ty, VECTORS, DP, BLOCK, False)
         tl.store(q_ptr + vector.to(tl.int64)[:, None] * D + d[None, :], y, mask=mask)
     if FOLLOWS:
         wait(PDL)
@@ -109,7 +111,7 @@ def prepare(
         lists: items, those of each row, and their number, written.
         limits: the first item of closed rows, and how many programs attend.
         query: [R, num_q_heads, head_dim], rows maybe apart.
-        turned: likewise, written; the query itself where nothing is rotated.
+        turned: the same, rotated and contiguous, written.
         rotation: of the queries.
         follows_append: see `reference.attend`.
         constants: those of `list_kernel` that attention has, too, and how launches overlap.
@@ -117,9 +119,7 @@ def prepare(
     (room, programs), heads = limits, state.num_kv_heads
     rows, num_queries = len(slots) * heads, query.shape[0] * query.shape[1]
     head_dim, num_lists = query.shape[2], triton.cdiv(rows, LIST_ROWS)
-    rotates = rotation.constants["ROTATED"]
-    turners = triton.cdiv(num_queries, VECTORS) if rotates else 0
-    _prepare_kernel[(num_lists + turners,)](
+    _prepare_kernel[(num_lists + triton.cdiv(num_queries, VECTORS),)](
         slots, state.chain_lens, state.directory, state.num_tokens, *lists, query, rotation.signs,
         turned, query.stride(0), rotation.norm, layer, rows, programs, room, num_lists, num_queries,
         G=query.shape[1] // heads, D=head_dim, DP=triton.next_power_of_2(head_dim),

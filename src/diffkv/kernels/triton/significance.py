@@ -88,7 +88,8 @@ def _item(
     n = tl.where(r < R, tl.load(starts_k_ptr + request + 1) - first_k, 0)
     without = 0
     if OWN:
-        without = n - (tl.load(own_ptr + request + 1) - tl.load(own_ptr + request))
+        own = tl.load(own_ptr + request + 1) - tl.load(own_ptr + request)
+        without = tl.where(r < R, n - own, 0)
     # Where a token is in its program does not depend on which sums are asked for
     token = (without // B + pid - before) * B + tl.arange(0, B)
     d = tl.arange(0, DP)

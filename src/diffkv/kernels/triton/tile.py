@@ -22,7 +22,6 @@ __all__ = [
     "BIAS",
     "centre_shift",
     "folded",
-    "group_queries",
     "load_query",
     "part_elements",
     "tile_places",
@@ -151,14 +150,6 @@ def _in_split(SPLIT: tl.constexpr, S: tl.constexpr):
     else:
         inside = column < S.width
     return inside
-
-
-@triton.jit
-def group_queries(
-    q_ptr, row, q_stride, H: tl.constexpr, G: tl.constexpr, S: tl.constexpr
-):  # fmt: skip
-    """Where the query heads of (request, head) `row` begin; requests are q_stride elements apart."""
-    return q_ptr + (row // H).to(tl.int64) * q_stride + row % H * (G * S.head_dim)
 
 
 @triton.jit
