@@ -37,7 +37,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend
 from vllm.v1.worker.utils import allocate_kv_cache
 
-from diffkv.vllm_plugin import engine_args
+from diffkv.vllm_plugin import engine_args, matrix
 from diffkv.vllm_plugin.division import divide
 
 MACHINE_CODE = (
@@ -51,6 +51,7 @@ DEVICE = torch.device("cpu")
 
 def become_a_gpu() -> None:
     """Have vLLM take its CUDA platform for the one that it runs on."""
+    matrix.refuse = lambda _: None  # what has not run on a GPU is refused, and built all the same
     for name in MACHINE_CODE:
         module = sys.modules[name] = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
@@ -112,7 +113,9 @@ def describe(config: Any, layers: list[Any]) -> dict[str, Any]:
     layout = resolve_kv_cache_layout(config, [layouts], specs.values())
     (cache,) = get_kv_cache_configs(config, [specs], [KV_BYTES])
     division = divide(cache, config)
-    groups, graphs, block_sizes = init_attn_backend(cache, config, DEVICE)
+    # vLLM's own answer is no where it finds no Triton
+    with mock.patch.object(type(config), "use_v2_model_runner", True):
+        groups, graphs, block_sizes = init_attn_backend(cache, config, DEVICE)
     caches = allocate_kv_cache(cache, DEVICE, layout, block_sizes)
     bytes_by_storage = {
         cache.untyped_storage().data_ptr(): cache.untyped_storage().nbytes()

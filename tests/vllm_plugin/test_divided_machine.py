@@ -9,7 +9,7 @@ OPERATIONS = 2500
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["one after the other", "overlapping"])
-@pytest.mark.parametrize(("num_blocks", "worst"), [(160, 0.1), (100, 0.9)], ids=["roomy", "tight"])
+@pytest.mark.parametrize(("num_blocks", "worst"), [(150, 0.1), (100, 0.9)], ids=["roomy", "tight"])
 def test_neither_part_runs_out_and_nothing_leaks(
     overlap: bool, num_blocks: int, worst: float
 ) -> None:

@@ -54,12 +54,12 @@ def _on_gpu(feature: str, asked: Callable[[Any], bool], status: str) -> Row:
 
 _ON_GPUS = (
     _on_gpu("sliding windows in some layers (Gemma 3)", layers.has_some_windows, WORKS),
-    _on_gpu("chunked local attention in some layers (Llama 4)", layers.has_some_chunks, WORKS),
+    _on_gpu("chunked local attention in some layers (Llama 4)", layers.has_some_chunks, REFUSED),
     _on_gpu(
-        "recurrent states beside full attention (Granite 4, Falcon-H1)", layers.has_states, WORKS
+        "recurrent states beside full attention (Granite 4, Falcon-H1)", layers.has_states, REFUSED
     ),
     _on_gpu(
-        "linear attention beside full attention (Qwen3-Next)", layers.has_linear_attention, WORKS
+        "linear attention beside full attention (Qwen3-Next)", layers.has_linear_attention, REFUSED
     ),
 )
 
