@@ -176,26 +176,28 @@ class PromptPath:
         """Keys and values that the parts of a wave attend to, one part after the other."""
         if not any(part.first for part in wave.parts):
             return vectors[1][wave.rows], vectors[2][wave.rows]
-        pairs = [
-            (seen[part.slot].key[: part.stop], seen[part.slot].value[: part.stop])
-            if part.first
-            else (vectors[1][part.rows], vectors[2][part.rows])
-            for part in wave.parts
-        ]
+        pairs = [PromptPath._pair(part, seen, vectors) for part in wave.parts]
         return joined([key for key, _ in pairs]), joined([value for _, value in pairs])
+
+    @staticmethod
+    def _pair(part: Part, seen: dict[int, Seen], vectors: Vectors) -> tuple[Tensor, Tensor]:
+        """Keys and values that a part attends to, where all heads see the same."""
+        if not part.first:
+            return vectors[1][part.rows], vectors[2][part.rows]
+        return seen[part.slot].key[: part.stop], seen[part.slot].value[: part.stop]
 
     def _attend_by_head(
         self, wave: Wave, seen: dict[int, Seen], vectors: Vectors, output: Tensor
     ) -> None:
         """Attend where heads may keep different tokens: one part after the other."""
         for part in wave.parts:
-            query, key, value = (x[part.rows] for x in vectors)
-            if part.first:
-                packed = seen[part.slot].by_head(part)
-                packed.attend(self._prefill, query, self._scale, output[part.rows])
+            query, out = vectors[0][part.rows], output[part.rows]
+            if self._may_differ(part):
+                seen[part.slot].by_head(part).attend(self._prefill, query, self._scale, out)
             else:
-                alone = Spans.of([part.stop], [part.stop], at_once(self._device))
-                self._prefill(query, key, value, alone, self._scale, output[part.rows])
+                alone = Spans.of([len(query)], [part.stop], at_once(self._device))
+                pair = self._pair(part, seen, vectors)
+                self._prefill(query, *pair, alone, self._scale, out)
 
     def _complete(
         self,
@@ -312,14 +314,14 @@ class PromptPath:
     def _sums_by_head(
         self, part: Part, query: Tensor, seen: dict[int, Seen], vectors: Vectors
     ) -> Tensor:
-        most = self._policy.scored_queries
-        if part.first:
+        most, place = self._policy.scored_queries, at_once(self._device)
+        if self._may_differ(part):
             packed = seen[part.slot].by_head(part)
             return packed.significance(self._ops, part, query, self._scale, most)
-        alone = Spans.of([len(query)], [part.stop], at_once(self._device))
-        starts = alone.query_starts, alone.key_starts, alone.key_starts
-        key = vectors[1][part.rows]
-        return self._ops.significance(query, key, *starts, len(key), self._scale, len(query))
+        alone = Spans.of([len(query)], [part.stop], place)
+        starts = alone.query_starts, alone.key_starts, place([0, part.length])
+        key, _ = self._pair(part, seen, vectors)
+        return self._ops.significance(query, key, *starts, part.length, self._scale, len(query))
 
     def _scoring_queries(
         self,
