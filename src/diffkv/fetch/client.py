@@ -1,6 +1,5 @@
 """Install one pinned package into a folder of its own, with the package client that is there."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 
 from rich.console import Console
@@ -54,13 +54,22 @@ class Package:
         return f"{self.name}=={self.version} --hash=sha256:{self.sha256}"
 
 
+def _has_pip() -> bool:
+    """Whether pip is installed.
+
+    The module is not asked for: setuptools watches for that, and then this process cannot import
+    setuptools any more, which torch does.
+    """
+    return next(iter(distributions(name="pip")), None) is not None
+
+
 def _client() -> tuple[str, list[str]]:
     """The client's name, and how to have it install packages.
 
     Raises:
         ConfigError: there is none.
     """
-    if importlib.util.find_spec("pip") is not None:
+    if _has_pip():
         quiet = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
         return "pip", [sys.executable, "-m", "pip", "install", *quiet]
     places = [str(Path(sys.executable).parent), *os.get_exec_path()]
