@@ -53,7 +53,6 @@ class DiffKVCache:
         self._segment = segment
         self._device = state.pages.device
         self._rotator = Rotator(ops, signs)
-        self._signs = signs
         self._prompts = PromptPath(state, ops, scale, policy, prefill, self._rotator)
 
     def warm_up(self, num_q_heads: int) -> None:
@@ -83,10 +82,10 @@ class DiffKVCache:
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
         self._ops.store_prompt(state, 0, tokens, tiers, sums)
         plan = self._ops.plan_decode(state, nobody, torch.ones_like(nobody))
-        self._ops.append(state, 0, plan, key, key, self._signs)
+        self._ops.append(state, 0, plan, key, key, self._rotator.signs)
         out = torch.empty_like(query)
         self._ops.attend(
-            state, 0, nobody, query, self._scale, out, self._signs, follows_append=True
+            state, 0, nobody, query, self._scale, out, self._rotator.signs, follows_append=True
         )
         self._ops.store_prompt(self._prompts.exact, 0, tokens, tiers, sums)
         for each in (state, self._prompts.exact):
@@ -207,13 +206,20 @@ class DiffKVCache:
         output: Tensor,
     ) -> None:
         query, key, value = (x[rows] for x in vectors)
-        self._ops.append(self.state, layer, plan, key, value, self._signs)
+        self._ops.append(self.state, layer, plan, key, value, self._rotator.signs)
         if isinstance(rows, slice) and output[rows].is_contiguous():
             out = output[rows]
         else:
             out = torch.empty_like(output[rows])
         self._ops.attend(
-            self.state, layer, plan.slots, query, self._scale, out, self._signs, follows_append=True
+            self.state,
+            layer,
+            plan.slots,
+            query,
+            self._scale,
+            out,
+            self._rotator.signs,
+            follows_append=True,
         )
         if out.data_ptr() != output[rows].data_ptr():
             output[rows] = out

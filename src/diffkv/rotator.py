@@ -14,21 +14,24 @@ class Rotator:
     Args:
         ops: the kernels, as `diffkv.ops.load` returns them.
         signs: [head_dim] float32 of the rotation; None for none.
+
+    Attributes:
+        signs: the same.
     """
 
     def __init__(self, ops: Ops, signs: Tensor | None) -> None:
         self._ops = ops
-        self._signs = signs
+        self.signs = signs
 
     def rotate(self, vectors: Tensor) -> Tensor:
         """[..., head_dim] as they are stored; the same tensor where nothing is rotated."""
-        if self._signs is None:
+        if self.signs is None:
             return vectors
         out = torch.empty(vectors.shape, dtype=vectors.dtype, device=vectors.device)
-        self._ops.rotate(vectors, self._signs, False, out)
+        self._ops.rotate(vectors, self.signs, False, out)
         return out
 
     def unrotate(self, vectors: Tensor) -> None:
         """Turn vectors back that were read of pages, in place."""
-        if self._signs is not None:
-            self._ops.rotate(vectors, self._signs, True, vectors)
+        if self.signs is not None:
+            self._ops.rotate(vectors, self.signs, True, vectors)

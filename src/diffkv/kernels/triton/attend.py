@@ -153,8 +153,7 @@ def _check(
     scale: float,
     output: Tensor,
     device: torch.device,
-) -> int:
-    """Refuse what is no call of `attend`; elements between the rows of the queries."""
+) -> None:
     num_requests, num_q_heads, _ = query.shape
     check_index("layer", layer, state.num_layers)
     if scale <= 0:
@@ -163,7 +162,7 @@ def _check(
     check_tensor("slots", slots, device, torch.int32, num_requests)
     shape = (num_requests, num_q_heads, state.layout.head_dim)
     check_tensor("output", output, device, state.dtype, *shape)
-    return check_packed("query", query, device, state.dtype, *shape)
+    check_packed("query", query, device, state.dtype, *shape)
 
 
 class _Scratch(NamedTuple):
@@ -180,6 +179,8 @@ class _Scratch(NamedTuple):
         probs: probabilities of the tiles that are kept.
         most: their maxima.
         keeps_all: whether those are all tiles.
+        query: the queries, put together.
+        is_new: whether any of it was made for this call.
     """
 
     items: Tensor
@@ -191,15 +192,17 @@ class _Scratch(NamedTuple):
     probs: Tensor
     most: Tensor
     keeps_all: bool
+    query: Tensor
+    is_new: bool
 
     @classmethod
-    def of(
-        cls, state: PoolState, work: Workspace, num_requests: int, group: int, tile: int
-    ) -> "_Scratch":
-        """The memory for some requests, made for more."""
-        f32, i32 = torch.float32, torch.int32
-        rows = num_requests * state.num_kv_heads
-        most_rows = work.num_requests(num_requests) * state.num_kv_heads
+    def of(cls, state: PoolState, work: Workspace, query: Tensor, tile: int) -> "_Scratch":
+        """The memory for some queries, made for more."""
+        f32, i32, num_made = torch.float32, torch.int32, work.num_made
+        num_requests, num_q_heads, head_dim = query.shape
+        group, rows = num_q_heads // state.num_kv_heads, num_requests * state.num_kv_heads
+        most_requests = work.num_requests(num_requests)
+        most_rows = most_requests * state.num_kv_heads
         pages = _most_pages(state, most_rows)
         room = most_items(state.layout, most_rows, pages, _table(state), work.tuning.chunk_tokens)
         num = room + most_rows * most_closed_chunks(state.layout, state.chain_width)
@@ -210,12 +213,16 @@ class _Scratch(NamedTuple):
             work.buffer("items", i32, num, ITEM_FIELDS),
             work.buffer("row_items", i32, rows, ROW_FIELDS, least=most_rows * ROW_FIELDS),
             work.buffer("num_items", i32, 3),
-            work.buffer("partial", f32, num, group, state.layout.head_dim),
+            work.buffer("partial", f32, num, group, head_dim),
             work.buffer("lse", f32, num, group),
             room,
             work.buffer("probs", dtype, tiles, tile, group),
             work.buffer("most", f32, tiles, group),
             keeps_all,
+            work.buffer(
+                "query", state.dtype, *query.shape, least=most_requests * num_q_heads * head_dim
+            ),
+            work.num_made > num_made,
         )
 
 
@@ -227,6 +234,13 @@ def _products(state: PoolState, fast: bool) -> dict[str, Any]:
     code_dot = tl.float32 if dtype is tl.float32 else tl.float16
     centred = state.centre_dim > 0
     return {"RAW_DOT": raw_dot, "CODE_DOT": code_dot, "FAST": fast, "CENTRED": centred}
+
+
+def _finishers(state: PoolState, work: Workspace, most: int) -> int:
+    """Programs that add to sums, at most so many: none where no tier has any."""
+    if not any(tier.tracked for tier in state.layout.tiers):
+        return 0
+    return min(most, work.multiprocessors * FINISH_PROGRAMS)
 
 
 def attend(
@@ -254,24 +268,23 @@ def attend(
     tuning, heads = work.tuning, state.num_kv_heads
     group, rows = num_q_heads // heads, num_requests * heads
     tile = tuning.tile or tile_tokens(state.layout)
-    num_made = work.num_made
-    scratch = _Scratch.of(state, work, num_requests, group, tile)
-    items, row_items, num_items, partial, lse, room, probs, most, keeps_all = scratch
+    scratch = _Scratch.of(state, work, query, tile)
+    items, row_items, num_items, partial, lse, room, probs, most, keeps_all, turned, is_new = (
+        scratch
+    )
     score_tiles, padded = len(most), triton.next_power_of_2(head_dim)
     chunks, closed = most_chunks(_table(state)), most_closed_chunks(state.layout, state.chain_width)
     programs = min(rows * (chunks + closed), work.multiprocessors * tuning.programs)
     tiles = {"TIERS": work.tiers, "TILE": tile, **work.overlap}
     tables = {"L": state.num_layers, "H": heads, "TABLE": work.table, "TOKENS": tuning.chunk_tokens}
-    most_queries = work.num_requests(num_requests) * num_q_heads
-    turned = work.buffer("query", state.dtype, *query.shape, least=most_queries * head_dim)
-    # Memory that is new may be written to by what fills it, as torch can be told to
-    follows_append &= work.num_made == num_made
+    # What is new may be written to by what fills it, as torch can be told to
+    follows_append &= not is_new
     prepare(
         state, layer, slots, (items, row_items, num_items), (room, programs), query, turned, rotation,
         follows_append, {"MAX": chunks, "CLOSED": closed, **tiles, **tables},
     )  # fmt: skip
-    columns = max(MIN_COLUMNS, triton.next_power_of_2(group))
-    shared = {"G": group, "GROUP": columns, "PAGE": state.layout.page_bytes, **tiles}
+    columns = {"G": group, "GROUP": max(MIN_COLUMNS, triton.next_power_of_2(group))}
+    shared = {**columns, "PAGE": state.layout.page_bytes, **tiles}
     products, scale = _products(state, tuning.fast), scale * LOG2_E
     _attend_kernel[(programs,)](
         slots, state.chains, state.directory, state.num_tokens, state.centres, turned, state.pages,
@@ -279,10 +292,7 @@ def attend(
         CHAINED=state.chain_width > 0, num_warps=tuning.num_warps,
         num_stages=tuning.num_stages, maxnreg=tuning.max_registers, **shared, **products, **tables,
     )  # fmt: skip
-    finishers = min(rows * chunks, work.multiprocessors * FINISH_PROGRAMS)
-    if not any(tier.tracked for tier in state.layout.tiers):
-        finishers = 0
-    finish_kernel[(rows * group + finishers,)](
+    finish_kernel[(rows * group + _finishers(state, work, rows * chunks),)](
         output, state.pages, state.leaves, items, num_items, row_items, partial, lse, probs, most,
         rotation.signs, rotation.norm, score_tiles, rows * group,
         D=head_dim, D_PADDED=padded, num_warps=2, num_stages=2, **shared, **rotation.constants,

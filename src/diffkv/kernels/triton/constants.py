@@ -3,6 +3,7 @@
 A constant that follows from others is computed here and not in a kernel.
 """
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -54,6 +55,7 @@ OVERLAPPING = (9, 0)
 """Least compute capability of GPUs that begin a launch before the one ahead of it has ended."""
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Number of a device's multiprocessors."""
     if device.type != "cuda":
@@ -61,6 +63,7 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.cache
 def overlaps(device: torch.device) -> bool:
     """Whether launches on a device can overlap with the ones ahead of them."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OVERLAPPING

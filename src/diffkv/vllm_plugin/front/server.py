@@ -64,17 +64,11 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
     """
     check_version()
     check_model(model)
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
-    from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from diffkv.vllm_plugin.front.moved import (
-        cli_env_setup,
-        make_arg_parser,
-        validate_parsed_serve_args,
-    )
+    from diffkv.vllm_plugin.front.moved import cli_env_setup, make_arg_parser
 
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="diffkv serve", add_help=False))
@@ -90,13 +84,7 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
     ours = [admission_path(options)]
     # a user's own replace what was given before them
     args.logits_processors = [*ours, *(p for p in args.logits_processors if p not in ours)]
-    try:
-        validate_parsed_serve_args(args)
-        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
-            UsageContext.OPENAI_API_SERVER
-        )
-    except (ValueError, OSError, TypeError) as error:
-        raise ConfigError(f"vLLM refuses these settings: {first_line(error)}") from error
+    config = _engine_config(args)
     check_config(config, options)
     args.enable_prefix_caching = settle_prefix_caching(config, args.enable_prefix_caching)
     configure_logging_from_args(args)
@@ -107,6 +95,26 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
         "diffkv: the engine died, and so the server ended: its log has the reason", file=sys.stderr
     )
     return 1
+
+
+def _engine_config(args: Any) -> Any:
+    """vLLM's configuration of an engine with these settings.
+
+    Raises:
+        ConfigError: vLLM refuses them.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from diffkv.vllm_plugin.front.moved import validate_parsed_serve_args
+
+    try:
+        validate_parsed_serve_args(args)
+        return AsyncEngineArgs.from_cli_args(args).create_engine_config(
+            UsageContext.OPENAI_API_SERVER
+        )
+    except (ValueError, OSError, TypeError) as error:
+        raise ConfigError(f"vLLM refuses these settings: {first_line(error)}") from error
 
 
 def _refuse_flags(flags: Sequence[str]) -> None:
