@@ -16,6 +16,7 @@ from diffkv.kernels.triton.codes import (
     write_side,
     write_vectors,
 )
+from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.rotate import rotated, rotation_of
 from diffkv.kernels.triton.table import centre_of
@@ -156,7 +157,8 @@ def append(
     rotation = rotation_of(signs, head_dim, work.device)
     if not num_requests:
         return
-    _append_kernel[(num_requests, heads)](
+    launch(
+        _append_kernel, (num_requests, heads),
         plan.slots, state.centres, plan.positions, plan.places, key, value,
         rotation.signs, state.pages, key_stride, value_stride, rotation.norm, layer,
         L=state.num_layers, H=heads, D=head_dim, DP=triton.next_power_of_2(head_dim),

@@ -15,6 +15,7 @@ from diffkv.kernels.check import check_group, check_index, check_packed, check_t
 from diffkv.kernels.triton.chunk import attend_item
 from diffkv.kernels.triton.constants import DTYPES, MIN_COLUMNS, tile_tokens
 from diffkv.kernels.triton.finish import finish_kernel, recompute_kernel
+from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.prepare import prepare
 from diffkv.kernels.triton.rotate import rotation_of
@@ -286,19 +287,22 @@ def attend(
     columns = {"G": group, "GROUP": max(MIN_COLUMNS, triton.next_power_of_2(group))}
     shared = {**columns, "PAGE": state.layout.page_bytes, **tiles}
     products, scale = _products(state, tuning.fast), scale * LOG2_E
-    _attend_kernel[(programs,)](
+    launch(
+        _attend_kernel, (programs,),
         slots, state.chains, state.directory, state.num_tokens, state.centres, turned, state.pages,
         state.leaves, items, num_items, partial, lse, probs, most, scale, score_tiles, layer, room,
         CHAINED=state.chain_width > 0, num_warps=tuning.num_warps,
         num_stages=tuning.num_stages, maxnreg=tuning.max_registers, **shared, **products, **tables,
     )  # fmt: skip
-    finish_kernel[(rows * group + _finishers(state, work, rows * chunks),)](
+    launch(
+        finish_kernel, (rows * group + _finishers(state, work, rows * chunks),),
         output, state.pages, state.leaves, items, num_items, row_items, partial, lse, probs, most,
         rotation.signs, rotation.norm, score_tiles, rows * group,
         D=head_dim, D_PADDED=padded, num_warps=2, num_stages=2, **shared, **rotation.constants,
     )  # fmt: skip
     if not keeps_all:
-        recompute_kernel[(programs,)](
+        launch(
+            recompute_kernel, (programs,),
             slots, state.centres, turned, state.pages, state.leaves, items, num_items, row_items, lse,
             scale, score_tiles, layer, L=state.num_layers, H=heads,
             num_warps=1, num_stages=2, **shared, **products,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffkv.kernels.check import check_tensor
 from diffkv.kernels.triton.codes import position_pointers, sum_pointers
+from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.table import enter_page, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.policy import SCORED_QUERIES
@@ -319,20 +320,29 @@ def plan_decode(state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan
     plan = DecodePlan(slots, positions, places)
     if not num_requests:
         return plan
-    _decide_kernel[(num,)](
+    launch(
+        _decide_kernel, (num,),
         slots, seq_lens, state.pages, state.leaves, state.directory, state.num_tokens,
         state.num_pages_held, state.thresholds, state.prompt_lens, wants, places, positions,
         L=layers, H=heads, TABLE=work.table, PAGE=state.layout.page_bytes,
         WINDOW=state.window, TIERS=work.tiers, B=SEARCH_TOKENS, num_warps=4,
     )  # fmt: skip
-    _apply_kernel[(triton.cdiv(num, APPLY_HEADS),)](
+    launch(
+        _apply_kernel, (triton.cdiv(num, APPLY_HEADS),),
         slots, wants, state.free_ring, state.ring_ends, state.leaves, state.free_leaves,
         state.leaf_ends, state.directory, state.num_tokens, state.num_pages_held, places, total,
         state.num_pages, len(state.free_leaves), num,
         HEADS=layers * heads, TABLE=work.table, TIERS=work.tiers, B=APPLY_HEADS,
         COUNT=COUNT_BLOCK, num_warps=4,
     )  # fmt: skip
-    _finish_kernel[(1,)](
-        total, state.ring_ends, state.leaf_ends, state.demotions, state.overruns, num_warps=1
+    launch(
+        _finish_kernel,
+        (1,),
+        total,
+        state.ring_ends,
+        state.leaf_ends,
+        state.demotions,
+        state.overruns,
+        num_warps=1,
     )
     return plan

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.rotate import Rotation, rotated
 from diffkv.kernels.triton.worklist import list_kernel
@@ -119,7 +120,8 @@ def prepare(
     (room, programs), heads = limits, state.num_kv_heads
     rows, num_queries = len(slots) * heads, query.shape[0] * query.shape[1]
     head_dim, num_lists = query.shape[2], triton.cdiv(rows, LIST_ROWS)
-    _prepare_kernel[(num_lists + triton.cdiv(num_queries, VECTORS),)](
+    launch(
+        _prepare_kernel, (num_lists + triton.cdiv(num_queries, VECTORS),),
         slots, state.chain_lens, state.directory, state.num_tokens, *lists, query, rotation.signs,
         turned, query.stride(0), rotation.norm, layer, rows, programs, room, num_lists, num_queries,
         G=query.shape[1] // heads, D=head_dim, DP=triton.next_power_of_2(head_dim),

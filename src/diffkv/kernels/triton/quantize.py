@@ -8,6 +8,7 @@ from torch import Tensor
 from diffkv.kernels.check import check_dtype, check_format, check_tensor
 from diffkv.kernels.triton.codes import load_elements, plane_elements, rounded, store_vectors
 from diffkv.kernels.triton.constants import tile_vectors, vector_side
+from diffkv.kernels.triton.launch import launch
 
 __all__ = ["dequantize", "quantize"]
 
@@ -61,7 +62,8 @@ def quantize(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
     meta = torch.empty(num_vectors, groups, 2, dtype=torch.float16, device=x.device)
     tile = tile_vectors(head_dim)
     if num_vectors:
-        _quantize_kernel[(triton.cdiv(num_vectors, tile),)](
+        launch(
+            _quantize_kernel, (triton.cdiv(num_vectors, tile),),
             x, codes, meta, num_vectors, S=vector_side(bits, groups, head_dim), T=tile,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -81,7 +83,8 @@ def dequantize(codes: Tensor, meta: Tensor, bits: int, dtype: torch.dtype) -> Te
     x = torch.empty(num_vectors, head_dim, dtype=dtype, device=codes.device)
     tile = tile_vectors(head_dim)
     if num_vectors:
-        _dequantize_kernel[(triton.cdiv(num_vectors, tile),)](
+        launch(
+            _dequantize_kernel, (triton.cdiv(num_vectors, tile),),
             codes, meta, x, num_vectors, S=vector_side(bits, groups, head_dim), T=tile,
             enable_fp_fusion=False,
         )  # fmt: skip

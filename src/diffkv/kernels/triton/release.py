@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.check import check_index, check_tensor
+from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.ring import scan_kernel
 from diffkv.kernels.triton.table import leaf_column, num_leaves, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
@@ -126,16 +127,19 @@ def release(state: PoolState, slots: Tensor, layer: int) -> None:
     totals = work.buffer("release_totals", torch.int32, *rows, least=2 * most)
     before = work.buffer("release_before", torch.int32, *rows, heads, 2, least=4 * most * heads)
     first = work.buffer("release_first", torch.int64, *rows, least=2 * most)
-    _count_kernel[(num_requests * num_layers,)](
+    launch(
+        _count_kernel, (num_requests * num_layers,),
         slots, state.num_pages_held, totals, before, first_layer, num_layers,
         L=state.num_layers, H2=2 * heads, H2_PADDED=triton.next_power_of_2(2 * heads),
         TABLE=work.table, num_warps=1,
     )  # fmt: skip
-    scan_kernel[(1,)](
+    launch(
+        scan_kernel, (1,),
         totals, first, state.ring_ends, state.leaf_ends, state.overruns, num_requests * num_layers,
         TAKE=False, B=SCAN_BLOCK, num_warps=8,
     )  # fmt: skip
-    _give_back_kernel[(num_requests * num_layers, 2 * heads)](
+    launch(
+        _give_back_kernel, (num_requests * num_layers, 2 * heads),
         slots, first, before, state.free_ring, state.leaves, state.free_leaves, state.directory,
         state.num_tokens, state.num_pages_held, first_layer, num_layers, state.num_pages,
         len(state.free_leaves), L=state.num_layers, H=heads, TABLE=work.table, B=PAGE_BLOCK,

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.check import check_report
+from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.state import PoolState
 
@@ -84,7 +85,8 @@ def report(state: PoolState, slots: Tensor, numbers: Tensor) -> None:
     work = workspace(state)
     most = check_report(slots, numbers, work.device)
     heads, tiers = state.num_layers * state.num_kv_heads, state.layout.tiers
-    _report_kernel[(len(numbers),)](
+    launch(
+        _report_kernel, (len(numbers),),
         slots, state.num_tokens, state.num_pages_held, state.ring_ends, state.demotions,
         state.overruns, numbers, HEADS=heads, HIGH=tiers[0].tokens_per_page,
         LOW=tiers[1].tokens_per_page if len(tiers) > 1 else 0, MOST=most,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffkv.kernels.check import check_scored
 from diffkv.kernels.triton.constants import DTYPES, MIN_DOT
+from diffkv.kernels.triton.launch import launch
 
 __all__ = ["significance"]
 
@@ -327,16 +328,27 @@ def significance(
         shape = (num_items, num_q_heads, padded_queries)
         most, total = torch.empty(2, *shape, dtype=torch.float32, device=device).unbind()
         found = torch.empty(num_requests, *shape[1:], dtype=torch.float32, device=device)
-        _lse_kernel[(num_items, num_kv_heads)](
-            *inputs, most, total, *numbers, **packed, **queries, **heads, num_warps=8
+        launch(
+            _lse_kernel,
+            (num_items, num_kv_heads),
+            *inputs,
+            most,
+            total,
+            *numbers,
+            **packed,
+            **queries,
+            **heads,
+            num_warps=8,
         )
-        _merge_kernel[(num_requests, num_q_heads, padded_queries // rows)](
+        launch(
+            _merge_kernel, (num_requests, num_q_heads, padded_queries // rows),
             cu_seqlens_k, most, total, found, num_requests, HEADS=num_q_heads, ITEMS=MERGE_ITEMS,
             **packed, **queries, num_warps=4,
         )  # fmt: skip
     tokens = min(tokens, SUM_TOKENS)
     added = (*inputs, cu_seqlens_own, found, sums)
-    _sum_kernel[(triton.cdiv(num_own, tokens) + 2 * num_requests, num_kv_heads)](
+    launch(
+        _sum_kernel, (triton.cdiv(num_own, tokens) + 2 * num_requests, num_kv_heads),
         *added, *numbers, num_own, lse_stride, GIVEN=lse is not None,
         **packed | {"B": tokens}, **queries, **heads, num_warps=4,
     )  # fmt: skip
