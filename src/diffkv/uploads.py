@@ -57,8 +57,8 @@ class Uploads:
         self._buffers = []
 
 
-def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[len(values)], copied without waiting for the device."""
+def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[len(values)] of a list or an array, copied without waiting for the device."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 

@@ -23,10 +23,11 @@ from diffkv.vllm_plugin.connector import DiffKVConnector
 from diffkv.vllm_plugin.front.admission import Admission
 from diffkv.vllm_plugin.messages import PagesHeld
 from diffkv.vllm_plugin.scheduler.manager import DiffKVManager
+from diffkv.vllm_plugin.worker import runner as runner_of_vllm
 from diffkv.vllm_plugin.worker.backend import DiffKVImpl, DiffKVMetadata
 from diffkv.vllm_plugin.worker.cache import BatchRows, WorkerCache
-from diffkv.vllm_plugin.worker.graphs import keep_prompts_out
 from diffkv.vllm_plugin.worker.prefill import choose_prefill
+from diffkv.vllm_plugin.worker.runner import follow_batches
 from diffkv.vllm_plugin.worker.snapshot import Snapshots
 
 
@@ -138,8 +139,10 @@ def test_no_whole_graph_has_a_prompt_in_it(monkeypatch: pytest.MonkeyPatch) -> N
     """vLLM counts the last token of a prompt as a generated one, where it is computed by itself."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    count = GPUModelRunner.gather_batch_req_state
+    count, batches = GPUModelRunner.gather_batch_req_state, []
     monkeypatch.setattr(GPUModelRunner, "gather_batch_req_state", count)
+    group = SimpleNamespace(worker=SimpleNamespace(note_batch=batches.append))
+    monkeypatch.setattr(runner_of_vllm, "get_kv_transfer_group", lambda: group)
     step = SimpleNamespace(
         num_scheduled_tokens={"a": 1, "b": 1},
         total_num_scheduled_tokens=2,
@@ -161,14 +164,43 @@ def test_no_whole_graph_has_a_prompt_in_it(monkeypatch: pytest.MonkeyPatch) -> N
                 num_computed_prefill_tokens=np.array(num_computed),
             ),
         )
+        batches.clear()
         return GPUModelRunner.gather_batch_req_state(runner, step, False)[1]
 
     assert tokens_each("DiffKVConnector", [99, 50]) == 1
     for _ in range(2):
-        keep_prompts_out()
+        follow_batches()
         assert tokens_each("DiffKVConnector", [99, 50]) is None
+        assert sorted(*batches) == ["a", "b"]
         assert tokens_each("DiffKVConnector", [100, 50]) == 1
+        assert sorted(*batches) == ["a", "b"]
         assert tokens_each("OffloadingConnector", [99, 50]) == 1
+        assert not batches
+
+
+def test_a_batch_of_which_all_is_known_asks_the_device_nothing(
+    monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], stock: list[list[int]]
+) -> None:
+    """The second runner says whose rows there are; with the first one the device is asked."""
+    split, compared = WorkerCache._split, []
+
+    def told(self: WorkerCache, slots: Tensor, starts: np.ndarray, lens: Tensor) -> Any:
+        names = {request.slot: name for name, request in self._scheduled.items()}
+        asked = split(self, slots, starts, lens)
+        self.note_batch([names[slot] for slot in slots.tolist()])
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "cpu", None)
+            chunks, index, places = split(self, slots, starts, lens)
+        assert (chunks, index.tolist()) == (asked[0], asked[1].tolist())
+        assert str(places) == str(asked[2])
+        compared.append(len(chunks))
+        return chunks, index, places
+
+    monkeypatch.setattr(WorkerCache, "_split", told)
+    with engine("k16v16", max_num_batched_tokens=256) as llm:
+        run = greedy(llm, prompts[:12], NEW_TOKENS)
+    assert run.token_ids == stock[:12]
+    assert len(compared) > 3 and max(compared) > 1
 
 
 def test_reports_a_step_late(

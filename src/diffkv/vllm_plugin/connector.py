@@ -22,7 +22,7 @@ from diffkv.vllm_plugin.options import Options
 from diffkv.vllm_plugin.scheduler.side import SchedulerSide
 from diffkv.vllm_plugin.support import check_config
 from diffkv.vllm_plugin.worker.cache import WorkerCache
-from diffkv.vllm_plugin.worker.graphs import keep_prompts_out
+from diffkv.vllm_plugin.worker.runner import follow_batches
 
 __all__ = ["DiffKVConnector"]
 
@@ -101,7 +101,7 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Make the pool in the allocation that vLLM made for all layers."""
         if self._vllm_config.use_v2_model_runner:
-            keep_prompts_out()
+            follow_batches()
         self.worker = WorkerCache(
             kv_caches, self._options, self._vllm_config, self._kv_cache_config, self._division
         )

@@ -16,6 +16,7 @@ from diffkv import ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk, Step
 from diffkv.quant import ConfigError
 from diffkv.rotation import signs_of
+from diffkv.uploads import on_device
 from diffkv.vllm_plugin.division import Division, group_of
 from diffkv.vllm_plugin.messages import PagesHeld, Started, StepMessage
 from diffkv.vllm_plugin.metrics import DiffKVStats
@@ -133,6 +134,7 @@ class WorkerCache:
         self._is_reported = False
         self._message = StepMessage()
         self._scheduled: dict[str, RunningRequest] = {}
+        self._batch: Sequence[str] = ()
         self._has_prompts = False
         self._ended: list[RunningRequest] = []
 
@@ -186,6 +188,10 @@ class WorkerCache:
                 slot, start.block_id, ends, start.epoch, chain, first, first
             )
 
+    def note_batch(self, names: Sequence[str]) -> None:
+        """Whose rows the next batch has, in order; whoever does not know leaves it to the device."""
+        self._batch = names
+
     def load_errors(self) -> set[int]:
         """Blocks of the step's requests that are too large for the whole pool."""
         return {self._scheduled[name].block_id for name in self._message.failed}
@@ -193,8 +199,8 @@ class WorkerCache:
     def plan(self, rows: BatchRows) -> Step:
         """Sort the rows of a step into prompts and generated tokens, and plan the latter.
 
-        A step without prompts is planned from device tensors alone: the host waits for nothing, and a
-        CUDA graph can have the plan in it.
+        The host waits for nothing, but where there are prompts and nobody has said whose the rows are. A
+        step without prompts is planned from device tensors alone: a CUDA graph can have the plan in it.
         """
         slots, seq_lens = self._rows.of_block.index_select(0, rows.block_ids), rows.seq_lens
         prompts: list[PromptChunk] = []
@@ -222,7 +228,7 @@ class WorkerCache:
         self, row_slots: Tensor, query_starts: np.ndarray, seq_lens: Tensor
     ) -> tuple[list[PromptChunk], Tensor, slice | Tensor]:
         """Prompt chunks; the rows that are generated tokens; and where those are in the batch."""
-        slots, lengths = row_slots.cpu().numpy(), seq_lens.cpu().numpy()
+        slots, lengths = self._on_host(row_slots, seq_lens)
         num_new = np.diff(query_starts)
         used = (slots >= 0) & (num_new > 0)
         generated = used & (lengths > self._rows.prompt_lens[slots])
@@ -239,10 +245,24 @@ class WorkerCache:
         rows = np.nonzero(generated)[0]
         assert (num_new[rows] == 1).all(), "a request cannot generate several tokens in a step"
         starts = query_starts[:-1][rows].astype(np.int64)
-        index = torch.from_numpy(rows).to(row_slots.device)
+        index, places = (on_device(x, torch.int64, row_slots.device) for x in (rows, starts))
         if len(rows) == 0 or starts[-1] == len(rows) - 1:
             return prompts, index, slice(0, len(rows))
-        return prompts, index, torch.from_numpy(starts).to(row_slots.device)
+        return prompts, index, places
+
+    def _on_host(self, row_slots: Tensor, seq_lens: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Slot of each row, and tokens of its request after the step."""
+        batch, self._batch = self._batch, ()
+        if not batch:
+            return row_slots.cpu().numpy(), seq_lens.cpu().numpy()
+        slots, lengths = np.full(len(row_slots), -1), np.zeros(len(row_slots), dtype=np.int64)
+        requests = [self._scheduled[name] for name in batch]
+        lengths[: len(batch)] = [request.num_tokens for request in requests]
+        slots[: len(batch)] = [
+            -1 if name in self._message.failed else request.slot
+            for name, request in zip(batch, requests, strict=True)
+        ]
+        return slots, lengths
 
     def report(self) -> dict[str, PagesHeld]:
         """Each request of the step that just ended, or of the one before it.
