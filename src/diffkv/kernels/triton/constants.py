@@ -20,9 +20,11 @@ __all__ = [
     "Side",
     "Table",
     "Tier",
+    "cdiv",
     "chunk_shift",
     "multiprocessors",
     "overlaps",
+    "power_of_2",
     "tiers_of",
     "tile_vectors",
     "vector_side",
@@ -53,6 +55,16 @@ INTERPRETED_MULTIPROCESSORS = 2
 
 OVERLAPPING = (9, 0)
 """Least compute capability of GPUs that begin a launch before the one ahead of it has ended."""
+
+
+def cdiv(a: int, b: int) -> int:
+    """Quotient, rounded up; Triton's own takes several times as long on the host."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest one that is not below n, of 1 or more."""
+    return 1 << (n - 1).bit_length()
 
 
 @functools.cache
@@ -199,9 +211,9 @@ def _side(bits: int, groups: int, head_dim: int, codes: int, meta: int, code_byt
     group_dim = head_dim // groups
     return Side(
         bits, groups, head_dim, codes, meta, code_bytes, planes, width,
-        max(MIN_DOT, triton.next_power_of_2(width)),
+        max(MIN_DOT, power_of_2(width)),
         group_dim, max(1, groups // planes),
-        word, max(MIN_DOT, triton.next_power_of_2(width // word)),
+        word, max(MIN_DOT, power_of_2(width // word)),
         1.0 if bits == 16 else float(2 ** (8 - bits)), _boost(bits), cut_of(bits, group_dim),
     )  # fmt: skip
 
@@ -235,7 +247,7 @@ def tiers_of(layout: PageLayout) -> tuple[Tier, ...]:
 
 def tile_vectors(head_dim: int) -> int:
     """Vectors that one program quantises at a time."""
-    return max(1, TILE_ELEMENTS // triton.next_power_of_2(head_dim))
+    return max(1, TILE_ELEMENTS // power_of_2(head_dim))
 
 
 def tile_tokens(layout: PageLayout) -> int:
@@ -247,7 +259,7 @@ def tile_tokens(layout: PageLayout) -> int:
         for tier in layout.tiers
     )
     raw = [t.k_code_bytes + t.v_code_bytes for t in layout.tiers if t.format.v_bits == 16]
-    vector_bytes = max([2 * triton.next_power_of_2(layout.head_dim), *raw])
+    vector_bytes = max([2 * power_of_2(layout.head_dim), *raw])
     tile = MAX_TILE_TOKENS
     while tile > MIN_DOT and (
         tile * token_bytes > TILE_CODE_BYTES or tile * vector_bytes > TILE_VECTOR_BYTES

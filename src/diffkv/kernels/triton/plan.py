@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffkv.kernels.check import check_tensor
 from diffkv.kernels.triton.codes import position_pointers, sum_pointers
+from diffkv.kernels.triton.constants import cdiv
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.table import enter_page, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
@@ -328,7 +329,7 @@ def plan_decode(state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan
         WINDOW=state.window, TIERS=work.tiers, B=SEARCH_TOKENS, num_warps=4,
     )  # fmt: skip
     launch(
-        _apply_kernel, (triton.cdiv(num, APPLY_HEADS),),
+        _apply_kernel, (cdiv(num, APPLY_HEADS),),
         slots, wants, state.free_ring, state.ring_ends, state.leaves, state.free_leaves,
         state.leaf_ends, state.directory, state.num_tokens, state.num_pages_held, places, total,
         state.num_pages, len(state.free_leaves), num,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.check import check_index, check_tensor
+from diffkv.kernels.triton.constants import power_of_2
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.ring import scan_kernel
 from diffkv.kernels.triton.table import leaf_column, num_leaves, page_where, table_of
@@ -130,7 +131,7 @@ def release(state: PoolState, slots: Tensor, layer: int) -> None:
     launch(
         _count_kernel, (num_requests * num_layers,),
         slots, state.num_pages_held, totals, before, first_layer, num_layers,
-        L=state.num_layers, H2=2 * heads, H2_PADDED=triton.next_power_of_2(2 * heads),
+        L=state.num_layers, H2=2 * heads, H2_PADDED=power_of_2(2 * heads),
         TABLE=work.table, num_warps=1,
     )  # fmt: skip
     launch(

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.check import check_report
+from diffkv.kernels.triton.constants import power_of_2
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.state import PoolState
@@ -90,5 +91,5 @@ def report(state: PoolState, slots: Tensor, numbers: Tensor) -> None:
         slots, state.num_tokens, state.num_pages_held, state.ring_ends, state.demotions,
         state.overruns, numbers, HEADS=heads, HIGH=tiers[0].tokens_per_page,
         LOW=tiers[1].tokens_per_page if len(tiers) > 1 else 0, MOST=most,
-        B=min(MAX_BLOCK, triton.next_power_of_2(heads)), num_warps=4,
+        B=min(MAX_BLOCK, power_of_2(heads)), num_warps=4,
     )  # fmt: skip

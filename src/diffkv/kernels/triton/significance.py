@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.check import check_scored
-from diffkv.kernels.triton.constants import DTYPES, MIN_DOT
+from diffkv.kernels.triton.constants import DTYPES, MIN_DOT, cdiv, power_of_2
 from diffkv.kernels.triton.launch import launch
 
 __all__ = ["significance"]
@@ -306,13 +306,13 @@ def significance(
         return sums.zero_()
 
     max_queries = min(max_queries, num_queries)
-    padded_dim = max(MIN_DOT, triton.next_power_of_2(head_dim))
+    padded_dim = max(MIN_DOT, power_of_2(head_dim))
     tokens, rows = tile(padded_dim, key.element_size())
-    padded_queries = triton.cdiv(max_queries, rows) * rows
+    padded_queries = cdiv(max_queries, rows) * rows
     # Lengths stay on the device: at most one item per request is not full
-    num_items = triton.cdiv(num_tokens, tokens) + num_requests
+    num_items = cdiv(num_tokens, tokens) + num_requests
     dtype = DTYPES[key.dtype]
-    padded_requests = max(MIN_PADDED_REQUESTS, triton.next_power_of_2(num_requests))
+    padded_requests = max(MIN_PADDED_REQUESTS, power_of_2(num_requests))
     packed = {"R_PADDED": padded_requests, "B": tokens}
     queries = {"QUERIES": padded_queries, "ROWS": rows}
     heads = {
@@ -348,7 +348,7 @@ def significance(
     tokens = min(tokens, SUM_TOKENS)
     added = (*inputs, cu_seqlens_own, found, sums)
     launch(
-        _sum_kernel, (triton.cdiv(num_own, tokens) + 2 * num_requests, num_kv_heads),
+        _sum_kernel, (cdiv(num_own, tokens) + 2 * num_requests, num_kv_heads),
         *added, *numbers, num_own, lse_stride, GIVEN=lse is not None,
         **packed | {"B": tokens}, **queries, **heads, num_warps=4,
     )  # fmt: skip

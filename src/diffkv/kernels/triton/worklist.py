@@ -20,7 +20,7 @@ import math
 import triton
 import triton.language as tl
 
-from diffkv.kernels.triton.constants import chunk_shift
+from diffkv.kernels.triton.constants import chunk_shift, power_of_2
 from diffkv.kernels.triton.table import leaf_column, leaf_entry
 from diffkv.layout import PageLayout
 
@@ -75,7 +75,7 @@ _MOST = tl.constexpr(MAX_CHUNKS)
 
 def most_chunks(table: tuple[int, int]) -> int:
     """Most chunks of a head's open row, as a power of two; `table` is the directory's width and E."""
-    return triton.next_power_of_2(max(MAX_CHUNKS, table[0] + 2))
+    return power_of_2(max(MAX_CHUNKS, table[0] + 2))
 
 
 def most_closed_chunks(layout: PageLayout, chain_width: int) -> int:
@@ -96,7 +96,7 @@ def _wanted_pages(layout: PageLayout, table: tuple[int, int], tokens: int) -> in
     wanted = max(
         -(-max(tokens, root) // high), -(-(pages << chunk_shift(high, low)) // (MAX_CHUNKS - 2))
     )
-    return triton.next_power_of_2(wanted)
+    return power_of_2(wanted)
 
 
 def most_items(

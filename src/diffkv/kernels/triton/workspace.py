@@ -10,16 +10,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from diffkv.kernels.by_state import by_state
 from diffkv.kernels.check import check_state
-from diffkv.kernels.triton.constants import Table, Tier, multiprocessors, overlaps, tiers_of
+from diffkv.kernels.triton.constants import (
+    Table,
+    Tier,
+    multiprocessors,
+    overlaps,
+    power_of_2,
+    tiers_of,
+)
 from diffkv.kernels.triton.worklist import CHUNK_TOKENS
 from diffkv.state import PoolState
 
 __all__ = ["Tuning", "Workspace", "workspace"]
+
+MAX_VIEWS = 1024
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Workspace:
         overlap: what launches of a decode step are given, so that each may begin before the one ahead of
             it has ended, where the device can do that.
         buffers: flat buffers by name.
+        views: those in the shapes that were asked for lately.
         outgrown: former buffers.
         num_made: buffers that have been made so far.
     """
@@ -76,6 +85,7 @@ class Workspace:
     tuning: Tuning
     overlap: dict[str, Any]
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    views: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
     outgrown: list[Tensor] = field(default_factory=list)
     num_made: int = 0
 
@@ -87,7 +97,7 @@ class Workspace:
         """
         if not self.has_chains:
             return self.num_slots
-        return min(self.num_slots, triton.next_power_of_2(num))
+        return min(self.num_slots, power_of_2(num))
 
     def buffer(self, name: str, dtype: torch.dtype, *shape: int, least: int = 0) -> Tensor:
         """A buffer of a shape, contents undefined: the front of the one that has that name.
@@ -98,6 +108,10 @@ class Workspace:
             shape: wanted.
             least: elements that it is made with at least, the most that the state can need.
         """
+        key = name, shape
+        found = self.views.get(key)
+        if found is not None:
+            return found
         num = math.prod(shape)
         flat = self.buffers.get(name)
         if flat is None or flat.numel() < num:
@@ -106,7 +120,11 @@ class Workspace:
             flat = torch.empty(max(num, least, 1), dtype=dtype, device=self.device)
             self.buffers[name] = flat
             self.num_made += 1
-        return flat[:num].view(shape)
+            self.views.clear()
+        elif len(self.views) >= MAX_VIEWS:
+            self.views.clear()
+        self.views[key] = found = flat[:num].view(shape)
+        return found
 
 
 @by_state
