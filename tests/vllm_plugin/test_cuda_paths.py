@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,7 +24,6 @@ from diffkv.vllm_plugin.connector import DiffKVConnector
 from diffkv.vllm_plugin.front.admission import Admission
 from diffkv.vllm_plugin.messages import PagesHeld
 from diffkv.vllm_plugin.scheduler.manager import DiffKVManager
-from diffkv.vllm_plugin.worker import runner as runner_of_vllm
 from diffkv.vllm_plugin.worker.backend import DiffKVImpl, DiffKVMetadata
 from diffkv.vllm_plugin.worker.cache import BatchRows, WorkerCache
 from diffkv.vllm_plugin.worker.prefill import choose_prefill
@@ -141,8 +141,7 @@ def test_no_whole_graph_has_a_prompt_in_it(monkeypatch: pytest.MonkeyPatch) -> N
 
     count, batches = GPUModelRunner.gather_batch_req_state, []
     monkeypatch.setattr(GPUModelRunner, "gather_batch_req_state", count)
-    group = SimpleNamespace(worker=SimpleNamespace(note_batch=batches.append))
-    monkeypatch.setattr(runner_of_vllm, "get_kv_transfer_group", lambda: group)
+    config, worker = SimpleNamespace(), Mock(note_batch=batches.append)
     step = SimpleNamespace(
         num_scheduled_tokens={"a": 1, "b": 1},
         total_num_scheduled_tokens=2,
@@ -152,8 +151,9 @@ def test_no_whole_graph_has_a_prompt_in_it(monkeypatch: pytest.MonkeyPatch) -> N
     def tokens_each(connector: str, num_computed: list[int]) -> int | None:
         """Of each request, if a whole graph may be replayed."""
         transfer = SimpleNamespace(kv_connector=connector, kv_connector_extra_config={})
+        config.kv_transfer_config = transfer
         runner = SimpleNamespace(
-            vllm_config=SimpleNamespace(kv_transfer_config=transfer),
+            vllm_config=config,
             decode_query_len=1,
             use_pp=False,
             pcp_manager=None,
@@ -169,7 +169,7 @@ def test_no_whole_graph_has_a_prompt_in_it(monkeypatch: pytest.MonkeyPatch) -> N
 
     assert tokens_each("DiffKVConnector", [99, 50]) == 1
     for _ in range(2):
-        follow_batches()
+        follow_batches(config, worker)
         assert tokens_each("DiffKVConnector", [99, 50]) is None
         assert sorted(*batches) == ["a", "b"]
         assert tokens_each("DiffKVConnector", [100, 50]) == 1

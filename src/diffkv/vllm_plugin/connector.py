@@ -100,11 +100,11 @@ class DiffKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Make the pool in the allocation that vLLM made for all layers."""
-        if self._vllm_config.use_v2_model_runner:
-            follow_batches()
         self.worker = WorkerCache(
             kv_caches, self._options, self._vllm_config, self._kv_cache_config, self._division
         )
+        if self._vllm_config.use_v2_model_runner:
+            follow_batches(self._vllm_config, self.worker)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """First call of a step, also of one without tokens."""

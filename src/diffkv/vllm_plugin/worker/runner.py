@@ -2,16 +2,19 @@
 
 import functools
 from typing import Any
-
-from vllm.distributed.kv_transfer import get_kv_transfer_group
+from weakref import WeakValueDictionary
 
 from diffkv.vllm_plugin.options import options_of
+from diffkv.vllm_plugin.worker.cache import WorkerCache
 
 __all__ = ["follow_batches"]
 
+_workers: WeakValueDictionary[int, WorkerCache] = WeakValueDictionary()
+"""By the identity of their engine's configuration."""
 
-def follow_batches() -> None:
-    """Note whose rows a batch has, and have no whole CUDA graph replayed in a step with a prompt.
+
+def follow_batches(vllm_config: Any, worker: WorkerCache) -> None:
+    """Tell a worker whose rows a batch has, and replay no whole CUDA graph in a step with a prompt.
 
     The runner counts a prompt of which one token is left as a generated token, since most backends
     attend to both alike. Here such a token may complete a row, and others may wait with it. Nothing
@@ -21,6 +24,7 @@ def follow_batches() -> None:
     """
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+    _workers[id(vllm_config)] = worker
     gather = GPUModelRunner.gather_batch_req_state
     if hasattr(gather, "__wrapped__"):
         return
@@ -30,7 +34,8 @@ def follow_batches() -> None:
         state, tokens_each = gather(self, scheduler_output, dummy_run)
         if state is None or options_of(self.vllm_config) is None:
             return state, tokens_each
-        get_kv_transfer_group().worker.note_batch(state.req_ids)
+        if follower := _workers.get(id(self.vllm_config)):
+            follower.note_batch(state.req_ids)
         return state, None if state.has_prefill else tokens_each
 
     GPUModelRunner.gather_batch_req_state = gathered
