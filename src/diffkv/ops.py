@@ -60,7 +60,13 @@ class Ops(Protocol):
         ...
 
     def store_prompt(
-        self, state: PoolState, layer: int, tokens: PromptTokens, tiers: Tensor, sums: Tensor
+        self,
+        state: PoolState,
+        layer: int,
+        tokens: PromptTokens,
+        tiers: Tensor,
+        sums: Tensor,
+        signs: Tensor | None = None,
     ) -> None:
         """See `reference.store_prompt`."""
         ...

@@ -205,7 +205,8 @@ def cases(
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
     counted = {**tables, "TABLE": table, "TIERS": tiers, "B": 2048}
     gathered = {**paged, **centred, "D": head_dim, "D_PADDED": padded, "STARTS": 64, "B": vectors}
-    written = {**paged, **centred, "D": head_dim, "B": vectors}
+    turning = {"BLOCK": head_dim & -head_dim, "ROTATED": True, "DOT": dot}
+    written = {**paged, **centred, **turning, "D": head_dim, "DP": padded, "B": vectors}
     applied = {"HEADS": LAYERS * HEADS, "TABLE": table, "TIERS": tiers, "B": 256, "COUNT": 4096}
     sizes = [tier.tokens_per_page for tier in layout.tiers]
     reported = {
@@ -246,6 +247,11 @@ def cases(
         "count": (kernel("store", "_count_kernel"), counted, {"num_warps": 8}),
         "enter": (kernel("store", "_enter_kernel"), ring, one_warp),
         "write": (kernel("store", "_write_kernel"), written, exact),
+        "write as it is": (
+            kernel("store", "_write_kernel"),
+            written | {"ROTATED": False},
+            exact,
+        ),
         "scan": (kernel("ring", "scan_kernel"), {"TAKE": True, "B": 2048}, {"num_warps": 8}),
         "count pages": (kernel("release", "_count_kernel"), released, one_warp),
         "give back": (kernel("release", "_give_back_kernel"), ring, one_warp),

@@ -1,10 +1,12 @@
 """Steps over rotated pages: the same as rotating by hand, up to rounding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from backends import REFERENCE, gather, ints, on_cpu
 from contents import read_head
-from make import copy_of, make_state
+from make import copy_of, make_state, make_sums, make_tiers, make_tokens
 
 from diffkv import reference
 from diffkv.rotation import signs
@@ -17,6 +19,9 @@ LAYOUTS = [
     ("k16v16-k16v8", 256, torch.bfloat16, 2),
 ]
 """(quant, head_dim, dtype, query heads of a KV head)."""
+
+SHORT = [("k8v4-k4v2", 8, torch.bfloat16, 1), ("k4v2", 72, torch.float16, 1)]
+"""Likewise, with blocks that are smaller than a product takes."""
 
 LENS = [37, 5]
 
@@ -55,14 +60,36 @@ def test_new_tokens_are_rotated(kernels, quant, head_dim, dtype, group):
     plans = [kernels.plan_decode(each, slots, lens) for each in states]
     kernels.append(states[0], 0, plans[0], key, value, signs(head_dim))
     kernels.append(states[1], 0, plans[1], turned(key), turned(value))
-    for got, wanted in zip(tokens_of(states[0]), tokens_of(states[1]), strict=True):
-        got, wanted = got.float(), wanted.float()
-        differ = (got != wanted).float().mean()
-        # An element on the edge between two codes may get the other one, where a sum's rounding differs
-        step = (wanted.amax(-1, keepdim=True) - wanted.amin(-1, keepdim=True)).clamp(min=1e-6)
-        assert differ < 0.01 and ((got - wanted).abs() <= 1.01 * step).all()
-        assert not torch.equal(wanted, torch.zeros_like(wanted))
+    assert_same_tokens(*map(tokens_of, states))
     assert not torch.equal(turned(key), key)
+
+
+def assert_same_tokens(got, wanted):
+    """Keys, values and tiers of `tokens_of`, that were stored alike up to the rounding of sums."""
+    for one, other in zip(got, wanted, strict=True):
+        one, other = one.float(), other.float()
+        # An element on the edge between two codes may get the other one, where a sum's rounding differs
+        step = (other.amax(-1, keepdim=True) - other.amin(-1, keepdim=True)).clamp(min=1e-6)
+        assert (one != other).float().mean() < 0.01 and ((one - other).abs() <= 1.01 * step).all()
+        assert other.any()
+
+
+@pytest.mark.parametrize(("quant", "head_dim", "dtype", "group"), [*LAYOUTS, *SHORT])
+def test_prompts_are_rotated(kernels, quant, head_dim, dtype, group):
+    """Tokens of several tiers, that begin in a page that has some; a row that is no request."""
+    state = filled(kernels, quant, head_dim, dtype)
+    tokens = make_tokens(state, [1, -1, 0], [1, 4, 21])
+    heads = state.num_kv_heads
+    key, value = (apart(26, heads, head_dim, dtype=dtype) for _ in range(2))
+    tiers, sums = make_tiers(state, 26), make_sums(state, 26)
+    states = [kernels.place(copy_of(state)) for _ in range(2)]
+    tokens = replace(tokens, key=key, value=value)
+    kernels.store_prompt(states[0], 0, tokens, tiers, sums, signs(head_dim))
+    by_hand = replace(tokens, key=turned(key), value=turned(value))
+    kernels.store_prompt(states[1], 0, by_hand, tiers, sums)
+    lens = [LENS[0] + 21, LENS[1] + 1]
+    both = [gather(REFERENCE, on_cpu(each), 0, [0, 1], lens) for each in states]
+    assert_same_tokens(*both)
 
 
 @pytest.mark.parametrize(("quant", "head_dim", "dtype", "group"), LAYOUTS)
