@@ -54,7 +54,13 @@ class Ops(Protocol):
         ...
 
     def centre_rows(
-        self, state: PoolState, layer: int, rows: Tensor, cu_seqlens: Tensor, key: Tensor
+        self,
+        state: PoolState,
+        layer: int,
+        rows: Tensor,
+        cu_seqlens: Tensor,
+        key: Tensor,
+        signs: Tensor | None = None,
     ) -> None:
         """See `reference.centre_rows`."""
         ...
@@ -80,6 +86,7 @@ class Ops(Protocol):
         key: Tensor,
         value: Tensor,
         tiers: Tensor,
+        signs: Tensor | None = None,
     ) -> None:
         """See `reference.gather`."""
         ...

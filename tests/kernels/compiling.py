@@ -204,8 +204,9 @@ def cases(
     tuning = workspace.Tuning()
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
     counted = {**tables, "TABLE": table, "TIERS": tiers, "B": 2048}
-    gathered = {**paged, **centred, "D": head_dim, "D_PADDED": padded, "STARTS": 64, "B": vectors}
     turning = {"BLOCK": head_dim & -head_dim, "ROTATED": True, "DOT": dot}
+    gathered = {**paged, **centred, **turning, "D": head_dim, "D_PADDED": padded}
+    gathered |= {"STARTS": 64, "B": vectors}
     written = {**paged, **centred, **turning, "D": head_dim, "DP": padded, "B": vectors}
     applied = {"HEADS": LAYERS * HEADS, "TABLE": table, "TIERS": tiers, "B": 256, "COUNT": 4096}
     sizes = [tier.tokens_per_page for tier in layout.tiers]
@@ -218,8 +219,10 @@ def cases(
     }
     decided = {**paged, "WINDOW": 64, "B": 512}
     decided_rows = {"BOUNDS": True, "B": rows.DECIDE_BLOCK}
-    summed = {"T": rows.CENTRE_TOKENS, "C": rows.CENTRE_CHANNELS}
+    channels, warps = rows.centre_tile(head_dim, rotated=True)
+    summed = {"T": warps * rows.CENTRE_ELEMENTS // channels, "C": channels}
     centres = {**tables, **summed, "K": tiers[0].k, "D": head_dim}
+    centres |= {"BLOCK": head_dim & -head_dim, "ROTATED": True}
     released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS, "TABLE": table}
     appended = {**tables, "D": head_dim, "DP": padded, "PAGE": layout.page_bytes, "TIERS": tiers}
     appended |= {**centred, **rotated}
@@ -243,7 +246,7 @@ def cases(
             decided_rows | {"BOUNDS": False},
             {"num_warps": 16},
         ),
-        "centre rows": (kernel("rows", "_centre_kernel"), centres, {"num_warps": 8}),
+        "centre rows": (kernel("rows", "_centre_kernel"), centres, {"num_warps": warps}),
         "count": (kernel("store", "_count_kernel"), counted, {"num_warps": 8}),
         "enter": (kernel("store", "_enter_kernel"), ring, one_warp),
         "write": (kernel("store", "_write_kernel"), written, exact),
@@ -256,6 +259,11 @@ def cases(
         "count pages": (kernel("release", "_count_kernel"), released, one_warp),
         "give back": (kernel("release", "_give_back_kernel"), ring, one_warp),
         "gather": (kernel("gather", "_gather_kernel"), gathered, exact),
+        "gather as it is": (
+            kernel("gather", "_gather_kernel"),
+            gathered | {"ROTATED": False},
+            exact,
+        ),
         "quantize": (kernel("quantize", "_quantize_kernel"), {"S": side, "T": vectors}, exact),
         "dequantize": (kernel("quantize", "_dequantize_kernel"), {"S": side, "T": vectors}, exact),
         "rotate": (kernel("rotate", "_rotate_kernel"), turned, {"num_stages": 1}),

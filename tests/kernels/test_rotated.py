@@ -9,6 +9,7 @@ from contents import read_head
 from make import copy_of, make_state, make_sums, make_tiers, make_tokens
 
 from diffkv import reference
+from diffkv.policy import DROPPED
 from diffkv.rotation import signs
 
 LAYOUTS = [
@@ -90,6 +91,26 @@ def test_prompts_are_rotated(kernels, quant, head_dim, dtype, group):
     lens = [LENS[0] + 21, LENS[1] + 1]
     both = [gather(REFERENCE, on_cpu(each), 0, [0, 1], lens) for each in states]
     assert_same_tokens(*both)
+
+
+@pytest.mark.parametrize(("quant", "head_dim", "dtype", "group"), [*LAYOUTS, *SHORT])
+def test_what_is_read_is_turned_back(kernels, quant, head_dim, dtype, group):
+    """As it was read and rounded; what no token has a place for stays 0."""
+    state = filled(kernels, quant, head_dim, dtype)
+    slots, starts, num = ints(1, 0), ints(2, 9), 9 + LENS[0]
+    read = [torch.full((2, num, state.num_kv_heads, head_dim), 7.0).to(dtype) for _ in range(2)]
+    tiers = [torch.empty(state.num_kv_heads, num, dtype=torch.int8) for _ in range(2)]
+    placed = kernels.place(state)
+    kernels.gather(placed, 0, slots, starts, *read[0], tiers[0], signs(head_dim))
+    kernels.gather(placed, 0, slots, starts, *read[1], tiers[1])
+    assert torch.equal(tiers[0][:, 2:], tiers[1][:, 2:]) and (read[0][:, :2] == 7).all()
+    got, stored = read[0][:, 2:], read[1][:, 2:]
+    wanted = torch.stack([turned(side, back=True) for side in stored])
+    atol = torch.finfo(dtype).eps * float(wanted.abs().max())
+    torch.testing.assert_close(got, wanted, rtol=0, atol=4 * atol)
+    dropped = (tiers[0][:, 2:] == DROPPED).T
+    assert dropped[:, 0].any() and not got[:, dropped].any()
+    assert not torch.equal(got, stored)
 
 
 @pytest.mark.parametrize(("quant", "head_dim", "dtype", "group"), LAYOUTS)

@@ -15,7 +15,7 @@ from diffkv.reference.pages import (
     write_token,
 )
 from diffkv.reference.ring import give_back, give_back_leaves, take
-from diffkv.reference.rotate import rotated
+from diffkv.reference.rotate import rotate, rotated
 from diffkv.state import PoolState, PromptTokens
 
 __all__ = ["gather", "release", "store_prompt"]
@@ -93,6 +93,7 @@ def gather(
     key: Tensor,
     value: Tensor,
     tiers: Tensor,
+    signs: Tensor | None = None,
 ) -> None:
     """Read back the tokens that some rows keep in one layer: of each, high ones first, in page order.
 
@@ -107,6 +108,8 @@ def gather(
         key: [N, num_kv_heads, head_dim], the model's dtype, written from the first place on.
         value: likewise.
         tiers: [num_kv_heads, N] int8, written: HIGH or LOW, and DROPPED past a head's last token.
+        signs: what is stored is rotated by them (`rotate`): once read and rounded, it is turned back;
+            None: it is as it was.
     """
     ends = [*starts.tolist(), len(key)][1:]
     for slot, start, end in zip(slots.tolist(), starts.tolist(), ends, strict=True):
@@ -122,6 +125,9 @@ def gather(
                     key[n, head], value[n, head] = k_vector.to(key.dtype), v_vector.to(key.dtype)
                     tiers[head, n] = tier
                     n += 1
+        if signs is not None:
+            for out in (key[start:end], value[start:end]):
+                rotate(out, signs, True, out)
 
 
 def release(state: PoolState, slots: Tensor, layer: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffkv.kernels.check import check_index, check_read, check_tensor, check_tokens
 from diffkv.kernels.cpu.library import CPU, check_status, handle
-from diffkv.kernels.cpu.rotate import rotated
+from diffkv.kernels.cpu.rotate import rotate, rotated
 from diffkv.state import PoolState, PromptTokens
 
 __all__ = ["gather", "release", "store_prompt"]
@@ -47,6 +47,7 @@ def gather(
     key: Tensor,
     value: Tensor,
     tiers: Tensor,
+    signs: Tensor | None = None,
 ) -> None:
     """Same contract as `reference.gather`. Rows of key and value may be apart.
 
@@ -64,6 +65,10 @@ def gather(
             tiers.data_ptr(), torch.get_num_threads(),
         )
     )  # fmt: skip
+    if signs is not None and slots.numel():
+        first = int(starts[0])
+        for out in (key[first:], value[first:]):
+            rotate(out, signs, True, out)
 
 
 def release(state: PoolState, slots: Tensor, layer: int) -> None:
