@@ -203,7 +203,7 @@ def cases(
     recomputed = {**grouped, **products, **tables, "PDL": True}
     tuning = workspace.Tuning()
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
-    counted = {**tables, "TABLE": table, "TIERS": tiers, "B": 2048}
+    counted = {**tables, "TABLE": table, "TIERS": tiers, "B": 2048, "SCAN": 1024}
     turning = {"BLOCK": head_dim & -head_dim, "ROTATED": True, "DOT": dot}
     gathered = {**paged, **centred, **turning, "D": head_dim, "D_PADDED": padded}
     gathered |= {"STARTS": 64, "B": vectors}
@@ -224,6 +224,7 @@ def cases(
     centres = {**tables, **summed, "K": tiers[0].k, "D": head_dim}
     centres |= {"BLOCK": head_dim & -head_dim, "ROTATED": True}
     released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS, "TABLE": table}
+    released |= {"SCAN": 1024}
     appended = {**tables, "D": head_dim, "DP": padded, "PAGE": layout.page_bytes, "TIERS": tiers}
     appended |= {**centred, **rotated}
     return {
@@ -255,8 +256,7 @@ def cases(
             written | {"ROTATED": False},
             exact,
         ),
-        "scan": (kernel("ring", "scan_kernel"), {"TAKE": True, "B": 2048}, {"num_warps": 8}),
-        "count pages": (kernel("release", "_count_kernel"), released, one_warp),
+        "count pages": (kernel("release", "_count_kernel"), released, {}),
         "give back": (kernel("release", "_give_back_kernel"), ring, one_warp),
         "gather": (kernel("gather", "_gather_kernel"), gathered, exact),
         "gather as it is": (

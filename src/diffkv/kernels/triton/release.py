@@ -6,14 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.check import check_index, check_tensor
-from diffkv.kernels.triton.ring import scan_kernel
+from diffkv.kernels.triton.ring import is_last, scan
 from diffkv.kernels.triton.table import leaf_column, num_leaves, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.state import PoolState
 
 __all__ = ["release"]
 
-SCAN_BLOCK = 2048
+SCAN_BLOCK = 1024
 PAGE_BLOCK = 128
 """Pages that a program moves at a time."""
 
@@ -24,14 +24,20 @@ def _count_kernel(
     held_ptr,  # [S, L, H, 2]
     totals_ptr,  # [2, R, num_layers] i32, out: pages, leaves
     before_ptr,  # [2, R, num_layers, H, 2] i32, out: those of the same layer that come before
+    first_ptr,  # [2, R, num_layers] i64, out: where their entries begin in the rings
+    ring_ends_ptr,  # [2] i64
+    leaf_ends_ptr,  # [2] i64
+    overruns_ptr,  # [1] i32
+    ticket_ptr,  # [1] i32
     first_layer,
     num_layers,
     L: tl.constexpr,
     H2: tl.constexpr,
     H2_PADDED: tl.constexpr,
     TABLE: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
-    """One program per request and layer."""
+    """One program per request and layer. The last one makes room for what all give back."""
     pid = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + pid // num_layers).to(tl.int64)
     layer = first_layer + pid % num_layers
@@ -44,6 +50,9 @@ def _count_kernel(
     leaves = num_leaves(held, TABLE)
     tl.store(totals_ptr + leaf_pid, tl.sum(leaves))
     tl.store(before_ptr + leaf_pid * H2 + each, tl.cumsum(leaves, 0) - leaves, mask=each < H2)
+    num = tl.num_programs(0)
+    if is_last(ticket_ptr, num):
+        scan(totals_ptr, first_ptr, ring_ends_ptr, leaf_ends_ptr, overruns_ptr, num, False, SCAN)
 
 
 @triton.jit
@@ -112,7 +121,7 @@ def _give_back_kernel(
 
 
 def release(state: PoolState, slots: Tensor, layer: int) -> None:
-    """Same contract as `reference.release`. Three launches, whatever is released."""
+    """Same contract as `reference.release`. Two launches, whatever is released."""
     work = workspace(state)
     num_requests, heads = slots.numel(), state.num_kv_heads
     if layer >= 0:
@@ -127,13 +136,10 @@ def release(state: PoolState, slots: Tensor, layer: int) -> None:
     before = work.buffer("release_before", torch.int32, *rows, heads, 2, least=4 * most * heads)
     first = work.buffer("release_first", torch.int64, *rows, least=2 * most)
     _count_kernel[(num_requests * num_layers,)](
-        slots, state.num_pages_held, totals, before, first_layer, num_layers,
+        slots, state.num_pages_held, totals, before, first, state.ring_ends, state.leaf_ends,
+        state.overruns, work.ticket, first_layer, num_layers,
         L=state.num_layers, H2=2 * heads, H2_PADDED=triton.next_power_of_2(2 * heads),
-        TABLE=work.table, num_warps=1,
-    )  # fmt: skip
-    scan_kernel[(1,)](
-        totals, first, state.ring_ends, state.leaf_ends, state.overruns, num_requests * num_layers,
-        TAKE=False, B=SCAN_BLOCK, num_warps=8,
+        TABLE=work.table, SCAN=SCAN_BLOCK, num_warps=4,
     )  # fmt: skip
     _give_back_kernel[(num_requests * num_layers, 2 * heads)](
         slots, first, before, state.free_ring, state.leaves, state.free_leaves, state.directory,

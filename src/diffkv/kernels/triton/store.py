@@ -14,7 +14,7 @@ from diffkv.kernels.triton.codes import (
     write_vectors,
 )
 from diffkv.kernels.triton.constants import MIN_DOT, tile_vectors
-from diffkv.kernels.triton.ring import scan_kernel
+from diffkv.kernels.triton.ring import is_last, scan
 from diffkv.kernels.triton.rotate import dot_type, rotated, rotation_of
 from diffkv.kernels.triton.table import centre_of, enter_page, num_leaves, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
@@ -44,6 +44,11 @@ def _count_kernel(
     request_ptr,  # [N] i32, out
     after_ptr,  # [R, H, 2] i32, out: tokens that each head will keep
     wanted_ptr,  # [2, R, H, 2] i32, out: pages and leaves that this takes
+    first_ptr,  # [2, R, H, 2] i64, out: where their entries begin in the rings
+    ring_ends_ptr,  # [2] i64
+    leaf_ends_ptr,  # [2] i64
+    overruns_ptr,  # [1] i32
+    ticket_ptr,  # [1] i32
     layer,
     N,
     L: tl.constexpr,
@@ -51,8 +56,12 @@ def _count_kernel(
     TABLE: tl.constexpr,
     TIERS: tl.constexpr,
     B: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
-    """One program per request and head. Tokens of a tier are put together, to be quantised together."""
+    """One program per request and head. Tokens of a tier are put together, to be quantised together.
+
+    The last one takes what all of them want.
+    """
     r = tl.program_id(0)
     head = tl.program_id(1)
     slot = tl.load(slots_ptr + r).to(tl.int64)
@@ -107,6 +116,9 @@ def _count_kernel(
         pages = tl.where(is_request, tl.cdiv(low, TIERS[1].tokens), 0)
     tl.store(wanted_ptr + out + 1, pages - held)
     tl.store(wanted_ptr + leaf_out + 1, num_leaves(pages, TABLE) - num_leaves(held, TABLE))
+    if is_last(ticket_ptr, tl.num_programs(0) * H):
+        num = tl.num_programs(0) * (H * 2)
+        scan(wanted_ptr, first_ptr, ring_ends_ptr, leaf_ends_ptr, overruns_ptr, num, True, SCAN)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -303,12 +315,9 @@ def store_prompt(
     tables = {"L": state.num_layers, "H": heads, "TABLE": work.table}
     _count_kernel[(num_requests, heads)](
         tokens.slots, tokens.cu_seqlens, tiers, state.num_tokens, state.num_pages_held,
-        token, number, request, after, wanted, layer, num,
-        TIERS=work.tiers, B=COUNT_BLOCK, num_warps=8, **tables,
-    )  # fmt: skip
-    scan_kernel[(1,)](
-        wanted, first, state.ring_ends, state.leaf_ends, state.overruns, after.numel(), TAKE=True,
-        B=SCAN_BLOCK, num_warps=4,
+        token, number, request, after, wanted, first, state.ring_ends, state.leaf_ends,
+        state.overruns, work.ticket, layer, num,
+        TIERS=work.tiers, B=COUNT_BLOCK, SCAN=SCAN_BLOCK, num_warps=8, **tables,
     )  # fmt: skip
     _enter_kernel[(num_requests * heads * 2,)](
         tokens.slots, first, after, wanted, state.free_ring, state.leaves, state.free_leaves,

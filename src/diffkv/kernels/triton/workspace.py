@@ -62,6 +62,7 @@ class Workspace:
         tuning: launch parameters of `attend`.
         overlap: what launches of a decode step are given, so that each may begin before the one ahead of
             it has ended, where the device can do that.
+        ticket: [1] int32, see `ring.is_last`.
         buffers: flat buffers by name.
         outgrown: former buffers.
         num_made: buffers that have been made so far.
@@ -75,6 +76,7 @@ class Workspace:
     multiprocessors: int
     tuning: Tuning
     overlap: dict[str, Any]
+    ticket: Tensor
     buffers: dict[str, Tensor] = field(default_factory=dict)
     outgrown: list[Tensor] = field(default_factory=list)
     num_made: int = 0
@@ -130,4 +132,5 @@ def workspace(state: PoolState) -> Workspace:
         multiprocessors(device),
         tuning,
         {"PDL": True, "launch_pdl": True} if overlaps(device) else {"PDL": False},
+        torch.zeros(1, dtype=torch.int32, device=device),
     )
