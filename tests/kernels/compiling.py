@@ -197,14 +197,15 @@ def cases(
         "B": 32,
         "K": rotate.matrix_rows(padded, dot.primitive_bitwidth // 8),
     }
-    ring = {**tables, "TABLE": table, "B": 128}
+    overlapping = {"PDL": True}
+    ring = {**tables, "TABLE": table, "B": 128, **overlapping}
     exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}
     finish = {**grouped, **rotated, "D": head_dim, "D_PADDED": padded}
     recomputed = {**grouped, **products, **tables, "PDL": True}
     tuning = workspace.Tuning()
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
-    counted = {**tables, "TABLE": table, "TIERS": tiers, "B": 2048, "SCAN": 1024}
-    turning = {"BLOCK": head_dim & -head_dim, "ROTATED": True, "DOT": dot}
+    counted = {**tables, "TABLE": table, "TIERS": tiers, **overlapping, "B": 2048, "SCAN": 1024}
+    turning = {"BLOCK": head_dim & -head_dim, "ROTATED": True, "DOT": dot, **overlapping}
     gathered = {**paged, **centred, **turning, "D": head_dim, "D_PADDED": padded}
     gathered |= {"STARTS": 64, "B": vectors}
     written = {**paged, **centred, **turning, "D": head_dim, "DP": padded, "B": vectors}
@@ -218,13 +219,13 @@ def cases(
         "B": 256,
     }
     decided = {**paged, "WINDOW": 64, "B": 512}
-    decided_rows = {"BOUNDS": True, "B": rows.DECIDE_BLOCK}
+    decided_rows = {"BOUNDS": True, "B": rows.DECIDE_BLOCK, **overlapping}
     channels, warps = rows.centre_tile(head_dim, rotated=True)
     summed = {"T": warps * rows.CENTRE_ELEMENTS // channels, "C": channels}
     centres = {**tables, **summed, "K": tiers[0].k, "D": head_dim}
-    centres |= {"BLOCK": head_dim & -head_dim, "ROTATED": True}
+    centres |= {"BLOCK": head_dim & -head_dim, "ROTATED": True, **overlapping}
     released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS, "TABLE": table}
-    released |= {"SCAN": 1024}
+    released |= {"SCAN": 1024, **overlapping}
     appended = {**tables, "D": head_dim, "DP": padded, "PAGE": layout.page_bytes, "TIERS": tiers}
     appended |= {**centred, **rotated}
     return {

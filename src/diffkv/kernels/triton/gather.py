@@ -12,6 +12,7 @@ from diffkv.kernels.triton.codes import (
     rounded,
 )
 from diffkv.kernels.triton.constants import MIN_DOT, tile_vectors
+from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.rotate import dot_type, rotated, rotation_of
 from diffkv.kernels.triton.table import centre_of, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
@@ -105,8 +106,11 @@ def _gather_kernel(
     DOT: tl.constexpr,
     STARTS: tl.constexpr,
     B: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per B places of a head: of each row high tokens, then low ones, then none."""
+    wait(PDL)
+    launch_dependents(PDL)
     NUM_TIERS: tl.constexpr = len(TIERS)
     DTYPE: tl.constexpr = key_ptr.dtype.element_ty
     place = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
@@ -181,5 +185,5 @@ def gather(
         D=head_dim, D_PADDED=max(MIN_DOT, triton.next_power_of_2(head_dim)),
         PAGE=state.layout.page_bytes, TIERS=work.tiers, CENTRED=state.centre_dim > 0,
         DOT=dot_type(state.dtype, work.device), STARTS=START_BLOCK, B=block, enable_fp_fusion=False,
-        **rotation.constants,
+        **rotation.constants, **work.overlap,
     )  # fmt: skip

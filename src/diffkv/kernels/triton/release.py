@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.check import check_index, check_tensor
+from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.ring import is_last, scan
 from diffkv.kernels.triton.table import leaf_column, num_leaves, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
@@ -36,8 +37,11 @@ def _count_kernel(
     H2_PADDED: tl.constexpr,
     TABLE: tl.constexpr,
     SCAN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per request and layer. The last one makes room for what all give back."""
+    wait(PDL)
+    launch_dependents(PDL)
     pid = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + pid // num_layers).to(tl.int64)
     layer = first_layer + pid % num_layers
@@ -93,8 +97,11 @@ def _give_back_kernel(
     H: tl.constexpr,
     TABLE: tl.constexpr,
     B: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per (request, layer) and (head, tier)."""
+    wait(PDL)
+    launch_dependents(PDL)
     pid = tl.program_id(0).to(tl.int64)
     each = tl.program_id(1)
     slot = tl.load(slots_ptr + pid // num_layers).to(tl.int64)
@@ -139,11 +146,11 @@ def release(state: PoolState, slots: Tensor, layer: int) -> None:
         slots, state.num_pages_held, totals, before, first, state.ring_ends, state.leaf_ends,
         state.overruns, work.ticket, first_layer, num_layers,
         L=state.num_layers, H2=2 * heads, H2_PADDED=triton.next_power_of_2(2 * heads),
-        TABLE=work.table, SCAN=SCAN_BLOCK, num_warps=4,
+        TABLE=work.table, SCAN=SCAN_BLOCK, num_warps=4, **work.overlap,
     )  # fmt: skip
     _give_back_kernel[(num_requests * num_layers, 2 * heads)](
         slots, first, before, state.free_ring, state.leaves, state.free_leaves, state.directory,
         state.num_tokens, state.num_pages_held, first_layer, num_layers, state.num_pages,
         len(state.free_leaves), L=state.num_layers, H=heads, TABLE=work.table, B=PAGE_BLOCK,
-        num_warps=1,
+        num_warps=1, **work.overlap,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from diffkv.kernels.check import check_centring, check_decided, check_index
 from diffkv.kernels.triton.codes import rounded
+from diffkv.kernels.triton.order import launch_dependents, overlap, wait
 from diffkv.kernels.triton.rotate import rotated, rotation_of
 from diffkv.kernels.triton.table import centre_of
 from diffkv.kernels.triton.workspace import workspace
@@ -77,8 +78,11 @@ def _decide_kernel(
     scored,
     BOUNDS: tl.constexpr,
     B: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per row and head. The least rank that moves is found bit by bit."""
+    wait(PDL)
+    launch_dependents(PDL)
     r = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     start = tl.load(starts_ptr + r)
@@ -152,8 +156,11 @@ def _centre_kernel(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     ROTATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per row, head and C channels: T sums, then their sum. Of all channels if ROTATED."""
+    wait(PDL)
+    launch_dependents(PDL)
     r = tl.program_id(0)
     head = tl.program_id(1)
     d = tl.program_id(2) * C + tl.arange(0, C)
@@ -203,6 +210,7 @@ def decide_rows(
     _decide_kernel[(num_rows, heads)](
         sums, cu_seqlens, sums if bounds is None else bounds, page_tokens, tiers, num, window,
         scored_queries, BOUNDS=bounds is not None, B=DECIDE_BLOCK, num_warps=16,
+        **overlap(sums.device),
     )  # fmt: skip
 
 
@@ -234,4 +242,5 @@ def centre_rows(
         rows, cu_seqlens, key, rotation.signs, state.centres, key_stride, rotation.norm, layer,
         K=work.tiers[0].k, L=state.num_layers, H=heads, D=head_dim,
         T=warps * CENTRE_ELEMENTS // channels, C=channels, num_warps=warps, **rotation.constants,
+        **work.overlap,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from diffkv.kernels.triton.codes import (
     write_vectors,
 )
 from diffkv.kernels.triton.constants import MIN_DOT, tile_vectors
+from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.ring import is_last, scan
 from diffkv.kernels.triton.rotate import dot_type, rotated, rotation_of
 from diffkv.kernels.triton.table import centre_of, enter_page, num_leaves, page_where, table_of
@@ -57,11 +58,14 @@ def _count_kernel(
     TIERS: tl.constexpr,
     B: tl.constexpr,
     SCAN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per request and head. Tokens of a tier are put together, to be quantised together.
 
     The last one takes what all of them want.
     """
+    wait(PDL)
+    launch_dependents(PDL)
     r = tl.program_id(0)
     head = tl.program_id(1)
     slot = tl.load(slots_ptr + r).to(tl.int64)
@@ -140,8 +144,11 @@ def _enter_kernel(
     H: tl.constexpr,
     TABLE: tl.constexpr,
     B: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Enter the pages that were taken into the tables. One program per request, head and tier."""
+    wait(PDL)
+    launch_dependents(PDL)
     pid = tl.program_id(0)
     slot = tl.load(slots_ptr + pid // (2 * H)).to(tl.int64)
     first = tl.load(first_ptr + pid)
@@ -255,8 +262,11 @@ def _write_kernel(
     ROTATED: tl.constexpr,
     DOT: tl.constexpr,
     B: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Rotate, quantise and write. One program per B tokens of a head, in order of tiers."""
+    wait(PDL)
+    launch_dependents(PDL)
     NUM_TIERS: tl.constexpr = len(TIERS)
     DTYPE: tl.constexpr = key_ptr.dtype.element_ty
     place = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
@@ -312,7 +322,7 @@ def store_prompt(
     after = work.buffer("store_after", torch.int32, num_requests, heads, 2)
     wanted = work.buffer("store_wanted", torch.int32, 2, num_requests, heads, 2)
     first = work.buffer("store_first", torch.int64, 2, num_requests, heads, 2)
-    tables = {"L": state.num_layers, "H": heads, "TABLE": work.table}
+    tables = {"L": state.num_layers, "H": heads, "TABLE": work.table, **work.overlap}
     _count_kernel[(num_requests, heads)](
         tokens.slots, tokens.cu_seqlens, tiers, state.num_tokens, state.num_pages_held,
         token, number, request, after, wanted, first, state.ring_ends, state.leaf_ends,

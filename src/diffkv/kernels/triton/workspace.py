@@ -15,7 +15,8 @@ from torch import Tensor
 
 from diffkv.kernels.by_state import by_state
 from diffkv.kernels.check import check_state
-from diffkv.kernels.triton.constants import Table, Tier, multiprocessors, overlaps, tiers_of
+from diffkv.kernels.triton.constants import Table, Tier, multiprocessors, tiers_of
+from diffkv.kernels.triton.order import overlap
 from diffkv.kernels.triton.worklist import CHUNK_TOKENS
 from diffkv.state import PoolState
 
@@ -60,8 +61,7 @@ class Workspace:
         has_chains: whether a request may have more than its open row.
         multiprocessors: number of the device's multiprocessors.
         tuning: launch parameters of `attend`.
-        overlap: what launches of a decode step are given, so that each may begin before the one ahead of
-            it has ended, where the device can do that.
+        overlap: what launches are given, see `order.overlap`.
         ticket: [1] int32, see `ring.is_last`.
         buffers: flat buffers by name.
         outgrown: former buffers.
@@ -131,6 +131,6 @@ def workspace(state: PoolState) -> Workspace:
         has_chains,
         multiprocessors(device),
         tuning,
-        {"PDL": True, "launch_pdl": True} if overlaps(device) else {"PDL": False},
+        overlap(device),
         torch.zeros(1, dtype=torch.int32, device=device),
     )
