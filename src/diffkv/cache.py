@@ -13,7 +13,6 @@ from diffkv.policies import PAPER, Policy
 from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds
 from diffkv.prefill import Prefill, torch_prefill
 from diffkv.prompts import PromptPath
-from diffkv.rotator import Rotator
 from diffkv.segments import RowEnds
 from diffkv.state import DecodePlan, PoolState, PromptTokens
 from diffkv.steps import PromptChunk, Step
@@ -52,8 +51,8 @@ class DiffKVCache:
         self._policy = policy
         self._segment = segment
         self._device = state.pages.device
-        self._rotator = Rotator(ops, signs)
-        self._prompts = PromptPath(state, ops, scale, policy, prefill, self._rotator)
+        self._signs = signs
+        self._prompts = PromptPath(state, ops, scale, policy, prefill, signs)
 
     def warm_up(self, num_q_heads: int) -> None:
         """Run every operation once on nothing, so that compiling does not delay the first request.
@@ -66,8 +65,8 @@ class DiffKVCache:
         shape = (state.num_kv_heads, state.layout.head_dim)
         key = torch.zeros(1, *shape, dtype=dtype, device=device)
         query = torch.zeros(1, num_q_heads, shape[1], dtype=dtype, device=device)
-        key = self._rotator.rotate(key)
-        self._rotator.unrotate(key.repeat(1, 2, 1))  # keys and values, as they are read back
+        if self._signs is not None:
+            self._ops.rotate(key, self._signs, False, key)  # as first prompts are, to be looked at
         starts = one, one, one
         for lse in (None, torch.zeros(num_q_heads, 1, device=device)):
             scored = query, key, *starts, 1, self._scale, SCORED_QUERIES
@@ -78,19 +77,20 @@ class DiffKVCache:
             self._ops.decide_rows(sums, one, bounds, none, state.window, SCORED_QUERIES, tiers)
         if state.centre_dim:
             unnamed = self._slot_tensor([0, 0, 0, -1])[None]  # slot 0 takes its own centre
-            self._ops.centre_rows(state, 0, unnamed, one, key)
+            self._ops.centre_rows(state, 0, unnamed, one, key, self._signs)
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
-        self._ops.store_prompt(state, 0, tokens, tiers, sums)
+        self._ops.store_prompt(state, 0, tokens, tiers, sums, self._signs)
         plan = self._ops.plan_decode(state, nobody, torch.ones_like(nobody))
-        self._ops.append(state, 0, plan, key, key, self._rotator.signs)
+        self._ops.append(state, 0, plan, key, key, self._signs)
         out = torch.empty_like(query)
         self._ops.attend(
-            state, 0, nobody, query, self._scale, out, self._rotator.signs, follows_append=True
+            state, 0, nobody, query, self._scale, out, self._signs, follows_append=True
         )
         self._ops.store_prompt(self._prompts.exact, 0, tokens, tiers, sums)
-        for each in (state, self._prompts.exact):
+        for each, signs in ((state, self._signs), (self._prompts.exact, None)):
             first = self._slot_tensor([0])
-            self._ops.gather(each, 0, first, first, key, torch.empty_like(key), tiers.clone())
+            read = first, first, key, torch.empty_like(key), tiers.clone()
+            self._ops.gather(each, 0, *read, signs)
         self._ops.release(state, nobody, -1)
 
     def open(
@@ -206,7 +206,7 @@ class DiffKVCache:
         output: Tensor,
     ) -> None:
         query, key, value = (x[rows] for x in vectors)
-        self._ops.append(self.state, layer, plan, key, value, self._rotator.signs)
+        self._ops.append(self.state, layer, plan, key, value, self._signs)
         if isinstance(rows, slice) and output[rows].is_contiguous():
             out = output[rows]
         else:
@@ -218,7 +218,7 @@ class DiffKVCache:
             query,
             self._scale,
             out,
-            self._rotator.signs,
+            self._signs,
             follows_append=True,
         )
         if out.data_ptr() != output[rows].data_ptr():

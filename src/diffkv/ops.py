@@ -54,13 +54,25 @@ class Ops(Protocol):
         ...
 
     def centre_rows(
-        self, state: PoolState, layer: int, rows: Tensor, cu_seqlens: Tensor, key: Tensor
+        self,
+        state: PoolState,
+        layer: int,
+        rows: Tensor,
+        cu_seqlens: Tensor,
+        key: Tensor,
+        signs: Tensor | None = None,
     ) -> None:
         """See `reference.centre_rows`."""
         ...
 
     def store_prompt(
-        self, state: PoolState, layer: int, tokens: PromptTokens, tiers: Tensor, sums: Tensor
+        self,
+        state: PoolState,
+        layer: int,
+        tokens: PromptTokens,
+        tiers: Tensor,
+        sums: Tensor,
+        signs: Tensor | None = None,
     ) -> None:
         """See `reference.store_prompt`."""
         ...
@@ -74,6 +86,7 @@ class Ops(Protocol):
         key: Tensor,
         value: Tensor,
         tiers: Tensor,
+        signs: Tensor | None = None,
     ) -> None:
         """See `reference.gather`."""
         ...

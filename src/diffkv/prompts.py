@@ -22,7 +22,6 @@ from diffkv.policies import Policy
 from diffkv.policy import HIGH
 from diffkv.prefill import Prefill, Spans
 from diffkv.reading import Reader, Seen
-from diffkv.rotator import Rotator
 from diffkv.state import PoolState
 from diffkv.steps import Completion, Part, PromptChunk, PromptPlan, Scoring, Waiting, Wave
 from diffkv.uploads import at_once
@@ -46,7 +45,7 @@ def _fewest_bits(layout: PageLayout) -> tuple[int, int]:
 class PromptPath:
     """Attends among prompts, decides them and stores them, for every layer of one model.
 
-    Its arguments are those of `DiffKVCache`, but for `rotator`, which rotates vectors on their way.
+    Its arguments are those of `DiffKVCache`.
 
     Attributes:
         chains: the rows of every request, which begins there.
@@ -59,15 +58,15 @@ class PromptPath:
         scale: float,
         policy: Policy,
         prefill: Prefill,
-        rotator: Rotator,
+        signs: Tensor | None,
     ) -> None:
         self._state = state
-        self._reader = Reader(state, ops, rotator)
+        self._reader = Reader(state, ops, signs)
         self._ops = ops
         self._scale = scale
         self._policy = policy
         self._prefill = prefill
-        self._rotator = rotator
+        self._signs = signs
         self._device = state.pages.device
         self.chains = Chains(state, policy)
         self._queries: dict[tuple[int, int], Tensor] = {}
@@ -220,11 +219,20 @@ class PromptPath:
         state, packing = self._state, completion.packing
         if completion.waited is not None:
             self._ops.release(state, completion.waited, layer)
-        key, value = (self._rotator.rotate(x) for x in own)
-        self.value_range.look(layer, key, value)
+        if self.value_range.looks(layer):
+            self.value_range.look(layer, *map(self._rotated, own))
         if completion.centring is not None:
-            self._ops.centre_rows(state, layer, completion.centring, packing.starts, key)
-        self._ops.store_prompt(state, layer, packing.tokens(key, value), tiers, sums)
+            centred = completion.centring, packing.starts, own[0]
+            self._ops.centre_rows(state, layer, *centred, self._signs)
+        self._ops.store_prompt(state, layer, packing.tokens(*own), tiers, sums, self._signs)
+
+    def _rotated(self, vectors: Tensor) -> Tensor:
+        """[num_tokens, num_kv_heads, head_dim] as they are quantised."""
+        if self._signs is None:
+            return vectors
+        out = torch.empty(vectors.shape, dtype=vectors.dtype, device=self._device)
+        self._ops.rotate(vectors, self._signs, False, out)
+        return out
 
     def _all_high(self, num: int) -> tuple[Tensor, Tensor]:
         """Sums and tiers, [num] each, that say that all tokens are high."""

@@ -197,15 +197,18 @@ def cases(
         "B": 32,
         "K": rotate.matrix_rows(padded, dot.primitive_bitwidth // 8),
     }
-    ring = {**tables, "TABLE": table, "B": 128}
+    overlapping = {"PDL": True}
+    ring = {**tables, "TABLE": table, "B": 128, **overlapping}
     exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}
     finish = {**grouped, **rotated, "D": head_dim, "D_PADDED": padded}
     recomputed = {**grouped, **products, **tables, "PDL": True}
     tuning = workspace.Tuning()
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
-    counted = {**tables, "TABLE": table, "TIERS": tiers, "B": 2048}
-    gathered = {**paged, **centred, "D": head_dim, "D_PADDED": padded, "STARTS": 64, "B": vectors}
-    written = {**paged, **centred, "D": head_dim, "B": vectors}
+    counted = {**tables, "TABLE": table, "TIERS": tiers, **overlapping, "B": 2048, "SCAN": 1024}
+    turning = {"BLOCK": head_dim & -head_dim, "ROTATED": True, "DOT": dot, **overlapping}
+    gathered = {**paged, **centred, **turning, "D": head_dim, "D_PADDED": padded}
+    gathered |= {"STARTS": 64, "B": vectors}
+    written = {**paged, **centred, **turning, "D": head_dim, "DP": padded, "B": vectors}
     applied = {"HEADS": LAYERS * HEADS, "TABLE": table, "TIERS": tiers, "B": 256, "COUNT": 4096}
     sizes = [tier.tokens_per_page for tier in layout.tiers]
     reported = {
@@ -216,10 +219,13 @@ def cases(
         "B": 256,
     }
     decided = {**paged, "WINDOW": 64, "B": 512}
-    decided_rows = {"BOUNDS": True, "B": rows.DECIDE_BLOCK}
-    summed = {"T": rows.CENTRE_TOKENS, "C": rows.CENTRE_CHANNELS}
+    decided_rows = {"BOUNDS": True, "B": rows.DECIDE_BLOCK, **overlapping}
+    channels, warps = rows.centre_tile(head_dim, rotated=True)
+    summed = {"T": warps * rows.CENTRE_ELEMENTS // channels, "C": channels}
     centres = {**tables, **summed, "K": tiers[0].k, "D": head_dim}
+    centres |= {"BLOCK": head_dim & -head_dim, "ROTATED": True, **overlapping}
     released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS, "TABLE": table}
+    released |= {"SCAN": 1024, **overlapping}
     appended = {**tables, "D": head_dim, "DP": padded, "PAGE": layout.page_bytes, "TIERS": tiers}
     appended |= {**centred, **rotated}
     return {
@@ -242,14 +248,23 @@ def cases(
             decided_rows | {"BOUNDS": False},
             {"num_warps": 16},
         ),
-        "centre rows": (kernel("rows", "_centre_kernel"), centres, {"num_warps": 8}),
+        "centre rows": (kernel("rows", "_centre_kernel"), centres, {"num_warps": warps}),
         "count": (kernel("store", "_count_kernel"), counted, {"num_warps": 8}),
         "enter": (kernel("store", "_enter_kernel"), ring, one_warp),
         "write": (kernel("store", "_write_kernel"), written, exact),
-        "scan": (kernel("ring", "scan_kernel"), {"TAKE": True, "B": 2048}, {"num_warps": 8}),
-        "count pages": (kernel("release", "_count_kernel"), released, one_warp),
+        "write as it is": (
+            kernel("store", "_write_kernel"),
+            written | {"ROTATED": False},
+            exact,
+        ),
+        "count pages": (kernel("release", "_count_kernel"), released, {}),
         "give back": (kernel("release", "_give_back_kernel"), ring, one_warp),
         "gather": (kernel("gather", "_gather_kernel"), gathered, exact),
+        "gather as it is": (
+            kernel("gather", "_gather_kernel"),
+            gathered | {"ROTATED": False},
+            exact,
+        ),
         "quantize": (kernel("quantize", "_quantize_kernel"), {"S": side, "T": vectors}, exact),
         "dequantize": (kernel("quantize", "_dequantize_kernel"), {"S": side, "T": vectors}, exact),
         "rotate": (kernel("rotate", "_rotate_kernel"), turned, {"num_stages": 1}),

@@ -10,6 +10,7 @@ from diffkv.kernels.triton.codes import (
     load_elements,
     meta_pointers,
     plane_elements,
+    plane_tile,
     position_pointers,
     store_vectors,
     sum_pointers,
@@ -57,9 +58,7 @@ def _write_new(
         x = tl.load(x_ptr + d, mask=d < S.head_dim, other=0.0).to(tl.float32)
         sign = tl.load(signs_ptr + d, mask=d < S.head_dim, other=0.0)
         x = rotated(x[None, :], sign, norm, DTYPE, 1, DP, BLOCK, False).to(tl.float32)
-        element, exists = plane_elements(S)
-        place = tl.where(exists, element, 0).reshape([1, S.planes * S.padded])
-        x = tl.gather(x, place, 1).reshape([1, S.planes, S.padded])
+        x = plane_tile(x, 1, DP, S)
         write_vectors(x, centre_ptr, page_ptr, index, mask, S, DTYPE, CENTRED)
     else:
         at = x_ptr + tl.arange(0, 1)

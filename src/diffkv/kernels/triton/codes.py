@@ -14,6 +14,7 @@ __all__ = [
     "load_elements",
     "meta_pointers",
     "plane_elements",
+    "plane_tile",
     "position_pointers",
     "rounded",
     "store_vectors",
@@ -35,6 +36,19 @@ def plane_elements(S: tl.constexpr):
     plane = tl.arange(0, S.planes)[None, :, None]
     column = tl.arange(0, S.padded)[None, None, :]
     return plane * S.width + column, (plane >= 0) & (column < S.width)
+
+
+@triton.jit
+def plane_tile(x, T: tl.constexpr, DP: tl.constexpr, S: tl.constexpr):
+    """[T, DP] vectors as a tile."""
+    if S.planes * S.padded == DP and (S.planes == 1 or S.padded == S.width):
+        tile = tl.reshape(x, [T, S.planes, S.padded])
+    else:
+        element, exists = plane_elements(S)
+        place = tl.where(exists, element, 0).reshape([1, S.planes * S.padded])
+        tile = tl.gather(x, tl.broadcast_to(place, [T, S.planes * S.padded]), 1)
+        tile = tl.reshape(tile, [T, S.planes, S.padded])
+    return tile
 
 
 @triton.jit

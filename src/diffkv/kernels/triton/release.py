@@ -8,14 +8,15 @@ from torch import Tensor
 from diffkv.kernels.check import check_index, check_tensor
 from diffkv.kernels.triton.constants import power_of_2
 from diffkv.kernels.triton.launch import launch
-from diffkv.kernels.triton.ring import scan_kernel
+from diffkv.kernels.triton.order import launch_dependents, wait
+from diffkv.kernels.triton.ring import is_last, scan
 from diffkv.kernels.triton.table import leaf_column, num_leaves, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.state import PoolState
 
 __all__ = ["release"]
 
-SCAN_BLOCK = 2048
+SCAN_BLOCK = 1024
 PAGE_BLOCK = 128
 """Pages that a program moves at a time."""
 
@@ -26,14 +27,23 @@ def _count_kernel(
     held_ptr,  # [S, L, H, 2]
     totals_ptr,  # [2, R, num_layers] i32, out: pages, leaves
     before_ptr,  # [2, R, num_layers, H, 2] i32, out: those of the same layer that come before
+    first_ptr,  # [2, R, num_layers] i64, out: where their entries begin in the rings
+    ring_ends_ptr,  # [2] i64
+    leaf_ends_ptr,  # [2] i64
+    overruns_ptr,  # [1] i32
+    ticket_ptr,  # [1] i32
     first_layer,
     num_layers,
     L: tl.constexpr,
     H2: tl.constexpr,
     H2_PADDED: tl.constexpr,
     TABLE: tl.constexpr,
+    SCAN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One program per request and layer."""
+    """One program per request and layer. The last one makes room for what all give back."""
+    wait(PDL)
+    launch_dependents(PDL)
     pid = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + pid // num_layers).to(tl.int64)
     layer = first_layer + pid % num_layers
@@ -46,6 +56,9 @@ def _count_kernel(
     leaves = num_leaves(held, TABLE)
     tl.store(totals_ptr + leaf_pid, tl.sum(leaves))
     tl.store(before_ptr + leaf_pid * H2 + each, tl.cumsum(leaves, 0) - leaves, mask=each < H2)
+    num = tl.num_programs(0)
+    if is_last(ticket_ptr, num):
+        scan(totals_ptr, first_ptr, ring_ends_ptr, leaf_ends_ptr, overruns_ptr, num, False, SCAN)
 
 
 @triton.jit
@@ -86,8 +99,11 @@ def _give_back_kernel(
     H: tl.constexpr,
     TABLE: tl.constexpr,
     B: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per (request, layer) and (head, tier)."""
+    wait(PDL)
+    launch_dependents(PDL)
     pid = tl.program_id(0).to(tl.int64)
     each = tl.program_id(1)
     slot = tl.load(slots_ptr + pid // num_layers).to(tl.int64)
@@ -114,7 +130,7 @@ def _give_back_kernel(
 
 
 def release(state: PoolState, slots: Tensor, layer: int) -> None:
-    """Same contract as `reference.release`. Three launches, whatever is released."""
+    """Same contract as `reference.release`. Two launches, whatever is released."""
     work = workspace(state)
     num_requests, heads = slots.numel(), state.num_kv_heads
     if layer >= 0:
@@ -130,19 +146,15 @@ def release(state: PoolState, slots: Tensor, layer: int) -> None:
     first = work.buffer("release_first", torch.int64, *rows, least=2 * most)
     launch(
         _count_kernel, (num_requests * num_layers,),
-        slots, state.num_pages_held, totals, before, first_layer, num_layers,
+        slots, state.num_pages_held, totals, before, first, state.ring_ends, state.leaf_ends,
+        state.overruns, work.ticket, first_layer, num_layers,
         L=state.num_layers, H2=2 * heads, H2_PADDED=power_of_2(2 * heads),
-        TABLE=work.table, num_warps=1,
-    )  # fmt: skip
-    launch(
-        scan_kernel, (1,),
-        totals, first, state.ring_ends, state.leaf_ends, state.overruns, num_requests * num_layers,
-        TAKE=False, B=SCAN_BLOCK, num_warps=8,
+        TABLE=work.table, SCAN=SCAN_BLOCK, num_warps=4, **work.overlap,
     )  # fmt: skip
     launch(
         _give_back_kernel, (num_requests * num_layers, 2 * heads),
         slots, first, before, state.free_ring, state.leaves, state.free_leaves, state.directory,
         state.num_tokens, state.num_pages_held, first_layer, num_layers, state.num_pages,
         len(state.free_leaves), L=state.num_layers, H=heads, TABLE=work.table, B=PAGE_BLOCK,
-        num_warps=1,
+        num_warps=1, **work.overlap,
     )  # fmt: skip

@@ -1,12 +1,27 @@
-"""A kernel for the free rings: prefix sums give every head its own slice.
+"""Device functions for the free rings: prefix sums give every head its own slice.
 
-The rings' ends move in programs of their own, after or before the launch that reads or writes entries.
+The rings' ends move in launches of their own, after or before the one that reads or writes entries.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["scan_kernel"]
+__all__ = ["is_last", "scan"]
+
+
+@triton.jit
+def is_last(ticket_ptr, programs):
+    """Whether all other programs of a launch have come here; what they wrote before can be read then.
+
+    The ticket is 0 before, and again for the next launch.
+    """
+    # One thread takes the ticket, with what all have written; then all read, after it has
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
 
 
 @triton.jit
@@ -18,18 +33,16 @@ def _counts(counts_ptr, start, N, B: tl.constexpr):
     return pages, leaves, at
 
 
-@triton.jit(do_not_specialize=["N"])
-def scan_kernel(
-    counts_ptr,  # [2, N] i32, of pages and of leaves
-    first_ptr,  # [2, N] i64, out: ring index of each one's first entry; -1 after an overrun
-    ring_ends_ptr,  # [2] i64
-    leaf_ends_ptr,  # [2] i64
-    overruns_ptr,  # [1] i32
-    N,
-    TAKE: tl.constexpr,
+@triton.jit
+def scan(
+    counts_ptr, first_ptr, ring_ends_ptr, leaf_ends_ptr, overruns_ptr, N, TAKE: tl.constexpr,
     B: tl.constexpr,
-):
-    """One program: take `counts` entries from the rings, or make room to give them back."""
+):  # fmt: skip
+    """Take entries from the rings, or make room to give them back; one program does.
+
+    counts: [2, N] i32, of pages and of leaves. first: [2, N] i64, written: ring index of each one's
+    first entry; -1 after an overrun.
+    """
     END: tl.constexpr = 0 if TAKE else 1
     page_end = tl.load(ring_ends_ptr + END)
     leaf_end = tl.load(leaf_ends_ptr + END)

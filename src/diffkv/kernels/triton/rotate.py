@@ -1,7 +1,7 @@
 """Rotate vectors, and turn them back.
 
-Many are multiplied by the matrix, which tensor cores do faster than sums; single ones, in kernels that
-do something else with them, are added up in two short steps.
+Many are multiplied by the matrix, which tensor cores do faster than sums. In kernels that do something
+else with them, they are added up in two short steps: making a matrix there costs more than the product.
 """
 
 import functools
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from diffkv.kernels.check import check_dtype, check_packed, check_tensor
 from diffkv.kernels.triton.codes import rounded
-from diffkv.kernels.triton.constants import DTYPES, MIN_DOT, multiprocessors
+from diffkv.kernels.triton.constants import DTYPES, MIN_DOT, cdiv, multiprocessors, power_of_2
+from diffkv.kernels.triton.launch import launch
 from diffkv.rotation import block_size
 
-__all__ = ["matrix_rows", "rotate", "rotated", "rotation_of"]
+__all__ = ["dot_type", "matrix_rows", "rotate", "rotated", "rotation_of"]
 
 TILE_VECTORS = 32
 
@@ -47,16 +48,23 @@ def _signs_of_blocks(
 @triton.jit
 def rotated(
     x, sign, norm, DTYPE: tl.constexpr, T: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
-    INVERSE: tl.constexpr,
+    INVERSE: tl.constexpr, DOT: tl.constexpr = None,
 ):  # fmt: skip
-    """Rotate [T, DP] float32 vectors, or back; rounded once to the model's dtype. `sign` is [DP]."""
-    INNER: tl.constexpr = min(BLOCK, 16)
-    OUTER: tl.constexpr = BLOCK // INNER
+    """Rotate [T, DP] float32 vectors, or back; rounded once to the model's dtype. `sign` is [DP].
+
+    DOT: holds the elements of many, whose first step is a product; DP is at least 16 then.
+    """
+    INNER: tl.constexpr = min(BLOCK, 16) if DOT is None else 16
+    OUTER: tl.constexpr = max(1, BLOCK // INNER)
     if not INVERSE:
         x *= sign[None, :]
     y = tl.reshape(x, [T * DP // INNER, INNER])
-    inner = _signs_of_blocks(0, INNER, INNER, INNER, INNER, tl.float32)
-    y = tl.sum(y[:, :, None] * inner[None, :, :], 1)
+    if DOT is None:
+        inner = _signs_of_blocks(0, INNER, INNER, INNER, INNER, tl.float32)
+        y = tl.sum(y[:, :, None] * inner[None, :, :], 1)
+    else:
+        inner = _signs_of_blocks(0, INNER, INNER, INNER, min(BLOCK, INNER), DOT)
+        y = tl.dot(y.to(DOT), inner, input_precision="ieee")
     if OUTER > 1:
         y = tl.reshape(y, [T * DP // BLOCK, OUTER, INNER])
         outer = _signs_of_blocks(0, OUTER, OUTER, OUTER, OUTER, tl.float32)
@@ -158,6 +166,11 @@ def rotation_of(signs: Tensor | None, head_dim: int, device: torch.device) -> Ro
     return Rotation(signs, size**-0.5, {"ROTATED": True, "BLOCK": size})
 
 
+def dot_type(dtype: torch.dtype, device: torch.device) -> Any:
+    """DOT: what products of vectors are of. The interpreter knows only float32's."""
+    return DTYPES[dtype] if device.type == "cuda" else tl.float32
+
+
 @functools.cache
 def _nothing(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=device)
@@ -174,15 +187,16 @@ def rotate(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:
     check_tensor("signs", signs, x.device, signs.dtype, head_dim)
     if not rows:
         return
-    size, dtype = block_size(head_dim), DTYPES[x.dtype]
-    padded = max(MIN_DOT, triton.next_power_of_2(head_dim))
-    programs = triton.cdiv(rows * heads, TILE_VECTORS)
+    size = block_size(head_dim)
+    padded = max(MIN_DOT, power_of_2(head_dim))
+    programs = cdiv(rows * heads, TILE_VECTORS)
     at_once = matrix_rows(padded, x.element_size())
     if at_once == padded:
         programs = min(programs, PROGRAMS * multiprocessors(x.device))
-    _rotate_kernel[(programs,)](
+    launch(
+        _rotate_kernel, (programs,),
         x, signs, out, *strides, size**-0.5, rows * heads,
         H=heads, D=head_dim, DP=padded, BLOCK=size,
-        INVERSE=inverse, DOT=dtype if x.is_cuda else tl.float32,
+        INVERSE=inverse, DOT=dot_type(x.dtype, x.device),
         PRECISION="ieee", B=TILE_VECTORS, K=at_once, num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -7,12 +7,17 @@ from torch import Tensor
 
 from diffkv.kernels.check import check_index, check_tokens
 from diffkv.kernels.triton.codes import (
+    plane_tile,
     position_pointers,
     sum_pointers,
     write_side,
+    write_vectors,
 )
-from diffkv.kernels.triton.constants import tile_vectors
-from diffkv.kernels.triton.ring import scan_kernel
+from diffkv.kernels.triton.constants import MIN_DOT, cdiv, power_of_2, tile_vectors
+from diffkv.kernels.triton.launch import launch
+from diffkv.kernels.triton.order import launch_dependents, wait
+from diffkv.kernels.triton.ring import is_last, scan
+from diffkv.kernels.triton.rotate import dot_type, rotated, rotation_of
 from diffkv.kernels.triton.table import centre_of, enter_page, num_leaves, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.policy import DROPPED
@@ -41,6 +46,11 @@ def _count_kernel(
     request_ptr,  # [N] i32, out
     after_ptr,  # [R, H, 2] i32, out: tokens that each head will keep
     wanted_ptr,  # [2, R, H, 2] i32, out: pages and leaves that this takes
+    first_ptr,  # [2, R, H, 2] i64, out: where their entries begin in the rings
+    ring_ends_ptr,  # [2] i64
+    leaf_ends_ptr,  # [2] i64
+    overruns_ptr,  # [1] i32
+    ticket_ptr,  # [1] i32
     layer,
     N,
     L: tl.constexpr,
@@ -48,8 +58,15 @@ def _count_kernel(
     TABLE: tl.constexpr,
     TIERS: tl.constexpr,
     B: tl.constexpr,
+    SCAN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One program per request and head. Tokens of a tier are put together, to be quantised together."""
+    """One program per request and head. Tokens of a tier are put together, to be quantised together.
+
+    The last one takes what all of them want.
+    """
+    wait(PDL)
+    launch_dependents(PDL)
     r = tl.program_id(0)
     head = tl.program_id(1)
     slot = tl.load(slots_ptr + r).to(tl.int64)
@@ -104,6 +121,9 @@ def _count_kernel(
         pages = tl.where(is_request, tl.cdiv(low, TIERS[1].tokens), 0)
     tl.store(wanted_ptr + out + 1, pages - held)
     tl.store(wanted_ptr + leaf_out + 1, num_leaves(pages, TABLE) - num_leaves(held, TABLE))
+    if is_last(ticket_ptr, tl.num_programs(0) * H):
+        num = tl.num_programs(0) * (H * 2)
+        scan(wanted_ptr, first_ptr, ring_ends_ptr, leaf_ends_ptr, overruns_ptr, num, True, SCAN)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -125,8 +145,11 @@ def _enter_kernel(
     H: tl.constexpr,
     TABLE: tl.constexpr,
     B: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Enter the pages that were taken into the tables. One program per request, head and tier."""
+    wait(PDL)
+    launch_dependents(PDL)
     pid = tl.program_id(0)
     slot = tl.load(slots_ptr + pid // (2 * H)).to(tl.int64)
     first = tl.load(first_ptr + pid)
@@ -155,21 +178,52 @@ def _enter_kernel(
 
 
 @triton.jit
+def _turned(
+    x_ptr, signs_ptr, norm, mask, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+    ROTATED: tl.constexpr, DOT: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """[B, DP] vectors that begin at `x_ptr`, rotated; where that is not asked for, `x_ptr`."""
+    if ROTATED:
+        d = tl.arange(0, DP)
+        sign = tl.load(signs_ptr + d, mask=d < D, other=0.0)
+        exists = mask[:, None] & (d < D)[None, :]
+        x = tl.load(x_ptr[:, None] + d[None, :], mask=exists, other=0.0)
+        DTYPE: tl.constexpr = x.dtype
+        turned = rotated(x.to(tl.float32), sign, norm, DTYPE, B, DP, BLOCK, False, DOT)
+    else:
+        turned = x_ptr
+    return turned
+
+
+@triton.jit
+def _write(
+    x, centre_ptr, page_ptr, index, mask, S: tl.constexpr, DP: tl.constexpr, ROTATED: tl.constexpr,
+    B: tl.constexpr, DTYPE: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
+    """Write what `_turned` gives."""
+    if ROTATED:
+        tile = plane_tile(x, B, DP, S)
+        write_vectors(tile, centre_ptr, page_ptr, index, mask, S, DTYPE, CENTRED)
+    else:
+        write_side(x, centre_ptr, page_ptr, index, mask, S, DTYPE, CENTRED)
+
+
+@triton.jit
 def _write_tier(
-    key_ptr, value_ptr, centre_ptr, score, position, number, table, pages_ptr, mask,
+    key, value, centre_ptr, score, position, number, table, pages_ptr, mask,
     TIER: tl.constexpr, TIERS: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
+    DP: tl.constexpr, ROTATED: tl.constexpr, B: tl.constexpr, DTYPE: tl.constexpr,
     CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """Write tokens [T] of one head as tokens `number` of a tier."""
+    """Write tokens [B] of one head as tokens `number` of a tier."""
     T: tl.constexpr = TIERS[TIER]
     K: tl.constexpr = T.k
     V: tl.constexpr = T.v
     page = page_where(table, number // T.tokens, mask, TIER, TABLE).to(tl.int64)
     page_ptr = pages_ptr + page * PAGE
     index = number % T.tokens
-    DTYPE: tl.constexpr = key_ptr.dtype.element_ty
-    write_side(key_ptr, centre_ptr, page_ptr, index, mask, K, DTYPE, CENTRED)
-    write_side(value_ptr, centre_ptr, page_ptr, index, mask, V, DTYPE, False)
+    _write(key, centre_ptr, page_ptr, index, mask, K, DP, ROTATED, B, DTYPE, CENTRED)
+    _write(value, centre_ptr, page_ptr, index, mask, V, DP, ROTATED, B, DTYPE, False)
     if T.tracked:
         tl.store(sum_pointers(page_ptr, index, T), score, mask=mask)
         tl.store(position_pointers(page_ptr, index, T), position, mask=mask)
@@ -188,24 +242,34 @@ def _write_kernel(
     positions_ptr,  # [N]
     tiers_ptr,  # [H, N] i8
     sums_ptr,  # [H, N] f32
+    signs_ptr,  # [D] f32
     pages_ptr,  # [num_pages, PAGE]
     leaves_ptr,  # [num_leaves, E]
     directory_ptr,  # [S, L, H, W]
     key_stride,
     value_stride,
+    norm,
     layer,
     N,
     L: tl.constexpr,
     H: tl.constexpr,
     TABLE: tl.constexpr,
     D: tl.constexpr,
+    DP: tl.constexpr,
     PAGE: tl.constexpr,
     TIERS: tl.constexpr,
     CENTRED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROTATED: tl.constexpr,
+    DOT: tl.constexpr,
     B: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Quantise and write. One program per B tokens of a head, in order of tiers."""
+    """Rotate, quantise and write. One program per B tokens of a head, in order of tiers."""
+    wait(PDL)
+    launch_dependents(PDL)
     NUM_TIERS: tl.constexpr = len(TIERS)
+    DTYPE: tl.constexpr = key_ptr.dtype.element_ty
     place = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     head = tl.program_id(1).to(tl.int64)
     exists = place < N
@@ -220,31 +284,26 @@ def _write_kernel(
     centre_at = centre_of(centres_ptr, row, TIERS[0].k)
     score = tl.load(sums_ptr + head * N + i, mask=kept, other=0.0)
     position = tl.load(positions_ptr + i, mask=kept, other=0)
+    key_at = key_ptr + i * key_stride + head * D
+    value_at = value_ptr + i * value_stride + head * D
+    key = _turned(key_at, signs_ptr, norm, kept, D, DP, BLOCK, ROTATED, DOT, B)
+    value = _turned(value_at, signs_ptr, norm, kept, D, DP, BLOCK, ROTATED, DOT, B)
     for t in tl.static_range(NUM_TIERS):
         mask = kept & (tier_of == t)
         if tl.max(mask.to(tl.int32), 0) > 0:
-            key_at = key_ptr + i * key_stride + head * D
-            value_at = value_ptr + i * value_stride + head * D
             _write_tier(
-                key_at,
-                value_at,
-                centre_at,
-                score,
-                position,
-                number,
-                table,
-                pages_ptr,
-                mask,
-                t,
-                TIERS,
-                TABLE,
-                PAGE,
-                CENTRED,
-            )
+                key, value, centre_at, score, position, number, table, pages_ptr, mask, t, TIERS,
+                TABLE, PAGE, DP, ROTATED, B, DTYPE, CENTRED,
+            )  # fmt: skip
 
 
 def store_prompt(
-    state: PoolState, layer: int, tokens: PromptTokens, tiers: Tensor, sums: Tensor
+    state: PoolState,
+    layer: int,
+    tokens: PromptTokens,
+    tiers: Tensor,
+    sums: Tensor,
+    signs: Tensor | None = None,
 ) -> None:
     """Same contract as `reference.store_prompt`. Rows of key and value may be apart.
 
@@ -255,6 +314,7 @@ def store_prompt(
     head_dim = state.layout.head_dim
     check_index("layer", layer, state.num_layers)
     key_stride, value_stride = check_tokens(state, tokens, tiers, sums, work.device)
+    rotation = rotation_of(signs, head_dim, work.device)
     if not num or not num_requests:
         return
     token = work.buffer("store_token", torch.int32, heads, num)
@@ -263,26 +323,28 @@ def store_prompt(
     after = work.buffer("store_after", torch.int32, num_requests, heads, 2)
     wanted = work.buffer("store_wanted", torch.int32, 2, num_requests, heads, 2)
     first = work.buffer("store_first", torch.int64, 2, num_requests, heads, 2)
-    tables = {"L": state.num_layers, "H": heads, "TABLE": work.table}
-    _count_kernel[(num_requests, heads)](
+    tables = {"L": state.num_layers, "H": heads, "TABLE": work.table, **work.overlap}
+    launch(
+        _count_kernel, (num_requests, heads),
         tokens.slots, tokens.cu_seqlens, tiers, state.num_tokens, state.num_pages_held,
-        token, number, request, after, wanted, layer, num,
-        TIERS=work.tiers, B=COUNT_BLOCK, num_warps=8, **tables,
+        token, number, request, after, wanted, first, state.ring_ends, state.leaf_ends,
+        state.overruns, work.ticket, layer, num,
+        TIERS=work.tiers, B=COUNT_BLOCK, SCAN=SCAN_BLOCK, num_warps=8, **tables,
     )  # fmt: skip
-    scan_kernel[(1,)](
-        wanted, first, state.ring_ends, state.leaf_ends, state.overruns, after.numel(), TAKE=True,
-        B=SCAN_BLOCK, num_warps=4,
-    )  # fmt: skip
-    _enter_kernel[(num_requests * heads * 2,)](
+    launch(
+        _enter_kernel, (num_requests * heads * 2,),
         tokens.slots, first, after, wanted, state.free_ring, state.leaves, state.free_leaves,
         state.directory, state.num_tokens, state.num_pages_held, layer, state.num_pages,
         len(state.free_leaves), B=PAGE_BLOCK, num_warps=1, **tables,
     )  # fmt: skip
     block = tile_vectors(head_dim)
-    _write_kernel[(triton.cdiv(num, block), heads)](
+    launch(
+        _write_kernel, (cdiv(num, block), heads),
         tokens.slots, state.centres, first, token, number, request, tokens.key, tokens.value,
-        tokens.positions, tiers, sums, state.pages, state.leaves, state.directory, key_stride,
-        value_stride, layer, num,
-        D=head_dim, PAGE=state.layout.page_bytes, TIERS=work.tiers, CENTRED=state.centre_dim > 0,
-        B=block, enable_fp_fusion=False, **tables,
+        tokens.positions, tiers, sums, rotation.signs, state.pages, state.leaves, state.directory,
+        key_stride, value_stride, rotation.norm, layer, num,
+        D=head_dim, DP=max(MIN_DOT, power_of_2(head_dim)),
+        PAGE=state.layout.page_bytes, TIERS=work.tiers, CENTRED=state.centre_dim > 0,
+        DOT=dot_type(state.dtype, work.device), B=block, enable_fp_fusion=False,
+        **rotation.constants, **tables,
     )  # fmt: skip

@@ -18,10 +18,10 @@ from diffkv.kernels.triton.constants import (
     Table,
     Tier,
     multiprocessors,
-    overlaps,
     power_of_2,
     tiers_of,
 )
+from diffkv.kernels.triton.order import overlap
 from diffkv.kernels.triton.worklist import CHUNK_TOKENS
 from diffkv.state import PoolState
 
@@ -68,8 +68,8 @@ class Workspace:
         has_chains: whether a request may have more than its open row.
         multiprocessors: number of the device's multiprocessors.
         tuning: launch parameters of `attend`.
-        overlap: what launches of a decode step are given, so that each may begin before the one ahead of
-            it has ended, where the device can do that.
+        overlap: what launches are given, see `order.overlap`.
+        ticket: [1] int32, see `ring.is_last`.
         buffers: flat buffers by name.
         views: those in the shapes that were asked for lately.
         outgrown: former buffers.
@@ -84,6 +84,7 @@ class Workspace:
     multiprocessors: int
     tuning: Tuning
     overlap: dict[str, Any]
+    ticket: Tensor
     buffers: dict[str, Tensor] = field(default_factory=dict)
     views: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
     outgrown: list[Tensor] = field(default_factory=list)
@@ -147,5 +148,6 @@ def workspace(state: PoolState) -> Workspace:
         has_chains,
         multiprocessors(device),
         tuning,
-        {"PDL": True, "launch_pdl": True} if overlaps(device) else {"PDL": False},
+        overlap(device),
+        torch.zeros(1, dtype=torch.int32, device=device),
     )
