@@ -19,7 +19,6 @@ __all__ = [
     "store_vectors",
     "sum_pointers",
     "write_side",
-    "write_vectors",
 ]
 
 _MAX = tl.constexpr(FLOAT16_MAX)
@@ -194,24 +193,7 @@ def write_side(
     element, exists = plane_elements(S)
     mask_of = mask[:, None, None] & exists
     x = tl.load(x_ptr[:, None, None] + element, mask=mask_of, other=0.0)
-    write_vectors(x, centre_ptr, page_ptr, index, mask, S, DTYPE, CENTRED)
-
-
-@triton.jit
-def write_vectors(
-    x,
-    centre_ptr,
-    page_ptr,
-    index,
-    mask,
-    S: tl.constexpr,
-    DTYPE: tl.constexpr,
-    CENTRED: tl.constexpr,
-):
-    """Like `write_side`, of a tile of vectors."""
     if CENTRED:
-        element, exists = plane_elements(S)
-        mask_of = mask[:, None, None] & exists
         centre = tl.load(centre_ptr[:, None, None] + element, mask=mask_of, other=0.0)
         x = x.to(tl.float32) - centre.to(tl.float32)
     code_ptr = code_pointers(page_ptr, index, S)

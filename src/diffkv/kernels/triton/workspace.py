@@ -64,7 +64,6 @@ class Workspace:
             it has ended, where the device can do that.
         buffers: flat buffers by name.
         outgrown: former buffers.
-        num_made: buffers that have been made so far.
     """
 
     tiers: tuple[Tier, ...]
@@ -77,7 +76,6 @@ class Workspace:
     overlap: dict[str, Any]
     buffers: dict[str, Tensor] = field(default_factory=dict)
     outgrown: list[Tensor] = field(default_factory=list)
-    num_made: int = 0
 
     def num_requests(self, num: int) -> int:
         """Requests that buffers should be made for where there are `num`.
@@ -105,7 +103,6 @@ class Workspace:
                 self.outgrown.append(flat)
             flat = torch.empty(max(num, least, 1), dtype=dtype, device=self.device)
             self.buffers[name] = flat
-            self.num_made += 1
         return flat[:num].view(shape)
 
 
