@@ -79,8 +79,8 @@ class Wrong:
 
 
 def test_a_wrong_attention_is_found():
-    def attend(state, layer, slots, query, scale, output):
-        ops.load("cpu", "reference").attend(state, layer, slots, query, scale * 1.01, output)
+    def attend(state, layer, slots, query, scale, *others):
+        ops.load("cpu", "reference").attend(state, layer, slots, query, scale * 1.01, *others)
 
     result = selftest.run("cpu", Wrong("attend", attend))
     assert not result.passed

@@ -14,7 +14,7 @@ from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds
 from diffkv.prefill import Prefill, torch_prefill
 from diffkv.prompts import PromptPath
 from diffkv.segments import RowEnds
-from diffkv.state import DecodePlan, PoolState, PromptTokens
+from diffkv.state import DecodePlan, NewTokens, PoolState, PromptTokens
 from diffkv.steps import PromptChunk, Step
 from diffkv.uploads import on_device
 
@@ -81,11 +81,8 @@ class DiffKVCache:
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
         self._ops.store_prompt(state, 0, tokens, tiers, sums, self._signs)
         plan = self._ops.plan_decode(state, nobody, torch.ones_like(nobody))
-        self._ops.append(state, 0, plan, key, key, self._signs)
-        out = torch.empty_like(query)
-        self._ops.attend(
-            state, 0, nobody, query, self._scale, out, self._signs, follows_append=True
-        )
+        out, new = torch.empty_like(query), NewTokens(plan, key, key)
+        self._ops.attend(state, 0, nobody, query, self._scale, out, self._signs, new)
         self._ops.store_prompt(self._prompts.exact, 0, tokens, tiers, sums)
         for each, signs in ((state, self._signs), (self._prompts.exact, None)):
             first = self._slot_tensor([0])
@@ -206,7 +203,6 @@ class DiffKVCache:
         output: Tensor,
     ) -> None:
         query, key, value = (x[rows] for x in vectors)
-        self._ops.append(self.state, layer, plan, key, value, self._signs)
         if isinstance(rows, slice) and output[rows].is_contiguous():
             out = output[rows]
         else:
@@ -219,7 +215,7 @@ class DiffKVCache:
             self._scale,
             out,
             self._signs,
-            follows_append=True,
+            NewTokens(plan, key, value),
         )
         if out.data_ptr() != output[rows].data_ptr():
             output[rows] = out

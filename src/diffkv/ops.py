@@ -5,7 +5,7 @@ from typing import Protocol
 from torch import Tensor, dtype
 
 from diffkv.quant import ConfigError
-from diffkv.state import DecodePlan, PoolState, PromptTokens
+from diffkv.state import DecodePlan, NewTokens, PoolState, PromptTokens
 
 __all__ = ["Ops", "load"]
 
@@ -124,7 +124,7 @@ class Ops(Protocol):
         scale: float,
         output: Tensor,
         signs: Tensor | None = None,
-        follows_append: bool = False,
+        new: NewTokens | None = None,
     ) -> None:
         """See `reference.attend`."""
         ...

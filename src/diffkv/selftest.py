@@ -14,7 +14,7 @@ from diffkv.ops import Ops
 from diffkv.policy import DROPPED, HIGH, LOW
 from diffkv.quant import DEFAULT_QUANT, QuantConfig
 from diffkv.shape import PoolShape
-from diffkv.state import TENSORS, PoolState, PromptTokens
+from diffkv.state import TENSORS, NewTokens, PoolState, PromptTokens
 
 __all__ = ["SelfTest", "run"]
 
@@ -94,10 +94,9 @@ def _decode(kernels: Ops, state: PoolState, new: Tensor, query: Tensor) -> Tenso
         lens = torch.tensor([PROMPT_LEN + step + 1], dtype=torch.int32, device=device)
         plan = kernels.plan_decode(state, slots, lens)
         for layer in range(NUM_LAYERS):
-            x = new[step, layer].to(device)
-            kernels.append(state, layer, plan, x, -x)
+            x, q = new[step, layer].to(device), query[step, layer].to(device)
             output = torch.empty(1, NUM_Q_HEADS, HEAD_DIM, device=device)
-            kernels.attend(state, layer, slots, query[step, layer].to(device), SCALE, output)
+            kernels.attend(state, layer, slots, q, SCALE, output, None, NewTokens(plan, x, -x))
             outputs[step, layer] = output.cpu()
     return outputs[:, :, 0]
 

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from diffkv.layout import PageLayout
 
-__all__ = ["IDS", "TENSORS", "DecodePlan", "PoolState", "PromptTokens", "TensorSpec", "sizes_of"]
+__all__ = [
+    "IDS",
+    "TENSORS",
+    "DecodePlan",
+    "NewTokens",
+    "PoolState",
+    "PromptTokens",
+    "TensorSpec",
+    "sizes_of",
+]
 
 IDS = "ids"
 """Initial value of a ring: all ids, from 0 on."""
@@ -226,3 +235,18 @@ class DecodePlan:
     slots: Tensor
     positions: Tensor
     places: Tensor
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The new token of each request of a decode step, for one layer.
+
+    Attributes:
+        plan: where they go.
+        key: [R, num_kv_heads, head_dim], the model's dtype, rotary embedding applied.
+        value: [R, num_kv_heads, head_dim], likewise.
+    """
+
+    plan: DecodePlan
+    key: Tensor
+    value: Tensor

@@ -21,6 +21,7 @@ from diffkv.lab.rows import Writer
 from diffkv.lab.timing import Case, Stopwatch, capture, measure, peak_gb_per_s, stream_case
 from diffkv.policy import Thresholds
 from diffkv.rotation import signs
+from diffkv.state import NewTokens
 from diffkv.steps import PromptChunk
 
 pytestmark = [
@@ -113,8 +114,9 @@ def test_a_decode_step_in_a_graph_does_what_eager_steps_do():
         lengths.add_(1)
         plan = kernels.plan_decode(state, slots, lengths)
         for layer in range(layers):
-            kernels.append(state, layer, plan, key[layer], key[layer])
-            kernels.attend(state, layer, slots, query[layer], HEAD_DIM**-0.5, output[layer])
+            new = NewTokens(plan, key[layer], key[layer])
+            scaled = query[layer], HEAD_DIM**-0.5, output[layer]
+            kernels.attend(state, layer, slots, *scaled, None, new)
 
     for mine, lens, output in ((state, lengths[0], outputs[0]), (eager, lengths[1], outputs[1])):
         step(mine, lens, output)  # compiled and with its buffers, before it is captured

@@ -8,7 +8,7 @@ from make import DTYPES, FORMATS, assert_same, copy_of, make_state
 from torch import Tensor
 
 from diffkv.kernels import cpu
-from diffkv.state import PoolState
+from diffkv.state import NewTokens, PoolState
 
 LAYOUTS = [
     *((quant, 64, torch.float32, 4) for quant in FORMATS),
@@ -229,3 +229,6 @@ def test_wrong_tensors_are_refused(kernels):
         kernels.attend(state, 0, slots, query, 1.0, query.float())
     with pytest.raises(ValueError, match="slots must be"):
         kernels.attend(state, 0, slots.repeat(2), query, 1.0, query)
+    new = NewTokens(kernels.plan_decode(state, slots, ints(1)), query[:, :2], query[:, :1])
+    with pytest.raises(ValueError, match=r"^value must be"):
+        kernels.attend(state, 0, slots, query, 1.0, query, None, new)

@@ -67,7 +67,7 @@ def test_attention_loads_codes_16_bytes_at_a_time(code_of, quant):
         ("k16v16", 128, "fp32"),
     ],
 )
-@pytest.mark.parametrize("name", ["attend", "append", "write", "gather"])
+@pytest.mark.parametrize("name", ["attend", "prepare", "append", "write", "gather"])
 def test_every_kind_of_layout_compiles(code_of, quant, head_dim, dtype, name):
     code = code_of(name, quant, head_dim, 16, dtype=dtype)
     assert code.shared_bytes <= 99 << 10, "more shared memory than Ada has"

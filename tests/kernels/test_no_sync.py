@@ -9,6 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from diffkv import reference
 from diffkv.kernels import triton as kernels
+from diffkv.state import NewTokens
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter would launch")
 
@@ -51,8 +52,8 @@ def step(state, slots, seq_lens, tensors):
     query, key, value, output, numbers = tensors
     plan = kernels.plan_decode(state, slots, seq_lens)
     for layer in range(state.num_layers):
-        kernels.append(state, layer, plan, key, value)
-        kernels.attend(state, layer, slots, query, 0.125, output)
+        new = NewTokens(plan, key, value)
+        kernels.attend(state, layer, slots, query, 0.125, output, None, new)
     kernels.report(state, slots, numbers[: 1 + len(slots)])
     kernels.release(state, slots, -1)
 
@@ -81,7 +82,7 @@ def test_a_decode_step_is_only_launches(launches, chain, num_requests):
     with Recorder() as recorder:
         step(state, slots, seq_lens, tensors)
     assert recorder.operations == []
-    assert len(launches) == 3 + state.num_layers * (1 + 3) + 1 + 2
+    assert len(launches) == 3 + state.num_layers * 3 + 1 + 2
 
 
 def test_the_recorder_sees_what_it_must():

@@ -6,11 +6,12 @@ import pytest
 import torch
 from backends import REFERENCE, gather, ints, on_cpu
 from contents import read_head
-from make import copy_of, make_state, make_sums, make_tiers, make_tokens
+from make import copy_of, make_state, make_sums, make_tiers, make_tokens, set_chain
 
 from diffkv import reference
 from diffkv.policy import DROPPED
 from diffkv.rotation import signs
+from diffkv.state import NewTokens
 
 LAYOUTS = [
     ("k8v4-k4v2", 128, torch.bfloat16, 4),
@@ -135,30 +136,36 @@ def test_queries_are_rotated_and_outputs_back(kernels, quant, head_dim, dtype, g
     torch.testing.assert_close(*sums, rtol=times * eps, atol=times * eps)
 
 
+@pytest.mark.parametrize("rotates", [True, False])
 @pytest.mark.parametrize(("quant", "head_dim", "dtype", "group"), LAYOUTS)
-def test_attention_may_begin_before_what_is_appended_is_there(
-    kernels, quant, head_dim, dtype, group
+def test_attention_that_writes_new_tokens_first_is_append_and_attention(
+    kernels, quant, head_dim, dtype, group, rotates
 ):
-    """Nothing is launched in between: all tensors are on the device before."""
-    state = filled(kernels, quant, head_dim, dtype)
-    heads, slots, lens = state.num_kv_heads, ints(1, -1, 0), ints(LENS[1] + 1, 1, LENS[0] + 1)
+    """To the bit, in both layers. Nothing is launched in between: all tensors are there before."""
+    lens, shape = [*LENS, 21], {"num_layers": 2, "num_slots": 4, "max_tokens": 96, "segment": 32}
+    state = make_state(quant, head_dim=head_dim, dtype=dtype, **shape)
+    kernels.fill(state, lens)
+    set_chain(state, 0, [2])
+    state.thresholds[:2], state.prompt_lens[:2] = torch.tensor([1e6, 0.0]), ints(58, 5)
+    heads, slots, seq_lens = state.num_kv_heads, ints(1, -1, 0), ints(6, 1, 59)
     query = apart(3, heads * group, head_dim, dtype=dtype)
-    new = [apart(3, heads, head_dim, dtype=dtype) for _ in range(2)]
-    outputs, pages = [], []
-    for follows in (False, True):
+    vectors = [apart(3, heads, head_dim, dtype=dtype) for _ in range(2)]
+    chosen, ops = signs(head_dim) if rotates else None, kernels.module
+    results = []
+    for is_apart in (True, False):
         placed = kernels.place(copy_of(state))
-        q, k, v, turn, where = map(kernels.place, (query, *new, signs(head_dim), slots))
-        out = torch.empty(query.shape, dtype=dtype, device=kernels.device)
-        # Scratch memory is made, and here filled, when it is first asked for
-        nobody = torch.full_like(where, -1)
-        kernels.module.attend(placed, 0, nobody, q, head_dim**-0.5, out, turn)
-        plan = kernels.module.plan_decode(placed, where, kernels.place(lens))
-        kernels.module.append(placed, 0, plan, k, v, turn)
-        kernels.module.attend(placed, 0, where, q, head_dim**-0.5, out, turn, follows)
-        outputs.append(on_cpu(out))
-        pages.append(on_cpu(placed).pages)
-    assert torch.equal(*outputs) and torch.equal(*pages)
-    assert outputs[0][0].any()
+        q, k, v, turn, rows = map(kernels.place, (query, *vectors, chosen, slots))
+        outs = [torch.empty(query.shape, dtype=dtype, device=kernels.device) for _ in range(2)]
+        plan = ops.plan_decode(placed, rows, kernels.place(seq_lens))
+        for layer, (out, key, value) in enumerate(zip(outs, (k, v), (v, k), strict=True)):
+            if is_apart:
+                ops.append(placed, layer, plan, key, value, turn)
+            new = None if is_apart else NewTokens(plan, key, value)
+            ops.attend(placed, layer, rows, q, head_dim**-0.5, out, turn, new)
+        results.append([*map(on_cpu, outs), on_cpu(placed).pages])
+    assert all(map(torch.equal, *results))
+    assert all(out[0].any() and out[2].any() and not out[1].any() for out in results[0][:2])
+    assert ((on_cpu(plan).places[2, ..., 2] >= 0) == (state.layout.low is not None)).all()
 
 
 def sums_of(state):

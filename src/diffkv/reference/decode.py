@@ -17,7 +17,7 @@ from diffkv.reference.pages import (
 )
 from diffkv.reference.ring import take
 from diffkv.reference.rotate import rotate, rotated
-from diffkv.state import DecodePlan, PoolState
+from diffkv.state import DecodePlan, NewTokens, PoolState
 
 __all__ = ["append", "attend", "plan_decode"]
 
@@ -173,7 +173,7 @@ def attend(
     scale: float,
     output: Tensor,
     signs: Tensor | None = None,
-    follows_append: bool = False,
+    new: NewTokens | None = None,
 ) -> None:
     """Attention of one query token per request over all its kept tokens, both tiers of all its rows.
 
@@ -188,9 +188,10 @@ def attend(
         scale: softmax scale.
         output: [R, num_q_heads, head_dim], the model's dtype, written.
         signs: what is stored is rotated by them (`rotate`): queries are, too, and the output back.
-        follows_append: `append` of this layer is what was launched last, with none of its tensors
-            changed since: what does not depend on it may be done meanwhile.
+        new: tokens that `append` writes first, of a plan for the same slots.
     """
+    if new is not None:
+        append(state, layer, new.plan, new.key, new.value, signs)
     if signs is not None:
         query = rotated(query, signs)
     group = query.shape[1] // state.num_kv_heads

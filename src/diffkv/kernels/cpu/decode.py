@@ -12,7 +12,7 @@ from diffkv.kernels.check import (
 )
 from diffkv.kernels.cpu.library import CPU, attend_function, check_status, handle
 from diffkv.kernels.cpu.rotate import rotate, rotated
-from diffkv.state import DecodePlan, PoolState
+from diffkv.state import DecodePlan, NewTokens, PoolState
 
 __all__ = ["append", "attend", "plan_decode"]
 
@@ -64,9 +64,11 @@ def attend(
     scale: float,
     output: Tensor,
     signs: Tensor | None = None,
-    follows_append: bool = False,
+    new: NewTokens | None = None,
 ) -> None:
     """Same contract as `reference.attend`. Rows of query and output may be apart."""
+    if new is not None:
+        append(state, layer, new.plan, new.key, new.value, signs)
     pool = handle(state)
     if signs is not None:
         query = rotated(query, signs)

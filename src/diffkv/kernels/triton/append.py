@@ -14,9 +14,8 @@ from diffkv.kernels.triton.codes import (
     position_pointers,
     store_vectors,
     sum_pointers,
-    write_side,
-    write_vectors,
 )
+from diffkv.kernels.triton.constants import power_of_2
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.rotate import rotated, rotation_of
@@ -24,7 +23,12 @@ from diffkv.kernels.triton.table import centre_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.state import DecodePlan, PoolState
 
-__all__ = ["append"]
+__all__ = ["SIDES", "append", "append_side"]
+
+SIDES = 2
+"""Programs of `append_side` for a request and head, so that neither waits for the loads of the other."""
+
+_SIDES = tl.constexpr(SIDES)
 
 
 @triton.jit
@@ -48,25 +52,16 @@ def _demote_side(
 
 
 @triton.jit
-def _write_new(
-    x_ptr, signs_ptr, norm, centre_ptr, page_ptr, index, mask, S: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, ROTATED: tl.constexpr, DTYPE: tl.constexpr, CENTRED: tl.constexpr,
-):  # fmt: skip
-    """Write a new token's vector at `x_ptr`, rotated if that is asked for. Masks and places are [1]."""
-    if ROTATED:
-        d = tl.arange(0, DP)
-        x = tl.load(x_ptr + d, mask=d < S.head_dim, other=0.0).to(tl.float32)
-        sign = tl.load(signs_ptr + d, mask=d < S.head_dim, other=0.0)
-        x = rotated(x[None, :], sign, norm, DTYPE, 1, DP, BLOCK, False).to(tl.float32)
-        x = plane_tile(x, 1, DP, S)
-        write_vectors(x, centre_ptr, page_ptr, index, mask, S, DTYPE, CENTRED)
-    else:
-        at = x_ptr + tl.arange(0, 1)
-        write_side(at, centre_ptr, page_ptr, index, mask, S, DTYPE, CENTRED)
+def _write_new(x, page_ptr, index, mask, S: tl.constexpr, DP: tl.constexpr, DTYPE: tl.constexpr):
+    """Write a new token's vector [1, DP]. Masks and places are [1]."""
+    x = plane_tile(x, 1, DP, S)
+    code_ptr = code_pointers(page_ptr, index, S)
+    store_vectors(x, code_ptr, meta_pointers(page_ptr, index, S), mask, S, DTYPE)
 
 
-@triton.jit(do_not_specialize=["layer"])
-def _append_kernel(
+@triton.jit
+def append_side(
+    number,
     slots_ptr,  # [R]
     centres_ptr,  # [S, L, H, D or 0] bf16
     positions_ptr,  # [R]
@@ -88,24 +83,37 @@ def _append_kernel(
     CENTRED: tl.constexpr,
     BLOCK: tl.constexpr,
     ROTATED: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """One program per request and head."""
-    wait(PDL)
-    launch_dependents(PDL)
+    """The key (even numbers) or the value of a request and head: `SIDES` programs for each.
+
+    What can be is read before anything is waited for: a few requests take as long as their loads.
+    """
     DTYPE: tl.constexpr = key_ptr.dtype.element_ty
     HIGH: tl.constexpr = TIERS[0]
     HIGH_K: tl.constexpr = HIGH.k
     HIGH_V: tl.constexpr = HIGH.v
-    r = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    is_key = number % _SIDES == 0
+    head = number // _SIDES % H
+    r = (number // (_SIDES * H)).to(tl.int64)
     one = tl.arange(0, 1)
     place_ptr = places_ptr + ((r * L + layer) * H + head) * 4 + one
     page = tl.load(place_ptr).to(tl.int64)
     index = tl.load(place_ptr + 1)
     slot = tl.load(slots_ptr + r + one)
+    position = tl.load(positions_ptr + r + one)
+    d = tl.arange(0, DP)[None, :]
+    if is_key:
+        x_ptr = key_ptr + r * key_stride
+    else:
+        x_ptr = value_ptr + r * value_stride
+    x = tl.load(x_ptr + head * D + d, mask=d < D, other=0.0).to(tl.float32)
     mask = (slot >= 0) & (page >= 0)
     page_ptr = pages_ptr + page * PAGE
+    if CENTRED:
+        row = (slot.to(tl.int64) * L + layer) * H + head
+        centre_ptr = centre_of(centres_ptr, row, HIGH_K)[:, None] + d
+        centred = d < tl.where(is_key, D, 0)
+        centre = tl.load(centre_ptr, mask=mask[:, None] & centred, other=0.0)
     if len(TIERS) > 1:
         LOW: tl.constexpr = TIERS[1]
         LOW_K: tl.constexpr = LOW.k
@@ -115,29 +123,64 @@ def _append_kernel(
         demotes = mask & (low_page >= 0)
         if tl.max(demotes.to(tl.int32), 0) > 0:
             low_ptr = pages_ptr + low_page * PAGE
-            _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH_K, LOW_K, DTYPE)
-            _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH_V, LOW_V, DTYPE)
-            if LOW.tracked:
-                total = tl.load(sum_pointers(page_ptr, index, HIGH), mask=demotes, other=0.0)
-                position = tl.load(position_pointers(page_ptr, index, HIGH), mask=demotes, other=0)
-                tl.store(sum_pointers(low_ptr, low_index, LOW), total, mask=demotes)
-                tl.store(position_pointers(low_ptr, low_index, LOW), position, mask=demotes)
+            if is_key:
+                _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH_K, LOW_K, DTYPE)
+                if LOW.tracked:
+                    total = tl.load(sum_pointers(page_ptr, index, HIGH), mask=demotes, other=0.0)
+                    old = tl.load(position_pointers(page_ptr, index, HIGH), mask=demotes, other=0)
+                    tl.store(sum_pointers(low_ptr, low_index, LOW), total, mask=demotes)
+                    tl.store(position_pointers(low_ptr, low_index, LOW), old, mask=demotes)
+            else:
+                _demote_side(page_ptr, index, low_ptr, low_index, demotes, HIGH_V, LOW_V, DTYPE)
             # The old token is read by other threads than those that overwrite it
             tl.debug_barrier()
-    row = (slot.to(tl.int64) * L + layer) * H + head
-    centre_ptr = centre_of(centres_ptr, row, HIGH_K)
-    _write_new(
-        key_ptr + r * key_stride + head * D, signs_ptr, norm, centre_ptr, page_ptr, index, mask,
-        HIGH_K, DP, BLOCK, ROTATED, DTYPE, CENTRED,
+    if ROTATED:
+        sign = tl.load(signs_ptr + tl.arange(0, DP), mask=tl.arange(0, DP) < D, other=0.0)
+        x = rotated(x, sign, norm, DTYPE, 1, DP, BLOCK, False).to(tl.float32)
+    if CENTRED:
+        x -= centre.to(tl.float32)
+    if is_key:
+        _write_new(x, page_ptr, index, mask, HIGH_K, DP, DTYPE)
+        if HIGH.tracked:
+            tl.store(sum_pointers(page_ptr, index, HIGH), tl.zeros([1], tl.float32), mask=mask)
+            tl.store(position_pointers(page_ptr, index, HIGH), position, mask=mask)
+    else:
+        _write_new(x, page_ptr, index, mask, HIGH_V, DP, DTYPE)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _append_kernel(
+    slots_ptr,
+    centres_ptr,
+    positions_ptr,
+    places_ptr,
+    key_ptr,
+    value_ptr,
+    signs_ptr,
+    pages_ptr,
+    key_stride,
+    value_stride,
+    norm,
+    layer,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    TIERS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROTATED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Only `append_side`."""
+    wait(PDL)
+    launch_dependents(PDL)
+    append_side(
+        tl.program_id(0), slots_ptr, centres_ptr, positions_ptr, places_ptr, key_ptr, value_ptr,
+        signs_ptr, pages_ptr, key_stride, value_stride, norm, layer, L, H, D, DP, PAGE, TIERS,
+        CENTRED, BLOCK, ROTATED,
     )  # fmt: skip
-    _write_new(
-        value_ptr + r * value_stride + head * D, signs_ptr, norm, centre_ptr, page_ptr, index, mask,
-        HIGH_V, DP, BLOCK, ROTATED, DTYPE, False,
-    )  # fmt: skip
-    if HIGH.tracked:
-        tl.store(sum_pointers(page_ptr, index, HIGH), tl.zeros([1], tl.float32), mask=mask)
-        position = tl.load(positions_ptr + r + one)
-        tl.store(position_pointers(page_ptr, index, HIGH), position, mask=mask)
 
 
 def append(
@@ -157,10 +200,10 @@ def append(
     if not num_requests:
         return
     launch(
-        _append_kernel, (num_requests, heads),
+        _append_kernel, (SIDES * num_requests * heads,),
         plan.slots, state.centres, plan.positions, plan.places, key, value,
         rotation.signs, state.pages, key_stride, value_stride, rotation.norm, layer,
-        L=state.num_layers, H=heads, D=head_dim, DP=triton.next_power_of_2(head_dim),
+        L=state.num_layers, H=heads, D=head_dim, DP=power_of_2(head_dim),
         PAGE=state.layout.page_bytes, TIERS=work.tiers, CENTRED=state.centre_dim > 0,
-        enable_fp_fusion=False, num_warps=1, **rotation.constants, **work.overlap,
+        enable_fp_fusion=False, num_warps=4, **rotation.constants, **work.overlap,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Decode attention over both tiers: list the work, attend to every chunk, merge and add significance.
 
-Queries are rotated while the work is listed, and outputs back where they are merged.
+New tokens are written and queries rotated while the work is listed, and outputs back where they are
+merged.
 """
 
 import math
@@ -11,9 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.check import check_group, check_index, check_packed, check_tensor
+from diffkv.kernels.check import (
+    check_group,
+    check_index,
+    check_new_tokens,
+    check_packed,
+    check_tensor,
+)
 from diffkv.kernels.triton.chunk import attend_item
-from diffkv.kernels.triton.constants import DTYPES, MIN_COLUMNS, tile_tokens
+from diffkv.kernels.triton.constants import DTYPES, MIN_COLUMNS, cdiv, power_of_2, tile_tokens
 from diffkv.kernels.triton.finish import finish_kernel, recompute_kernel
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, wait
@@ -29,7 +36,7 @@ from diffkv.kernels.triton.worklist import (
     most_items,
 )
 from diffkv.kernels.triton.workspace import Workspace, workspace
-from diffkv.state import PoolState
+from diffkv.state import NewTokens, PoolState
 
 __all__ = ["attend"]
 
@@ -128,8 +135,8 @@ def _score_tiles(
         return 0, True
     most_per_page = max(tracked)
     most_pages = most_chunk_pages(state.layout, _table(state), work.tuning.chunk_tokens)
-    chunk_tiles = triton.cdiv(most_pages * most_per_page, tile)
-    full = triton.cdiv(_most_pages(state, rows) * most_per_page, tile)
+    chunk_tiles = cdiv(most_pages * most_per_page, tile)
+    full = cdiv(_most_pages(state, rows) * most_per_page, tile)
     every = full + rows * (most_chunks(_table(state)) + len(tracked) * chunk_tiles)
     tiles = work.tuning.score_tiles
     if tiles is None:
@@ -181,7 +188,6 @@ class _Scratch(NamedTuple):
         most: their maxima.
         keeps_all: whether those are all tiles.
         query: the queries, put together.
-        is_new: whether any of it was made for this call.
     """
 
     items: Tensor
@@ -194,12 +200,11 @@ class _Scratch(NamedTuple):
     most: Tensor
     keeps_all: bool
     query: Tensor
-    is_new: bool
 
     @classmethod
     def of(cls, state: PoolState, work: Workspace, query: Tensor, tile: int) -> "_Scratch":
         """The memory for some queries, made for more."""
-        f32, i32, num_made = torch.float32, torch.int32, work.num_made
+        f32, i32 = torch.float32, torch.int32
         num_requests, num_q_heads, head_dim = query.shape
         group, rows = num_q_heads // state.num_kv_heads, num_requests * state.num_kv_heads
         most_requests = work.num_requests(num_requests)
@@ -223,7 +228,6 @@ class _Scratch(NamedTuple):
             work.buffer(
                 "query", state.dtype, *query.shape, least=most_requests * num_q_heads * head_dim
             ),
-            work.num_made > num_made,
         )
 
 
@@ -252,7 +256,7 @@ def attend(
     scale: float,
     output: Tensor,
     signs: Tensor | None = None,
-    follows_append: bool = False,
+    new: NewTokens | None = None,
 ) -> None:
     """Same contract as `reference.attend`. Three launches, or four where probabilities are many.
 
@@ -262,6 +266,8 @@ def attend(
     """
     work = workspace(state)
     _check(state, layer, slots, query, scale, output, work.device)
+    if new is not None:
+        check_new_tokens(state, new.plan, new.key, new.value, work.device)
     num_requests, num_q_heads, head_dim = query.shape
     rotation = rotation_of(signs, head_dim, work.device)
     if not num_requests:
@@ -270,21 +276,17 @@ def attend(
     group, rows = num_q_heads // heads, num_requests * heads
     tile = tuning.tile or tile_tokens(state.layout)
     scratch = _Scratch.of(state, work, query, tile)
-    items, row_items, num_items, partial, lse, room, probs, most, keeps_all, turned, is_new = (
-        scratch
-    )
-    score_tiles, padded = len(most), triton.next_power_of_2(head_dim)
+    items, row_items, num_items, partial, lse, room, probs, most, keeps_all, turned = scratch
+    score_tiles, padded = len(most), power_of_2(head_dim)
     chunks, closed = most_chunks(_table(state)), most_closed_chunks(state.layout, state.chain_width)
     programs = min(rows * (chunks + closed), work.multiprocessors * tuning.programs)
     tiles = {"TIERS": work.tiers, "TILE": tile, **work.overlap}
     tables = {"L": state.num_layers, "H": heads, "TABLE": work.table, "TOKENS": tuning.chunk_tokens}
-    # What is new may be written to by what fills it, as torch can be told to
-    follows_append &= not is_new
     prepare(
         state, layer, slots, (items, row_items, num_items), (room, programs), query, turned, rotation,
-        follows_append, {"MAX": chunks, "CLOSED": closed, **tiles, **tables},
+        new, {"MAX": chunks, "CLOSED": closed, **tiles, **tables},
     )  # fmt: skip
-    columns = {"G": group, "GROUP": max(MIN_COLUMNS, triton.next_power_of_2(group))}
+    columns = {"G": group, "GROUP": max(MIN_COLUMNS, power_of_2(group))}
     shared = {**columns, "PAGE": state.layout.page_bytes, **tiles}
     products, scale = _products(state, tuning.fast), scale * LOG2_E
     launch(

@@ -19,7 +19,6 @@ __all__ = [
     "rounded",
     "store_vectors",
     "sum_pointers",
-    "write_side",
     "write_vectors",
 ]
 
@@ -191,27 +190,6 @@ def store_vectors(x, code_ptr, meta_ptr, mask, S: tl.constexpr, DTYPE: tl.conste
 
 
 @triton.jit
-def write_side(
-    x_ptr,
-    centre_ptr,
-    page_ptr,
-    index,
-    mask,
-    S: tl.constexpr,
-    DTYPE: tl.constexpr,
-    CENTRED: tl.constexpr,
-):
-    """Quantise vectors at `x_ptr` into tokens `index` of pages: less their centres, where CENTRED.
-
-    All [T].
-    """
-    element, exists = plane_elements(S)
-    mask_of = mask[:, None, None] & exists
-    x = tl.load(x_ptr[:, None, None] + element, mask=mask_of, other=0.0)
-    write_vectors(x, centre_ptr, page_ptr, index, mask, S, DTYPE, CENTRED)
-
-
-@triton.jit
 def write_vectors(
     x,
     centre_ptr,
@@ -222,7 +200,10 @@ def write_vectors(
     DTYPE: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
-    """Like `write_side`, of a tile of vectors."""
+    """Quantise a tile of vectors into tokens `index` of pages: less their centres, where CENTRED.
+
+    centre_ptr, page_ptr, index, mask: [T].
+    """
     if CENTRED:
         element, exists = plane_elements(S)
         mask_of = mask[:, None, None] & exists

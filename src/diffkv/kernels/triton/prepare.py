@@ -1,4 +1,4 @@
-"""The first launch of attention: list the work, and rotate the queries."""
+"""The first launch of attention: list the work, rotate the queries, and write new tokens."""
 
 from typing import Any
 
@@ -6,11 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffkv.kernels.triton.append import SIDES, append_side
+from diffkv.kernels.triton.constants import cdiv, power_of_2
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.rotate import Rotation, rotated
 from diffkv.kernels.triton.worklist import list_kernel
-from diffkv.state import PoolState
+from diffkv.state import NewTokens, PoolState
 
 __all__ = ["prepare"]
 
@@ -33,6 +35,15 @@ def _prepare_kernel(
     query_ptr,  # [R, H * G, D]
     signs_ptr,  # [D] f32
     q_ptr,  # [R, H * G, D] out
+    new_slots_ptr,  # and until `value_stride` as `append_side` takes them
+    centres_ptr,
+    positions_ptr,
+    places_ptr,
+    key_ptr,
+    value_ptr,
+    pages_ptr,
+    key_stride,
+    value_stride,
     query_stride,
     norm,
     layer,
@@ -58,24 +69,27 @@ def _prepare_kernel(
     VECTORS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROTATED: tl.constexpr,
-    FOLLOWS: tl.constexpr,
+    NEW: tl.constexpr,
+    PAGE: tl.constexpr,
+    CENTRED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The first programs list the work (`list_kernel`), the others put queries together, rotated.
+    """The first programs list the work (`list_kernel`), the next ones put queries together, rotated.
 
-    FOLLOWS: nothing of it needs what the launch ahead does, which is `append`'s and has itself waited.
+    The last ones write new tokens (`append_side`), where there are any: a plan has counted them, so
+    that neither of the others needs them.
     """
-    if not FOLLOWS:
-        wait(PDL)
+    wait(PDL)
     launch_dependents(PDL)
     pid = tl.program_id(0)
+    others = lists + tl.cdiv(num_queries, VECTORS)
     if pid < lists:
         list_kernel(
             slots_ptr, chain_lens_ptr, directory_ptr, num_tokens_ptr, items_ptr, row_items_ptr,
             num_items_ptr, layer, R_H, programs, room, L, H, TABLE, TIERS, TILE, TOKENS, MAX,
             CHAIN_WIDTH, CLOSED, ROWS, COUNT,
         )  # fmt: skip
-    else:
+    elif pid < others:
         vector = (pid - lists) * VECTORS + tl.arange(0, VECTORS)
         d = tl.arange(0, DP)
         mask = (vector < num_queries)[:, None] & (d < D)[None, :]
@@ -87,8 +101,12 @@ def _prepare_kernel(
             y = y.to(tl.float32)
             y = rotated(y, sign, norm, q_ptr.dtype.element_ty, VECTORS, DP, BLOCK, False)
         tl.store(q_ptr + vector.to(tl.int64)[:, None] * D + d[None, :], y, mask=mask)
-    if FOLLOWS:
-        wait(PDL)
+    elif NEW:
+        append_side(
+            pid - others, new_slots_ptr, centres_ptr, positions_ptr, places_ptr, key_ptr, value_ptr,
+            signs_ptr, pages_ptr, key_stride, value_stride, norm, layer, L, H, D, DP, PAGE, TIERS,
+            CENTRED, BLOCK, ROTATED,
+        )  # fmt: skip
 
 
 def prepare(
@@ -100,10 +118,10 @@ def prepare(
     query: Tensor,
     turned: Tensor,
     rotation: Rotation,
-    follows_append: bool,
+    new: NewTokens | None,
     constants: dict[str, Any],
 ) -> None:
-    """List a layer's work, and rotate its queries.
+    """List a layer's work, rotate its queries, and write its new tokens.
 
     Args:
         state: the pool.
@@ -113,18 +131,30 @@ def prepare(
         limits: the first item of closed rows, and how many programs attend.
         query: [R, num_q_heads, head_dim], rows maybe apart.
         turned: the same, rotated and contiguous, written.
-        rotation: of the queries.
-        follows_append: see `reference.attend`.
+        rotation: of the queries, and of new keys and values.
+        new: see `reference.attend`; checked.
         constants: those of `list_kernel` that attention has, too, and how launches overlap.
     """
     (room, programs), heads = limits, state.num_kv_heads
     rows, num_queries = len(slots) * heads, query.shape[0] * query.shape[1]
-    head_dim, num_lists = query.shape[2], triton.cdiv(rows, LIST_ROWS)
+    head_dim, num_lists = query.shape[2], cdiv(rows, LIST_ROWS)
+    programs_in_all = num_lists + cdiv(num_queries, VECTORS)
+    # Where nothing is new, tensors of the same kinds stand for what is not read
+    appended, strides = (slots, state.centres, slots, slots, query, query, state.pages), (0, 0)
+    if new is not None:
+        plan, key, value = new.plan, new.key, new.value
+        appended = (
+            plan.slots, state.centres, plan.positions, plan.places, key, value, state.pages
+        )  # fmt: skip
+        strides = key.stride(0), value.stride(0)
+        programs_in_all += SIDES * plan.slots.numel() * heads
     launch(
-        _prepare_kernel, (num_lists + triton.cdiv(num_queries, VECTORS),),
+        _prepare_kernel, (programs_in_all,),
         slots, state.chain_lens, state.directory, state.num_tokens, *lists, query, rotation.signs,
-        turned, query.stride(0), rotation.norm, layer, rows, programs, room, num_lists, num_queries,
-        G=query.shape[1] // heads, D=head_dim, DP=triton.next_power_of_2(head_dim),
+        turned, *appended, *strides, query.stride(0), rotation.norm, layer, rows, programs, room,
+        num_lists, num_queries,
+        G=query.shape[1] // heads, D=head_dim, DP=power_of_2(head_dim),
         CHAIN_WIDTH=state.chain_width, ROWS=LIST_ROWS, COUNT=LIST_COUNT, VECTORS=VECTORS,
-        FOLLOWS=follows_append, num_warps=4, **rotation.constants, **constants,
+        NEW=new is not None, PAGE=state.layout.page_bytes, CENTRED=state.centre_dim > 0,
+        enable_fp_fusion=False, num_warps=4, **rotation.constants, **constants,
     )  # fmt: skip

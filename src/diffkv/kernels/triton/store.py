@@ -7,10 +7,10 @@ from torch import Tensor
 
 from diffkv.kernels.check import check_index, check_tokens
 from diffkv.kernels.triton.codes import (
+    plane_elements,
     plane_tile,
     position_pointers,
     sum_pointers,
-    write_side,
     write_vectors,
 )
 from diffkv.kernels.triton.constants import MIN_DOT, cdiv, power_of_2, tile_vectors
@@ -203,9 +203,10 @@ def _write(
     """Write what `_turned` gives."""
     if ROTATED:
         tile = plane_tile(x, B, DP, S)
-        write_vectors(tile, centre_ptr, page_ptr, index, mask, S, DTYPE, CENTRED)
     else:
-        write_side(x, centre_ptr, page_ptr, index, mask, S, DTYPE, CENTRED)
+        element, exists = plane_elements(S)
+        tile = tl.load(x[:, None, None] + element, mask=mask[:, None, None] & exists, other=0.0)
+    write_vectors(tile, centre_ptr, page_ptr, index, mask, S, DTYPE, CENTRED)
 
 
 @triton.jit

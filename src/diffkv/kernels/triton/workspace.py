@@ -73,7 +73,6 @@ class Workspace:
         buffers: flat buffers by name.
         views: those in the shapes that were asked for lately.
         outgrown: former buffers.
-        num_made: buffers that have been made so far.
     """
 
     tiers: tuple[Tier, ...]
@@ -88,7 +87,6 @@ class Workspace:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     views: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
     outgrown: list[Tensor] = field(default_factory=list)
-    num_made: int = 0
 
     def num_requests(self, num: int) -> int:
         """Requests that buffers should be made for where there are `num`.
@@ -120,7 +118,6 @@ class Workspace:
                 self.outgrown.append(flat)
             flat = torch.empty(max(num, least, 1), dtype=dtype, device=self.device)
             self.buffers[name] = flat
-            self.num_made += 1
             self.views.clear()
         elif len(self.views) >= MAX_VIEWS:
             self.views.clear()
