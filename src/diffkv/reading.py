@@ -51,7 +51,7 @@ class Reader:
             [num_kv_heads, tokens of the rows] int8, the tiers: DROPPED where there is nothing.
         """
         key, value = key[rows.span], value[rows.span]
-        tiers = torch.empty(key.shape[1], len(key), dtype=torch.int8, device=key.device)
+        tiers = torch.empty(key.shape[1], key.shape[0], dtype=torch.int8, device=key.device)
         state, signs = (self.exact, None) if waits else (self._state, self._signs)
         self._ops.gather(state, layer, rows.slots, rows.starts, key, value, tiers, signs)
         return tiers

@@ -145,7 +145,7 @@ def check_read(
     device: torch.device,
 ) -> tuple[int, int]:
     """Raise ValueError unless `gather` can write them; returns strides as `check_tokens` does."""
-    num, heads = len(key), state.num_kv_heads
+    num, heads = key.shape[0], state.num_kv_heads
     check_tensor("slots", slots, device, torch.int32, slots.numel())
     check_tensor("starts", starts, device, torch.int32, slots.numel())
     check_tensor("tiers", tiers, device, torch.int8, heads, num)
@@ -204,10 +204,10 @@ def check_centring(
     """Raise ValueError unless `centre_rows` can take them; returns the elements between rows of keys."""
     if not state.centre_dim:
         raise ValueError("state must have centres: its layout has none")
-    num = len(rows)
+    num = rows.shape[0]
     check_tensor("rows", rows, device, torch.int32, num, CENTRE_COLUMNS)
     check_tensor("cu_seqlens", cu_seqlens, device, torch.int32, num + 1)
-    shape = (len(key), state.num_kv_heads, state.layout.head_dim)
+    shape = (key.shape[0], state.num_kv_heads, state.layout.head_dim)
     return check_packed("key", key, device, state.dtype, *shape)
 
 
@@ -232,13 +232,13 @@ def check_scored(
     check_tensor("cu_seqlens_q", cu_seqlens_q, device, torch.int32, num_requests + 1)
     check_tensor("cu_seqlens_k", cu_seqlens_k, device, torch.int32, num_requests + 1)
     check_tensor("cu_seqlens_own", cu_seqlens_own, device, torch.int32, num_requests + 1)
-    if not 0 <= num_own <= len(key):
-        raise ValueError(f"num_own must be 0 to the number of tokens, {len(key)}, got {num_own}")
-    q_shape = (len(query), query.shape[1], key.shape[2])
+    if not 0 <= num_own <= key.shape[0]:
+        raise ValueError(f"num_own must be 0 to the number of tokens, {key.shape[0]}, got {num_own}")
+    q_shape = (query.shape[0], query.shape[1], key.shape[2])
     lse_stride = 0
     if lse is not None:
         one_head = lse[:, None]
-        shape = (query.shape[1], 1, len(query))
+        shape = (query.shape[1], 1, query.shape[0])
         lse_stride = check_packed("lse", one_head, device, torch.float32, *shape)
     return (
         check_packed("query", query, device, key.dtype, *q_shape),

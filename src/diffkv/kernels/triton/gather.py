@@ -171,7 +171,7 @@ def gather(
     """Same contract as `reference.gather`. One launch; rows of key and value may be apart."""
     work = workspace(state)
     heads, head_dim = state.num_kv_heads, state.layout.head_dim
-    num, num_rows = len(key), slots.numel()
+    num, num_rows = key.shape[0], slots.numel()
     check_index("layer", layer, state.num_layers)
     key_stride, value_stride = check_read(state, slots, starts, key, value, tiers, work.device)
     rotation = rotation_of(signs, head_dim, work.device)

@@ -155,6 +155,6 @@ def release(state: PoolState, slots: Tensor, layer: int) -> None:
         _give_back_kernel, (num_requests * num_layers, 2 * heads),
         slots, first, before, state.free_ring, state.leaves, state.free_leaves, state.directory,
         state.num_tokens, state.num_pages_held, first_layer, num_layers, state.num_pages,
-        len(state.free_leaves), L=state.num_layers, H=heads, TABLE=work.table, B=PAGE_BLOCK,
+        state.free_leaves.numel(), L=state.num_layers, H=heads, TABLE=work.table, B=PAGE_BLOCK,
         num_warps=1, **work.overlap,
     )  # fmt: skip

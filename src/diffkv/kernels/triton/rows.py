@@ -238,11 +238,11 @@ def centre_rows(
     key_stride = check_centring(state, rows, cu_seqlens, key, work.device)
     heads, head_dim = state.num_kv_heads, state.layout.head_dim
     rotation = rotation_of(signs, head_dim, work.device)
-    if not len(rows):
+    if not rows.shape[0]:
         return
     channels, warps = centre_tile(head_dim, signs is not None)
     launch(
-        _centre_kernel, (len(rows), heads, cdiv(head_dim, channels)),
+        _centre_kernel, (rows.shape[0], heads, cdiv(head_dim, channels)),
         rows, cu_seqlens, key, rotation.signs, state.centres, key_stride, rotation.norm, layer,
         K=work.tiers[0].k, L=state.num_layers, H=heads, D=head_dim,
         T=warps * CENTRE_ELEMENTS // channels, C=channels, num_warps=warps, **rotation.constants,

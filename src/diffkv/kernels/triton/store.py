@@ -336,7 +336,7 @@ def store_prompt(
         _enter_kernel, (num_requests * heads * 2,),
         tokens.slots, first, after, wanted, state.free_ring, state.leaves, state.free_leaves,
         state.directory, state.num_tokens, state.num_pages_held, layer, state.num_pages,
-        len(state.free_leaves), B=PAGE_BLOCK, num_warps=1, **tables,
+        state.free_leaves.numel(), B=PAGE_BLOCK, num_warps=1, **tables,
     )  # fmt: skip
     block = tile_vectors(head_dim)
     launch(
