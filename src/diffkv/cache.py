@@ -13,6 +13,7 @@ from diffkv.policies import PAPER, Policy
 from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds
 from diffkv.prefill import Prefill, torch_prefill
 from diffkv.prompts import PromptPath
+from diffkv.rotator import Rotator
 from diffkv.segments import RowEnds
 from diffkv.state import DecodePlan, NewTokens, PoolState, PromptTokens
 from diffkv.steps import PromptChunk, Step
@@ -51,8 +52,8 @@ class DiffKVCache:
         self._policy = policy
         self._segment = segment
         self._device = state.pages.device
-        self._signs = signs
-        self._prompts = PromptPath(state, ops, scale, policy, prefill, signs)
+        self._rotator = Rotator(ops, signs)
+        self._prompts = PromptPath(state, ops, scale, policy, prefill, self._rotator)
 
     def warm_up(self, num_q_heads: int) -> None:
         """Run every operation once on nothing, so that compiling does not delay the first request.
@@ -65,8 +66,8 @@ class DiffKVCache:
         shape = (state.num_kv_heads, state.layout.head_dim)
         key = torch.zeros(1, *shape, dtype=dtype, device=device)
         query = torch.zeros(1, num_q_heads, shape[1], dtype=dtype, device=device)
-        if self._signs is not None:
-            self._ops.rotate(key, self._signs, False, key)  # as first prompts are, to be looked at
+        key = self._rotator.rotate(key)
+        self._rotator.unrotate(key.repeat(1, 2, 1))  # keys and values, as they are read back
         starts = one, one, one
         for lse in (None, torch.zeros(num_q_heads, 1, device=device)):
             scored = query, key, *starts, 1, self._scale, SCORED_QUERIES
@@ -77,17 +78,16 @@ class DiffKVCache:
             self._ops.decide_rows(sums, one, bounds, none, state.window, SCORED_QUERIES, tiers)
         if state.centre_dim:
             unnamed = self._slot_tensor([0, 0, 0, -1])[None]  # slot 0 takes its own centre
-            self._ops.centre_rows(state, 0, unnamed, one, key, self._signs)
+            self._ops.centre_rows(state, 0, unnamed, one, key)
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
-        self._ops.store_prompt(state, 0, tokens, tiers, sums, self._signs)
+        self._ops.store_prompt(state, 0, tokens, tiers, sums)
         plan = self._ops.plan_decode(state, nobody, torch.ones_like(nobody))
         out, new = torch.empty_like(query), NewTokens(plan, key, key)
-        self._ops.attend(state, 0, nobody, query, self._scale, out, self._signs, new)
+        self._ops.attend(state, 0, nobody, query, self._scale, out, self._rotator.signs, new)
         self._ops.store_prompt(self._prompts.exact, 0, tokens, tiers, sums)
-        for each, signs in ((state, self._signs), (self._prompts.exact, None)):
+        for each in (state, self._prompts.exact):
             first = self._slot_tensor([0])
-            read = first, first, key, torch.empty_like(key), tiers.clone()
-            self._ops.gather(each, 0, *read, signs)
+            self._ops.gather(each, 0, first, first, key, torch.empty_like(key), tiers.clone())
         self._ops.release(state, nobody, -1)
 
     def open(
@@ -214,7 +214,7 @@ class DiffKVCache:
             query,
             self._scale,
             out,
-            self._signs,
+            self._rotator.signs,
             NewTokens(plan, key, value),
         )
         if out.data_ptr() != output[rows].data_ptr():

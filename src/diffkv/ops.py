@@ -54,25 +54,13 @@ class Ops(Protocol):
         ...
 
     def centre_rows(
-        self,
-        state: PoolState,
-        layer: int,
-        rows: Tensor,
-        cu_seqlens: Tensor,
-        key: Tensor,
-        signs: Tensor | None = None,
+        self, state: PoolState, layer: int, rows: Tensor, cu_seqlens: Tensor, key: Tensor
     ) -> None:
         """See `reference.centre_rows`."""
         ...
 
     def store_prompt(
-        self,
-        state: PoolState,
-        layer: int,
-        tokens: PromptTokens,
-        tiers: Tensor,
-        sums: Tensor,
-        signs: Tensor | None = None,
+        self, state: PoolState, layer: int, tokens: PromptTokens, tiers: Tensor, sums: Tensor
     ) -> None:
         """See `reference.store_prompt`."""
         ...
@@ -86,7 +74,6 @@ class Ops(Protocol):
         key: Tensor,
         value: Tensor,
         tiers: Tensor,
-        signs: Tensor | None = None,
     ) -> None:
         """See `reference.gather`."""
         ...

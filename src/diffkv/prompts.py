@@ -22,6 +22,7 @@ from diffkv.policies import Policy
 from diffkv.policy import HIGH
 from diffkv.prefill import Prefill, Spans
 from diffkv.reading import Reader, Seen
+from diffkv.rotator import Rotator
 from diffkv.state import PoolState
 from diffkv.steps import Completion, Part, PromptChunk, PromptPlan, Scoring, Waiting, Wave
 from diffkv.uploads import at_once
@@ -45,7 +46,7 @@ def _fewest_bits(layout: PageLayout) -> tuple[int, int]:
 class PromptPath:
     """Attends among prompts, decides them and stores them, for every layer of one model.
 
-    Its arguments are those of `DiffKVCache`.
+    Its arguments are those of `DiffKVCache`, but for `rotator`, which rotates vectors on their way.
 
     Attributes:
         chains: the rows of every request, which begins there.
@@ -58,15 +59,15 @@ class PromptPath:
         scale: float,
         policy: Policy,
         prefill: Prefill,
-        signs: Tensor | None,
+        rotator: Rotator,
     ) -> None:
         self._state = state
-        self._reader = Reader(state, ops, signs)
+        self._reader = Reader(state, ops, rotator)
         self._ops = ops
         self._scale = scale
         self._policy = policy
         self._prefill = prefill
-        self._signs = signs
+        self._rotator = rotator
         self._device = state.pages.device
         self.chains = Chains(state, policy)
         self._queries: dict[tuple[int, int], Tensor] = {}
@@ -118,6 +119,7 @@ class PromptPath:
         """
         rows = plan.rows
         vectors = query[rows], key[rows], value[rows]
+        turned = self._turned(plan, vectors)
         in_place = isinstance(rows, slice)
         out = output[rows] if in_place else torch.empty_like(vectors[0])
         seen: dict[int, Seen] = {}
@@ -125,7 +127,7 @@ class PromptPath:
             self._see(layer, [part for part in wave.parts if part.first], seen, vectors)
             attended = self._attend_wave(wave, seen, vectors, out)
             for completion in wave.complete:
-                self._complete(layer, completion, seen, vectors, attended)
+                self._complete(layer, completion, seen, vectors, turned, attended)
             if wave.waiting is not None:
                 self._wait(layer, wave.waiting, vectors)
             followed = [part for part in wave.parts if part.end > part.stop]
@@ -134,6 +136,13 @@ class PromptPath:
                 seen[part.slot].close(part)
         if not in_place:
             output[rows] = out
+
+    def _turned(self, plan: PromptPlan, vectors: Vectors) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the step as they are stored, for all of its waves at once."""
+        _, key, value = vectors
+        if not plan.completes_chunks:
+            return None
+        return self._rotator.rotate(key), self._rotator.rotate(value)
 
     def _see(
         self, layer: int, parts: Sequence[Part], seen: dict[int, Seen], vectors: Vectors
@@ -204,6 +213,7 @@ class PromptPath:
         completion: Completion,
         seen: dict[int, Seen],
         vectors: Vectors,
+        turned: tuple[Tensor, Tensor] | None,
         attended: Attended,
     ) -> None:
         """Decide rows and store them, in place of what has waited."""
@@ -219,20 +229,14 @@ class PromptPath:
         state, packing = self._state, completion.packing
         if completion.waited is not None:
             self._ops.release(state, completion.waited, layer)
-        if self.value_range.looks(layer):
-            self.value_range.look(layer, *map(self._rotated, own))
+        if completion.rows is not None and turned is not None:
+            key, value = (x[completion.rows] for x in turned)
+        else:
+            key, value = (self._rotator.rotate(x) for x in own)
+        self.value_range.look(layer, key, value)
         if completion.centring is not None:
-            centred = completion.centring, packing.starts, own[0]
-            self._ops.centre_rows(state, layer, *centred, self._signs)
-        self._ops.store_prompt(state, layer, packing.tokens(*own), tiers, sums, self._signs)
-
-    def _rotated(self, vectors: Tensor) -> Tensor:
-        """[num_tokens, num_kv_heads, head_dim] as they are quantised."""
-        if self._signs is None:
-            return vectors
-        out = torch.empty(vectors.shape, dtype=vectors.dtype, device=self._device)
-        self._ops.rotate(vectors, self._signs, False, out)
-        return out
+            self._ops.centre_rows(state, layer, completion.centring, packing.starts, key)
+        self._ops.store_prompt(state, layer, packing.tokens(key, value), tiers, sums)
 
     def _all_high(self, num: int) -> tuple[Tensor, Tensor]:
         """Sums and tiers, [num] each, that say that all tokens are high."""

@@ -12,6 +12,7 @@ from diffkv.ops import Ops
 from diffkv.packing import RowPlaces
 from diffkv.policy import DROPPED, HIGH
 from diffkv.prefill import Prefill, Spans
+from diffkv.rotator import Rotator
 from diffkv.state import PoolState
 from diffkv.steps import Part
 from diffkv.uploads import at_once
@@ -25,35 +26,34 @@ class Reader:
     Args:
         state: the pool.
         ops: the kernels.
-        signs: of the rotation of what is in rows that are complete; None for none.
+        rotator: has rotated what is in rows that are complete.
 
     Attributes:
         exact: the pool for rows that wait (`PoolState.exact`); nothing in them is rotated.
     """
 
-    def __init__(self, state: PoolState, ops: Ops, signs: Tensor | None) -> None:
-        self._state, self._ops, self._signs = state, ops, signs
+    def __init__(self, state: PoolState, ops: Ops, rotator: Rotator) -> None:
+        self._state, self._ops, self._rotator = state, ops, rotator
         self.exact = state.exact()
 
-    def read(
-        self, layer: int, rows: RowPlaces, key: Tensor, value: Tensor, waits: bool = False
-    ) -> Tensor:
+    def read(self, layer: int, rows: RowPlaces, pairs: Tensor, waits: bool = False) -> Tensor:
         """Read rows to the places where they are in their request.
 
         Args:
             layer: number of the layer.
             rows: the rows.
-            key: [tokens, num_kv_heads, head_dim], the request's keys; changes.
-            value: likewise.
+            pairs: [tokens, 2, num_kv_heads, head_dim], the request's keys and values; changes.
             waits: whether the rows' tokens wait.
 
         Returns:
             [num_kv_heads, tokens of the rows] int8, the tiers: DROPPED where there is nothing.
         """
-        key, value = key[rows.span], value[rows.span]
-        tiers = torch.empty(key.shape[1], key.shape[0], dtype=torch.int8, device=key.device)
-        state, signs = (self.exact, None) if waits else (self._state, self._signs)
-        self._ops.gather(state, layer, rows.slots, rows.starts, key, value, tiers, signs)
+        places = pairs[rows.span]
+        tiers = torch.empty(places.shape[2], places.shape[0], dtype=torch.int8, device=pairs.device)
+        state, (key, value) = self.exact if waits else self._state, places.unbind(1)
+        self._ops.gather(state, layer, rows.slots, rows.starts, key, value, tiers)
+        if not waits:
+            self._rotator.unrotate(places.flatten(1, 2))
         return tiers
 
 
@@ -69,7 +69,7 @@ class Seen:
         drops: whether heads may keep different tokens.
 
     Attributes:
-        key: [part.end, num_kv_heads, head_dim], the model's dtype.
+        key: [part.end, num_kv_heads, head_dim], the model's dtype; rows are apart.
         value: likewise.
     """
 
@@ -78,7 +78,9 @@ class Seen:
     ) -> None:
         self._reader, self._layer = reader, layer
         _, heads, head_dim = key.shape
-        self.key, self.value = key.new_empty(2, part.end, heads, head_dim).unbind(0)
+        # Side by side, so that both are turned back at once
+        self._pairs = key.new_empty(part.end, 2, heads, head_dim)
+        self.key, self.value = self._pairs.unbind(1)
         self._tiers: Tensor | None = None
         if drops:
             self._tiers = torch.full((heads, part.end), HIGH, dtype=torch.int8, device=key.device)
@@ -86,12 +88,12 @@ class Seen:
         if part.closed is not None:
             self._read(part.closed)
         if part.waited is not None:
-            self._reader.read(layer, part.waited, self.key, self.value, waits=True)
+            self._reader.read(layer, part.waited, self._pairs, waits=True)
         self.key[part.first :] = key
         self.value[part.first :] = value
 
     def _read(self, rows: RowPlaces) -> None:
-        tiers = self._reader.read(self._layer, rows, self.key, self.value)
+        tiers = self._reader.read(self._layer, rows, self._pairs)
         if self._tiers is not None:
             self._tiers[:, rows.span] = tiers
 

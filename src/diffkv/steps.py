@@ -335,6 +335,11 @@ class PromptPlan:
     rows: slice | Tensor
     waves: tuple[Wave, ...]
 
+    @property
+    def completes_chunks(self) -> bool:
+        """Whether any rows are complete of which no token came in earlier chunks."""
+        return any(each.rows is not None for wave in self.waves for each in wave.complete)
+
 
 @dataclass(frozen=True)
 class Step:

@@ -44,13 +44,9 @@ class ValueRange:
         self._looks = [0] * num_layers
         self._is_read = True
 
-    def looks(self, layer: int) -> bool:
-        """Whether more vectors of a layer are to be looked at."""
-        return self._looks[layer] < LOOKS
-
     def look(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Note vectors as they are quantised: [num_tokens, num_kv_heads, head_dim], both."""
-        if not self.looks(layer) or not key.numel():
+        if self._looks[layer] >= LOOKS or not key.numel():
             return
         self._looks[layer] += 1
         self._is_read = False

@@ -202,15 +202,15 @@ def cases(
     overlapping = {"PDL": True}
     ring = {**tables, "TABLE": table, "B": 128, **overlapping}
     exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}
+    tiled = {**exact, "num_warps": constants.TILE_WARPS}
     finish = {**grouped, **rotated, "D": head_dim, "D_PADDED": padded}
     recomputed = {**grouped, **products, **tables, "PDL": True}
     tuning = workspace.Tuning()
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
-    counted = {**tables, "TABLE": table, "TIERS": tiers, **overlapping, "B": 2048, "SCAN": 1024}
-    turning = {"BLOCK": head_dim & -head_dim, "ROTATED": True, "DOT": dot, **overlapping}
-    gathered = {**paged, **centred, **turning, "D": head_dim, "D_PADDED": padded}
+    counted = {**tables, "TABLE": table, "TIERS": tiers, **overlapping, "B": 1024, "SCAN": 1024}
+    gathered = {**paged, **centred, **overlapping, "D": head_dim, "D_PADDED": padded}
     gathered |= {"STARTS": 64, "B": vectors}
-    written = {**paged, **centred, **turning, "D": head_dim, "DP": padded, "B": vectors}
+    written = {**paged, **centred, **overlapping, "D": head_dim, "B": vectors}
     applied = {"HEADS": LAYERS * HEADS, "TABLE": table, "TIERS": tiers, "B": 256, "COUNT": 4096}
     sizes = [tier.tokens_per_page for tier in layout.tiers]
     reported = {
@@ -222,10 +222,8 @@ def cases(
     }
     decided = {**paged, "WINDOW": 64, "B": 512}
     decided_rows = {"BOUNDS": True, "B": rows.DECIDE_BLOCK, **overlapping}
-    channels, warps = rows.centre_tile(head_dim, rotated=True)
-    summed = {"T": warps * rows.CENTRE_ELEMENTS // channels, "C": channels}
-    centres = {**tables, **summed, "K": tiers[0].k, "D": head_dim}
-    centres |= {"BLOCK": head_dim & -head_dim, "ROTATED": True, **overlapping}
+    summed = {"T": rows.CENTRE_TOKENS, "C": rows.CENTRE_CHANNELS}
+    centres = {**tables, **summed, "K": tiers[0].k, "D": head_dim, **overlapping}
     released = {"L": LAYERS, "H2": 2 * HEADS, "H2_PADDED": 2 * HEADS, "TABLE": table}
     released |= {"SCAN": 1024, **overlapping}
     appended = {**tables, "D": head_dim, "DP": padded, "PAGE": layout.page_bytes, "TIERS": tiers}
@@ -244,32 +242,22 @@ def cases(
         "report": (kernel("report", "_report_kernel"), reported, {}),
         "finish plan": (kernel("plan", "_finish_kernel"), {}, one_warp),
         "append": (kernel("append", "_append_kernel"), appended, exact),
-        "decide rows": (kernel("rows", "_decide_kernel"), decided_rows, {"num_warps": 16}),
+        "decide rows": (kernel("rows", "_decide_kernel"), decided_rows, {"num_warps": 8}),
         "fill rows": (
             kernel("rows", "_decide_kernel"),
             decided_rows | {"BOUNDS": False},
-            {"num_warps": 16},
+            {"num_warps": 8},
         ),
-        "centre rows": (kernel("rows", "_centre_kernel"), centres, {"num_warps": warps}),
+        "centre rows": (kernel("rows", "_centre_kernel"), centres, {"num_warps": 8}),
         "count": (kernel("store", "_count_kernel"), counted, {"num_warps": 8}),
         "enter": (kernel("store", "_enter_kernel"), ring, one_warp),
-        "write": (kernel("store", "_write_kernel"), written, exact),
-        "write as it is": (
-            kernel("store", "_write_kernel"),
-            written | {"ROTATED": False},
-            exact,
-        ),
+        "write": (kernel("store", "_write_kernel"), written, tiled),
         "count pages": (kernel("release", "_count_kernel"), released, {}),
         "give back": (kernel("release", "_give_back_kernel"), ring, one_warp),
-        "gather": (kernel("gather", "_gather_kernel"), gathered, exact),
-        "gather as it is": (
-            kernel("gather", "_gather_kernel"),
-            gathered | {"ROTATED": False},
-            exact,
-        ),
-        "quantize": (kernel("quantize", "_quantize_kernel"), {"S": side, "T": vectors}, exact),
-        "dequantize": (kernel("quantize", "_dequantize_kernel"), {"S": side, "T": vectors}, exact),
-        "rotate": (kernel("rotate", "_rotate_kernel"), turned, {"num_stages": 1}),
+        "gather": (kernel("gather", "_gather_kernel"), gathered, tiled),
+        "quantize": (kernel("quantize", "_quantize_kernel"), {"S": side, "T": vectors}, tiled),
+        "dequantize": (kernel("quantize", "_dequantize_kernel"), {"S": side, "T": vectors}, tiled),
+        "rotate": (kernel("rotate", "_rotate_kernel"), turned | overlapping, {"num_stages": 1}),
         "lse": (kernel("significance", "_lse_kernel"), scored, {"num_warps": 8}),
         "merge": (kernel("significance", "_merge_kernel"), merged, {}),
         "sum": (kernel("significance", "_sum_kernel"), summed_up, {"num_warps": 4}),

@@ -31,8 +31,11 @@ ROW = Counter(
 )  # fmt: skip
 """Scoring, deciding and storing: of all complete rows of a wave at once."""
 
-READ = Counter(_gather_kernel=1)
-"""Reading a row back, for what follows in its chunk."""
+TURN = Counter(_rotate_kernel=2)
+"""Rotating a chunk's keys and values, for all of its waves at once."""
+
+READ = Counter(_gather_kernel=1, _rotate_kernel=1)
+"""Reading a row back, for what follows in its chunk; both sides are turned back at once."""
 
 WAIT = Counter(_count_kernel=1, _enter_kernel=1, _write_kernel=1)
 RELEASE = Counter(_count_kernel=1, _give_back_kernel=1)
@@ -124,7 +127,7 @@ def test_segments_of_several_prompts_cost_as_many_launches_as_one(launches, num)
     for slot in range(num):
         run.open(slot, SEGMENT + REST)
     kernels_of_layer, others, attended = run.step(first_row=3, **ends)
-    assert kernels_of_layer == ROW
+    assert kernels_of_layer == TURN + ROW
     assert attended == 1
     assert others == (Counter() if num == 1 else Counter({"aten.index": 1})), "scoring queries"
 
@@ -134,7 +137,7 @@ def test_each_segment_of_a_long_prompt(launches, num_segments):
     run = used(Run(launches))
     run.open(0, num_segments * SEGMENT + REST)
     kernels_of_layer, others, attended = run.step(s0=num_segments * SEGMENT)
-    expected = Counter()
+    expected = +TURN
     for _ in range(num_segments):
         expected += ROW
     for _ in range(num_segments - 1):
@@ -142,7 +145,7 @@ def test_each_segment_of_a_long_prompt(launches, num_segments):
     assert kernels_of_layer == expected
     assert attended == num_segments
     assert others == Counter({"aten.copy_": 2}), "of the chunk's keys and values, once"
-    assert sum(ROW.values()) + sum(READ.values()) + 1 <= 10
+    assert sum(ROW.values()) + sum(READ.values()) + 1 <= 11
 
 
 def test_chunks_that_wait(launches):
@@ -152,7 +155,7 @@ def test_chunks_that_wait(launches):
     assert (kernels_of_layer, attended) == (WAIT, 1)
     assert others == Counter({"aten.cat": 1}), "queries that are kept"
     kernels_of_layer, others, attended = run.step(s0=SEGMENT)
-    assert kernels_of_layer == ROW + RELEASE + Counter(_gather_kernel=1)
+    assert kernels_of_layer == TURN + ROW + RELEASE + Counter(_gather_kernel=1)
     assert attended == 1
     assert others == Counter({"aten.copy_": 2, "aten.cat": 1}), "and queries that had waited"
 
@@ -163,7 +166,7 @@ def test_requests_that_go_on_are_joined(launches):
         run.open(slot, 2 * SEGMENT + REST)
     run.step(s0=SEGMENT, s1=SEGMENT, s2=SEGMENT)
     kernels_of_layer, others, attended = run.step(s0=2 * SEGMENT, s1=2 * SEGMENT, s2=2 * SEGMENT)
-    assert kernels_of_layer == ROW + READ + READ + READ
+    assert kernels_of_layer == TURN + ROW + READ + READ + READ
     assert attended == 1
     # Keys, values and scored keys of all; the tokens of each; scoring queries
     assert others == Counter({"aten.cat": 3, "aten.copy_": 6, "aten.index": 1})
@@ -175,7 +178,7 @@ def test_what_attention_says_is_not_found_again(launches, num):
     for slot in range(num):
         run.open(slot, 2 * SEGMENT + REST)
     kernels_of_layer, others, _ = run.step(**{f"s{slot}": SEGMENT for slot in range(num)})
-    assert kernels_of_layer == ROW - Counter(_lse_kernel=1, _merge_kernel=1)
+    assert kernels_of_layer == TURN + ROW - Counter(_lse_kernel=1, _merge_kernel=1)
     assert others["aten.index"] == (0 if num == 1 else 2)
 
 
@@ -184,7 +187,7 @@ def test_a_whole_prompt_has_two_waves(launches):
     run = used(Run(launches))
     run.open(0, SEGMENT)
     kernels_of_layer, others, attended = run.step(s0=SEGMENT)
-    assert kernels_of_layer == ROW + READ + ROW
+    assert kernels_of_layer == TURN + ROW + READ + ROW
     assert (attended, others) == (2, Counter({"aten.copy_": 2}))
 
 
@@ -192,4 +195,4 @@ def test_a_policy_that_looks_at_keys_has_its_pages_filled_likewise(launches):
     run = used(Run(launches, "paper:distinct=0.5"))
     run.open(0, SEGMENT + REST)
     kernels_of_layer, _, _ = run.step(s0=SEGMENT)
-    assert kernels_of_layer == ROW
+    assert kernels_of_layer == TURN + ROW

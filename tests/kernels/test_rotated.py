@@ -1,15 +1,12 @@
 """Steps over rotated pages: the same as rotating by hand, up to rounding."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from backends import REFERENCE, gather, ints, on_cpu
 from contents import read_head
-from make import copy_of, make_state, make_sums, make_tiers, make_tokens, set_chain
+from make import copy_of, make_state, set_chain
 
 from diffkv import reference
-from diffkv.policy import DROPPED
 from diffkv.rotation import signs
 from diffkv.state import NewTokens
 
@@ -21,9 +18,6 @@ LAYOUTS = [
     ("k16v16-k16v8", 256, torch.bfloat16, 2),
 ]
 """(quant, head_dim, dtype, query heads of a KV head)."""
-
-SHORT = [("k8v4-k4v2", 8, torch.bfloat16, 1), ("k4v2", 72, torch.float16, 1)]
-"""Likewise, with blocks that are smaller than a product takes."""
 
 LENS = [37, 5]
 
@@ -62,56 +56,14 @@ def test_new_tokens_are_rotated(kernels, quant, head_dim, dtype, group):
     plans = [kernels.plan_decode(each, slots, lens) for each in states]
     kernels.append(states[0], 0, plans[0], key, value, signs(head_dim))
     kernels.append(states[1], 0, plans[1], turned(key), turned(value))
-    assert_same_tokens(*map(tokens_of, states))
-    assert not torch.equal(turned(key), key)
-
-
-def assert_same_tokens(got, wanted):
-    """Keys, values and tiers of `tokens_of`, that were stored alike up to the rounding of sums."""
-    for one, other in zip(got, wanted, strict=True):
-        one, other = one.float(), other.float()
+    for got, wanted in zip(tokens_of(states[0]), tokens_of(states[1]), strict=True):
+        got, wanted = got.float(), wanted.float()
+        differ = (got != wanted).float().mean()
         # An element on the edge between two codes may get the other one, where a sum's rounding differs
-        step = (other.amax(-1, keepdim=True) - other.amin(-1, keepdim=True)).clamp(min=1e-6)
-        assert (one != other).float().mean() < 0.01 and ((one - other).abs() <= 1.01 * step).all()
-        assert other.any()
-
-
-@pytest.mark.parametrize(("quant", "head_dim", "dtype", "group"), [*LAYOUTS, *SHORT])
-def test_prompts_are_rotated(kernels, quant, head_dim, dtype, group):
-    """Tokens of several tiers, that begin in a page that has some; a row that is no request."""
-    state = filled(kernels, quant, head_dim, dtype)
-    tokens = make_tokens(state, [1, -1, 0], [1, 4, 21])
-    heads = state.num_kv_heads
-    key, value = (apart(26, heads, head_dim, dtype=dtype) for _ in range(2))
-    tiers, sums = make_tiers(state, 26), make_sums(state, 26)
-    states = [kernels.place(copy_of(state)) for _ in range(2)]
-    tokens = replace(tokens, key=key, value=value)
-    kernels.store_prompt(states[0], 0, tokens, tiers, sums, signs(head_dim))
-    by_hand = replace(tokens, key=turned(key), value=turned(value))
-    kernels.store_prompt(states[1], 0, by_hand, tiers, sums)
-    lens = [LENS[0] + 21, LENS[1] + 1]
-    both = [gather(REFERENCE, on_cpu(each), 0, [0, 1], lens) for each in states]
-    assert_same_tokens(*both)
-
-
-@pytest.mark.parametrize(("quant", "head_dim", "dtype", "group"), [*LAYOUTS, *SHORT])
-def test_what_is_read_is_turned_back(kernels, quant, head_dim, dtype, group):
-    """As it was read and rounded; what no token has a place for stays 0."""
-    state = filled(kernels, quant, head_dim, dtype)
-    slots, starts, num = ints(1, 0), ints(2, 9), 9 + LENS[0]
-    read = [torch.full((2, num, state.num_kv_heads, head_dim), 7.0).to(dtype) for _ in range(2)]
-    tiers = [torch.empty(state.num_kv_heads, num, dtype=torch.int8) for _ in range(2)]
-    placed = kernels.place(state)
-    kernels.gather(placed, 0, slots, starts, *read[0], tiers[0], signs(head_dim))
-    kernels.gather(placed, 0, slots, starts, *read[1], tiers[1])
-    assert torch.equal(tiers[0][:, 2:], tiers[1][:, 2:]) and (read[0][:, :2] == 7).all()
-    got, stored = read[0][:, 2:], read[1][:, 2:]
-    wanted = torch.stack([turned(side, back=True) for side in stored])
-    atol = torch.finfo(dtype).eps * float(wanted.abs().max())
-    torch.testing.assert_close(got, wanted, rtol=0, atol=4 * atol)
-    dropped = (tiers[0][:, 2:] == DROPPED).T
-    assert dropped[:, 0].any() and not got[:, dropped].any()
-    assert not torch.equal(got, stored)
+        step = (wanted.amax(-1, keepdim=True) - wanted.amin(-1, keepdim=True)).clamp(min=1e-6)
+        assert differ < 0.01 and ((got - wanted).abs() <= 1.01 * step).all()
+        assert not torch.equal(wanted, torch.zeros_like(wanted))
+    assert not torch.equal(turned(key), key)
 
 
 @pytest.mark.parametrize(("quant", "head_dim", "dtype", "group"), LAYOUTS)

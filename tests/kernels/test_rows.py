@@ -9,7 +9,6 @@ from make import DTYPES, make_state
 
 from diffkv import reference
 from diffkv.policy import DROPPED, HIGH, LOW, SCORED_QUERIES
-from diffkv.rotation import hadamard_matrix, signs
 
 WINDOW = 8
 
@@ -133,22 +132,6 @@ def test_centres_are_means(kernels, head_dim, dtype):
     assert torch.equal(got[[5, 6, 7], 1], before[[3, 3, 3], 1])
     assert not got[1, 1].any(), "no token counts"
     assert torch.equal(got[:, 0], before[:, 0]) and torch.equal(got[[3, 8]], before[[3, 8]])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [8, 80, 128])
-def test_centres_of_rotated_keys(kernels, head_dim, dtype):
-    """The mean is turned: in float32, and rounded once. One that is taken has been turned."""
-    state = make_state("k8v4", head_dim, dtype, num_slots=6, centres=1.0)
-    placed, before = kernels.place(state), state.centres.clone()
-    key = (3 + torch.randn(601, 2, head_dim)).to(dtype)
-    rows = ints(4, 1, -1, 0, 2, 0, 3, 5, 1, 0, -1, -1).view(3, 4)
-    kernels.centre_rows(placed, 0, rows, ints(0, 600, 601, 601), key, signs(head_dim))
-    got = placed.centres.cpu()[:, 0].float()
-    mean = (key[1:600].double().mean(0) @ hadamard_matrix(head_dim).double()).float()
-    torch.testing.assert_close(got[4], mean, rtol=2**-8, atol=3e-5)
-    assert torch.equal(got[0], got[4]) and not got[1].any()
-    assert torch.equal(got[2], before[3, 0].float()) and torch.equal(got[5], got[2])
 
 
 def test_a_centre_does_not_know_what_else_there_is(kernels):

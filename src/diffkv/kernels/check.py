@@ -233,7 +233,9 @@ def check_scored(
     check_tensor("cu_seqlens_k", cu_seqlens_k, device, torch.int32, num_requests + 1)
     check_tensor("cu_seqlens_own", cu_seqlens_own, device, torch.int32, num_requests + 1)
     if not 0 <= num_own <= key.shape[0]:
-        raise ValueError(f"num_own must be 0 to the number of tokens, {key.shape[0]}, got {num_own}")
+        raise ValueError(
+            f"num_own must be 0 to the number of tokens, {key.shape[0]}, got {num_own}"
+        )
     q_shape = (query.shape[0], query.shape[1], key.shape[2])
     lse_stride = 0
     if lse is not None:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from diffkv.policy import SCORED_QUERIES, fill_pages, tiers_by_bounds
-from diffkv.reference.rotate import rotated
 from diffkv.state import PoolState
 
 __all__ = ["centre_rows", "decide_rows"]
@@ -50,16 +49,9 @@ def decide_rows(
 
 
 def centre_rows(
-    state: PoolState,
-    layer: int,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    key: Tensor,
-    signs: Tensor | None = None,
+    state: PoolState, layer: int, rows: Tensor, cu_seqlens: Tensor, key: Tensor
 ) -> None:
-    """Note the centre of complete rows: the mean of each head's keys as they are stored.
-
-    It is rotated where they are, and rounded to bfloat16 once.
+    """Note the centre of complete rows: the mean of each head's keys, rounded to bfloat16 once.
 
     The order in which keys are added is the device's own, and the same whatever else is in the batch.
 
@@ -68,18 +60,14 @@ def centre_rows(
         layer: number of the layer.
         rows: [R, 4] int32, of each row: its slot; how many of its first tokens do not count; another
             row, whose centre it takes instead of a mean, or -1; a row that begins empty and gets the
-            same centre, or -1. No row is named twice, but as the one before several. Centres that
-            are taken have been rotated.
+            same centre, or -1. No row is named twice, but as the one before several.
         cu_seqlens: [R + 1] int32, where each row's tokens start; the last entry is N.
-        key: [N, num_kv_heads, head_dim], the model's dtype.
-        signs: the rows' keys are stored rotated by them (`rotate`); None: as they are.
+        key: [N, num_kv_heads, head_dim], the model's dtype, as the rows' keys would be stored.
     """
     starts = cu_seqlens.tolist()
     for r, (slot, skipped, before, heir) in enumerate(rows.tolist()):
         counted = key[starts[r] + skipped : starts[r + 1]]
-        mean = (counted.double().sum(0) / max(len(counted), 1)).float()
-        if signs is not None:
-            mean = rotated(mean, signs)
+        mean = counted.double().sum(0) / max(len(counted), 1)
         centre = state.centres[before, layer] if before >= 0 else mean.to(state.centres.dtype)
         state.centres[slot, layer] = centre
         if heir >= 0:

@@ -15,19 +15,13 @@ from diffkv.reference.pages import (
     write_token,
 )
 from diffkv.reference.ring import give_back, give_back_leaves, take
-from diffkv.reference.rotate import rotate, rotated
 from diffkv.state import PoolState, PromptTokens
 
 __all__ = ["gather", "release", "store_prompt"]
 
 
 def store_prompt(
-    state: PoolState,
-    layer: int,
-    tokens: PromptTokens,
-    tiers: Tensor,
-    sums: Tensor,
-    signs: Tensor | None = None,
+    state: PoolState, layer: int, tokens: PromptTokens, tiers: Tensor, sums: Tensor
 ) -> None:
     """Append tokens to the pages of their slots, each to the tier that was chosen for it.
 
@@ -43,11 +37,7 @@ def store_prompt(
         tiers: [num_kv_heads, N] int8 of HIGH, LOW and DROPPED.
         sums: [num_kv_heads, N] float32, significance sums that travel with their tokens.
             They, and positions, are not kept for tiers that are not tracked.
-        signs: keys and values are rotated first (`rotate`); None: they are stored as they are.
     """
-    key, value = tokens.key, tokens.value
-    if signs is not None:
-        key, value = rotated(key, signs), rotated(value, signs)
     num_tiers = len(state.layout.tiers)
     slots, starts = tokens.slots.tolist(), tokens.cu_seqlens.tolist()
     requests = [
@@ -72,7 +62,10 @@ def store_prompt(
                 tier = int(tiers[head, i])
                 if tier != DROPPED:
                     place = _next_place(state, (slot, layer, head, tier))
-                    vectors = centred(state, (slot, layer, head), key[i, head]), value[i, head]
+                    vectors = (
+                        centred(state, (slot, layer, head), tokens.key[i, head]),
+                        tokens.value[i, head],
+                    )
                     score = float(sums[head, i]), int(tokens.positions[i])
                     write_token(state, tier, place, vectors, score)
 
@@ -93,7 +86,6 @@ def gather(
     key: Tensor,
     value: Tensor,
     tiers: Tensor,
-    signs: Tensor | None = None,
 ) -> None:
     """Read back the tokens that some rows keep in one layer: of each, high ones first, in page order.
 
@@ -108,8 +100,6 @@ def gather(
         key: [N, num_kv_heads, head_dim], the model's dtype, written from the first place on.
         value: likewise.
         tiers: [num_kv_heads, N] int8, written: HIGH or LOW, and DROPPED past a head's last token.
-        signs: what is stored is rotated by them (`rotate`): once read and rounded, it is turned back;
-            None: it is as it was.
     """
     ends = [*starts.tolist(), len(key)][1:]
     for slot, start, end in zip(slots.tolist(), starts.tolist(), ends, strict=True):
@@ -125,9 +115,6 @@ def gather(
                     key[n, head], value[n, head] = k_vector.to(key.dtype), v_vector.to(key.dtype)
                     tiers[head, n] = tier
                     n += 1
-        if signs is not None:
-            for out in (key[start:end], value[start:end]):
-                rotate(out, signs, True, out)
 
 
 def release(state: PoolState, slots: Tensor, layer: int) -> None:

@@ -66,7 +66,7 @@ PAGE_FUNCTIONS = {
         c_void_p, c_void_p, c_void_p, c_int64, c_int,
     ),
     "centre_rows": (
-        c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int,
+        c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int,
     ),
     "gather": (
         c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, *(c_void_p, c_int64) * 2,

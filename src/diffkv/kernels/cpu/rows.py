@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffkv.kernels.check import check_centring, check_decided, check_index, check_tensor
+from diffkv.kernels.check import check_centring, check_decided, check_index
 from diffkv.kernels.cpu.library import CPU, check_status, handle, vectors_library
 from diffkv.policy import SCORED_QUERIES
 from diffkv.state import PoolState
@@ -30,23 +30,15 @@ def decide_rows(
 
 
 def centre_rows(
-    state: PoolState,
-    layer: int,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    key: Tensor,
-    signs: Tensor | None = None,
+    state: PoolState, layer: int, rows: Tensor, cu_seqlens: Tensor, key: Tensor
 ) -> None:
     """Same contract as `reference.centre_rows`. Rows of the keys may be apart."""
     pool = handle(state)
     check_index("layer", layer, state.num_layers)
     key_stride = check_centring(state, rows, cu_seqlens, key, CPU)
-    if signs is not None:
-        check_tensor("signs", signs, CPU, torch.float32, state.layout.head_dim)
     check_status(
         pool.library.centre_rows(
             pool.address, layer, rows.data_ptr(), cu_seqlens.data_ptr(), len(rows),
-            key.data_ptr(), key_stride * key.element_size(),
-            None if signs is None else signs.data_ptr(), torch.get_num_threads(),
+            key.data_ptr(), key_stride * key.element_size(), torch.get_num_threads(),
         )
     )  # fmt: skip

@@ -1,32 +1,21 @@
 """Store prompt tokens into pages, read them back, and release them."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from diffkv.kernels.check import check_index, check_read, check_tensor, check_tokens
 from diffkv.kernels.cpu.library import CPU, check_status, handle
-from diffkv.kernels.cpu.rotate import rotate, rotated
 from diffkv.state import PoolState, PromptTokens
 
 __all__ = ["gather", "release", "store_prompt"]
 
 
 def store_prompt(
-    state: PoolState,
-    layer: int,
-    tokens: PromptTokens,
-    tiers: Tensor,
-    sums: Tensor,
-    signs: Tensor | None = None,
+    state: PoolState, layer: int, tokens: PromptTokens, tiers: Tensor, sums: Tensor
 ) -> None:
     """Same contract as `reference.store_prompt`. Rows of key and value may be apart."""
     pool = handle(state)
     check_index("layer", layer, state.num_layers)
-    if signs is not None:
-        key, value = rotated(tokens.key, signs), rotated(tokens.value, signs)
-        tokens = replace(tokens, key=key, value=value)
     key_stride, value_stride = check_tokens(state, tokens, tiers, sums, CPU)
     element = state.dtype.itemsize
     check_status(
@@ -47,7 +36,6 @@ def gather(
     key: Tensor,
     value: Tensor,
     tiers: Tensor,
-    signs: Tensor | None = None,
 ) -> None:
     """Same contract as `reference.gather`. Rows of key and value may be apart.
 
@@ -65,10 +53,6 @@ def gather(
             tiers.data_ptr(), torch.get_num_threads(),
         )
     )  # fmt: skip
-    if signs is not None and slots.numel():
-        first = int(starts[0])
-        for out in (key[first:], value[first:]):
-            rotate(out, signs, True, out)
 
 
 def release(state: PoolState, slots: Tensor, layer: int) -> None:

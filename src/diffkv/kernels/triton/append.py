@@ -10,7 +10,6 @@ from diffkv.kernels.triton.codes import (
     load_elements,
     meta_pointers,
     plane_elements,
-    plane_tile,
     position_pointers,
     store_vectors,
     sum_pointers,
@@ -52,9 +51,11 @@ def _demote_side(
 
 
 @triton.jit
-def _write_new(x, page_ptr, index, mask, S: tl.constexpr, DP: tl.constexpr, DTYPE: tl.constexpr):
+def _write_new(x, page_ptr, index, mask, S: tl.constexpr, DTYPE: tl.constexpr):
     """Write a new token's vector [1, DP]. Masks and places are [1]."""
-    x = plane_tile(x, 1, DP, S)
+    element, exists = plane_elements(S)
+    place = tl.where(exists, element, 0).reshape([1, S.planes * S.padded])
+    x = tl.gather(x, place, 1).reshape([1, S.planes, S.padded])
     code_ptr = code_pointers(page_ptr, index, S)
     store_vectors(x, code_ptr, meta_pointers(page_ptr, index, S), mask, S, DTYPE)
 
@@ -140,12 +141,12 @@ def append_side(
     if CENTRED:
         x -= centre.to(tl.float32)
     if is_key:
-        _write_new(x, page_ptr, index, mask, HIGH_K, DP, DTYPE)
+        _write_new(x, page_ptr, index, mask, HIGH_K, DTYPE)
         if HIGH.tracked:
             tl.store(sum_pointers(page_ptr, index, HIGH), tl.zeros([1], tl.float32), mask=mask)
             tl.store(position_pointers(page_ptr, index, HIGH), position, mask=mask)
     else:
-        _write_new(x, page_ptr, index, mask, HIGH_V, DP, DTYPE)
+        _write_new(x, page_ptr, index, mask, HIGH_V, DTYPE)
 
 
 @triton.jit(do_not_specialize=["layer"])

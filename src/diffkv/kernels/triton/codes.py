@@ -14,12 +14,11 @@ __all__ = [
     "load_elements",
     "meta_pointers",
     "plane_elements",
-    "plane_tile",
     "position_pointers",
     "rounded",
     "store_vectors",
     "sum_pointers",
-    "write_vectors",
+    "write_side",
 ]
 
 _MAX = tl.constexpr(FLOAT16_MAX)
@@ -35,19 +34,6 @@ def plane_elements(S: tl.constexpr):
     plane = tl.arange(0, S.planes)[None, :, None]
     column = tl.arange(0, S.padded)[None, None, :]
     return plane * S.width + column, (plane >= 0) & (column < S.width)
-
-
-@triton.jit
-def plane_tile(x, T: tl.constexpr, DP: tl.constexpr, S: tl.constexpr):
-    """[T, DP] vectors as a tile."""
-    if S.planes * S.padded == DP and (S.planes == 1 or S.padded == S.width):
-        tile = tl.reshape(x, [T, S.planes, S.padded])
-    else:
-        element, exists = plane_elements(S)
-        place = tl.where(exists, element, 0).reshape([1, S.planes * S.padded])
-        tile = tl.gather(x, tl.broadcast_to(place, [T, S.planes * S.padded]), 1)
-        tile = tl.reshape(tile, [T, S.planes, S.padded])
-    return tile
 
 
 @triton.jit
@@ -190,8 +176,8 @@ def store_vectors(x, code_ptr, meta_ptr, mask, S: tl.constexpr, DTYPE: tl.conste
 
 
 @triton.jit
-def write_vectors(
-    x,
+def write_side(
+    x_ptr,
     centre_ptr,
     page_ptr,
     index,
@@ -200,13 +186,14 @@ def write_vectors(
     DTYPE: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
-    """Quantise a tile of vectors into tokens `index` of pages: less their centres, where CENTRED.
+    """Quantise vectors at `x_ptr` into tokens `index` of pages: less their centres, where CENTRED.
 
-    centre_ptr, page_ptr, index, mask: [T].
+    All [T].
     """
+    element, exists = plane_elements(S)
+    mask_of = mask[:, None, None] & exists
+    x = tl.load(x_ptr[:, None, None] + element, mask=mask_of, other=0.0)
     if CENTRED:
-        element, exists = plane_elements(S)
-        mask_of = mask[:, None, None] & exists
         centre = tl.load(centre_ptr[:, None, None] + element, mask=mask_of, other=0.0)
         x = x.to(tl.float32) - centre.to(tl.float32)
     code_ptr = code_pointers(page_ptr, index, S)

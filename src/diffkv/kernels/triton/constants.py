@@ -17,6 +17,7 @@ from diffkv.tier import META_BYTES, TierLayout
 
 __all__ = [
     "DTYPES",
+    "TILE_WARPS",
     "Side",
     "Table",
     "Tier",
@@ -46,8 +47,10 @@ TILE_VECTOR_BYTES = 16384
 
 MAX_TILE_TOKENS = 64
 
-TILE_ELEMENTS = 2048
-"""Elements that one program quantises at a time: 16 to 32 per thread."""
+TILE_ELEMENTS = 512
+"""Elements that one program quantises at a time: 16 for each thread of its `TILE_WARPS`."""
+
+TILE_WARPS = 1
 
 
 INTERPRETED_MULTIPROCESSORS = 2

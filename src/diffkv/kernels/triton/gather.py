@@ -11,10 +11,9 @@ from diffkv.kernels.triton.codes import (
     meta_pointers,
     rounded,
 )
-from diffkv.kernels.triton.constants import MIN_DOT, cdiv, power_of_2, tile_vectors
+from diffkv.kernels.triton.constants import TILE_WARPS, cdiv, power_of_2, tile_vectors
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, wait
-from diffkv.kernels.triton.rotate import dot_type, rotated, rotation_of
 from diffkv.kernels.triton.table import centre_of, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.policy import DROPPED
@@ -61,20 +60,6 @@ def _read_side(
     return _load_side(x, page_ptr, index, element, mask, S, DTYPE)
 
 
-@triton.jit
-def _turned_back(
-    x, signs_ptr, norm, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
-    ROTATED: tl.constexpr, DOT: tl.constexpr, B: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """[B, DP] float32 vectors in the model's dtype, and then turned back if they are rotated."""
-    y = rounded(x, DTYPE)
-    if ROTATED:
-        d = tl.arange(0, DP)
-        sign = tl.load(signs_ptr + d, mask=d < D, other=0.0)
-        y = rotated(y.to(tl.float32), sign, norm, DTYPE, B, DP, BLOCK, True, DOT)
-    return y
-
-
 @triton.jit(do_not_specialize=["layer", "C", "N"])
 def _gather_kernel(
     slots_ptr,  # [C]
@@ -84,13 +69,11 @@ def _gather_kernel(
     directory_ptr,  # [S, L, H, W]
     num_tokens_ptr,  # [S, L, H, 2]
     centres_ptr,  # [S, L, H, D or 0] bf16
-    signs_ptr,  # [D] f32
     key_ptr,  # [N, H, D], out
     value_ptr,  # [N, H, D], out
     tiers_ptr,  # [H, N] i8, out
     key_stride,
     value_stride,
-    norm,
     layer,
     C,
     N,
@@ -102,9 +85,6 @@ def _gather_kernel(
     PAGE: tl.constexpr,
     TIERS: tl.constexpr,
     CENTRED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROTATED: tl.constexpr,
-    DOT: tl.constexpr,
     STARTS: tl.constexpr,
     B: tl.constexpr,
     PDL: tl.constexpr,
@@ -147,14 +127,14 @@ def _gather_kernel(
         centre_at = centre_of(centres_ptr, row, TIERS[0].k)
         is_kept = in_vector & (tier != _DROPPED)[:, None]
         key += tl.load(centre_at[:, None] + element, mask=is_kept, other=0.0).to(tl.float32)
-    key = _turned_back(key, signs_ptr, norm, D, D_PADDED, BLOCK, ROTATED, DOT, B, DTYPE)
-    tl.store(key_ptr + (place * key_stride)[:, None] + at, key, mask=in_vector)
+    tl.store(key_ptr + (place * key_stride)[:, None] + at, rounded(key, DTYPE), mask=in_vector)
     for t in tl.static_range(NUM_TIERS):
         value = _read_side(
             value, number, tier == t, element, pages_ptr, table, False, t, TIERS, TABLE, PAGE, DTYPE
         )
-    value = _turned_back(value, signs_ptr, norm, D, D_PADDED, BLOCK, ROTATED, DOT, B, DTYPE)
-    tl.store(value_ptr + (place * value_stride)[:, None] + at, value, mask=in_vector)
+    tl.store(
+        value_ptr + (place * value_stride)[:, None] + at, rounded(value, DTYPE), mask=in_vector
+    )
     tl.store(tiers_ptr + head * N + place, tier.to(tl.int8), mask=exists)
 
 
@@ -166,7 +146,6 @@ def gather(
     key: Tensor,
     value: Tensor,
     tiers: Tensor,
-    signs: Tensor | None = None,
 ) -> None:
     """Same contract as `reference.gather`. One launch; rows of key and value may be apart."""
     work = workspace(state)
@@ -174,18 +153,15 @@ def gather(
     num, num_rows = key.shape[0], slots.numel()
     check_index("layer", layer, state.num_layers)
     key_stride, value_stride = check_read(state, slots, starts, key, value, tiers, work.device)
-    rotation = rotation_of(signs, head_dim, work.device)
     if not num or not num_rows:
         return
     block = tile_vectors(head_dim)
     launch(
         _gather_kernel, (cdiv(num, block), heads),
         slots, starts, state.pages, state.leaves, state.directory, state.num_tokens, state.centres,
-        rotation.signs, key, value, tiers, key_stride, value_stride, rotation.norm, layer, num_rows,
-        num,
+        key, value, tiers, key_stride, value_stride, layer, num_rows, num,
         L=state.num_layers, H=heads, TABLE=work.table,
-        D=head_dim, D_PADDED=max(MIN_DOT, power_of_2(head_dim)),
+        D=head_dim, D_PADDED=power_of_2(head_dim),
         PAGE=state.layout.page_bytes, TIERS=work.tiers, CENTRED=state.centre_dim > 0,
-        DOT=dot_type(state.dtype, work.device), STARTS=START_BLOCK, B=block, enable_fp_fusion=False,
-        **rotation.constants, **work.overlap,
+        STARTS=START_BLOCK, B=block, num_warps=TILE_WARPS, enable_fp_fusion=False, **work.overlap,
     )  # fmt: skip

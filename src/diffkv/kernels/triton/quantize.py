@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffkv.kernels.check import check_dtype, check_format, check_tensor
 from diffkv.kernels.triton.codes import load_elements, plane_elements, rounded, store_vectors
-from diffkv.kernels.triton.constants import cdiv, tile_vectors, vector_side
+from diffkv.kernels.triton.constants import TILE_WARPS, cdiv, tile_vectors, vector_side
 from diffkv.kernels.triton.launch import launch
 
 __all__ = ["dequantize", "quantize"]
@@ -65,7 +65,7 @@ def quantize(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
         launch(
             _quantize_kernel, (cdiv(num_vectors, tile),),
             x, codes, meta, num_vectors, S=vector_side(bits, groups, head_dim), T=tile,
-            enable_fp_fusion=False,
+            num_warps=TILE_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, meta
 
@@ -86,6 +86,6 @@ def dequantize(codes: Tensor, meta: Tensor, bits: int, dtype: torch.dtype) -> Te
         launch(
             _dequantize_kernel, (cdiv(num_vectors, tile),),
             codes, meta, x, num_vectors, S=vector_side(bits, groups, head_dim), T=tile,
-            enable_fp_fusion=False,
+            num_warps=TILE_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return x

@@ -1,7 +1,7 @@
 """Rotate vectors, and turn them back.
 
-Many are multiplied by the matrix, which tensor cores do faster than sums. In kernels that do something
-else with them, they are added up in two short steps: making a matrix there costs more than the product.
+Many are multiplied by the matrix, which tensor cores do faster than sums; single ones, in kernels that
+do something else with them, are added up in two short steps.
 """
 
 import functools
@@ -17,9 +17,10 @@ from diffkv.kernels.check import check_dtype, check_packed, check_tensor
 from diffkv.kernels.triton.codes import rounded
 from diffkv.kernels.triton.constants import DTYPES, MIN_DOT, cdiv, multiprocessors, power_of_2
 from diffkv.kernels.triton.launch import launch
+from diffkv.kernels.triton.order import launch_dependents, overlap, wait
 from diffkv.rotation import block_size
 
-__all__ = ["dot_type", "matrix_rows", "rotate", "rotated", "rotation_of"]
+__all__ = ["matrix_rows", "rotate", "rotated", "rotation_of"]
 
 TILE_VECTORS = 32
 
@@ -48,23 +49,16 @@ def _signs_of_blocks(
 @triton.jit
 def rotated(
     x, sign, norm, DTYPE: tl.constexpr, T: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
-    INVERSE: tl.constexpr, DOT: tl.constexpr = None,
+    INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Rotate [T, DP] float32 vectors, or back; rounded once to the model's dtype. `sign` is [DP].
-
-    DOT: holds the elements of many, whose first step is a product; DP is at least 16 then.
-    """
-    INNER: tl.constexpr = min(BLOCK, 16) if DOT is None else 16
-    OUTER: tl.constexpr = max(1, BLOCK // INNER)
+    """Rotate [T, DP] float32 vectors, or back; rounded once to the model's dtype. `sign` is [DP]."""
+    INNER: tl.constexpr = min(BLOCK, 16)
+    OUTER: tl.constexpr = BLOCK // INNER
     if not INVERSE:
         x *= sign[None, :]
     y = tl.reshape(x, [T * DP // INNER, INNER])
-    if DOT is None:
-        inner = _signs_of_blocks(0, INNER, INNER, INNER, INNER, tl.float32)
-        y = tl.sum(y[:, :, None] * inner[None, :, :], 1)
-    else:
-        inner = _signs_of_blocks(0, INNER, INNER, INNER, min(BLOCK, INNER), DOT)
-        y = tl.dot(y.to(DOT), inner, input_precision="ieee")
+    inner = _signs_of_blocks(0, INNER, INNER, INNER, INNER, tl.float32)
+    y = tl.sum(y[:, :, None] * inner[None, :, :], 1)
     if OUTER > 1:
         y = tl.reshape(y, [T * DP // BLOCK, OUTER, INNER])
         outer = _signs_of_blocks(0, OUTER, OUTER, OUTER, OUTER, tl.float32)
@@ -122,8 +116,11 @@ def _rotate_kernel(
     PRECISION: tl.constexpr,
     B: tl.constexpr,
     K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """B vectors a program, or where the whole matrix is there at once, as many as there are."""
+    wait(PDL)
+    launch_dependents(PDL)
     if K == DP:
         for tile in range(tl.program_id(0), tl.cdiv(N, B), tl.num_programs(0)):
             _rotate_tile(
@@ -166,11 +163,6 @@ def rotation_of(signs: Tensor | None, head_dim: int, device: torch.device) -> Ro
     return Rotation(signs, size**-0.5, {"ROTATED": True, "BLOCK": size})
 
 
-def dot_type(dtype: torch.dtype, device: torch.device) -> Any:
-    """DOT: what products of vectors are of. The interpreter knows only float32's."""
-    return DTYPES[dtype] if device.type == "cuda" else tl.float32
-
-
 @functools.cache
 def _nothing(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=device)
@@ -187,7 +179,7 @@ def rotate(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:
     check_tensor("signs", signs, x.device, signs.dtype, head_dim)
     if not rows:
         return
-    size = block_size(head_dim)
+    size, dtype = block_size(head_dim), DTYPES[x.dtype]
     padded = max(MIN_DOT, power_of_2(head_dim))
     programs = cdiv(rows * heads, TILE_VECTORS)
     at_once = matrix_rows(padded, x.element_size())
@@ -197,6 +189,7 @@ def rotate(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:
         _rotate_kernel, (programs,),
         x, signs, out, *strides, size**-0.5, rows * heads,
         H=heads, D=head_dim, DP=padded, BLOCK=size,
-        INVERSE=inverse, DOT=dot_type(x.dtype, x.device),
+        INVERSE=inverse, DOT=dtype if x.is_cuda else tl.float32,
         PRECISION="ieee", B=TILE_VECTORS, K=at_once, num_warps=4, num_stages=1,
+        **overlap(x.device),
     )  # fmt: skip

@@ -6,10 +6,9 @@ from torch import Tensor
 
 from diffkv.kernels.check import check_centring, check_decided, check_index
 from diffkv.kernels.triton.codes import rounded
-from diffkv.kernels.triton.constants import cdiv, power_of_2
+from diffkv.kernels.triton.constants import cdiv
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, overlap, wait
-from diffkv.kernels.triton.rotate import rotated, rotation_of
 from diffkv.kernels.triton.table import centre_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.policy import DROPPED, HIGH, LOW, SCORED_QUERIES
@@ -17,14 +16,11 @@ from diffkv.state import PoolState
 
 __all__ = ["centre_rows", "decide_rows"]
 
-DECIDE_BLOCK = 2048
+DECIDE_BLOCK = 1024
 """Tokens of a row that stay in registers while its last high page is filled; others are read again."""
 
-CENTRE_CHANNELS, CENTRE_WARPS = 32, 8
-"""Of one program where keys are not rotated; else it has all channels, and twice the warps."""
-
-CENTRE_ELEMENTS = 1024
-"""Of one step of a sum, for each warp."""
+CENTRE_TOKENS, CENTRE_CHANNELS = 1024, 16
+"""Of one step of a sum, and of one program."""
 
 _HIGH, _LOW, _DROPPED = tl.constexpr(HIGH), tl.constexpr(LOW), tl.constexpr(DROPPED)
 _RULE = tl.constexpr(SCORED_QUERIES)
@@ -145,10 +141,8 @@ def _centre_kernel(
     rows_ptr,  # [R, 4]: slot, skipped tokens, row before, heir
     starts_ptr,  # [R + 1]
     key_ptr,  # [N, H, D]
-    signs_ptr,  # [D] f32
     centres_ptr,  # [S, L, H, D] bf16
     key_stride,
-    norm,
     layer,
     K: tl.constexpr,
     L: tl.constexpr,
@@ -156,11 +150,9 @@ def _centre_kernel(
     D: tl.constexpr,
     T: tl.constexpr,
     C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROTATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per row, head and C channels: T sums, then their sum. Of all channels if ROTATED."""
+    """One program per row, head and C channels: T sums, then their sum."""
     wait(PDL)
     launch_dependents(PDL)
     r = tl.program_id(0)
@@ -183,12 +175,7 @@ def _centre_kernel(
             mask = (token < end)[:, None] & (d < D)[None, :]
             total += tl.load(token_at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
         count = tl.maximum(end - first, 1).to(tl.float32)
-        mean = tl.div_rn(tl.sum(total, 0), count)
-        if ROTATED:
-            sign = tl.load(signs_ptr + d, mask=d < D, other=0.0)
-            mean = rotated(mean[None, :], sign, norm, tl.float32, 1, C, BLOCK, False)
-            mean = tl.reshape(mean, [C])
-        centre = rounded(mean, tl.bfloat16)
+        centre = rounded(tl.div_rn(tl.sum(total, 0), count), tl.bfloat16)
     at = centre_of(centres_ptr, (slot * L + layer) * H + head, K) + d
     tl.store(at, centre, mask=d < D)
     at = centre_of(centres_ptr, (heir * L + layer) * H + head, K) + d
@@ -212,39 +199,24 @@ def decide_rows(
     launch(
         _decide_kernel, (num_rows, heads),
         sums, cu_seqlens, sums if bounds is None else bounds, page_tokens, tiers, num, window,
-        scored_queries, BOUNDS=bounds is not None, B=DECIDE_BLOCK, num_warps=16,
+        scored_queries, BOUNDS=bounds is not None, B=DECIDE_BLOCK, num_warps=8,
         **overlap(sums.device),
     )  # fmt: skip
 
 
-def centre_tile(head_dim: int, rotated: bool) -> tuple[int, int]:
-    """(channels, warps) of a program that finds centres: a rotation needs all channels."""
-    if not rotated:
-        return CENTRE_CHANNELS, CENTRE_WARPS
-    return power_of_2(head_dim), 2 * CENTRE_WARPS
-
-
 def centre_rows(
-    state: PoolState,
-    layer: int,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    key: Tensor,
-    signs: Tensor | None = None,
+    state: PoolState, layer: int, rows: Tensor, cu_seqlens: Tensor, key: Tensor
 ) -> None:
     """Same contract as `reference.centre_rows`. One launch; rows of the keys may be apart."""
     work = workspace(state)
     check_index("layer", layer, state.num_layers)
     key_stride = check_centring(state, rows, cu_seqlens, key, work.device)
     heads, head_dim = state.num_kv_heads, state.layout.head_dim
-    rotation = rotation_of(signs, head_dim, work.device)
     if not rows.shape[0]:
         return
-    channels, warps = centre_tile(head_dim, signs is not None)
     launch(
-        _centre_kernel, (rows.shape[0], heads, cdiv(head_dim, channels)),
-        rows, cu_seqlens, key, rotation.signs, state.centres, key_stride, rotation.norm, layer,
-        K=work.tiers[0].k, L=state.num_layers, H=heads, D=head_dim,
-        T=warps * CENTRE_ELEMENTS // channels, C=channels, num_warps=warps, **rotation.constants,
+        _centre_kernel, (rows.shape[0], heads, cdiv(head_dim, CENTRE_CHANNELS)),
+        rows, cu_seqlens, key, state.centres, key_stride, layer, K=work.tiers[0].k,
+        L=state.num_layers, H=heads, D=head_dim, T=CENTRE_TOKENS, C=CENTRE_CHANNELS, num_warps=8,
         **work.overlap,
     )  # fmt: skip

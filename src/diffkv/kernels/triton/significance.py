@@ -23,7 +23,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 ITEM_TOKENS = 128
 """Tokens that one program scores; fewer where float32 vectors are long."""
 
-SUM_TOKENS = 64
+SUM_TOKENS = 32
 """At most, where sums are added up: of one segment alone, so that programs would be few."""
 
 QUERY_ROWS = 64

@@ -7,17 +7,14 @@ from torch import Tensor
 
 from diffkv.kernels.check import check_index, check_tokens
 from diffkv.kernels.triton.codes import (
-    plane_elements,
-    plane_tile,
     position_pointers,
     sum_pointers,
-    write_vectors,
+    write_side,
 )
-from diffkv.kernels.triton.constants import MIN_DOT, cdiv, power_of_2, tile_vectors
+from diffkv.kernels.triton.constants import TILE_WARPS, cdiv, tile_vectors
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.ring import is_last, scan
-from diffkv.kernels.triton.rotate import dot_type, rotated, rotation_of
 from diffkv.kernels.triton.table import centre_of, enter_page, num_leaves, page_where, table_of
 from diffkv.kernels.triton.workspace import workspace
 from diffkv.policy import DROPPED
@@ -25,7 +22,7 @@ from diffkv.state import PoolState, PromptTokens
 
 __all__ = ["store_prompt"]
 
-COUNT_BLOCK = 2048
+COUNT_BLOCK = 1024
 """Tokens that a program counts at a time."""
 
 SCAN_BLOCK = 1024
@@ -178,53 +175,21 @@ def _enter_kernel(
 
 
 @triton.jit
-def _turned(
-    x_ptr, signs_ptr, norm, mask, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
-    ROTATED: tl.constexpr, DOT: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """[B, DP] vectors that begin at `x_ptr`, rotated; where that is not asked for, `x_ptr`."""
-    if ROTATED:
-        d = tl.arange(0, DP)
-        sign = tl.load(signs_ptr + d, mask=d < D, other=0.0)
-        exists = mask[:, None] & (d < D)[None, :]
-        x = tl.load(x_ptr[:, None] + d[None, :], mask=exists, other=0.0)
-        DTYPE: tl.constexpr = x.dtype
-        turned = rotated(x.to(tl.float32), sign, norm, DTYPE, B, DP, BLOCK, False, DOT)
-    else:
-        turned = x_ptr
-    return turned
-
-
-@triton.jit
-def _write(
-    x, centre_ptr, page_ptr, index, mask, S: tl.constexpr, DP: tl.constexpr, ROTATED: tl.constexpr,
-    B: tl.constexpr, DTYPE: tl.constexpr, CENTRED: tl.constexpr,
-):  # fmt: skip
-    """Write what `_turned` gives."""
-    if ROTATED:
-        tile = plane_tile(x, B, DP, S)
-    else:
-        element, exists = plane_elements(S)
-        tile = tl.load(x[:, None, None] + element, mask=mask[:, None, None] & exists, other=0.0)
-    write_vectors(tile, centre_ptr, page_ptr, index, mask, S, DTYPE, CENTRED)
-
-
-@triton.jit
 def _write_tier(
-    key, value, centre_ptr, score, position, number, table, pages_ptr, mask,
+    key_ptr, value_ptr, centre_ptr, score, position, number, table, pages_ptr, mask,
     TIER: tl.constexpr, TIERS: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
-    DP: tl.constexpr, ROTATED: tl.constexpr, B: tl.constexpr, DTYPE: tl.constexpr,
     CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """Write tokens [B] of one head as tokens `number` of a tier."""
+    """Write tokens [T] of one head as tokens `number` of a tier."""
     T: tl.constexpr = TIERS[TIER]
     K: tl.constexpr = T.k
     V: tl.constexpr = T.v
     page = page_where(table, number // T.tokens, mask, TIER, TABLE).to(tl.int64)
     page_ptr = pages_ptr + page * PAGE
     index = number % T.tokens
-    _write(key, centre_ptr, page_ptr, index, mask, K, DP, ROTATED, B, DTYPE, CENTRED)
-    _write(value, centre_ptr, page_ptr, index, mask, V, DP, ROTATED, B, DTYPE, False)
+    DTYPE: tl.constexpr = key_ptr.dtype.element_ty
+    write_side(key_ptr, centre_ptr, page_ptr, index, mask, K, DTYPE, CENTRED)
+    write_side(value_ptr, centre_ptr, page_ptr, index, mask, V, DTYPE, False)
     if T.tracked:
         tl.store(sum_pointers(page_ptr, index, T), score, mask=mask)
         tl.store(position_pointers(page_ptr, index, T), position, mask=mask)
@@ -243,34 +208,27 @@ def _write_kernel(
     positions_ptr,  # [N]
     tiers_ptr,  # [H, N] i8
     sums_ptr,  # [H, N] f32
-    signs_ptr,  # [D] f32
     pages_ptr,  # [num_pages, PAGE]
     leaves_ptr,  # [num_leaves, E]
     directory_ptr,  # [S, L, H, W]
     key_stride,
     value_stride,
-    norm,
     layer,
     N,
     L: tl.constexpr,
     H: tl.constexpr,
     TABLE: tl.constexpr,
     D: tl.constexpr,
-    DP: tl.constexpr,
     PAGE: tl.constexpr,
     TIERS: tl.constexpr,
     CENTRED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROTATED: tl.constexpr,
-    DOT: tl.constexpr,
     B: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Rotate, quantise and write. One program per B tokens of a head, in order of tiers."""
+    """Quantise and write. One program per B tokens of a head, in order of tiers."""
     wait(PDL)
     launch_dependents(PDL)
     NUM_TIERS: tl.constexpr = len(TIERS)
-    DTYPE: tl.constexpr = key_ptr.dtype.element_ty
     place = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     head = tl.program_id(1).to(tl.int64)
     exists = place < N
@@ -285,26 +243,31 @@ def _write_kernel(
     centre_at = centre_of(centres_ptr, row, TIERS[0].k)
     score = tl.load(sums_ptr + head * N + i, mask=kept, other=0.0)
     position = tl.load(positions_ptr + i, mask=kept, other=0)
-    key_at = key_ptr + i * key_stride + head * D
-    value_at = value_ptr + i * value_stride + head * D
-    key = _turned(key_at, signs_ptr, norm, kept, D, DP, BLOCK, ROTATED, DOT, B)
-    value = _turned(value_at, signs_ptr, norm, kept, D, DP, BLOCK, ROTATED, DOT, B)
     for t in tl.static_range(NUM_TIERS):
         mask = kept & (tier_of == t)
         if tl.max(mask.to(tl.int32), 0) > 0:
+            key_at = key_ptr + i * key_stride + head * D
+            value_at = value_ptr + i * value_stride + head * D
             _write_tier(
-                key, value, centre_at, score, position, number, table, pages_ptr, mask, t, TIERS,
-                TABLE, PAGE, DP, ROTATED, B, DTYPE, CENTRED,
-            )  # fmt: skip
+                key_at,
+                value_at,
+                centre_at,
+                score,
+                position,
+                number,
+                table,
+                pages_ptr,
+                mask,
+                t,
+                TIERS,
+                TABLE,
+                PAGE,
+                CENTRED,
+            )
 
 
 def store_prompt(
-    state: PoolState,
-    layer: int,
-    tokens: PromptTokens,
-    tiers: Tensor,
-    sums: Tensor,
-    signs: Tensor | None = None,
+    state: PoolState, layer: int, tokens: PromptTokens, tiers: Tensor, sums: Tensor
 ) -> None:
     """Same contract as `reference.store_prompt`. Rows of key and value may be apart.
 
@@ -315,7 +278,6 @@ def store_prompt(
     head_dim = state.layout.head_dim
     check_index("layer", layer, state.num_layers)
     key_stride, value_stride = check_tokens(state, tokens, tiers, sums, work.device)
-    rotation = rotation_of(signs, head_dim, work.device)
     if not num or not num_requests:
         return
     token = work.buffer("store_token", torch.int32, heads, num)
@@ -342,10 +304,8 @@ def store_prompt(
     launch(
         _write_kernel, (cdiv(num, block), heads),
         tokens.slots, state.centres, first, token, number, request, tokens.key, tokens.value,
-        tokens.positions, tiers, sums, rotation.signs, state.pages, state.leaves, state.directory,
-        key_stride, value_stride, rotation.norm, layer, num,
-        D=head_dim, DP=max(MIN_DOT, power_of_2(head_dim)),
-        PAGE=state.layout.page_bytes, TIERS=work.tiers, CENTRED=state.centre_dim > 0,
-        DOT=dot_type(state.dtype, work.device), B=block, enable_fp_fusion=False,
-        **rotation.constants, **tables,
+        tokens.positions, tiers, sums, state.pages, state.leaves, state.directory, key_stride,
+        value_stride, layer, num,
+        D=head_dim, PAGE=state.layout.page_bytes, TIERS=work.tiers, CENTRED=state.centre_dim > 0,
+        B=block, num_warps=TILE_WARPS, enable_fp_fusion=False, **tables,
     )  # fmt: skip

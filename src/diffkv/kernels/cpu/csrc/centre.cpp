@@ -1,7 +1,6 @@
 // centre_rows: the mean keys of complete rows. Same contract as `diffkv.reference.rows`.
 
 #include <algorithm>
-#include <cmath>
 
 #include "pool.h"
 
@@ -9,23 +8,8 @@ namespace {
 
 constexpr int COLUMNS = 4;  // slot, skipped tokens, row before, heir
 
-// As rotate.cpp does it, of one vector: signs, then Hadamard transforms of blocks of channels.
-void turn(const float* signs, float* x) {
-  constexpr int SIZE = layout::HEAD_DIM & -layout::HEAD_DIM;
-  const float norm = 1 / std::sqrt((float)SIZE);
-  for (int j = 0; j < layout::HEAD_DIM; j++) x[j] *= signs[j] * norm;
-  for (int half = 1; half < SIZE; half *= 2)
-    for (int j = 0; j < layout::HEAD_DIM; j++)
-      if ((j & half) == 0) {
-        const float a = x[j], b = x[j + half];
-        x[j] = a + b;
-        x[j + half] = a - b;
-      }
-}
-
 // Sums in float64 do not show in what order keys are added.
-void mean_of(const uint8_t* key, int64_t stride, int64_t num, const float* signs,
-             uint16_t* centre) {
+void mean_of(const uint8_t* key, int64_t stride, int64_t num, uint16_t* centre) {
   double sums[layout::HEAD_DIM] = {};
   float x[layout::HEAD_DIM];
   for (int64_t i = 0; i < num; i++) {
@@ -33,17 +17,15 @@ void mean_of(const uint8_t* key, int64_t stride, int64_t num, const float* signs
     for (int j = 0; j < layout::HEAD_DIM; j++) sums[j] += x[j];
   }
   for (int j = 0; j < layout::HEAD_DIM; j++) x[j] = (float)(sums[j] / std::max<int64_t>(num, 1));
-  if (signs) turn(signs, x);
   store_row<BFLOAT16>(centre, x, layout::HEAD_DIM);
 }
 
 }  // namespace
 
 // rows: [num_rows, COLUMNS]. key: [N, heads, head_dim] with `key_stride` bytes from token to token.
-// signs: [head_dim], or none where keys are not rotated.
 EXPORT int diffkv_centre_rows(const Pool* pool_ptr, int64_t layer, const int32_t* rows,
                               const int32_t* cu_seqlens, int64_t num_rows, const uint8_t* key,
-                              int64_t key_stride, const float* signs, int threads) {
+                              int64_t key_stride, int threads) {
   const Pool& pool = *pool_ptr;
   const int64_t heads = pool.num_kv_heads;
   constexpr int64_t CENTRE_BYTES = layout::HEAD_DIM * sizeof(uint16_t);
@@ -59,7 +41,7 @@ EXPORT int diffkv_centre_rows(const Pool* pool_ptr, int64_t layer, const int32_t
         std::memcpy(centre(row[0]), centre(before), CENTRE_BYTES);
       else
         mean_of(key + first * key_stride + head * ROW_BYTES, key_stride, cu_seqlens[r + 1] - first,
-                signs, centre(row[0]));
+                centre(row[0]));
       if (heir >= 0) std::memcpy(centre(heir), centre(row[0]), CENTRE_BYTES);
     }
   return OK;
