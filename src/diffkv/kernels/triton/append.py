@@ -108,6 +108,8 @@ def append_side(
     else:
         x_ptr = value_ptr + r * value_stride
     x = tl.load(x_ptr + head * D + d, mask=d < D, other=0.0).to(tl.float32)
+    if ROTATED:
+        sign = tl.load(signs_ptr + tl.arange(0, DP), mask=tl.arange(0, DP) < D, other=0.0)
     mask = (slot >= 0) & (page >= 0)
     page_ptr = pages_ptr + page * PAGE
     if CENTRED:
@@ -136,7 +138,6 @@ def append_side(
             # The old token is read by other threads than those that overwrite it
             tl.debug_barrier()
     if ROTATED:
-        sign = tl.load(signs_ptr + tl.arange(0, DP), mask=tl.arange(0, DP) < D, other=0.0)
         x = rotated(x, sign, norm, DTYPE, 1, DP, BLOCK, False).to(tl.float32)
     if CENTRED:
         x -= centre.to(tl.float32)
