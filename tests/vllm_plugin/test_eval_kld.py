@@ -80,7 +80,7 @@ def test_an_answer_is_followed_and_given_by_each_cache(messages):
         "lossy": ({}, Options(quant="k2v1")),
         "absent": ({"kv_cache_dtype": "int4_per_token_head"}, None),
     }
-    asked = [Question(name, "", 9, "What is stored?") for name in ("policy", "vllm")]
+    asked = [Question(name, "In", 20, "What was it?") for name in ("spring", "autumn")]
     told = []
 
     sides = answer(arguments, others, asked, 12, lambda *report: told.append(report))
