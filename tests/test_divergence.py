@@ -44,13 +44,16 @@ def test_first_difference():
     assert first_difference(same).tolist() == [1, 3, 0]
 
 
-def test_texts_follow_each_other_and_have_their_lengths():
-    texts = english.cut(lambda text: list(text.encode()), 2, [100, 300])
+def test_texts_are_the_beginnings_of_messages_and_then_what_follows(messages):
+    first, *others = (list(text.encode()) for text in messages.values())
 
-    assert [len(text) for text in texts] == [100, 100, 300, 300]
-    assert texts[2][:200] == texts[0] + texts[1]
-    with pytest.raises(ConfigError, match="are more than the"):
-        english.cut(lambda text: [1] * 50, 2, [100])
+    texts = english.cut(lambda text: [1, *text.encode()], 4, [100, 300])
+
+    beginnings = [[1, *ids[:299]] for ids in (first, *others)]
+    assert texts[:4] == [*(text[:100] for text in beginnings), [1, *first[99:198]]]
+    assert texts[4:] == [*beginnings, [1, *first[299:598]]]
+    with pytest.raises(ConfigError, match="give 0 texts of 100 tokens, not 2"):
+        english.cut(lambda text: list(text.encode())[:50], 2, [100])
 
 
 @pytest.mark.parametrize(

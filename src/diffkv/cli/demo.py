@@ -131,9 +131,10 @@ def print_sides(model: str, sides: "Sides", options: "Options") -> None:
 
     console = Console()
     console.print(
-        f"\n{model} answers {len(sides.texts)} questions, each about a page of Python's documentation "
-        f"that precedes it ({min(sides.prompt_tokens):,} to {max(sides.prompt_tokens):,} tokens): with "
-        f"its KV cache in full precision, in vLLM's fp8, and in DiffKV's {options.quant}.\n"
+        f"\n{model} answers {len(sides.texts)} questions, each about a part of a State of the Union "
+        f"message that precedes it ({min(sides.prompt_tokens):,} to {max(sides.prompt_tokens):,} "
+        f"tokens): with its KV cache in full precision, in vLLM's fp8, and in DiffKV's "
+        f"{options.quant}.\n"
     )
     console.print(_answers(sides))
     console.print(_costs(sides))

@@ -8,7 +8,7 @@ from typing import Any
 from diffkv import presets
 from diffkv.cli.arguments import Switch, flag_of, num_bytes
 from diffkv.cli.models import config_file, load_config
-from diffkv.fetch import MODELS, fetch
+from diffkv.fetch import MODELS, fetch_model
 from diffkv.policies import PAPER
 from diffkv.presets import Preset
 from diffkv.quant import ConfigError, QuantConfig
@@ -195,7 +195,7 @@ def model_folder(name: str) -> str:
     from importlib.resources import files
 
     if name in MODELS:
-        return str(fetch(MODELS[name]))
+        return str(fetch_model(MODELS[name]))
     if name not in SHIPPED:
         return name
     folder = files("diffkv") / "data" / name

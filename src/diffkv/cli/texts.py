@@ -49,8 +49,8 @@ def add_text_options(group: argparse._ArgumentGroup, steps: int) -> None:
         action=Listed,
         metavar="PATH",
         help='files with one text a line, or JSON lines with "text"; of a folder each file is one text, '
-        f"but for {JSON_LINES} (default: the language reference of Python; of a shipped model its "
-        "prompts)",
+        f"but for {JSON_LINES} (default: State of the Union messages, which are fetched once; of a "
+        "shipped model its prompts)",
     )
     group.add_argument(
         "--contexts",
@@ -101,20 +101,31 @@ def source(args: argparse.Namespace) -> str:
     """A name for what is read."""
     if args.texts is not None:
         return ", ".join(path.name for path in args.texts)
-    return "the shipped prompts" if args.model in SHIPPED else "Python's language reference"
+    if args.model in SHIPPED:
+        return "the shipped prompts"
+    from diffkv.lab.evaluation import english
+
+    return english.SOURCE
 
 
 def content(args: argparse.Namespace) -> list[str] | None:
-    """Texts of --texts, or the prompts of a shipped model; None: Python's documentation is read.
+    """Texts of --texts, or the prompts of a shipped model; None: messages are cut, and are there now.
 
     Raises:
-        ConfigError: a file that cannot be read, or has no text.
+        ConfigError: a file that cannot be read, or has no text; or the messages cannot be fetched.
     """
+    from diffkv.lab.evaluation import english
     from diffkv.lab.evaluation.distances import read_texts
 
-    if args.texts is None:
-        return read_texts(prompts.shipped_prompts()) if args.model in SHIPPED else None
-    return [text for path in args.texts for text in _texts(path)]
+    if args.texts is not None:
+        return [text for path in args.texts for text in _texts(path)]
+    if args.model in SHIPPED:
+        return read_texts(prompts.shipped_prompts())
+    try:
+        english.messages()
+    except ConfigError as error:
+        raise ConfigError(f"{error}; --texts gives others") from None
+    return None
 
 
 def _texts(path: Path) -> list[str]:

