@@ -20,9 +20,9 @@ from diffkv.quant import QuantConfig
 LAYERS, HEADS = 32, 8
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-prepare, rotate, significance = (
+gather, prepare, rotate, significance = (
     importlib.import_module(f"diffkv.kernels.triton.{name}")
-    for name in ("prepare", "rotate", "significance")
+    for name in ("gather", "prepare", "rotate", "significance")
 )  # the package has functions of these names
 
 BYTES, INTS, FLOATS = "*u8", "*i32", "*fp32"
@@ -209,7 +209,7 @@ def cases(
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
     counted = {**tables, "TABLE": table, "TIERS": tiers, **overlapping, "B": 1024, "SCAN": 1024}
     gathered = {**paged, **centred, **overlapping, "D": head_dim, "D_PADDED": padded}
-    gathered |= {"STARTS": 64, "B": vectors}
+    gathered |= {"STARTS": 64, "B": gather.READ_TILES * vectors}
     written = {**paged, **centred, **overlapping, "D": head_dim, "B": vectors}
     applied = {"HEADS": LAYERS * HEADS, "TABLE": table, "TIERS": tiers, "B": 256, "COUNT": 4096}
     sizes = [tier.tokens_per_page for tier in layout.tiers]
@@ -254,7 +254,7 @@ def cases(
         "write": (kernel("store", "_write_kernel"), written, tiled),
         "count pages": (kernel("release", "_count_kernel"), released, {}),
         "give back": (kernel("release", "_give_back_kernel"), ring, one_warp),
-        "gather": (kernel("gather", "_gather_kernel"), gathered, tiled),
+        "gather": (kernel("gather", "_gather_kernel"), gathered, exact),
         "quantize": (kernel("quantize", "_quantize_kernel"), {"S": side, "T": vectors}, tiled),
         "dequantize": (kernel("quantize", "_dequantize_kernel"), {"S": side, "T": vectors}, tiled),
         "rotate": (kernel("rotate", "_rotate_kernel"), turned | overlapping, {"num_stages": 1}),

@@ -11,7 +11,7 @@ from diffkv.kernels.triton.codes import (
     meta_pointers,
     rounded,
 )
-from diffkv.kernels.triton.constants import TILE_WARPS, cdiv, power_of_2, tile_vectors
+from diffkv.kernels.triton.constants import cdiv, power_of_2, tile_vectors
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.table import centre_of, page_where, table_of
@@ -20,6 +20,9 @@ from diffkv.policy import DROPPED
 from diffkv.state import PoolState
 
 __all__ = ["gather"]
+
+READ_TILES = 4
+"""A program reads so many times as many vectors as one quantises."""
 
 START_BLOCK = 64
 """Rows that a program looks through at a time for those of its places."""
@@ -155,7 +158,7 @@ def gather(
     key_stride, value_stride = check_read(state, slots, starts, key, value, tiers, work.device)
     if not num or not num_rows:
         return
-    block = tile_vectors(head_dim)
+    block = READ_TILES * tile_vectors(head_dim)
     launch(
         _gather_kernel, (cdiv(num, block), heads),
         slots, starts, state.pages, state.leaves, state.directory, state.num_tokens, state.centres,
@@ -163,5 +166,5 @@ def gather(
         L=state.num_layers, H=heads, TABLE=work.table,
         D=head_dim, D_PADDED=power_of_2(head_dim),
         PAGE=state.layout.page_bytes, TIERS=work.tiers, CENTRED=state.centre_dim > 0,
-        STARTS=START_BLOCK, B=block, num_warps=TILE_WARPS, enable_fp_fusion=False, **work.overlap,
+        STARTS=START_BLOCK, B=block, enable_fp_fusion=False, **work.overlap,
     )  # fmt: skip
