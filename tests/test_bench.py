@@ -61,6 +61,36 @@ def test_kept_tokens_are_counted_by_tier():
     assert fill.kept_tokens(single, 0) == [2 * 400]
 
 
+def test_requests_are_divided_into_rows():
+    """As an engine divides prompts: closed rows have full high pages and windows of their own."""
+    lengths, segment = [700, 90, 300], 256
+    assert fill.row_bounds(700, segment) == [0, 256, 512, 688, 700]
+    assert fill.row_bounds(700, 0) == [0, 700]
+    bounds = [fill.row_bounds(n, segment) for n in lengths]
+    state = fill.make_pool(
+        "k8v4-k4v2",
+        64,
+        torch.bfloat16,
+        (1, 2),
+        sum(len(b) - 1 for b in bounds),
+        700,
+        segment=segment,
+    )
+    tokens = fill.random_tokens(lengths, 2, 64, torch.bfloat16, "cpu")
+    fill.fill(state, ops.load("cpu"), tokens, high_share=0.1, segment=segment)
+    kept = state.num_tokens[:, 0]
+    slots = iter(range(len(lengths), len(kept)))
+    for slot, each in enumerate(bounds):
+        chain = [next(slots) for _ in each[2:]]
+        assert state.chains[slot, : int(state.chain_lens[slot])].tolist() == chain
+        in_rows = kept[[*chain, slot]].sum(-1).tolist()
+        assert in_rows == [[end - start] * 2 for start, end in itertools.pairwise(each)]
+        per_page = state.layout.high.tokens_per_page
+        assert all(
+            high % per_page == 0 or low == 0 for high, low in kept[chain].view(-1, 2).tolist()
+        )
+
+
 def test_parts_of_the_overhead():
     """Of one request of one token: a page that holds one, its ring entry, and all tables."""
     state = fill.make_pool("k8v4", 64, torch.bfloat16, (1, 1), 1, 64)

@@ -72,6 +72,8 @@ def _attention(args: argparse.Namespace) -> None:
 
     if args.cpu_time and (args.device, args.threads) != ("cpu", 1):
         raise ConfigError("--cpu-time is the time of one thread of a CPU: add --threads 1")
+    if args.segment < 0:
+        raise ConfigError(f"--segment must be at least 0, got {args.segment}")
     _prepare_device(args)
     if args.full:
         vars(args).update(FULL_GRID, ragged="both", tiers=["high", "low", "mix"])
@@ -80,7 +82,7 @@ def _attention(args: argparse.Namespace) -> None:
     ragged = {"no": [False], "yes": [True], "both": [False, True]}[args.ragged]
     grid = attention.Grid(
         args.quant, args.tiers, args.ctx, args.batch, args.group, ragged, args.kv_heads,
-        args.head_dim, args.repeats, args.warm,
+        args.head_dim, args.repeats, args.warm, args.segment,
     )  # fmt: skip
     clock = time.thread_time if args.cpu_time else time.perf_counter
     attention.run(grid, args.device, make_writer(args, args.device), clock)

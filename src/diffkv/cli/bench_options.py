@@ -9,6 +9,7 @@ from diffkv.cli.arguments import Listed, above_zero, num_bytes, num_tokens, posi
 from diffkv.cli.bench_engines import add_model, add_thresholds
 from diffkv.lab.bench.loads import LOADS, Sizes
 from diffkv.quant import DEFAULT_QUANT
+from diffkv.segments import SEGMENT
 
 __all__ = ["KIB", "RANDOM", "add_arguments"]
 
@@ -67,6 +68,9 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=positive, default=128)
     parser.add_argument("--ragged", choices=["no", "yes", "both"], nargs="?", const="yes",
                         default="no", help="lengths and tiers that differ")  # fmt: skip
+    parser.add_argument("--segment", type=int, default=SEGMENT,
+                        help="tokens of a closed row, as of diffkv serve; 0: requests are one row "
+                             "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--threads", type=positive, help="of the CPU (default: torch's)")
     parser.add_argument("--cpu-time", action="store_true",
                         help="time of the one thread, on a machine that is shared")  # fmt: skip

@@ -1,9 +1,9 @@
 """Decode attention: DiffKV's pages against the engine's own cache, over a grid of shapes."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from diffkv.lab.bench.fill import (
     kept_tokens,
     make_pool,
     random_tokens,
+    row_bounds,
 )
 from diffkv.lab.bench.stock import Checked, dense_attention, stock_cases
 from diffkv.lab.rows import Writer
@@ -24,6 +25,7 @@ from diffkv.lab.timing import Case, Timing, measure, peak_gb_per_s, stream_case
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 from diffkv.rotation import choose, signs_of
+from diffkv.segments import SEGMENT
 from diffkv.state import PoolState
 
 __all__ = ["Grid", "Point", "run"]
@@ -52,6 +54,7 @@ class Grid:
         head_dim: elements of a head's key.
         repeats: timed calls.
         warm: leave the caches as the last call left them, to see what arithmetic takes.
+        segment: tokens after which rows of ours are closed, as in an engine; 0: requests are one row.
     """
 
     quants: list[str]
@@ -64,6 +67,7 @@ class Grid:
     head_dim: int = 128
     repeats: int = 20
     warm: bool = False
+    segment: int = SEGMENT
 
     def points(self) -> Iterator["Point"]:
         """Each shape once."""
@@ -159,11 +163,19 @@ def _needed_bytes(grid: Grid, point: Point) -> int:
         PageLayout.derive(QuantConfig.parse(quant), grid.head_dim, None, DTYPE.itemsize)
         for quant, _ in _formats(grid)
     ]
-    pools = sum(
-        len(lengths) * heads * layout.max_pages(max(lengths)) * layout.page_bytes
-        for layout in layouts
-    )
+    pools = sum(_num_pages(grid, layout, lengths) * layout.page_bytes for layout in layouts)
     return dense * 3 + pools + max(lengths) * heads * grid.head_dim * 16
+
+
+def _rows(grid: Grid, lengths: Sequence[int]) -> list[int]:
+    """Tokens of every row, of all requests."""
+    bounds = [row_bounds(length, grid.segment) for length in lengths]
+    return [end - start for each in bounds for start, end in pairwise(each)]
+
+
+def _num_pages(grid: Grid, layout: PageLayout, lengths: Sequence[int]) -> int:
+    """Most pages that requests can take in one layer."""
+    return grid.num_kv_heads * sum(map(layout.max_pages, _rows(grid, lengths)))
 
 
 def _our_case(
@@ -173,10 +185,20 @@ def _our_case(
     device, lengths = query.device.type, tokens.lengths
     rotation = choose(None, QuantConfig.parse(quant))
     signs = signs_of(rotation, grid.head_dim, query.device)
+    layout = PageLayout.derive(QuantConfig.parse(quant), grid.head_dim, None, DTYPE.itemsize)
     state = make_pool(
-        quant, grid.head_dim, DTYPE, (1, grid.num_kv_heads), point.batch, max(lengths), device
+        quant,
+        grid.head_dim,
+        DTYPE,
+        (1, grid.num_kv_heads),
+        len(_rows(grid, lengths)),
+        max(lengths),
+        device,
+        _num_pages(grid, layout, lengths),
+        grid.segment,
     )
-    fill(state, kernels, _turned(tokens, kernels, signs), TIER_MIXES[mix], point.ragged)
+    turned = _turned(tokens, kernels, signs)
+    fill(state, kernels, turned, TIER_MIXES[mix], point.ragged, grid.segment)
     slots = torch.arange(point.batch, dtype=torch.int32, device=device)
     output = torch.empty_like(query)
     scale = grid.head_dim**-0.5
@@ -190,7 +212,7 @@ def _our_case(
     checked = Checked(Case(f"{quant} {mix}", run, num_bytes, facts), output, LIMIT)
     longest = lengths.index(max(lengths))
     for slot in {0, longest}:
-        stored = _stored(state, kernels, slot, lengths[slot])
+        stored = _stored(state, kernels, slot, row_bounds(lengths[slot], grid.segment))
         stored = _turned(stored, kernels, signs, back=True)
         one = slice(slot, slot + 1)
         _check(checked, dense_attention(query[one], stored, scale), one)
@@ -207,16 +229,18 @@ def _turned(tokens: Tokens, kernels: ops.Ops, signs: Tensor | None, back: bool =
     return turned
 
 
-def _stored(state: PoolState, kernels: ops.Ops, slot: int, length: int) -> Tokens:
-    """What the pages of a request hold, in no particular order."""
-    device, heads = state.pages.device, state.num_kv_heads
+def _stored(state: PoolState, kernels: ops.Ops, slot: int, bounds: Sequence[int]) -> Tokens:
+    """What the pages of a request's rows hold, in no particular order of each."""
+    device, heads, length = state.pages.device, state.num_kv_heads, bounds[-1]
     key = torch.empty(length, heads, state.layout.head_dim, dtype=state.dtype, device=device)
     value, tiers = (
         torch.empty_like(key),
         torch.empty(heads, length, dtype=torch.int8, device=device),
     )
-    row, start = torch.tensor([[slot], [0]], dtype=torch.int32, device=device)
-    kernels.gather(state, 0, row, start, key, value, tiers)
+    chain = state.chains[slot, : int(state.chain_lens[slot])].tolist()
+    rows = torch.tensor([*chain, slot], dtype=torch.int32, device=device)
+    starts = torch.tensor(bounds[:-1], dtype=torch.int32, device=device)
+    kernels.gather(state, 0, rows, starts, key, value, tiers)
     return Tokens(key, value, [length])
 
 
@@ -263,6 +287,7 @@ def _add_rows(
             "head_dim": grid.head_dim,
             "repeats": grid.repeats,
             "warm": grid.warm,
+            "segment": grid.segment,
         }
         measured = {
             "ms": timing.ms,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, pairwise
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.policy import HIGH, LOW, WINDOW, fill_pages
 from diffkv.quant import QuantConfig
+from diffkv.segments import RowEnds
 from diffkv.shape import PoolShape
 from diffkv.state import PoolState, PromptTokens
 
@@ -24,6 +26,7 @@ __all__ = [
     "make_pool",
     "pack",
     "random_tokens",
+    "row_bounds",
 ]
 
 MEMINFO = Path("/proc/meminfo")
@@ -56,6 +59,11 @@ def random_tokens(
     return Tokens(key, value, list(lengths))
 
 
+def row_bounds(length: int, segment: int) -> list[int]:
+    """Where the rows of a prompt begin, and its end: closed rows, then the open one."""
+    return [0, *RowEnds(segment, length).up_to(0, length), length]
+
+
 def make_pool(
     quant: str,
     head_dim: int,
@@ -65,6 +73,7 @@ def make_pool(
     max_tokens: int,
     device: str = "cpu",
     num_pages: int | None = None,
+    segment: int = 0,
 ) -> PoolState:
     """An empty pool, its free pages in random order.
 
@@ -73,15 +82,16 @@ def make_pool(
         head_dim: elements of a head's key.
         dtype: the model's.
         heads: layers, and KV heads of each.
-        num_slots: requests.
-        max_tokens: longest of them.
+        num_slots: rows: requests, and closed rows where there are any.
+        max_tokens: longest request.
         device: "cpu" or "cuda".
         num_pages: pages of the pool; enough for all slots at their longest if None.
+        segment: tokens after which rows are closed; 0: none is.
     """
     layout = PageLayout.derive(QuantConfig.parse(quant), head_dim, None, dtype.itemsize)
     if num_pages is None:
         num_pages = num_slots * heads[0] * heads[1] * layout.max_pages(max_tokens)
-    shape = PoolShape(layout, *heads, num_slots, max_tokens, num_pages)
+    shape = PoolShape(layout, *heads, num_slots, max_tokens, num_pages, segment=segment)
     num_bytes = shape.table_bytes + num_pages * layout.page_bytes
     buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     state = pool.create(shape, buffer, dtype, WINDOW)
@@ -112,35 +122,62 @@ def fill(
     tokens: Tokens,
     high_share: float,
     ragged_heads: bool = False,
+    segment: int = 0,
     closed: bool = False,
 ) -> None:
-    """Store all requests' tokens in every layer, tiers at random; the window is always high.
+    """Store all requests' tokens in every layer, tiers at random; each row's window is high.
 
     Args:
         state: an empty pool.
         ops: operations of its device.
-        tokens: tokens of the requests; slot r holds the r-th.
+        tokens: tokens of the requests; slot r holds the r-th, or the open row of it. Closed rows are in
+            the slots after those.
         high_share: share of high tokens outside the window; the others are low, if there is such a tier.
         ragged_heads: let the share grow from head to head, from none to twice `high_share`.
-        closed: whether they are closed rows, whose high pages are full.
+        segment: tokens after which rows are closed; 0: none is.
+        closed: requests are closed rows themselves.
     """
     heads, device = state.num_kv_heads, state.pages.device.type
     share = torch.full((heads, 1), high_share, device=device)
     if ragged_heads:
         share = share * torch.linspace(0, 2, heads, device=device)[:, None]
+    free = count(len(tokens.lengths))
     for slot, length in enumerate(tokens.lengths):
         state.prompt_lens[slot] = length
-        packed = pack(tokens, [slot], device)
-        chance = torch.rand(heads, length, device=device)
-        is_high = (chance < share) | (torch.arange(length, device=device) >= length - state.window)
-        if len(state.layout.tiers) == 1:
-            is_high = torch.ones_like(is_high)
-        tiers = torch.where(is_high, HIGH, LOW).to(torch.int8)
-        sums = torch.rand(heads, length, device=device)
-        if closed and state.layout.low is not None:
-            fill_pages(tiers, sums, state.layout.high.tokens_per_page)
-        for layer in range(state.num_layers):
-            ops.store_prompt(state, layer, packed, tiers, sums)
+        bounds = row_bounds(length, segment)
+        chain = [next(free) for _ in bounds[2:]]
+        for row, (start, end) in zip([*chain, slot], pairwise(bounds), strict=True):
+            _fill_row(state, ops, _part(tokens, row, start, end), share, closed or row != slot)
+        if chain:
+            state.chains[slot, : len(chain)] = torch.tensor(chain, dtype=torch.int32)
+            state.chain_lens[slot] = len(chain)
+
+
+def _part(tokens: Tokens, slot: int, start: int, end: int) -> PromptTokens:
+    """Some tokens of a request, as a row of its own."""
+    device = tokens.key.device
+    positions = torch.arange(start, end, dtype=torch.int32, device=device)
+    slots, starts = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([slot], [0, end - start])
+    )
+    return PromptTokens(slots, starts, tokens.key[start:end], tokens.value[start:end], positions)
+
+
+def _fill_row(
+    state: PoolState, ops: Ops, row: PromptTokens, share: Tensor, is_closed: bool
+) -> None:
+    """Store a row; high pages of closed ones are full."""
+    length, device = row.key.shape[0], row.key.device
+    chance = torch.rand(state.num_kv_heads, length, device=device)
+    is_high = (chance < share) | (torch.arange(length, device=device) >= length - state.window)
+    if len(state.layout.tiers) == 1:
+        is_high = torch.ones_like(is_high)
+    tiers = torch.where(is_high, HIGH, LOW).to(torch.int8)
+    sums = torch.rand(tiers.shape, device=device)
+    if is_closed and state.layout.low is not None:
+        fill_pages(tiers, sums, state.layout.high.tokens_per_page)
+    for layer in range(state.num_layers):
+        ops.store_prompt(state, layer, row, tiers, sums)
 
 
 def kept_tokens(state: PoolState, layer: int) -> list[int]:

@@ -49,7 +49,7 @@ def _percentiles(metric: str) -> Callable[[Row], str]:
 
 ATTENTION: list[Column[Row]] = [
     ("kernel", label),
-    ("tokens", _figure("ctx", 0)),
+    ("tokens", lambda row: f"{row['ctx']:,}{', in rows' if row.get('segment') else ''}"),
     ("requests", lambda row: f"{row['batch']}{', ragged' if row['ragged'] else ''}"),
     ("group", _figure("group", 0)),
     ("ms (20 % to 80 %)", lambda r: f"{r['ms']:.3f} ({r['ms_p20']:.3f} to {r['ms_p80']:.3f})"),
