@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from vllm.v1.attention.backends import cpu_attn
 
 from diffkv.prefill import Spans, torch_prefill
 from diffkv.uploads import at_once
@@ -28,3 +29,12 @@ def test_cpu_prefill_is_causal_attention(head_dim, dtype):
 
 def test_a_head_dim_that_vllm_does_not_have():
     assert choose_prefill("cpu", torch.bfloat16, 72) is torch_prefill
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_amx_is_asked_for_before_it_is_used(monkeypatch, is_allowed):
+    asked = []
+    monkeypatch.setattr(cpu_attn, "_get_attn_isa", lambda *_: "amx")
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(1) or is_allowed)
+    prefill = choose_prefill("cpu", torch.bfloat16, 64)
+    assert asked == [1] and (prefill is torch_prefill) != is_allowed

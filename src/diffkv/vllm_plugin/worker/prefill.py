@@ -2,10 +2,13 @@
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 
 from diffkv.prefill import Prefill, Spans, torch_prefill
 
 __all__ = ["choose_prefill"]
+
+logger = init_logger("vllm.diffkv")
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 BLOCK_TOKENS = 128
@@ -66,6 +69,12 @@ def _cpu_prefill(dtype: torch.dtype, head_dim: int) -> Prefill:
     if head_dim not in CPUAttentionBackend.get_supported_head_sizes():
         return torch_prefill
     isa = _get_attn_isa(dtype, BLOCK_TOKENS, head_dim)
+    # Until a process has asked for AMX its instructions are illegal, and only some matrix products ask
+    if isa == "amx" and not torch.cpu._init_amx():
+        logger.warning(
+            "DiffKV: the system refuses AMX, so torch attends to prompts, which is slower"
+        )
+        return torch_prefill
 
     def cpu_prefill(
         query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, output: Tensor
