@@ -217,21 +217,21 @@ class PromptPath:
         attended: Attended,
     ) -> None:
         """Decide rows and store them, in place of what has waited."""
-        own = self._own(completion, seen, vectors)
         if completion.scoring is None:
-            sums, tiers = self._undecided(len(own[0]))
+            sums, tiers = self._undecided(completion.packing.num_tokens)
         else:
             queries = self._scoring_queries(
                 layer, completion, completion.scoring, vectors, attended
             )
             sums = self._sums(completion, completion.scoring, seen, vectors, queries)
-            tiers = self._decide(completion, completion.scoring, sums, own[0])
+            tiers = self._decide(completion, completion.scoring, sums, seen, vectors)
         state, packing = self._state, completion.packing
         if completion.waited is not None:
             self._ops.release(state, completion.waited, layer)
         if completion.rows is not None and turned is not None:
             key, value = (x[completion.rows] for x in turned)
         else:
+            own = self._own(completion, seen, vectors)
             key, value = (self._rotator.rotate(x) for x in own)
         self.value_range.look(layer, key, value)
         if completion.centring is not None:
@@ -268,12 +268,18 @@ class PromptPath:
         return joined([key for key, _ in pairs]), joined([value for _, value in pairs])
 
     def _decide(
-        self, completion: Completion, scoring: Scoring, sums: Tensor, key: Tensor
+        self,
+        completion: Completion,
+        scoring: Scoring,
+        sums: Tensor,
+        seen: dict[int, Seen],
+        vectors: Vectors,
     ) -> Tensor:
         """Tiers of complete rows, [num_kv_heads, N]; their sums become those that go with them."""
         if scoring.num_scored is None:
             tiers = torch.empty(sums.shape, dtype=torch.int8, device=self._device)
         else:
+            key, _ = self._own(completion, seen, vectors)
             tiers = self._tiers(completion.parts, sums / scoring.num_scored, key)
         self._ops.decide_rows(
             sums,

@@ -5,6 +5,7 @@ All that the layers of a step have in common is put on the device once, without 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -335,7 +336,7 @@ class PromptPlan:
     rows: slice | Tensor
     waves: tuple[Wave, ...]
 
-    @property
+    @cached_property
     def completes_chunks(self) -> bool:
         """Whether any rows are complete of which no token came in earlier chunks."""
         return any(each.rows is not None for wave in self.waves for each in wave.complete)

@@ -175,7 +175,7 @@ def _append_kernel(
     ROTATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Only `append_side`."""
+    """Only `append_side`, whose parameters it repeats: Triton has no *args."""
     wait(PDL)
     launch_dependents(PDL)
     append_side(

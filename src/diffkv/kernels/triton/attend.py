@@ -160,6 +160,7 @@ def _check(
     query: Tensor,
     scale: float,
     output: Tensor,
+    new: NewTokens | None,
     device: torch.device,
 ) -> None:
     num_requests, num_q_heads, _ = query.shape
@@ -171,6 +172,8 @@ def _check(
     shape = (num_requests, num_q_heads, state.layout.head_dim)
     check_tensor("output", output, device, state.dtype, *shape)
     check_packed("query", query, device, state.dtype, *shape)
+    if new is not None:
+        check_new_tokens(state, new.plan, new.key, new.value, device)
 
 
 class _Scratch(NamedTuple):
@@ -265,9 +268,7 @@ def attend(
     float32, and added up in the last. Where no tier is tracked, that one only merges.
     """
     work = workspace(state)
-    _check(state, layer, slots, query, scale, output, work.device)
-    if new is not None:
-        check_new_tokens(state, new.plan, new.key, new.value, work.device)
+    _check(state, layer, slots, query, scale, output, new, work.device)
     num_requests, num_q_heads, head_dim = query.shape
     rotation = rotation_of(signs, head_dim, work.device)
     if not num_requests:

@@ -337,13 +337,7 @@ def plan_decode(state: PoolState, slots: Tensor, seq_lens: Tensor) -> DecodePlan
         COUNT=COUNT_BLOCK, num_warps=4,
     )  # fmt: skip
     launch(
-        _finish_kernel,
-        (1,),
-        total,
-        state.ring_ends,
-        state.leaf_ends,
-        state.demotions,
-        state.overruns,
-        num_warps=1,
-    )
+        _finish_kernel, (1,),
+        total, state.ring_ends, state.leaf_ends, state.demotions, state.overruns, num_warps=1,
+    )  # fmt: skip
     return plan

@@ -329,17 +329,9 @@ def significance(
         most, total = torch.empty(2, *shape, dtype=torch.float32, device=device).unbind()
         found = torch.empty(num_requests, *shape[1:], dtype=torch.float32, device=device)
         launch(
-            _lse_kernel,
-            (num_items, num_kv_heads),
-            *inputs,
-            most,
-            total,
-            *numbers,
-            **packed,
-            **queries,
-            **heads,
-            num_warps=8,
-        )
+            _lse_kernel, (num_items, num_kv_heads),
+            *inputs, most, total, *numbers, **packed, **queries, **heads, num_warps=8,
+        )  # fmt: skip
         launch(
             _merge_kernel, (num_requests, num_q_heads, padded_queries // rows),
             cu_seqlens_k, most, total, found, num_requests, HEADS=num_q_heads, ITEMS=MERGE_ITEMS,

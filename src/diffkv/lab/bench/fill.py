@@ -100,20 +100,14 @@ def make_pool(
     return state
 
 
-def pack(tokens: Tokens, slots: Sequence[int], device: str = "cpu") -> PromptTokens:
-    """The prompts of some slots; slot r has the r-th length."""
-    lengths = [tokens.lengths[slot] for slot in slots]
-    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    parts = [tokens.key[:n] for n in lengths], [tokens.value[:n] for n in lengths]
-    key, value = (torch.cat(part) if len(part) > 1 else part[0] for part in parts)
-    positions = torch.cat([torch.arange(n, dtype=torch.int32, device=device) for n in lengths])
-    return PromptTokens(
-        torch.tensor(slots, dtype=torch.int32, device=device),
-        starts.to(device),
-        key,
-        value,
-        positions,
+def pack(tokens: Tokens, slot: int, start: int, end: int) -> PromptTokens:
+    """Some tokens of a request, as a row of its own."""
+    device = tokens.key.device
+    positions = torch.arange(start, end, dtype=torch.int32, device=device)
+    slots, starts = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([slot], [0, end - start])
     )
+    return PromptTokens(slots, starts, tokens.key[start:end], tokens.value[start:end], positions)
 
 
 def fill(
@@ -147,20 +141,10 @@ def fill(
         bounds = row_bounds(length, segment)
         chain = [next(free) for _ in bounds[2:]]
         for row, (start, end) in zip([*chain, slot], pairwise(bounds), strict=True):
-            _fill_row(state, ops, _part(tokens, row, start, end), share, closed or row != slot)
+            _fill_row(state, ops, pack(tokens, row, start, end), share, closed or row != slot)
         if chain:
             state.chains[slot, : len(chain)] = torch.tensor(chain, dtype=torch.int32)
             state.chain_lens[slot] = len(chain)
-
-
-def _part(tokens: Tokens, slot: int, start: int, end: int) -> PromptTokens:
-    """Some tokens of a request, as a row of its own."""
-    device = tokens.key.device
-    positions = torch.arange(start, end, dtype=torch.int32, device=device)
-    slots, starts = (
-        torch.tensor(x, dtype=torch.int32, device=device) for x in ([slot], [0, end - start])
-    )
-    return PromptTokens(slots, starts, tokens.key[start:end], tokens.value[start:end], positions)
 
 
 def _fill_row(

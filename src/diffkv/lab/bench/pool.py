@@ -20,6 +20,7 @@ from diffkv.lab.bench.fill import (
     make_pool,
     pack,
     random_tokens,
+    row_bounds,
 )
 from diffkv.lab.rows import Writer
 from diffkv.lab.timing import WARM_UP, Stopwatch, Timing
@@ -27,7 +28,7 @@ from diffkv.layout import PageLayout
 from diffkv.ops import Ops
 from diffkv.policy import DEFAULT_ALPHA_HIGH, HIGH, LOW, SCORED_QUERIES
 from diffkv.quant import QuantConfig
-from diffkv.segments import SEGMENT, RowEnds
+from diffkv.segments import SEGMENT
 from diffkv.shape import ENTRY_BYTES, PoolShape
 from diffkv.state import PoolState
 
@@ -151,7 +152,7 @@ def _prompt(
     """A request's prompt, in all layers: read it back, release it, score it, store it."""
     device = state.pages.device.type
     slot = torch.zeros(1, dtype=torch.int32, device=device)
-    packed = pack(tokens, [0], device)
+    packed = pack(tokens, 0, 0, tokens.lengths[0])
     of_query = torch.tensor([0, len(query)], dtype=torch.int32, device=device)
     scale = contents.head_dim**-0.5
     layers = range(contents.num_layers)
@@ -247,8 +248,7 @@ def overheads(base: Contents, device: str, writer: Writer) -> None:
     contents = replace(base, num_layers=2, num_requests=4, ctx=OVERHEAD_CTX)
     kernels, heads = ops.load(device), (2, contents.num_kv_heads)
     torch.manual_seed(0)
-    ends = RowEnds(SEGMENT, contents.ctx).up_to(0, contents.ctx)
-    rows = [stop - start for start, stop in pairwise([0, *ends, contents.ctx])]
+    rows = [stop - start for start, stop in pairwise(row_bounds(contents.ctx, SEGMENT))]
     lengths = rows * contents.num_requests
     state = make_pool(
         contents.quant, contents.head_dim, DTYPE, heads, len(lengths), max(lengths), device

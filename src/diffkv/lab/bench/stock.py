@@ -120,10 +120,11 @@ def _vllm_cpu(query: Tensor, tokens: Tokens, scale: float, kv_dtype: str) -> Mad
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+    from diffkv.vllm_plugin.worker.prefill import may_use
+
     dtype, (_, heads, head_dim) = query.dtype, tokens.key.shape
     isa = _get_attn_isa(dtype, CPU_BLOCK_TOKENS, head_dim, kv_dtype)
-    # In an engine matrix products have asked for AMX before; without that its instructions are illegal.
-    if isa == "amx" and not torch.cpu._init_amx():
+    if not may_use(isa):
         raise RuntimeError("the system does not let this process use AMX")
     table, slots = _blocks(tokens.lengths, CPU_BLOCK_TOKENS, query.device)
     num_blocks = sum(-(-n // CPU_BLOCK_TOKENS) for n in tokens.lengths)

@@ -6,7 +6,7 @@ from vllm.logger import init_logger
 
 from diffkv.prefill import Prefill, Spans, torch_prefill
 
-__all__ = ["choose_prefill"]
+__all__ = ["choose_prefill", "may_use"]
 
 logger = init_logger("vllm.diffkv")
 
@@ -31,6 +31,14 @@ def choose_prefill(device_type: str, dtype: torch.dtype, head_dim: int) -> Prefi
     if device_type != "cuda" or dtype not in FLASH_DTYPES:
         return torch_prefill
     return _flash_prefill(head_dim)
+
+
+def may_use(isa: str) -> bool:
+    """Whether the system lets this process use the instructions that vLLM's CPU attention chose.
+
+    Until a process has asked for AMX its instructions are illegal, and only some matrix products ask.
+    """
+    return isa != "amx" or bool(torch.cpu._init_amx())
 
 
 def _flash_prefill(head_dim: int) -> Prefill:
@@ -69,8 +77,7 @@ def _cpu_prefill(dtype: torch.dtype, head_dim: int) -> Prefill:
     if head_dim not in CPUAttentionBackend.get_supported_head_sizes():
         return torch_prefill
     isa = _get_attn_isa(dtype, BLOCK_TOKENS, head_dim)
-    # Until a process has asked for AMX its instructions are illegal, and only some matrix products ask
-    if isa == "amx" and not torch.cpu._init_amx():
+    if not may_use(isa):
         logger.warning(
             "DiffKV: the system refuses AMX, so torch attends to prompts, which is slower"
         )
