@@ -5,6 +5,7 @@ found it, once for the sums.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -282,6 +283,28 @@ def tile(padded_dim: int, element_bytes: int) -> tuple[int, int]:
     return max(MIN_DOT, ITEM_TOKENS // smaller), max(MIN_DOT, QUERY_ROWS // smaller)
 
 
+def _log_sum_exps(
+    inputs: tuple[Tensor, ...], numbers: tuple[Any, ...], num_items: int, constants: dict[str, Any]
+) -> Tensor:
+    """[R, num_q_heads, QUERIES] of all scores, to base 2: two launches. Arguments as `_lse_kernel`'s."""
+    query, starts_k, num_requests = inputs[0], inputs[3], numbers[-1]
+    num_q_heads, padded = query.shape[1], constants["QUERIES"]
+    shape = (num_items, num_q_heads, padded)
+    most, total = torch.empty(2, *shape, dtype=torch.float32, device=query.device).unbind()
+    found = torch.empty(num_requests, *shape[1:], dtype=torch.float32, device=query.device)
+    launch(
+        _lse_kernel, (num_items, constants["H"]),
+        *inputs, most, total, *numbers, **constants, num_warps=8,
+    )  # fmt: skip
+    merged = {name: constants[name] for name in ("R_PADDED", "QUERIES", "ROWS", "B")}
+    launch(
+        _merge_kernel, (num_requests, num_q_heads, padded // constants["ROWS"]),
+        starts_k, most, total, found, num_requests, HEADS=num_q_heads, ITEMS=MERGE_ITEMS, **merged,
+        num_warps=4,
+    )  # fmt: skip
+    return found
+
+
 def significance(
     query: Tensor,
     key: Tensor,
@@ -313,9 +336,8 @@ def significance(
     num_items = cdiv(num_tokens, tokens) + num_requests
     dtype = DTYPES[key.dtype]
     padded_requests = max(MIN_PADDED_REQUESTS, power_of_2(num_requests))
-    packed = {"R_PADDED": padded_requests, "B": tokens}
-    queries = {"QUERIES": padded_queries, "ROWS": rows}
-    heads = {
+    constants = {
+        "R_PADDED": padded_requests, "B": tokens, "QUERIES": padded_queries, "ROWS": rows,
         "H": num_kv_heads, "G": num_q_heads // num_kv_heads, "D": head_dim,
         "DP": padded_dim,
         # The interpreter has no products of bfloat16
@@ -323,25 +345,12 @@ def significance(
     }  # fmt: skip
     inputs = (query, key, cu_seqlens_q, cu_seqlens_k)
     numbers = (*strides, scale * LOG2_E, max_queries, num_requests)
-    found = lse
-    if found is None:
-        shape = (num_items, num_q_heads, padded_queries)
-        most, total = torch.empty(2, *shape, dtype=torch.float32, device=device).unbind()
-        found = torch.empty(num_requests, *shape[1:], dtype=torch.float32, device=device)
-        launch(
-            _lse_kernel, (num_items, num_kv_heads),
-            *inputs, most, total, *numbers, **packed, **queries, **heads, num_warps=8,
-        )  # fmt: skip
-        launch(
-            _merge_kernel, (num_requests, num_q_heads, padded_queries // rows),
-            cu_seqlens_k, most, total, found, num_requests, HEADS=num_q_heads, ITEMS=MERGE_ITEMS,
-            **packed, **queries, num_warps=4,
-        )  # fmt: skip
+    found = _log_sum_exps(inputs, numbers, num_items, constants) if lse is None else lse
     tokens = min(tokens, SUM_TOKENS)
     added = (*inputs, cu_seqlens_own, found, sums)
     launch(
         _sum_kernel, (cdiv(num_own, tokens) + 2 * num_requests, num_kv_heads),
         *added, *numbers, num_own, lse_stride, GIVEN=lse is not None,
-        **packed | {"B": tokens}, **queries, **heads, num_warps=4,
+        **constants | {"B": tokens}, num_warps=4,
     )  # fmt: skip
     return sums
