@@ -20,9 +20,9 @@ from diffkv.quant import QuantConfig
 LAYERS, HEADS = 32, 8
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-gather, prepare, rotate, significance = (
+append, gather, prepare, rotate, significance = (
     importlib.import_module(f"diffkv.kernels.triton.{name}")
-    for name in ("gather", "prepare", "rotate", "significance")
+    for name in ("append", "gather", "prepare", "rotate", "significance")
 )  # the package has functions of these names
 
 BYTES, INTS, FLOATS = "*u8", "*i32", "*fp32"
@@ -204,6 +204,8 @@ def cases(
     exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}
     tiled = {**exact, "num_warps": constants.TILE_WARPS}
     finish = {**grouped, **rotated, "D": head_dim, "D_PADDED": padded}
+    del finish["GROUP"]
+    finish["HEADS"] = constants.power_of_2(group)
     recomputed = {**grouped, **products, **tables, "PDL": True}
     tuning = workspace.Tuning()
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
@@ -230,7 +232,7 @@ def cases(
     appended |= {**centred, **rotated}
     return {
         "attend": (kernel("attend", "_attend_kernel"), attention, launch),
-        "finish": (kernel("finish", "finish_kernel"), finish, {"num_stages": 2, "num_warps": 2}),
+        "finish": (kernel("finish", "finish_kernel"), finish, {"num_stages": 2, "num_warps": 1}),
         "recompute": (
             kernel("finish", "recompute_kernel"),
             recomputed,
@@ -241,7 +243,11 @@ def cases(
         "apply": (kernel("plan", "_apply_kernel"), applied, {}),
         "report": (kernel("report", "_report_kernel"), reported, {}),
         "finish plan": (kernel("plan", "_finish_kernel"), {}, one_warp),
-        "append": (kernel("append", "_append_kernel"), appended, exact),
+        "append": (
+            kernel("append", "_append_kernel"),
+            appended,
+            {**exact, "maxnreg": append.MAX_REGISTERS},
+        ),
         "decide rows": (kernel("rows", "_decide_kernel"), decided_rows, {"num_warps": 8}),
         "fill rows": (
             kernel("rows", "_decide_kernel"),

@@ -79,7 +79,7 @@ def test_a_long_request_is_split(triton):
 
     state = triton.place(filled(triton, "k8v4-k4v2", [3, 1200], 64, torch.float32, num_slots=2))
     attended(triton, state, [1, 0], torch.randn(2, 8, 64))
-    assert int(workspace(state).buffers["num_items"][0]) > 6, "the work was not split"
+    assert int(workspace(state).buffers["num_items"][:-1].sum()) > 6, "the work was not split"
 
 
 def test_a_work_list_of_many_programs(triton, monkeypatch):

@@ -23,16 +23,18 @@ LENGTHS = st.one_of(st.integers(0, 300), st.integers(0, 40_000), st.just(4096), 
 
 
 def listed(layout, counts, table, directory, lengths=None):
-    """(fields of rows, of items of open rows, of closed ones) of a batch of requests with one head each.
+    """(fields of rows, items of open rows, of closed ones) of a batch of requests with one head each.
 
-    There are chains where their lengths are given; slot i has its closed rows from place i * WIDTH on.
+    Items are (tier, *fields), by number. There are chains where their lengths are given; slot i has its
+    closed rows from place i * WIDTH on.
     """
     num, room = len(counts), len(counts) * worklist.most_chunks(table)
     width = WIDTH if lengths else 0
     closed = worklist.most_closed_chunks(layout, width)
-    items = torch.full((room + num * closed, worklist.ITEM_FIELDS), -1, dtype=torch.int32)
+    closed_room = num * worklist.CHAIN_CHUNKS
+    items = torch.full((2 * (room + closed_room), worklist.ITEM_FIELDS), -1, dtype=torch.int32)
     row_items = torch.zeros(num, worklist.ROW_FIELDS, dtype=torch.int32)
-    num_items = torch.zeros(3, dtype=torch.int32)
+    num_items = torch.zeros(worklist.LISTS + 1, dtype=torch.int32)
     num_tokens = torch.tensor(counts, dtype=torch.int32).view(num, LAYERS, 1, 2)
     slots = torch.arange(num, dtype=torch.int32)
     worklist.list_kernel[(-(-num // 4),)](
@@ -47,6 +49,7 @@ def listed(layout, counts, table, directory, lengths=None):
         num,
         3,
         room,
+        closed_room,
         L=LAYERS,
         H=1,
         TABLE=constants.Table(*table),
@@ -59,9 +62,17 @@ def listed(layout, counts, table, directory, lengths=None):
         ROWS=4,
         COUNT=8,
     )
-    num_open, taken, num_closed = num_items.tolist()
+    *lengths, taken = num_items.tolist()
     assert taken == 3, "the first item that no program begins with"
-    return row_items, items[:num_open], items[room : room + num_closed]
+    starts = [0, closed_room, closed_room + room, 2 * closed_room + room]
+    each = [
+        [(tier, *fields) for fields in items[start : start + length].tolist()]
+        for start, length, tier in zip(starts, lengths, (1, 1, 0, 0), strict=True)
+    ]
+    in_order = [sorted(each[i] + each[i + 2], key=lambda item: item[2]) for i in (1, 0)]
+    for numbered, first in zip(in_order, (0, room), strict=True):
+        assert [item[2] for item in numbered] == list(range(first, first + len(numbered)))
+    return row_items, *in_order
 
 
 @pytest.mark.parametrize(
@@ -92,10 +103,9 @@ def test_every_token_is_in_one_chunk_and_all_chunks_have_room(quant, head_dim, r
         row_items.tolist(), counts, range(99), strict=False
     ):
         seen = [0, 0]
-        for row_tier, entry, tokens, _, _, _ in items[first : first + num].tolist():
-            tier = row_tier % 2
+        for tier, item_row, _, entry, tokens, _, _ in items[first : first + num]:
             per_page = layout.tiers[tier].tokens_per_page
-            assert row_tier // 2 == row
+            assert item_row == row
             page, index = divmod(seen[tier], per_page)
             assert index == 0, "a chunk begins with a page"
             column = page // leaf if tier == 0 else width - 1 - page // leaf
@@ -121,13 +131,11 @@ def test_every_part_of_every_closed_row_is_in_one_chunk(quant, lengths):
         first, count = row_items[row, 2:].tolist()
         assert count <= worklist.most_closed_chunks(layout, WIDTH)
         parts_of, counts_of = collections.defaultdict(list), collections.defaultdict(set)
-        for row_tier, place, rows, score_tile, part, parts in items[first - room :][
-            :count
-        ].tolist():
-            assert row_tier // 2 == row and score_tile == -1 and rows > 0
-            counts_of[row_tier % 2].add(parts)
+        for tier, item_row, _, place, rows, part, parts in items[first - room :][:count]:
+            assert item_row == row and rows > 0
+            counts_of[tier].add(parts)
             for closed in range(place, place + rows):
-                parts_of[row_tier % 2, closed - row * WIDTH].append(part)
+                parts_of[tier, closed - row * WIDTH].append(part)
         tiers = range(len(layout.tiers))
         assert set(parts_of) == {(tier, closed) for tier in tiers for closed in range(length)}
         for (tier, _), parts in parts_of.items():

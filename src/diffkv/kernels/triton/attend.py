@@ -27,9 +27,11 @@ from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.prepare import prepare
 from diffkv.kernels.triton.rotate import rotation_of
 from diffkv.kernels.triton.worklist import (
+    CHAIN_CHUNKS,
     ITEM_FIELDS,
+    LISTS,
     ROW_FIELDS,
-    item_of,
+    list_start,
     most_chunk_pages,
     most_chunks,
     most_closed_chunks,
@@ -42,6 +44,8 @@ __all__ = ["attend"]
 
 LOG2_E = math.log2(math.e)
 
+_TICKET = tl.constexpr(LISTS)
+
 FINISH_PROGRAMS = 16
 """Programs of the last launch for each multiprocessor, beside those that merge."""
 
@@ -51,7 +55,7 @@ SCORE_SHARE = 64
 MIN_SCORE_BYTES = 128 << 20
 
 
-@triton.jit(do_not_specialize=["score_tiles", "layer", "room"])
+@triton.jit(do_not_specialize=["score_tiles", "layer", "room", "closed_room"])
 def _attend_kernel(
     slots_ptr,  # [R]
     chains_ptr,  # [S, CHAIN_WIDTH]
@@ -62,7 +66,7 @@ def _attend_kernel(
     pages_ptr,  # [num_pages, PAGE]
     leaves_ptr,  # [num_leaves, E]
     items_ptr,  # [., ITEM_FIELDS]
-    num_items_ptr,  # [3] items of open rows, next one to take, items of closed rows
+    num_items_ptr,  # [LISTS + 1] items of each list, and the next one to take
     partial_ptr,  # [items, G, D] f32, out
     lse_ptr,  # [items, G] f32, out, to base 2
     probs_ptr,  # [score_tiles, TILE, G] out
@@ -70,7 +74,8 @@ def _attend_kernel(
     scale,
     score_tiles,
     layer,
-    room,  # the first item of closed rows
+    room,  # what lists of open rows have room for
+    closed_room,  # those of closed ones
     L: tl.constexpr,
     H: tl.constexpr,
     TABLE: tl.constexpr,
@@ -87,34 +92,43 @@ def _attend_kernel(
     FAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Programs take items from the work list until none is left; who takes one changes no result.
-
-    Closed rows come first: their chunks are larger.
-    """
+    """Programs take items from the lists until none is left; who takes one changes no result."""
     wait(PDL)
     launch_dependents(PDL)
-    num_closed = 0
+    num_high = tl.load(num_items_ptr + 3)
+    closed_high = 0
+    num_low = 0
+    closed_low = 0
     if CHAINED:
-        num_closed = tl.load(num_items_ptr + 2)
-    num_items = tl.load(num_items_ptr) + num_closed
-    number = tl.program_id(0)
-    while number < num_items:
-        following = tl.atomic_add(num_items_ptr + 1, 1)  # early, so that nothing waits for it
-        item = number
+        closed_high = tl.load(num_items_ptr + 2)
+        num_high += closed_high
+    if len(TIERS) > 1:
+        num_low = tl.load(num_items_ptr + 1)
         if CHAINED:
-            item = tl.where(number < num_closed, room + number, number - num_closed)
-        row, tier, where, count, score_tile = item_of(items_ptr, item)
-        if tier == 0:
+            closed_low = tl.load(num_items_ptr)
+            num_low += closed_low
+    number = tl.program_id(0)
+    while number < num_low + num_high:
+        # Early, so that nothing waits for it; it orders nothing
+        following = tl.atomic_add(num_items_ptr + _TICKET, 1, sem="relaxed")
+        if number >= num_low:
+            number -= num_low
+            start = list_start(3, room, closed_room) - closed_high
+            is_closed = number < closed_high
             attend_item(
-                item, row, where, count, score_tile, slots_ptr, chains_ptr, directory_ptr,
+                number + tl.where(is_closed, list_start(2, room, closed_room), start), is_closed,
+                slots_ptr, chains_ptr, directory_ptr,
                 num_tokens_ptr, centres_ptr, items_ptr,
                 q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
                 score_tiles, layer, 0, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
                 CHAINED, RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
         elif len(TIERS) > 1:
+            start = list_start(1, room, closed_room) - closed_low
+            is_closed = number < closed_low
             attend_item(
-                item, row, where, count, score_tile, slots_ptr, chains_ptr, directory_ptr,
+                number + tl.where(is_closed, 0, start), is_closed,
+                slots_ptr, chains_ptr, directory_ptr,
                 num_tokens_ptr, centres_ptr, items_ptr,
                 q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
                 score_tiles, layer, 1, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
@@ -180,12 +194,12 @@ class _Scratch(NamedTuple):
     """Scratch memory of one call.
 
     Attributes:
-        items: of work.
+        items: lists of items.
         row_items: those of each row.
-        num_items: how many.
+        num_items: how many each list has.
         partial: outputs of items.
         lse: log-sum-exps of items.
-        room: items that there is room for before those of closed rows. Of these there are as many in all
+        rooms: what a list of open rows has room for, and one of closed ones. Of these there are as many
             as every request can have: they may be shared, so pages are no bound.
         probs: probabilities of the tiles that are kept.
         most: their maxima.
@@ -198,7 +212,7 @@ class _Scratch(NamedTuple):
     num_items: Tensor
     partial: Tensor
     lse: Tensor
-    room: int
+    rooms: tuple[int, int]
     probs: Tensor
     most: Tensor
     keeps_all: bool
@@ -214,17 +228,18 @@ class _Scratch(NamedTuple):
         most_rows = most_requests * state.num_kv_heads
         pages = _most_pages(state, most_rows)
         room = most_items(state.layout, most_rows, pages, _table(state), work.tuning.chunk_tokens)
-        num = room + most_rows * most_closed_chunks(state.layout, state.chain_width)
+        closed_room = most_rows * (CHAIN_CHUNKS if state.chain_width else 0)
+        num = room + closed_room * len(state.layout.tiers)
         dtype = f32 if state.dtype is f32 else torch.float16
         tile_bytes = group * (tile * dtype.itemsize + f32.itemsize)
         tiles, keeps_all = _score_tiles(state, work, most_rows, tile, tile_bytes)
         return cls(
-            work.buffer("items", i32, num, ITEM_FIELDS),
+            work.buffer("items", i32, LISTS // 2 * (room + closed_room), ITEM_FIELDS),
             work.buffer("row_items", i32, rows, ROW_FIELDS, least=most_rows * ROW_FIELDS),
-            work.buffer("num_items", i32, 3),
+            work.buffer("num_items", i32, LISTS + 1),
             work.buffer("partial", f32, num, group, head_dim),
             work.buffer("lse", f32, num, group),
-            room,
+            (room, closed_room),
             work.buffer("probs", dtype, tiles, tile, group),
             work.buffer("most", f32, tiles, group),
             keeps_all,
@@ -277,36 +292,38 @@ def attend(
     group, rows = num_q_heads // heads, num_requests * heads
     tile = tuning.tile or tile_tokens(state.layout)
     scratch = _Scratch.of(state, work, query, tile)
-    items, row_items, num_items, partial, lse, room, probs, most, keeps_all, turned = scratch
-    score_tiles, padded = len(most), power_of_2(head_dim)
+    items, row_items, num_items, partial, lse, rooms, probs, most, keeps_all, turned = scratch
+    score_tiles, group_padded = len(most), power_of_2(group)
     chunks, closed = most_chunks(_table(state)), most_closed_chunks(state.layout, state.chain_width)
     programs = min(rows * (chunks + closed), work.multiprocessors * tuning.programs)
     tiles = {"TIERS": work.tiers, "TILE": tile, **work.overlap}
     tables = {"L": state.num_layers, "H": heads, "TABLE": work.table, "TOKENS": tuning.chunk_tokens}
     prepare(
-        state, layer, slots, (items, row_items, num_items), (room, programs), query, turned, rotation,
+        state, layer, slots, (items, row_items, num_items), (*rooms, programs), query, turned, rotation,
         new, {"MAX": chunks, "CLOSED": closed, **tiles, **tables},
     )  # fmt: skip
-    columns = {"G": group, "GROUP": max(MIN_COLUMNS, power_of_2(group))}
+    columns = {"G": group, "GROUP": max(MIN_COLUMNS, group_padded)}
     shared = {**columns, "PAGE": state.layout.page_bytes, **tiles}
     products, scale = _products(state, tuning.fast), scale * LOG2_E
     launch(
         _attend_kernel, (programs,),
         slots, state.chains, state.directory, state.num_tokens, state.centres, turned, state.pages,
-        state.leaves, items, num_items, partial, lse, probs, most, scale, score_tiles, layer, room,
+        state.leaves, items, num_items, partial, lse, probs, most, scale, score_tiles, layer, *rooms,
         CHAINED=state.chain_width > 0, num_warps=tuning.num_warps,
         num_stages=tuning.num_stages, maxnreg=tuning.max_registers, **shared, **products, **tables,
     )  # fmt: skip
     launch(
         finish_kernel, (rows * group + _finishers(state, work, rows * chunks),),
         output, state.pages, state.leaves, items, num_items, row_items, partial, lse, probs, most,
-        rotation.signs, rotation.norm, score_tiles, rows * group,
-        D=head_dim, D_PADDED=padded, num_warps=2, num_stages=2, **shared, **rotation.constants,
+        rotation.signs, rotation.norm, score_tiles, rows * group, *rooms,
+        G=group, HEADS=group_padded, PAGE=state.layout.page_bytes, D=head_dim,
+        D_PADDED=power_of_2(head_dim), num_warps=1, num_stages=2,
+        **tiles, **rotation.constants,
     )  # fmt: skip
     if not keeps_all:
         launch(
             recompute_kernel, (programs,),
             slots, state.centres, turned, state.pages, state.leaves, items, num_items, row_items, lse,
-            scale, score_tiles, layer, L=state.num_layers, H=heads,
+            scale, score_tiles, layer, *rooms, L=state.num_layers, H=heads,
             num_warps=1, num_stages=2, **shared, **products,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from diffkv.kernels.triton.tile import (
     tile_scores,
     tile_values,
 )
-from diffkv.kernels.triton.worklist import leaf_of_chain
+from diffkv.kernels.triton.worklist import field_of, item_of, leaf_of_chain
 
 __all__ = ["attend_item"]
 
@@ -87,6 +87,30 @@ def _attend_tokens(
 
 
 @triton.jit
+def _together(parts, V: tl.constexpr):
+    """What was accumulated of all elements as one tensor, [planes * padded_words * word, GROUP].
+
+    Stored part by part, each would be exchanged between threads by itself.
+    """
+    COLUMNS: tl.constexpr = parts[0].shape[1]
+    PLANES: tl.constexpr = V.planes
+    LEVELS: tl.constexpr = PLANES.bit_length() - 1
+    if V.word == 2:
+        words = ()
+        for p in tl.static_range(PLANES):
+            both = tl.permute(tl.join(parts[2 * p], parts[2 * p + 1]), (0, 2, 1))
+            words = words + (tl.reshape(both, [2 * V.padded_words, COLUMNS]),)
+        parts = words
+    for level in tl.static_range(LEVELS):
+        joined = ()
+        for i in tl.static_range(PLANES >> (level + 1)):
+            both = tl.permute(tl.join(parts[2 * i], parts[2 * i + 1]), (2, 0, 1))
+            joined = joined + (tl.reshape(both, [2 * parts[0].shape[0], COLUMNS]),)
+        parts = joined
+    return parts[0]
+
+
+@triton.jit
 def _store_partial(
     item,
     most,
@@ -103,31 +127,39 @@ def _store_partial(
     """Write the partial output of an item and its log-sum-exp, from what was accumulated."""
     PARTS: tl.constexpr = V.planes * V.word
     SPLITS: tl.constexpr = V.split
+    ROWS: tl.constexpr = V.padded_words * V.word
     g = tl.arange(0, GROUP)
     total_p = tl.sum(total, 0)
     if MAY_BE_EMPTY:
         total_p = tl.where(total_p > 0.0, total_p, 1.0)  # there may be no token: lse is -inf
     at = (item * G + g).to(tl.int64)
     tl.store(lse_ptr + at, most + tl.log2(total_p), mask=g < G)
-    inside = tl.arange(0, V.padded_words) < V.width // V.word
+    inverse = 1.0 / total_p
+    parts = ()
     for part in tl.static_range(PARTS):
-        element = part_elements(part, V)
         out = sums[part] * (1.0 / (V.boost * V.unit))
         if V.bits < 16:
             if V.split == 1:
-                out += tl.sum(offsets[part // V.word * V.groups // V.planes], 0)[None, :]
+                offset = offsets[part // V.word * V.groups // V.planes]
+                out += tl.sum(offset, 0)[None, :]
             else:
                 for u in tl.static_range(SPLITS):
-                    in_split = element // V.group_dim % V.split == u
+                    in_split = part_elements(part, V) // V.group_dim % V.split == u
                     offset = tl.sum(offsets[part // V.word * V.split + u], 0)
                     out += tl.where(in_split[:, None], offset[None, :], 0.0)
-        out_ptr = partial_ptr + at[None, :] * V.head_dim + element[:, None]
-        tl.store(out_ptr, out / total_p[None, :], mask=(g < G)[None, :] & inside[:, None])
+        # BIAS is in both and gone now: neither may be rounded by itself before
+        parts = parts + (out * inverse[None, :],)
+    row = tl.arange(0, V.planes * ROWS)
+    element = row // ROWS * V.width + row % ROWS
+    exists = row % ROWS < V.width
+    out = _together(parts, V)
+    out_ptr = partial_ptr + at[None, :] * V.head_dim + element[:, None]
+    tl.store(out_ptr, out, mask=(g < G)[None, :] & exists[:, None])
 
 
 @triton.jit
 def attend_item(
-    item, row, where, count, score_tile, slots_ptr, chains_ptr, directory_ptr, num_tokens_ptr,
+    at, is_closed, slots_ptr, chains_ptr, directory_ptr, num_tokens_ptr,
     centres_ptr, items_ptr,
     q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale, score_tiles, layer,
     TIER: tl.constexpr, TIERS: tl.constexpr, L: tl.constexpr, H: tl.constexpr, TABLE: tl.constexpr,
@@ -135,10 +167,15 @@ def attend_item(
     TOKENS: tl.constexpr, CENTRED: tl.constexpr, CHAINED: tl.constexpr,
     RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: partial output, log-sum-exp, and probabilities relative to the tile's maximum.
+    """One chunk, listed at a place: partial output, log-sum-exp, and probabilities of its tokens.
 
-    Probabilities are kept for the sums of the tier, if it has any, of an open row.
+    Probabilities, relative to the tile's maximum, are kept for the sums of the tier, if it has any, of
+    an open row.
     """
+    row, item, where, count = item_of(items_ptr, at)
+    score_tile = tl.zeros([], tl.int32)
+    if TIERS[TIER].tracked:
+        score_tile = field_of(items_ptr, at, 4)
     T: tl.constexpr = TIERS[TIER]
     K: tl.constexpr = T.k
     V: tl.constexpr = T.v
@@ -163,7 +200,6 @@ def attend_item(
     if CENTRED:
         table_row = (tl.load(slots_ptr + row // H) * L + layer) * H + row % H
     if CHAINED:
-        is_closed = score_tile < 0
         keeps_scores = ~is_closed & (score_tile + tl.cdiv(count, TILE) <= score_tiles)
         place = where
         end_place = where + tl.where(is_closed, count, 1)
@@ -178,7 +214,7 @@ def attend_item(
                     num_tokens_ptr,
                     directory_ptr,
                     items_ptr,
-                    item,
+                    at,
                     place - 1,
                     page,
                     layer,

@@ -7,12 +7,24 @@ from diffkv.kernels.triton.codes import rounded, sum_pointers
 from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.rotate import rotated
 from diffkv.kernels.triton.tile import centre_shift, load_query, tile_places, tile_scores
-from diffkv.kernels.triton.worklist import has_sums, item_of, item_of_row, num_items_of
+from diffkv.kernels.triton.worklist import (
+    field_of,
+    item_of,
+    item_of_row,
+    list_start,
+    num_items_of,
+)
 
 __all__ = ["finish_kernel", "recompute_kernel"]
 
 LISTED = tl.constexpr(64)
 """Chunks whose log-sum-exps are read at a time; few heads have more."""
+
+LEAST = tl.constexpr(-1.0e30)
+"""Below every log-sum-exp but that of a chunk without tokens."""
+
+SMALLEST = tl.constexpr(1.0e-30)
+"""Stands in for a sum over no tokens."""
 
 MERGED = tl.constexpr(16)
 """Chunks whose outputs are read at a time."""
@@ -31,26 +43,22 @@ def _merge(
     row = head // G
     count = num_items_of(row_items_ptr, row)
     d = tl.arange(0, D_PADDED)
-    most = tl.full([], -1.0e30, tl.float32)
+    most = tl.full([], LEAST, tl.float32)
     total = tl.zeros([], tl.float32)
-    for start in range(0, count, LISTED):
-        each = start + tl.arange(0, LISTED)
-        at = item_of_row(row_items_ptr, row, each).to(tl.int64) * G + head % G
-        lse = tl.load(lse_ptr + at, mask=each < count, other=float("-inf"))
-        new_most = tl.maximum(most, tl.max(lse, 0))
-        total = total * tl.exp2(most - new_most) + tl.sum(tl.exp2(lse - new_most), 0)
-        most = new_most
-    total = tl.maximum(total, 1.0e-30)
     out = tl.zeros([D_PADDED], tl.float32)
     for start in range(0, count, MERGED):
-        chunk = start + tl.arange(0, MERGED)
-        chunk_at = item_of_row(row_items_ptr, row, chunk).to(tl.int64) * G + head % G
-        chunk_lse = tl.load(lse_ptr + chunk_at, mask=chunk < count, other=float("-inf"))
-        weight = tl.exp2(chunk_lse - most) / total
-        mask = (chunk < count)[:, None] & (d < D)[None, :]
-        partial_at = partial_ptr + chunk_at[:, None] * D + d[None, :]
-        partial = tl.load(partial_at, mask=mask, other=0.0)
-        out += tl.sum(partial * weight[:, None], 0)
+        each = start + tl.arange(0, MERGED)
+        at = item_of_row(row_items_ptr, row, each).to(tl.int64) * G + head % G
+        mask = (each < count)[:, None] & (d < D)[None, :]
+        partial = tl.load(partial_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
+        lse = tl.load(lse_ptr + at, mask=each < count, other=float("-inf"))
+        new_most = tl.maximum(most, tl.max(lse, 0))
+        decay = tl.exp2(most - new_most)
+        weight = tl.exp2(lse - new_most)
+        total = total * decay + tl.sum(weight, 0)
+        out = out * decay + tl.sum(partial * weight[:, None], 0)
+        most = new_most
+    out /= tl.maximum(total, SMALLEST)
     out_ptr = output_ptr + head.to(tl.int64) * D + d
     DTYPE: tl.constexpr = output_ptr.dtype.element_ty
     if ROTATED:
@@ -62,12 +70,12 @@ def _merge(
 
 
 @triton.jit
-def _row_lse(lse_ptr, row_items_ptr, row, G: tl.constexpr, GROUP: tl.constexpr):
-    """[GROUP] log-sum-exp of a head over all its chunks; infinity where there is no head."""
+def _row_lse(lse_ptr, row_items_ptr, row, G: tl.constexpr, HEADS: tl.constexpr):
+    """[HEADS] log-sum-exp of a head over all its chunks; infinity where there is no query head."""
     count = num_items_of(row_items_ptr, row)
-    g = tl.arange(0, GROUP)
-    most = tl.full([GROUP], -1.0e30, tl.float32)
-    total = tl.zeros([GROUP], tl.float32)
+    g = tl.arange(0, HEADS)
+    most = tl.full([HEADS], LEAST, tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
     for start in range(0, count, LISTED):
         each = start + tl.arange(0, LISTED)
         at = item_of_row(row_items_ptr, row, each).to(tl.int64)[:, None] * G + g[None, :]
@@ -76,7 +84,7 @@ def _row_lse(lse_ptr, row_items_ptr, row, G: tl.constexpr, GROUP: tl.constexpr):
         new_most = tl.maximum(most, tl.max(lse, 0))
         total = total * tl.exp2(most - new_most) + tl.sum(tl.exp2(lse - new_most[None, :]), 0)
         most = new_most
-    return tl.where(g < G, most + tl.log2(total), float("inf"))
+    return tl.where(g < G, most + tl.log2(tl.maximum(total, SMALLEST)), float("inf"))
 
 
 @triton.jit
@@ -88,55 +96,67 @@ def _add(page_ptr, index, valid, growth, T: tl.constexpr):
 
 @triton.jit
 def _add_kept(
-    num_tokens, score_tile, lse, pages_ptr, entry_ptr, probs_ptr, most_ptr,
-    T: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
+    at, items_ptr, row_items_ptr, lse_ptr, pages_ptr, leaves_ptr, probs_ptr, most_ptr, score_tiles,
+    T: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Add the group's largest probability to the sums of one chunk's tokens, from what was kept."""
-    g = tl.arange(0, GROUP)
-    for start in range(0, num_tokens, ADDED):
-        page_ptr, index, valid = tile_places(
-            pages_ptr, entry_ptr, start // ADDED, num_tokens, T, ADDED, PAGE
-        )
-        token = start + tl.arange(0, ADDED)
-        tile = (score_tile + token // TILE).to(tl.int64)
-        in_group = valid[:, None] & (g < G)[None, :]
-        at = probs_ptr + (score_tile.to(tl.int64) * TILE + token)[:, None] * G + g[None, :]
-        p = tl.load(at, mask=in_group, other=0.0).to(tl.float32)
-        most = tl.load(most_ptr + tile[:, None] * G + g[None, :], mask=in_group, other=0.0)
-        _add(page_ptr, index, valid, tl.max(p * tl.exp2(most - lse[None, :]), 1), T)
+    row, _, entry, num_tokens = item_of(items_ptr, at)
+    score_tile = field_of(items_ptr, at, 4)
+    if score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles:
+        g = tl.arange(0, HEADS)
+        lse = _row_lse(lse_ptr, row_items_ptr, row, G, HEADS)
+        for start in range(0, num_tokens, ADDED):
+            page_ptr, index, valid = tile_places(
+                pages_ptr, leaves_ptr + entry, start // ADDED, num_tokens, T, ADDED, PAGE
+            )
+            token = start + tl.arange(0, ADDED)
+            tile = (score_tile + token // TILE).to(tl.int64)
+            in_group = valid[:, None] & (g < G)[None, :]
+            kept = probs_ptr + (score_tile.to(tl.int64) * TILE + token)[:, None] * G + g[None, :]
+            p = tl.load(kept, mask=in_group, other=0.0).to(tl.float32)
+            most = tl.load(most_ptr + tile[:, None] * G + g[None, :], mask=in_group, other=0.0)
+            _add(page_ptr, index, valid, tl.max(p * tl.exp2(most - lse[None, :]), 1), T)
 
 
 @triton.jit
 def _add_recomputed(
-    row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr, entry_ptr, scale, layer,
+    at, items_ptr, row_items_ptr, lse_ptr, slots_ptr, centres_ptr, q_ptr, pages_ptr, leaves_ptr, scale,
+    score_tiles, layer,
     T: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, CENTRED: tl.constexpr, RAW_DOT: tl.constexpr,
     CODE_DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Like `_add_kept`, from keys."""
+    """Like `_add_kept`, from keys, where nothing was kept."""
     K: tl.constexpr = T.k
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
-    head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
-    operands, totals, factor = load_query(head_ptr, G, GROUP, K, DOT)
-    if CENTRED:
-        table_row = (tl.load(slots_ptr + row // H) * L + layer) * H + row % H
-        lse -= centre_shift(head_ptr, centres_ptr, table_row, scale, G, GROUP, K)
-    for tile in range(0, tl.cdiv(num_tokens, TILE)):
-        page_ptr, index, valid = tile_places(pages_ptr, entry_ptr, tile, num_tokens, T, TILE, PAGE)
-        scores = tile_scores(operands, totals, page_ptr, index, valid, K, GROUP, DTYPE, DOT, FAST)
-        p = tl.exp2(scores * (factor * scale)[None, :] - lse[None, :])
-        _add(page_ptr, index, valid, tl.max(p, 1), T)
+    row, _, entry, num_tokens = item_of(items_ptr, at)
+    if field_of(items_ptr, at, 4) + tl.cdiv(num_tokens, TILE) > score_tiles:
+        lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP)
+        head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
+        operands, totals, factor = load_query(head_ptr, G, GROUP, K, DOT)
+        if CENTRED:
+            table_row = (tl.load(slots_ptr + row // H) * L + layer) * H + row % H
+            lse -= centre_shift(head_ptr, centres_ptr, table_row, scale, G, GROUP, K)
+        for tile in range(0, tl.cdiv(num_tokens, TILE)):
+            page_ptr, index, valid = tile_places(
+                pages_ptr, leaves_ptr + entry, tile, num_tokens, T, TILE, PAGE
+            )
+            scores = tile_scores(
+                operands, totals, page_ptr, index, valid, K, GROUP, DTYPE, DOT, FAST
+            )
+            p = tl.exp2(scores * (factor * scale)[None, :] - lse[None, :])
+            _add(page_ptr, index, valid, tl.max(p, 1), T)
 
 
-@triton.jit(do_not_specialize=["score_tiles", "num_heads"])
+@triton.jit(do_not_specialize=["score_tiles", "num_heads", "room", "closed_room"])
 def finish_kernel(
     output_ptr,  # [R, H * G, D], out
     pages_ptr,  # [num_pages, PAGE], its sums change
     leaves_ptr,  # [num_leaves, E]
     items_ptr,  # [., ITEM_FIELDS]
-    num_items_ptr,  # [3]
+    num_items_ptr,  # [LISTS + 1]
     row_items_ptr,  # [R * H, ROW_FIELDS]
     partial_ptr,  # [items, G, D] f32
     lse_ptr,  # [items, G] f32, to base 2
@@ -146,8 +166,10 @@ def finish_kernel(
     norm,
     score_tiles,
     num_heads,  # R * H * G
+    room,
+    closed_room,
     G: tl.constexpr,
-    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     PAGE: tl.constexpr,
@@ -169,25 +191,22 @@ def finish_kernel(
             BLOCK, ROTATED,
         )  # fmt: skip
     elif HIGH.tracked:
-        num_items = tl.load(num_items_ptr)
-        for item in range(pid - num_heads, num_items, tl.num_programs(0) - num_heads):
-            row, tier, entry, num_tokens, score_tile = item_of(items_ptr, item)
-            is_kept = score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles
-            if is_kept & has_sums(tier, HIGH, LOW):
-                lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP)
-                if tier == 0:
-                    _add_kept(
-                        num_tokens, score_tile, lse, pages_ptr, leaves_ptr + entry, probs_ptr,
-                        most_ptr, HIGH, G, GROUP, PAGE, TILE,
-                    )  # fmt: skip
-                elif len(TIERS) > 1 and LOW.tracked:
-                    _add_kept(
-                        num_tokens, score_tile, lse, pages_ptr, leaves_ptr + entry, probs_ptr,
-                        most_ptr, LOW, G, GROUP, PAGE, TILE,
-                    )  # fmt: skip
+        first = pid - num_heads
+        step = tl.num_programs(0) - num_heads
+        for item in range(first, tl.load(num_items_ptr + 3), step):
+            _add_kept(
+                list_start(3, room, closed_room) + item, items_ptr, row_items_ptr, lse_ptr, pages_ptr,
+                leaves_ptr, probs_ptr, most_ptr, score_tiles, HIGH, G, HEADS, PAGE, TILE,
+            )  # fmt: skip
+        if len(TIERS) > 1 and LOW.tracked:
+            for item in range(first, tl.load(num_items_ptr + 1), step):
+                _add_kept(
+                    list_start(1, room, closed_room) + item, items_ptr, row_items_ptr, lse_ptr,
+                    pages_ptr, leaves_ptr, probs_ptr, most_ptr, score_tiles, LOW, G, HEADS, PAGE, TILE,
+                )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["score_tiles", "layer"])
+@triton.jit(do_not_specialize=["score_tiles", "layer", "room", "closed_room"])
 def recompute_kernel(
     slots_ptr,  # [R]
     centres_ptr,  # [S, L, H, D or 0] bf16
@@ -195,12 +214,14 @@ def recompute_kernel(
     pages_ptr,  # [num_pages, PAGE], its sums change
     leaves_ptr,  # [num_leaves, E]
     items_ptr,  # [., ITEM_FIELDS]
-    num_items_ptr,  # [3]
+    num_items_ptr,  # [LISTS + 1]
     row_items_ptr,  # [R * H, ROW_FIELDS]
     lse_ptr,  # [items, G] f32, to base 2
     scale,
     score_tiles,
     layer,
+    room,
+    closed_room,
     L: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -218,21 +239,19 @@ def recompute_kernel(
     HIGH: tl.constexpr = TIERS[0]
     LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     wait(PDL)
-    num_items = tl.load(num_items_ptr)
-    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        row, tier, entry, num_tokens, score_tile = item_of(items_ptr, item)
-        is_kept = score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles
-        if ~is_kept & has_sums(tier, HIGH, LOW):
-            lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP)
-            if tier == 0:
-                _add_recomputed(
-                    row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr,
-                    leaves_ptr + entry, scale, layer,
-                    HIGH, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
-                )  # fmt: skip
-            elif len(TIERS) > 1 and LOW.tracked:
-                _add_recomputed(
-                    row, num_tokens, lse, slots_ptr, centres_ptr, q_ptr, pages_ptr,
-                    leaves_ptr + entry, scale, layer,
-                    LOW, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
-                )  # fmt: skip
+    first = tl.program_id(0)
+    step = tl.num_programs(0)
+    if HIGH.tracked:
+        for item in range(first, tl.load(num_items_ptr + 3), step):
+            _add_recomputed(
+                list_start(3, room, closed_room) + item, items_ptr, row_items_ptr, lse_ptr,
+                slots_ptr, centres_ptr, q_ptr, pages_ptr, leaves_ptr, scale, score_tiles, layer,
+                HIGH, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
+            )  # fmt: skip
+    if len(TIERS) > 1 and LOW.tracked:
+        for item in range(first, tl.load(num_items_ptr + 1), step):
+            _add_recomputed(
+                list_start(1, room, closed_room) + item, items_ptr, row_items_ptr, lse_ptr,
+                slots_ptr, centres_ptr, q_ptr, pages_ptr, leaves_ptr, scale, score_tiles, layer,
+                LOW, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
+            )  # fmt: skip

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffkv.kernels.triton.append import SIDES, append_side
+from diffkv.kernels.triton.append import append_programs, append_side
 from diffkv.kernels.triton.constants import cdiv, power_of_2
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, wait
@@ -23,7 +23,11 @@ VECTORS = 4
 """Queries that a program rotates."""
 
 
-@triton.jit(do_not_specialize=["layer", "R_H", "programs", "room", "lists", "num_queries"])
+@triton.jit(
+    do_not_specialize=[
+        "layer", "R_H", "programs", "room", "closed_room", "lists", "num_queries", "num_new",
+    ]
+)  # fmt: skip
 def _prepare_kernel(
     slots_ptr,  # [R]
     chain_lens_ptr,  # [S]
@@ -31,7 +35,7 @@ def _prepare_kernel(
     num_tokens_ptr,  # [S, L, H, 2]
     items_ptr,  # [., ITEM_FIELDS] out
     row_items_ptr,  # [R * H, ROW_FIELDS] out
-    num_items_ptr,  # [3] out
+    num_items_ptr,  # [LISTS + 1] out
     query_ptr,  # [R, H * G, D]
     signs_ptr,  # [D] f32
     q_ptr,  # [R, H * G, D] out
@@ -50,8 +54,10 @@ def _prepare_kernel(
     R_H,
     programs,
     room,
+    closed_room,
     lists,  # programs that list work
     num_queries,
+    num_new,  # heads that have a new token
     L: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -86,8 +92,8 @@ def _prepare_kernel(
     if pid < lists:
         list_kernel(
             slots_ptr, chain_lens_ptr, directory_ptr, num_tokens_ptr, items_ptr, row_items_ptr,
-            num_items_ptr, layer, R_H, programs, room, L, H, TABLE, TIERS, TILE, TOKENS, MAX,
-            CHAIN_WIDTH, CLOSED, ROWS, COUNT,
+            num_items_ptr, layer, R_H, programs, room, closed_room, L, H, TABLE, TIERS, TILE, TOKENS,
+            MAX, CHAIN_WIDTH, CLOSED, ROWS, COUNT,
         )  # fmt: skip
     elif pid < others:
         vector = (pid - lists) * VECTORS + tl.arange(0, VECTORS)
@@ -104,8 +110,8 @@ def _prepare_kernel(
     elif NEW:
         append_side(
             pid - others, new_slots_ptr, centres_ptr, positions_ptr, places_ptr, key_ptr, value_ptr,
-            signs_ptr, pages_ptr, key_stride, value_stride, norm, layer, L, H, D, DP, PAGE, TIERS,
-            CENTRED, BLOCK, ROTATED,
+            signs_ptr, pages_ptr, key_stride, value_stride, norm, layer, num_new, L, H, D, DP, PAGE,
+            TIERS, CENTRED, BLOCK, ROTATED,
         )  # fmt: skip
 
 
@@ -114,7 +120,7 @@ def prepare(
     layer: int,
     slots: Tensor,
     lists: tuple[Tensor, Tensor, Tensor],
-    limits: tuple[int, int],
+    limits: tuple[int, int, int],
     query: Tensor,
     turned: Tensor,
     rotation: Rotation,
@@ -128,31 +134,33 @@ def prepare(
         layer: number of the layer.
         slots: [R] int32, the open rows.
         lists: items, those of each row, and their number, written.
-        limits: the first item of closed rows, and how many programs attend.
+        limits: what a list of open rows has room for, one of closed rows, and how many programs attend.
         query: [R, num_q_heads, head_dim], rows maybe apart.
         turned: the same, rotated and contiguous, written.
         rotation: of the queries, and of new keys and values.
         new: see `reference.attend`; checked.
         constants: those of `list_kernel` that attention has, too, and how launches overlap.
     """
-    (room, programs), heads = limits, state.num_kv_heads
+    (room, closed_room, programs), heads = limits, state.num_kv_heads
     rows, num_queries = len(slots) * heads, query.shape[0] * query.shape[1]
     head_dim, num_lists = query.shape[2], cdiv(rows, LIST_ROWS)
     programs_in_all = num_lists + cdiv(num_queries, VECTORS)
     # Where nothing is new, tensors of the same kinds stand for what is not read
     appended, strides = (slots, state.centres, slots, slots, query, query, state.pages), (0, 0)
+    num_new = 0
     if new is not None:
         plan, key, value = new.plan, new.key, new.value
         appended = (
             plan.slots, state.centres, plan.positions, plan.places, key, value, state.pages
         )  # fmt: skip
         strides = key.stride(0), value.stride(0)
-        programs_in_all += SIDES * plan.slots.numel() * heads
+        num_new = plan.slots.numel() * heads
+        programs_in_all += append_programs(num_new)
     launch(
         _prepare_kernel, (programs_in_all,),
         slots, state.chain_lens, state.directory, state.num_tokens, *lists, query, rotation.signs,
         turned, *appended, *strides, query.stride(0), rotation.norm, layer, rows, programs, room,
-        num_lists, num_queries,
+        closed_room, num_lists, num_queries, num_new,
         G=query.shape[1] // heads, D=head_dim, DP=power_of_2(head_dim),
         CHAIN_WIDTH=state.chain_width, ROWS=LIST_ROWS, COUNT=LIST_COUNT, VECTORS=VECTORS,
         NEW=new is not None, PAGE=state.layout.page_bytes, CENTRED=state.centre_dim > 0,

@@ -22,6 +22,8 @@ from diffkv.rotation import block_size
 
 __all__ = ["matrix_rows", "rotate", "rotated", "rotation_of"]
 
+MIN_ROWS = tl.constexpr(MIN_DOT)
+
 TILE_VECTORS = 32
 
 PROGRAMS = 8
@@ -58,7 +60,11 @@ def rotated(
         x *= sign[None, :]
     y = tl.reshape(x, [T * DP // INNER, INNER])
     inner = _signs_of_blocks(0, INNER, INNER, INNER, INNER, tl.float32)
-    y = tl.sum(y[:, :, None] * inner[None, :, :], 1)
+    if T * DP // INNER >= MIN_ROWS and INNER >= MIN_ROWS:
+        # Triton makes a product of such a sum by itself, which may round what is multiplied
+        y = tl.dot(y, inner, input_precision="ieee")
+    else:
+        y = tl.sum(y[:, :, None] * inner[None, :, :], 1)
     if OUTER > 1:
         y = tl.reshape(y, [T * DP // BLOCK, OUTER, INNER])
         outer = _signs_of_blocks(0, OUTER, OUTER, OUTER, OUTER, tl.float32)

@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 BIAS = tl.constexpr(1024.0)
-CENTRE_BLOCK = tl.constexpr(64)
-"""Elements of a product with a centre at a time: what was accumulated stays in registers meanwhile."""
+CENTRE_BLOCK = tl.constexpr(32)
+"""Elements of a product with a centre at a time: as many as four threads load, which then add up."""
 
 
 @triton.jit
@@ -193,13 +193,14 @@ def centre_shift(
     """[GROUP] what a centre adds to the scores, times scale, of the query heads at q_ptr."""
     centre_ptr = centre_of(centres_ptr, row, S)
     g = tl.arange(0, GROUP)[:, None]
-    product = tl.zeros([GROUP], tl.float32)
+    product = tl.zeros([GROUP, CENTRE_BLOCK], tl.float32)
     for start in tl.static_range(0, S.head_dim, CENTRE_BLOCK):
         d = start + tl.arange(0, CENTRE_BLOCK)[None, :]
         q = tl.load(q_ptr + g * S.head_dim + d, mask=(g < G) & (d < S.head_dim), other=0.0)
-        centre = tl.load(centre_ptr + d, mask=d < S.head_dim, other=0.0)
-        product += tl.sum(q.to(tl.float32) * centre.to(tl.float32), 1)
-    return product * scale
+        # Read by all heads of the group, or the product would be spread as one of them is
+        centre = tl.load(centre_ptr + g * 0 + d, mask=(g < G) & (d < S.head_dim), other=0.0)
+        product += q.to(tl.float32) * centre.to(tl.float32)
+    return tl.sum(product, 1) * scale
 
 
 @triton.jit

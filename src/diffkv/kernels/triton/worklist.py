@@ -13,6 +13,9 @@ Closed rows are many, and about as long as a segment. How their pages are divide
 of the chain alone, so that the list is made without a look at them: a chunk is a part of one row, or all
 that several have in a tier, and who attends to it looks up its leaves one by one. There may be little in
 it, or nothing.
+
+Low chunks are listed before high ones, for each tier has code of its own, about as much as a
+multiprocessor's nearest cache of instructions holds: programs side by side should run the same.
 """
 
 import math
@@ -27,13 +30,15 @@ from diffkv.layout import PageLayout
 __all__ = [
     "CHUNK_TOKENS",
     "ITEM_FIELDS",
+    "LISTS",
     "MAX_CHUNKS",
     "ROW_FIELDS",
-    "has_sums",
+    "field_of",
     "item_of",
     "item_of_row",
     "leaf_of_chain",
     "list_kernel",
+    "list_start",
     "most_chunk_pages",
     "most_chunks",
     "most_closed_chunks",
@@ -44,7 +49,7 @@ __all__ = [
 MAX_CHUNKS = 64
 """Most chunks of a head where leaves are large enough: one program merges all partial results of one."""
 
-CHUNK_TOKENS = 128
+CHUNK_TOKENS = 256
 """Fewest tokens of a chunk, where a head has more: of low ones up to twice as many, for full pages."""
 
 CHUNK_ROOT = 3
@@ -53,22 +58,27 @@ CHUNK_ROOT = 3
 CHAIN_CHUNKS = 32
 """Most chunks of a chain and tier: as many as one program can merge, and enough to fill a GPU."""
 
-SPLIT_CHAIN = 16
-"""Most closed rows of a chain each of which is split in two; one that is alone is split in four. High
-tokens are few where there are two tiers: theirs is split half as often."""
+SPLITS = (1, 4, 16)
+"""Most closed rows of a chain each of which is split in four, in three and in two: a request that is
+alone waits for the largest chunk. Where there are two tiers, high tokens are few, and not split."""
 
 ITEM_FIELDS = 6
-"""int32 fields of an item: row * 2 + tier, entry of the leaves with its first page, tokens, first tile
-whose probabilities are kept. Of closed rows: row * 2 + tier, place of the first one in the chains, how
-many, -1; then which part of each, and of how many."""
+"""int32 fields of an item: row, its number, entry of the leaves with its first page, tokens, first tile
+whose probabilities are kept. Of closed rows: row, its number, place of the first one in the chains, how
+many, which part of each, and of how many."""
+
+LISTS = 4
+"""Lists of items, in the order in which they are worked on: low ones of closed rows, of open ones, and
+high ones likewise. Each has room for the most items of closed, or of open rows."""
 
 ROW_FIELDS = 4
-"""int32 fields of a row: first item of the open row, how many, first one of closed rows, how many."""
+"""int32 fields of a row: number of the open row's first item, how many it has, and of closed rows."""
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
+_LISTS = tl.constexpr(LISTS)
 _ROW_FIELDS = tl.constexpr(ROW_FIELDS)
 _CHAIN_CHUNKS = tl.constexpr(CHAIN_CHUNKS)
-_SPLIT_CHAIN = tl.constexpr(SPLIT_CHAIN)
+_IN_FOUR, _IN_THREE, _IN_TWO = (tl.constexpr(most) for most in SPLITS)
 _ROOT = tl.constexpr(CHUNK_ROOT)
 _MOST = tl.constexpr(MAX_CHUNKS)
 
@@ -168,28 +178,41 @@ def _chunk_tiles(chunk, T: tl.constexpr, TILE: tl.constexpr):
 def _chain_chunks(length, TIERS: tl.constexpr):
     """(chunks of the high tier, of all, rows of one, parts of a high row, of a low one), by length."""
     rows = tl.maximum(tl.cdiv(length, _CHAIN_CHUNKS), 1)
-    parts = tl.where(length == 1, 4, tl.where(length <= _SPLIT_CHAIN, 2, 1))
+    parts = 1 + (length <= _IN_TWO).to(tl.int32)
+    parts += (length <= _IN_THREE).to(tl.int32) + (length <= _IN_FOUR).to(tl.int32)
     groups = tl.cdiv(length, rows)
     high_parts = parts
     chunks = groups * parts
     if len(TIERS) > 1:
-        high_parts = (parts + 1) // 2
-        chunks += groups * high_parts
+        high_parts = tl.zeros_like(parts) + 1
+        chunks += groups
     return groups * high_parts, chunks, rows, high_parts, parts
+
+
+@triton.jit
+def list_start(LIST: tl.constexpr, room, closed_room):
+    """Where list number `LIST` begins: see `LISTS`."""
+    return closed_room * ((LIST + 1) // 2) + room * (LIST // 2)
 
 
 @triton.jit
 def _list_chains(
     items_ptr,
+    list_at,
     item,
     row,
     slot,
     length,
+    room,
+    closed_room,
     TIERS: tl.constexpr,
     CHAIN_WIDTH: tl.constexpr,
     CLOSED: tl.constexpr,
 ):
-    """List the chunks of the closed rows of some rows, from number `item` on."""
+    """List the chunks of the closed rows of some rows, the first of which has number `item`.
+
+    Those of a row begin at `list_at`, (high ones, low ones).
+    """
     high_chunks, chunks, rows, high_parts, low_parts = _chain_chunks(length, TIERS)
     each = tl.arange(0, CLOSED)[None, :]
     mask = each < chunks[:, None]
@@ -197,28 +220,31 @@ def _list_chains(
     number = each - tl.where(is_low, high_chunks[:, None], 0)
     parts = tl.where(is_low, low_parts[:, None], high_parts[:, None])
     first_row = number // parts * rows[:, None]
-    at = items_ptr + (item[:, None] + each) * _FIELDS
-    tl.store(at, row[:, None] * 2 + is_low.to(tl.int32), mask=mask)
-    tl.store(at + 1, slot[:, None] * CHAIN_WIDTH + first_row, mask=mask)
-    tl.store(at + 2, tl.minimum(length[:, None] - first_row, rows[:, None]), mask=mask)
-    tl.store(at + 3, -1, mask=mask)
+    high_at = list_start(2, room, closed_room) + list_at[0][:, None]
+    low_at = list_start(0, room, closed_room) + list_at[1][:, None]
+    at = items_ptr + (tl.where(is_low, low_at, high_at) + number) * _FIELDS
+    tl.store(at, row[:, None].broadcast_to(mask.shape), mask=mask)
+    tl.store(at + 1, item[:, None] + each, mask=mask)
+    tl.store(at + 2, slot[:, None] * CHAIN_WIDTH + first_row, mask=mask)
+    tl.store(at + 3, tl.minimum(length[:, None] - first_row, rows[:, None]), mask=mask)
     tl.store(at + 4, number % parts, mask=mask)
     tl.store(at + 5, parts, mask=mask)
 
 
-@triton.jit(do_not_specialize=["layer", "R_H", "programs", "room"])
+@triton.jit(do_not_specialize=["layer", "R_H", "programs", "room", "closed_room"])
 def list_kernel(
     slots_ptr,  # [R]
     chain_lens_ptr,  # [S]
     directory_ptr,  # [S, L, H, W]
     num_tokens_ptr,  # [S, L, H, 2]
-    items_ptr,  # [., ITEM_FIELDS] out
+    items_ptr,  # [2 * (room + closed_room), ITEM_FIELDS] out
     row_items_ptr,  # [R * H, ROW_FIELDS] out
-    num_items_ptr,  # [3] out: items of open rows, first that no program begins with, of closed ones
+    num_items_ptr,  # [LISTS + 1] out: items of each list, and the first that no program begins with
     layer,
     R_H,
     programs,
-    room,  # the first item of closed rows
+    room,  # items that there is room for in a list of open rows, and numbers for all of them
+    closed_room,  # in one of closed rows
     L: tl.constexpr,
     H: tl.constexpr,
     TABLE: tl.constexpr,
@@ -235,8 +261,10 @@ def list_kernel(
     HIGH: tl.constexpr = TIERS[0]
     LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     start = tl.program_id(0) * ROWS
-    first_item = tl.zeros([], tl.int32)
+    first_high = tl.zeros([], tl.int32)
+    first_low = tl.zeros([], tl.int32)
     first_tile = tl.zeros([], tl.int32)
+    first_closed_high = tl.zeros([], tl.int32)
     first_closed = tl.zeros([], tl.int32)
     for block in range(0, start, COUNT):
         row = block + tl.arange(0, COUNT)
@@ -246,14 +274,17 @@ def list_kernel(
         )
         high_items = tl.cdiv(high_pages, chunk)
         low_items = tl.cdiv(low_pages, low_chunk)
-        first_item += tl.sum(high_items + low_items)
+        first_high += tl.sum(high_items)
+        first_low += tl.sum(low_items)
         first_tile += tl.sum(
             high_items * _chunk_tiles(chunk, HIGH, TILE)
             + low_items * _chunk_tiles(low_chunk, LOW, TILE)
         )
         if CLOSED > 0:
             length = tl.load(chain_lens_ptr + slot, mask=slot >= 0, other=0)
-            first_closed += tl.sum(_chain_chunks(length, TIERS)[1])
+            high_chunks, chunks, _, _, _ = _chain_chunks(length, TIERS)
+            first_closed_high += tl.sum(high_chunks)
+            first_closed += tl.sum(chunks)
 
     row = start + tl.arange(0, ROWS)
     exists = row < R_H
@@ -266,24 +297,34 @@ def list_kernel(
     high_tiles = _chunk_tiles(chunk, HIGH, TILE)
     low_tiles = _chunk_tiles(low_chunk, LOW, TILE)
     tiles = high_items * high_tiles + low_items * low_tiles
-    item = first_item + tl.cumsum(items, 0) - items
+    high_at = first_high + tl.cumsum(high_items, 0) - high_items
+    low_at = first_low + tl.cumsum(low_items, 0) - low_items
+    item = high_at + low_at
     score_tile = first_tile + tl.cumsum(tiles, 0) - tiles
     closed = tl.zeros_like(items)
+    closed_high = closed
     if CLOSED > 0:
         length = tl.load(chain_lens_ptr + slot, mask=slot >= 0, other=0)
-        closed = _chain_chunks(length, TIERS)[1]
-    closed_item = room + first_closed + tl.cumsum(closed, 0) - closed
+        closed_high, closed, _, _, _ = _chain_chunks(length, TIERS)
+    closed_at = first_closed + tl.cumsum(closed, 0) - closed
     row_at = row_items_ptr + row * _ROW_FIELDS
     tl.store(row_at, item, mask=exists)
     tl.store(row_at + 1, items, mask=exists)
-    tl.store(row_at + 2, closed_item, mask=exists)
+    tl.store(row_at + 2, room + closed_at, mask=exists)
     tl.store(row_at + 3, closed, mask=exists)
     if start + ROWS >= R_H:
-        tl.store(num_items_ptr, first_item + tl.sum(items))
-        tl.store(num_items_ptr + 1, programs)
-        tl.store(num_items_ptr + 2, first_closed + tl.sum(closed))
+        num_high = first_closed_high + tl.sum(closed_high)
+        tl.store(num_items_ptr, first_closed + tl.sum(closed) - num_high)
+        tl.store(num_items_ptr + 1, first_low + tl.sum(low_items))
+        tl.store(num_items_ptr + 2, num_high)
+        tl.store(num_items_ptr + 3, first_high + tl.sum(high_items))
+        tl.store(num_items_ptr + _LISTS, programs)
     if CLOSED > 0:
-        _list_chains(items_ptr, closed_item, row, slot, length, TIERS, CHAIN_WIDTH, CLOSED)
+        high_closed_at = first_closed_high + tl.cumsum(closed_high, 0) - closed_high
+        _list_chains(
+            items_ptr, (high_closed_at, closed_at - high_closed_at), room + closed_at, row, slot,
+            length, room, closed_room, TIERS, CHAIN_WIDTH, CLOSED,
+        )  # fmt: skip
 
     each = tl.arange(0, MAX)[None, :]
     mask = each < items[:, None]
@@ -299,31 +340,32 @@ def list_kernel(
     column = tl.where(is_low, leaf_column(leaf, 1, TABLE), leaf_column(leaf, 0, TABLE))
     head = (slot.to(tl.int64) * L + layer) * H + row % H
     leaf = tl.load(directory_ptr + head[:, None] * TABLE.width + column, mask=mask, other=0)
-    at = items_ptr + (item[:, None] + each) * _FIELDS
-    tl.store(at, row[:, None] * 2 + is_low.to(tl.int32), mask=mask)
-    tl.store(at + 1, leaf * TABLE.entries + first_page % TABLE.entries, mask=mask)
-    tl.store(at + 2, tl.minimum(left, pages * per_page), mask=mask)
-    tl.store(at + 3, score_tile[:, None] + skipped, mask=mask)
+    high_at += list_start(3, room, closed_room)
+    low_at += list_start(1, room, closed_room)
+    at = items_ptr + (tl.where(is_low, low_at[:, None], high_at[:, None]) + number) * _FIELDS
+    tl.store(at, row[:, None].broadcast_to(mask.shape), mask=mask)
+    tl.store(at + 1, item[:, None] + each, mask=mask)
+    tl.store(at + 2, leaf * TABLE.entries + first_page % TABLE.entries, mask=mask)
+    tl.store(at + 3, tl.minimum(left, pages * per_page), mask=mask)
+    tl.store(at + 4, score_tile[:, None] + skipped, mask=mask)
 
 
 @triton.jit
-def has_sums(tier, HIGH: tl.constexpr, LOW: tl.constexpr):
-    """Whether tokens of an item's tier have significance sums; low ones only if high ones do."""
-    if LOW.tracked:
-        found = tier >= 0
-    elif HIGH.tracked:
-        found = tier == 0
-    else:
-        found = tier < 0
-    return found
+def item_of(items_ptr, at):
+    """(row, number, and the two fields that follow) of what is listed at a place: see `ITEM_FIELDS`."""
+    item_ptr = items_ptr + at * _FIELDS
+    return (
+        tl.load(item_ptr),
+        tl.load(item_ptr + 1),
+        tl.load(item_ptr + 2),
+        tl.load(item_ptr + 3),
+    )
 
 
 @triton.jit
-def item_of(items_ptr, item):
-    """(row, tier, and the other fields of all items): see `ITEM_FIELDS`."""
-    at = items_ptr + item * _FIELDS
-    row_tier = tl.load(at)
-    return row_tier // 2, row_tier % 2, tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+def field_of(items_ptr, at, FIELD: tl.constexpr):
+    """One field of what is listed at a place."""
+    return tl.load(items_ptr + at * _FIELDS + FIELD)
 
 
 @triton.jit
@@ -347,7 +389,7 @@ def leaf_of_chain(
     num_tokens_ptr,
     directory_ptr,
     items_ptr,
-    item,
+    at,
     place,
     page,
     layer,
@@ -365,8 +407,8 @@ def leaf_of_chain(
     registers in the meantime.
     """
     T: tl.constexpr = TIERS[TIER]
-    at = items_ptr + item * _FIELDS
-    head, part, parts = tl.load(at) // 2 % H, tl.load(at + 4), tl.load(at + 5)
+    head = field_of(items_ptr, at, 0) % H
+    part, parts = field_of(items_ptr, at, 4), field_of(items_ptr, at, 5)
     row = (tl.load(chains_ptr + place) * L + layer) * H + head
     kept = tl.load(num_tokens_ptr + row.to(tl.int64) * 2 + TIER)
     filled = tl.maximum(tl.minimum(parts, tl.cdiv(kept, TOKENS)), 1)

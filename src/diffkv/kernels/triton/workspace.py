@@ -47,7 +47,7 @@ class Tuning:
     """
 
     num_warps: int = 1
-    num_stages: int = 5
+    num_stages: int = 3
     programs: int = 8
     tile: int | None = None
     max_registers: int | None = None
