@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from diffkv.kernels.triton import constants, rows, worklist, workspace
+from diffkv.kernels.triton.closed import most_closed_chunks
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 
@@ -146,7 +147,7 @@ def cases(
     chunks = {**tables, "TABLE": table, "TOKENS": worklist.CHUNK_TOKENS}
     attention = {**grouped, **products, **chunks, "CHAINED": chained, "PDL": True}
     chain_width = 264 * chained
-    closed = worklist.most_closed_chunks(layout, chain_width)
+    closed = most_closed_chunks(layout, chain_width)
     rotated = {"BLOCK": head_dim & -head_dim, "ROTATED": True, "PDL": True}
     listed = {
         **chunks,

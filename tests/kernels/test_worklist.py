@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffkv.kernels.triton import constants, worklist
+from diffkv.kernels.triton.closed import CHAIN_CHUNKS, most_closed_chunks
+from diffkv.kernels.triton.items import ITEM_FIELDS, LISTS, ROW_FIELDS
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 from diffkv.shape import PoolShape
@@ -30,11 +32,11 @@ def listed(layout, counts, table, directory, lengths=None):
     """
     num, room = len(counts), len(counts) * worklist.most_chunks(table)
     width = WIDTH if lengths else 0
-    closed = worklist.most_closed_chunks(layout, width)
-    closed_room = num * worklist.CHAIN_CHUNKS
-    items = torch.full((2 * (room + closed_room), worklist.ITEM_FIELDS), -1, dtype=torch.int32)
-    row_items = torch.zeros(num, worklist.ROW_FIELDS, dtype=torch.int32)
-    num_items = torch.zeros(worklist.LISTS + 1, dtype=torch.int32)
+    closed = most_closed_chunks(layout, width)
+    closed_room = num * CHAIN_CHUNKS
+    items = torch.full((2 * (room + closed_room), ITEM_FIELDS), -1, dtype=torch.int32)
+    row_items = torch.zeros(num, ROW_FIELDS, dtype=torch.int32)
+    num_items = torch.zeros(LISTS + 1, dtype=torch.int32)
     num_tokens = torch.tensor(counts, dtype=torch.int32).view(num, LAYERS, 1, 2)
     slots = torch.arange(num, dtype=torch.int32)
     worklist.list_kernel[(-(-num // 4),)](
@@ -129,7 +131,7 @@ def test_every_part_of_every_closed_row_is_in_one_chunk(quant, lengths):
     room = num * worklist.most_chunks(table)
     for row, length in enumerate(lengths):
         first, count = row_items[row, 2:].tolist()
-        assert count <= worklist.most_closed_chunks(layout, WIDTH)
+        assert count <= most_closed_chunks(layout, WIDTH)
         parts_of, counts_of = collections.defaultdict(list), collections.defaultdict(set)
         for tier, item_row, _, place, rows, part, parts in items[first - room :][:count]:
             assert item_row == row and rows > 0

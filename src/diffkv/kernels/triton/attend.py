@@ -20,23 +20,15 @@ from diffkv.kernels.check import (
     check_tensor,
 )
 from diffkv.kernels.triton.chunk import attend_item
+from diffkv.kernels.triton.closed import CHAIN_CHUNKS, most_closed_chunks
 from diffkv.kernels.triton.constants import DTYPES, MIN_COLUMNS, cdiv, power_of_2, tile_tokens
 from diffkv.kernels.triton.finish import finish_kernel, recompute_kernel
+from diffkv.kernels.triton.items import ITEM_FIELDS, LISTS, ROW_FIELDS, list_start
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.prepare import prepare
 from diffkv.kernels.triton.rotate import rotation_of
-from diffkv.kernels.triton.worklist import (
-    CHAIN_CHUNKS,
-    ITEM_FIELDS,
-    LISTS,
-    ROW_FIELDS,
-    list_start,
-    most_chunk_pages,
-    most_chunks,
-    most_closed_chunks,
-    most_items,
-)
+from diffkv.kernels.triton.worklist import most_chunk_pages, most_chunks, most_items
 from diffkv.kernels.triton.workspace import Workspace, workspace
 from diffkv.state import NewTokens, PoolState
 

@@ -7,6 +7,8 @@
 import triton
 import triton.language as tl
 
+from diffkv.kernels.triton.closed import leaf_of_chain
+from diffkv.kernels.triton.items import field_of, item_of
 from diffkv.kernels.triton.tile import (
     centre_shift,
     folded,
@@ -16,7 +18,6 @@ from diffkv.kernels.triton.tile import (
     tile_scores,
     tile_values,
 )
-from diffkv.kernels.triton.worklist import field_of, item_of, leaf_of_chain
 
 __all__ = ["attend_item"]
 

@@ -4,16 +4,16 @@ import triton
 import triton.language as tl
 
 from diffkv.kernels.triton.codes import rounded, sum_pointers
-from diffkv.kernels.triton.order import launch_dependents, wait
-from diffkv.kernels.triton.rotate import rotated
-from diffkv.kernels.triton.tile import centre_shift, load_query, tile_places, tile_scores
-from diffkv.kernels.triton.worklist import (
+from diffkv.kernels.triton.items import (
     field_of,
     item_of,
     item_of_row,
     list_start,
     num_items_of,
 )
+from diffkv.kernels.triton.order import launch_dependents, wait
+from diffkv.kernels.triton.rotate import rotated
+from diffkv.kernels.triton.tile import centre_shift, load_query, tile_places, tile_scores
 
 __all__ = ["finish_kernel", "recompute_kernel"]
 

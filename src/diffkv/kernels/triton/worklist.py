@@ -9,13 +9,6 @@ A chunk of an open row is a power of two and no larger than a leaf of a page tab
 named side by side: looking for the leaf of every page in the loop over them, whose loads then depend on
 each other three deep, makes attention slower.
 
-Closed rows are many, and about as long as a segment. How their pages are divided follows from the length
-of the chain alone, so that the list is made without a look at them: a chunk is a part of one row, or all
-that several have in a tier, and who attends to it looks up its leaves one by one. There may be little in
-it, or nothing.
-
-Low chunks are listed before high ones, for each tier has code of its own, about as much as a
-multiprocessor's nearest cache of instructions holds: programs side by side should run the same.
 """
 
 import math
@@ -23,27 +16,19 @@ import math
 import triton
 import triton.language as tl
 
+from diffkv.kernels.triton.closed import chain_chunks, list_chains
 from diffkv.kernels.triton.constants import chunk_shift, power_of_2
-from diffkv.kernels.triton.table import leaf_column, leaf_entry
+from diffkv.kernels.triton.items import LISTS, item_at, list_start, row_at
+from diffkv.kernels.triton.table import leaf_column
 from diffkv.layout import PageLayout
 
 __all__ = [
     "CHUNK_TOKENS",
-    "ITEM_FIELDS",
-    "LISTS",
     "MAX_CHUNKS",
-    "ROW_FIELDS",
-    "field_of",
-    "item_of",
-    "item_of_row",
-    "leaf_of_chain",
     "list_kernel",
-    "list_start",
     "most_chunk_pages",
     "most_chunks",
-    "most_closed_chunks",
     "most_items",
-    "num_items_of",
 ]
 
 MAX_CHUNKS = 64
@@ -55,30 +40,7 @@ CHUNK_TOKENS = 256
 CHUNK_ROOT = 3
 """A chunk has at least so many times the root of its head's tokens."""
 
-CHAIN_CHUNKS = 32
-"""Most chunks of a chain and tier: as many as one program can merge, and enough to fill a GPU."""
-
-SPLITS = (1, 4, 16)
-"""Most closed rows of a chain each of which is split in four, in three and in two: a request that is
-alone waits for the largest chunk. Where there are two tiers, high tokens are few, and not split."""
-
-ITEM_FIELDS = 6
-"""int32 fields of an item: row, its number, entry of the leaves with its first page, tokens, first tile
-whose probabilities are kept. Of closed rows: row, its number, place of the first one in the chains, how
-many, which part of each, and of how many."""
-
-LISTS = 4
-"""Lists of items, in the order in which they are worked on: low ones of closed rows, of open ones, and
-high ones likewise. Each has room for the most items of closed, or of open rows."""
-
-ROW_FIELDS = 4
-"""int32 fields of a row: number of the open row's first item, how many it has, and of closed rows."""
-
-_FIELDS = tl.constexpr(ITEM_FIELDS)
 _LISTS = tl.constexpr(LISTS)
-_ROW_FIELDS = tl.constexpr(ROW_FIELDS)
-_CHAIN_CHUNKS = tl.constexpr(CHAIN_CHUNKS)
-_IN_FOUR, _IN_THREE, _IN_TWO = (tl.constexpr(most) for most in SPLITS)
 _ROOT = tl.constexpr(CHUNK_ROOT)
 _MOST = tl.constexpr(MAX_CHUNKS)
 
@@ -86,11 +48,6 @@ _MOST = tl.constexpr(MAX_CHUNKS)
 def most_chunks(table: tuple[int, int]) -> int:
     """Most chunks of a head's open row, as a power of two; `table` is the directory's width and E."""
     return power_of_2(max(MAX_CHUNKS, table[0] + 2))
-
-
-def most_closed_chunks(layout: PageLayout, chain_width: int) -> int:
-    """Most chunks of a head's closed rows: a power of two, or 0 where there are no chains."""
-    return CHAIN_CHUNKS * len(layout.tiers) if chain_width else 0
 
 
 def most_chunk_pages(layout: PageLayout, table: tuple[int, int], tokens: int = CHUNK_TOKENS) -> int:
@@ -174,63 +131,6 @@ def _chunk_tiles(chunk, T: tl.constexpr, TILE: tl.constexpr):
     return tiles
 
 
-@triton.jit
-def _chain_chunks(length, TIERS: tl.constexpr):
-    """(chunks of the high tier, of all, rows of one, parts of a high row, of a low one), by length."""
-    rows = tl.maximum(tl.cdiv(length, _CHAIN_CHUNKS), 1)
-    parts = 1 + (length <= _IN_TWO).to(tl.int32)
-    parts += (length <= _IN_THREE).to(tl.int32) + (length <= _IN_FOUR).to(tl.int32)
-    groups = tl.cdiv(length, rows)
-    high_parts = parts
-    chunks = groups * parts
-    if len(TIERS) > 1:
-        high_parts = tl.zeros_like(parts) + 1
-        chunks += groups
-    return groups * high_parts, chunks, rows, high_parts, parts
-
-
-@triton.jit
-def list_start(LIST: tl.constexpr, room, closed_room):
-    """Where list number `LIST` begins: see `LISTS`."""
-    return closed_room * ((LIST + 1) // 2) + room * (LIST // 2)
-
-
-@triton.jit
-def _list_chains(
-    items_ptr,
-    list_at,
-    item,
-    row,
-    slot,
-    length,
-    room,
-    closed_room,
-    TIERS: tl.constexpr,
-    CHAIN_WIDTH: tl.constexpr,
-    CLOSED: tl.constexpr,
-):
-    """List the chunks of the closed rows of some rows, the first of which has number `item`.
-
-    Those of a row begin at `list_at`, (high ones, low ones).
-    """
-    high_chunks, chunks, rows, high_parts, low_parts = _chain_chunks(length, TIERS)
-    each = tl.arange(0, CLOSED)[None, :]
-    mask = each < chunks[:, None]
-    is_low = each >= high_chunks[:, None]
-    number = each - tl.where(is_low, high_chunks[:, None], 0)
-    parts = tl.where(is_low, low_parts[:, None], high_parts[:, None])
-    first_row = number // parts * rows[:, None]
-    high_at = list_start(2, room, closed_room) + list_at[0][:, None]
-    low_at = list_start(0, room, closed_room) + list_at[1][:, None]
-    at = items_ptr + (tl.where(is_low, low_at, high_at) + number) * _FIELDS
-    tl.store(at, row[:, None].broadcast_to(mask.shape), mask=mask)
-    tl.store(at + 1, item[:, None] + each, mask=mask)
-    tl.store(at + 2, slot[:, None] * CHAIN_WIDTH + first_row, mask=mask)
-    tl.store(at + 3, tl.minimum(length[:, None] - first_row, rows[:, None]), mask=mask)
-    tl.store(at + 4, number % parts, mask=mask)
-    tl.store(at + 5, parts, mask=mask)
-
-
 @triton.jit(do_not_specialize=["layer", "R_H", "programs", "room", "closed_room"])
 def list_kernel(
     slots_ptr,  # [R]
@@ -282,7 +182,7 @@ def list_kernel(
         )
         if CLOSED > 0:
             length = tl.load(chain_lens_ptr + slot, mask=slot >= 0, other=0)
-            high_chunks, chunks, _, _, _ = _chain_chunks(length, TIERS)
+            high_chunks, chunks, _, _, _ = chain_chunks(length, TIERS)
             first_closed_high += tl.sum(high_chunks)
             first_closed += tl.sum(chunks)
 
@@ -305,13 +205,13 @@ def list_kernel(
     closed_high = closed
     if CLOSED > 0:
         length = tl.load(chain_lens_ptr + slot, mask=slot >= 0, other=0)
-        closed_high, closed, _, _, _ = _chain_chunks(length, TIERS)
+        closed_high, closed, _, _, _ = chain_chunks(length, TIERS)
     closed_at = first_closed + tl.cumsum(closed, 0) - closed
-    row_at = row_items_ptr + row * _ROW_FIELDS
-    tl.store(row_at, item, mask=exists)
-    tl.store(row_at + 1, items, mask=exists)
-    tl.store(row_at + 2, room + closed_at, mask=exists)
-    tl.store(row_at + 3, closed, mask=exists)
+    fields = row_at(row_items_ptr, row)
+    tl.store(fields, item, mask=exists)
+    tl.store(fields + 1, items, mask=exists)
+    tl.store(fields + 2, room + closed_at, mask=exists)
+    tl.store(fields + 3, closed, mask=exists)
     if start + ROWS >= R_H:
         num_high = first_closed_high + tl.sum(closed_high)
         tl.store(num_items_ptr, first_closed + tl.sum(closed) - num_high)
@@ -321,7 +221,7 @@ def list_kernel(
         tl.store(num_items_ptr + _LISTS, programs)
     if CLOSED > 0:
         high_closed_at = first_closed_high + tl.cumsum(closed_high, 0) - closed_high
-        _list_chains(
+        list_chains(
             items_ptr, (high_closed_at, closed_at - high_closed_at), room + closed_at, row, slot,
             length, room, closed_room, TIERS, CHAIN_WIDTH, CLOSED,
         )  # fmt: skip
@@ -342,82 +242,9 @@ def list_kernel(
     leaf = tl.load(directory_ptr + head[:, None] * TABLE.width + column, mask=mask, other=0)
     high_at += list_start(3, room, closed_room)
     low_at += list_start(1, room, closed_room)
-    at = items_ptr + (tl.where(is_low, low_at[:, None], high_at[:, None]) + number) * _FIELDS
+    at = item_at(items_ptr, tl.where(is_low, low_at[:, None], high_at[:, None]) + number)
     tl.store(at, row[:, None].broadcast_to(mask.shape), mask=mask)
     tl.store(at + 1, item[:, None] + each, mask=mask)
     tl.store(at + 2, leaf * TABLE.entries + first_page % TABLE.entries, mask=mask)
     tl.store(at + 3, tl.minimum(left, pages * per_page), mask=mask)
     tl.store(at + 4, score_tile[:, None] + skipped, mask=mask)
-
-
-@triton.jit
-def item_of(items_ptr, at):
-    """(row, number, and the two fields that follow) of what is listed at a place: see `ITEM_FIELDS`."""
-    item_ptr = items_ptr + at * _FIELDS
-    return (
-        tl.load(item_ptr),
-        tl.load(item_ptr + 1),
-        tl.load(item_ptr + 2),
-        tl.load(item_ptr + 3),
-    )
-
-
-@triton.jit
-def field_of(items_ptr, at, FIELD: tl.constexpr):
-    """One field of what is listed at a place."""
-    return tl.load(items_ptr + at * _FIELDS + FIELD)
-
-
-@triton.jit
-def num_items_of(row_items_ptr, row):
-    """How many items a row has, of its open row and of closed ones."""
-    at = row_items_ptr + row * _ROW_FIELDS
-    return tl.load(at + 1) + tl.load(at + 3)
-
-
-@triton.jit
-def item_of_row(row_items_ptr, row, each):
-    """Items number `each` of a row, in the order in which they are merged."""
-    at = row_items_ptr + row * _ROW_FIELDS
-    num_open = tl.load(at + 1)
-    return each + tl.where(each < num_open, tl.load(at), tl.load(at + 2) - num_open)
-
-
-@triton.jit
-def leaf_of_chain(
-    chains_ptr,
-    num_tokens_ptr,
-    directory_ptr,
-    items_ptr,
-    at,
-    place,
-    page,
-    layer,
-    TIER: tl.constexpr,
-    TIERS: tl.constexpr,
-    L: tl.constexpr,
-    H: tl.constexpr,
-    TABLE: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """What an item has of a closed row, whose place in the chains is given, in one leaf from a page on.
-
-    Returns the head's row of the tables, the entry of the first page, how many tokens (maybe none), and
-    the place and page that follow. All is read again for every leaf, so that nothing of it takes
-    registers in the meantime.
-    """
-    T: tl.constexpr = TIERS[TIER]
-    head = field_of(items_ptr, at, 0) % H
-    part, parts = field_of(items_ptr, at, 4), field_of(items_ptr, at, 5)
-    row = (tl.load(chains_ptr + place) * L + layer) * H + head
-    kept = tl.load(num_tokens_ptr + row.to(tl.int64) * 2 + TIER)
-    filled = tl.maximum(tl.minimum(parts, tl.cdiv(kept, TOKENS)), 1)
-    each = tl.cdiv(tl.cdiv(kept, T.tokens), filled)
-    page = tl.maximum(page, part * each)
-    end = tl.minimum(kept, (part + 1) * each * T.tokens)
-    next_page = (page // TABLE.entries + 1) * TABLE.entries
-    num_tokens = tl.minimum(end, next_page * T.tokens) - page * T.tokens
-    entry = leaf_entry(directory_ptr, row, page, num_tokens > 0, TIER, TABLE)
-    is_last = next_page * T.tokens >= end
-    next_page = tl.where(is_last, 0, next_page)
-    return row, entry, num_tokens, place + is_last.to(tl.int32), next_page
