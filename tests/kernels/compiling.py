@@ -210,6 +210,7 @@ def cases(
     recomputed = {**grouped, **products, **tables, "PDL": True}
     tuning = workspace.Tuning()
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
+    launch["maxnreg"] = tuning.max_registers
     counted = {**tables, "TABLE": table, "TIERS": tiers, **overlapping, "B": 1024, "SCAN": 1024}
     gathered = {**paged, **centred, **overlapping, "D": head_dim, "D_PADDED": padded}
     gathered |= {"STARTS": 64, "B": gather.READ_TILES * vectors}

@@ -39,7 +39,7 @@ class Tuning:
         num_stages: tiles in flight.
         programs: per multiprocessor.
         tile: tokens of a tile, a power of two of at least 16; None: by head_dim.
-        max_registers: registers of a thread; None: the compiler's choice.
+        max_registers: registers of a thread, at most; left to itself, the compiler may rather spill.
         fast: convert codes with `prmt`, which the interpreter does not know.
         score_tiles: tiles of one layer whose probabilities are kept between the passes; those of
             further tiles are computed twice. None: a share of the pool.
@@ -50,7 +50,7 @@ class Tuning:
     num_stages: int = 3
     programs: int = 8
     tile: int | None = None
-    max_registers: int | None = None
+    max_registers: int = 255
     fast: bool = True
     score_tiles: int | None = None
     chunk_tokens: int = CHUNK_TOKENS
