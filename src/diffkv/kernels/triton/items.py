@@ -1,7 +1,7 @@
 """What is listed for attention: an item for each chunk, in lists of one kind each.
 
-Low chunks are listed before high ones, for each tier has code of its own, about as much as a
-multiprocessor's nearest cache of instructions holds: programs side by side should run the same.
+Low chunks are listed before high ones: each tier has code of its own, about 10 KB for its loop alone,
+and programs side by side should run the same, or they read it anew all the time.
 """
 
 import triton
