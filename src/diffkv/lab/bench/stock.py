@@ -116,12 +116,13 @@ def _blocks(
 
 def _vllm_cpu(query: Tensor, tokens: Tokens, scale: float, kv_dtype: str) -> Made:
     """vLLM's CPU kernel over blocks in random order, called as its CPU backend does."""
-    import vllm._C  # noqa: F401, registers the operations
     from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     from diffkv.vllm_plugin.worker.prefill import may_use
 
+    current_platform.import_kernels()  # registers operations: those that this processor can run
     dtype, (_, heads, head_dim) = query.dtype, tokens.key.shape
     isa = _get_attn_isa(dtype, CPU_BLOCK_TOKENS, head_dim, kv_dtype)
     if not may_use(isa):
