@@ -20,7 +20,7 @@ from diffkv.kernels.check import (
     check_tensor,
 )
 from diffkv.kernels.triton.chunk import attend_item
-from diffkv.kernels.triton.closed import CHAIN_CHUNKS, most_closed_chunks
+from diffkv.kernels.triton.closed import most_closed_chunks
 from diffkv.kernels.triton.constants import DTYPES, MIN_COLUMNS, cdiv, power_of_2, tile_tokens
 from diffkv.kernels.triton.finish import finish_kernel, recompute_kernel
 from diffkv.kernels.triton.items import ITEM_FIELDS, LISTS, ROW_FIELDS, list_start
@@ -220,8 +220,8 @@ class _Scratch(NamedTuple):
         most_rows = most_requests * state.num_kv_heads
         pages = _most_pages(state, most_rows)
         room = most_items(state.layout, most_rows, pages, _table(state), work.tuning.chunk_tokens)
-        closed_room = most_rows * (CHAIN_CHUNKS if state.chain_width else 0)
-        num = room + closed_room * len(state.layout.tiers)
+        most_closed = most_rows * most_closed_chunks(state.layout, state.chain_width)
+        num, closed_room = room + most_closed, most_closed // len(state.layout.tiers)
         dtype = f32 if state.dtype is f32 else torch.float16
         tile_bytes = group * (tile * dtype.itemsize + f32.itemsize)
         tiles, keeps_all = _score_tiles(state, work, most_rows, tile, tile_bytes)
@@ -294,8 +294,8 @@ def attend(
         state, layer, slots, (items, row_items, num_items), (*rooms, programs), query, turned, rotation,
         new, {"MAX": chunks, "CLOSED": closed, **tiles, **tables},
     )  # fmt: skip
-    columns = {"G": group, "GROUP": max(MIN_COLUMNS, group_padded)}
-    shared = {**columns, "PAGE": state.layout.page_bytes, **tiles}
+    paged = {"G": group, "PAGE": state.layout.page_bytes, **tiles}
+    shared = {"GROUP": max(MIN_COLUMNS, group_padded), **paged}
     products, scale = _products(state, tuning.fast), scale * LOG2_E
     launch(
         _attend_kernel, (programs,),
@@ -308,9 +308,8 @@ def attend(
         finish_kernel, (rows * group + _finishers(state, work, rows * chunks),),
         output, state.pages, state.leaves, items, num_items, row_items, partial, lse, probs, most,
         rotation.signs, rotation.norm, score_tiles, rows * group, *rooms,
-        G=group, HEADS=group_padded, PAGE=state.layout.page_bytes, D=head_dim,
-        D_PADDED=power_of_2(head_dim), num_warps=1, num_stages=2,
-        **tiles, **rotation.constants,
+        HEADS=group_padded, D=head_dim, D_PADDED=power_of_2(head_dim), num_warps=1, num_stages=2,
+        **paged, **rotation.constants,
     )  # fmt: skip
     if not keeps_all:
         launch(

@@ -10,6 +10,7 @@ from diffkv.kernels.triton.items import (
     item_of_row,
     list_start,
     num_items_of,
+    open_list,
 )
 from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.rotate import rotated
@@ -182,28 +183,23 @@ def finish_kernel(
     """The first programs merge a query head each, the others go through open rows' items again."""
     wait(PDL)
     launch_dependents(PDL)
-    HIGH: tl.constexpr = TIERS[0]
-    LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     pid = tl.program_id(0)
     if pid < num_heads:
         _merge(
             pid, output_ptr, partial_ptr, lse_ptr, row_items_ptr, signs_ptr, norm, G, D, D_PADDED,
             BLOCK, ROTATED,
         )  # fmt: skip
-    elif HIGH.tracked:
+    else:
         first = pid - num_heads
         step = tl.num_programs(0) - num_heads
-        for item in range(first, tl.load(num_items_ptr + 3), step):
-            _add_kept(
-                list_start(3, room, closed_room) + item, items_ptr, row_items_ptr, lse_ptr, pages_ptr,
-                leaves_ptr, probs_ptr, most_ptr, score_tiles, HIGH, G, HEADS, PAGE, TILE,
-            )  # fmt: skip
-        if len(TIERS) > 1 and LOW.tracked:
-            for item in range(first, tl.load(num_items_ptr + 1), step):
-                _add_kept(
-                    list_start(1, room, closed_room) + item, items_ptr, row_items_ptr, lse_ptr,
-                    pages_ptr, leaves_ptr, probs_ptr, most_ptr, score_tiles, LOW, G, HEADS, PAGE, TILE,
-                )  # fmt: skip
+        for tier in tl.static_range(len(TIERS)):
+            if TIERS[tier].tracked:
+                start = list_start(open_list(tier), room, closed_room)
+                for item in range(first, tl.load(num_items_ptr + open_list(tier)), step):
+                    _add_kept(
+                        start + item, items_ptr, row_items_ptr, lse_ptr, pages_ptr, leaves_ptr,
+                        probs_ptr, most_ptr, score_tiles, TIERS[tier], G, HEADS, PAGE, TILE,
+                    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["score_tiles", "layer", "room", "closed_room"])
@@ -236,22 +232,15 @@ def recompute_kernel(
     PDL: tl.constexpr,
 ):
     """Significance of the items whose probabilities were not kept; usually there are none."""
-    HIGH: tl.constexpr = TIERS[0]
-    LOW: tl.constexpr = TIERS[len(TIERS) - 1]
     wait(PDL)
     first = tl.program_id(0)
     step = tl.num_programs(0)
-    if HIGH.tracked:
-        for item in range(first, tl.load(num_items_ptr + 3), step):
-            _add_recomputed(
-                list_start(3, room, closed_room) + item, items_ptr, row_items_ptr, lse_ptr,
-                slots_ptr, centres_ptr, q_ptr, pages_ptr, leaves_ptr, scale, score_tiles, layer,
-                HIGH, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
-            )  # fmt: skip
-    if len(TIERS) > 1 and LOW.tracked:
-        for item in range(first, tl.load(num_items_ptr + 1), step):
-            _add_recomputed(
-                list_start(1, room, closed_room) + item, items_ptr, row_items_ptr, lse_ptr,
-                slots_ptr, centres_ptr, q_ptr, pages_ptr, leaves_ptr, scale, score_tiles, layer,
-                LOW, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
-            )  # fmt: skip
+    for tier in tl.static_range(len(TIERS)):
+        if TIERS[tier].tracked:
+            start = list_start(open_list(tier), room, closed_room)
+            for item in range(first, tl.load(num_items_ptr + open_list(tier)), step):
+                _add_recomputed(
+                    start + item, items_ptr, row_items_ptr, lse_ptr, slots_ptr, centres_ptr, q_ptr,
+                    pages_ptr, leaves_ptr, scale, score_tiles, layer,
+                    TIERS[tier], L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
+                )  # fmt: skip

@@ -17,6 +17,7 @@ __all__ = [
     "item_of_row",
     "list_start",
     "num_items_of",
+    "open_list",
     "row_at",
 ]
 
@@ -40,6 +41,12 @@ _ROW_FIELDS = tl.constexpr(ROW_FIELDS)
 def list_start(LIST: tl.constexpr, room, closed_room):
     """Where list number `LIST` begins: see `LISTS`."""
     return closed_room * ((LIST + 1) // 2) + room * (LIST // 2)
+
+
+@triton.jit
+def open_list(TIER: tl.constexpr):
+    """Number of a tier's list of open rows; that of closed ones is before it."""
+    return 3 - 2 * TIER
 
 
 @triton.jit
