@@ -68,6 +68,27 @@ def test_header_flags_and_sources_are_in_the_key(small_build, compiles, monkeypa
     assert len(compiles) == 4
 
 
+def test_prelude_is_compiled_once(small_build):
+    def folders() -> list[Path]:
+        return sorted(small_build.glob("prelude-*"))
+
+    text = SOURCE.replace("ANSWER", "PRELUDE")
+    (build.SOURCES / "small.cpp").write_text(
+        f'#include "constants.h"\n#include "prelude.h"\n{text}'
+    )
+    (build.SOURCES / build.PRELUDE).write_text("#pragma once\n#define PRELUDE 40 + ANSWER\n")
+    assert answer("#define ANSWER 1\n") == 41
+    assert answer("#define ANSWER 2\n") == 42
+    (made,) = folders()
+    assert {file.name for file in made.iterdir()} == {"prelude.h", "prelude.h.gch"}
+
+    (made / "prelude.h.gch").unlink()  # as by a compiler that cannot take it
+    assert answer("#define ANSWER 3\n") == 43
+    (build.SOURCES / build.PRELUDE).write_text("#pragma once\n#define PRELUDE 50 + ANSWER\n")
+    assert answer("#define ANSWER 1\n") == 51
+    assert len(folders()) == 2
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped"])
 def test_damaged_library_is_rebuilt(small_build, compiles, damage):
     answer()
