@@ -1,6 +1,7 @@
 """The table of what goes with DiffKV: its page, its tests, its refusals."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ def vllm_config(**changes):
             "is_encoder_decoder": False,
             "runner_type": "generate",
             "disable_sliding_window": False,
+            "hf_config": SimpleNamespace(),
             "hf_text_config": SimpleNamespace(sliding_window=None),
             "is_mm_prefix_lm": False,
             "enable_sleep_mode": False,
@@ -103,6 +105,9 @@ REFUSALS = {
     "sleep mode": {"enable_sleep_mode": True},
     "pipeline parallelism": {"pipeline_parallel_size": 2},
     "context parallelism": {"decode_context_parallel_size": 2},
+    "int4 weights, on a CPU without AVX-512": {
+        "hf_config": SimpleNamespace(quantization_config={"quant_method": "awq", "bits": 4})
+    },
     "expert parallelism on CPUs": {"enable_expert_parallel": True},
     "micro-batches (--enable-dbo)": {"use_ubatching": True},
     **{
@@ -136,7 +141,8 @@ def test_every_predicate_is_tested():
 
 
 @pytest.mark.parametrize("feature", REFUSALS)
-def test_refusals(feature):
+def test_refusals(feature, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: False)
     (row,) = (row for row in MATRIX if row.feature == feature)
     with pytest.raises(ConfigError) as refused:
         matrix.refuse(vllm_config(**REFUSALS[feature]))
@@ -146,6 +152,16 @@ def test_refusals(feature):
     assert "\n" not in line and "{" not in line
     if feature == "kv_cache_dtype other than auto":
         assert "--kv-cache-dtype fp8" in line
+
+
+@pytest.mark.parametrize(("bits", "refused"), [(4, True), (8, False)])
+def test_int4_of_compressed_tensors(bits, refused, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: False)
+    groups = {"group_0": {"weights": {"num_bits": bits}}}
+    quantised = {"quant_method": "compressed-tensors", "config_groups": groups}
+    config = vllm_config(hf_config=SimpleNamespace(quantization_config=quantised))
+    with pytest.raises(ConfigError, match="int4") if refused else nullcontext():
+        matrix.refuse(config)
 
 
 @pytest.mark.parametrize("name", [row.layer_argument for row in MATRIX if row.layer_argument])

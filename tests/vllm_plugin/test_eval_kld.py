@@ -1,6 +1,7 @@
 """`diffkv eval --suite kld --engine vllm`, and the answers that `diffkv demo` shows."""
 
 import pytest
+import torch
 
 from diffkv.cli import demo, main
 from diffkv.cli.engine_options import model_folder
@@ -13,6 +14,8 @@ from diffkv.vllm_plugin.options import Options
 
 COMMAND = ["eval", "--suite", "kld", "--engine", "vllm", "--steps", "16", "--num-texts", "3"]
 CACHES = ["--against", "bf16,fp8,k16v16,int8_per_token_head", "--batch-size", "4", "--json"]
+HAS_FP8 = torch.cpu._is_avx512_supported()
+"""vLLM has no fp8 cache on a CPU without AVX-512, and says so."""
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,8 @@ def test_caches_are_compared_on_the_same_texts(rows):
     rows = dict(rows)
     assert rows.pop("int8_per_token_head").error.startswith("vLLM has no such cache on a CPU")
     assert list(rows) == ["bf16", "fp8", "k16v16", "k4v2"]
+    if not HAS_FP8:
+        assert "requires x86 with AVX-512" in rows.pop("fp8").error
     found = {name: scores(row) for name, row in rows.items()}
     assert {len(cells) for cells in found.values()} == {4}  # all texts, and three lengths
     every = {name: cells[0] for name, cells in found.items()}
@@ -39,7 +44,9 @@ def test_caches_are_compared_on_the_same_texts(rows):
     assert kld["k16v16"] <= 1e-6 < kld["bf16"] < kld["k4v2"]
     assert (every["k16v16"].first_divergence, every["k16v16"].diverged) == (16, 0)
     ratio = {name: cell.ratio_bf16 for name, cell in every.items()}
-    assert 0.4 < ratio["k16v16"] < 0.5 < ratio["bf16"] <= 1 < ratio["fp8"] <= 2 < ratio["k4v2"]
+    assert (
+        0.4 < ratio["k16v16"] < 0.5 < ratio["bf16"] <= 1 < ratio.get("fp8", 2) <= 2 < ratio["k4v2"]
+    )
 
 
 def test_a_second_run_measures_nothing_twice(rows, results, capsys, monkeypatch):
@@ -47,11 +54,11 @@ def test_a_second_run_measures_nothing_twice(rows, results, capsys, monkeypatch)
     monkeypatch.setattr("diffkv.lab.evaluation.vllm_kld._read_full", None)
     before = results.read_text()
 
-    known = ["--against", "bf16,fp8,k16v16", "--batch-size", "4", "--json", "--quant", "k4v2"]
+    known = ["--against", "bf16,k16v16", "--batch-size", "4", "--json", "--quant", "k4v2"]
     assert main([*COMMAND, *known, "--out", str(results), "--resume"]) == 0
 
     printed = [lab_rows.Row.parse(line) for line in capsys.readouterr().out.splitlines()]
-    assert printed == [row for row in rows.values() if row.error is None]
+    assert printed == [rows[name] for name in ("bf16", "k16v16", "k4v2")]
     assert results.read_text() == before
 
 

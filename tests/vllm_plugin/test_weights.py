@@ -23,6 +23,9 @@ ABOUT_AS_LIKELY = 0.5
 """In nats: eight steps of bfloat16 for a logit of 8 to 16. Half of all steps have a wider margin."""
 ALWAYS_SAME = 8
 """Tokens at the beginning of each answer, where nothing but the cache's sums is rounded differently."""
+INT4 = ("gptq", "awq")
+HAS_INT4 = torch.cpu._is_avx512_supported()
+"""vLLM's CPU build without AVX-512 has no kernel for them."""
 
 
 def partings(stock: Sequence[Answer], ours: Sequence[Answer]) -> list[tuple[int, float]]:
@@ -37,7 +40,15 @@ def partings(stock: Sequence[Answer], ours: Sequence[Answer]) -> list[tuple[int,
     return found
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=pytest.mark.skipif(name in INT4 and not HAS_INT4, reason="needs AVX-512")
+        )
+        for name in FORMATS
+    ],
+)
 def test_format_is_served_as_by_stock(name: str, tmp_path: Path) -> None:
     model = make_quantised("llama3", name, tmp_path, getattr(torch, DTYPES[name]))
     args = arguments(model, dtype=DTYPES[name])
@@ -62,7 +73,7 @@ def test_format_is_served_as_by_stock(name: str, tmp_path: Path) -> None:
         pytest.param(
             "qwen3_moe",
             "awq",
-            "No WNA16 MoE backend",
+            "No WNA16 MoE backend" if HAS_INT4 else "int4 weights, on a CPU without AVX-512",
             id="awq experts",
             marks=pytest.mark.skipif(
                 torch.cpu._is_amx_tile_supported(), reason="vLLM runs them on a CPU with AMX"
@@ -82,3 +93,16 @@ def test_what_vllm_cannot_run_on_a_cpu_is_one_line(
     with pytest.raises(ConfigError, match=words) as refused, engine("k16v16", **args):
         pass
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_int4_without_avx512_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: False)
+    args = arguments(make_quantised("llama3", name, tmp_path, torch.float16), dtype="float16")
+    with (
+        pytest.raises(ConfigError, match="int4 weights, on a CPU without AVX-512: "),
+        engine("k16v16", **args),
+    ):
+        pass

@@ -3,7 +3,10 @@
 Nothing here imports vLLM. `python tools/support_matrix.py` writes the page anew.
 """
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import layers
@@ -37,6 +40,18 @@ def _has_context_parallelism(config: Any) -> bool:
 def _has_experts_on_cpus(config: Any) -> bool:
     on_cpu = config.device_config.device_type == "cpu"
     return on_cpu and bool(config.parallel_config.enable_expert_parallel)
+
+
+def _has_int4_without_avx512(config: Any) -> bool:
+    if config.device_config.device_type != "cpu" or torch.cpu._is_avx512_supported():
+        return False
+    quantised = getattr(config.model_config.hf_config, "quantization_config", None)
+    if not isinstance(quantised, Mapping):
+        return False
+    if quantised.get("quant_method") in ("gptq", "awq"):
+        return True
+    groups = (quantised.get("config_groups") or {}).values()
+    return any((group.get("weights") or {}).get("num_bits") == 4 for group in groups)
 
 
 def _has_another_connector(config: Any) -> bool:
@@ -232,6 +247,13 @@ MATRIX = (
             (f"{TESTS}test_weights.py::test_what_vllm_cannot_run_on_a_cpu_is_one_line",),
         )
         for name in ("quantising to FP8 while loading, on a CPU", "AWQ experts, on a CPU without AMX")
+    ),
+    Row(
+        "weights", "int4 weights, on a CPU without AVX-512", REFUSED,
+        "vLLM itself has no kernel for them there, and ends at the first request",
+        "run it on a GPU or a CPU with AVX-512, or take another weight format",
+        (f"{TESTS}test_weights.py::test_int4_without_avx512_is_refused", *REFUSALS),
+        _has_int4_without_avx512,
     ),
     Row("weights", "float32, bfloat16", WORKS, "", "", (*FAMILIES, *_WEIGHTS)),
     *_FEATURES,
