@@ -14,7 +14,7 @@ from diffkv.quant import QuantConfig
 
 def diffkv(*arguments):
     command = [sys.executable, "-m", "diffkv", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def layout_json(capsys, *arguments):
@@ -183,7 +183,7 @@ def test_no_engine_is_imported_for_a_table(arguments):
         "print(sorted({'torch', 'vllm', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", script, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
 
 

@@ -230,7 +230,7 @@ def test_no_compiler(tmp_path: Path) -> None:
     environment = {**os.environ, "CXX": "/nonexistent", "DIFFKV_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "diffkv", "generate", *PROMPT]
     result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert result.returncode == 2
     assert "Traceback" not in result.stderr

@@ -15,7 +15,7 @@ TURN = re.compile(r"turn \d: a prompt of (\d+) tokens, (\d+) of them cached; .* 
 
 def run(name: str, *arguments: str) -> list[str]:
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

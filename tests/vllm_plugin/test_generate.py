@@ -54,7 +54,7 @@ def check_arithmetic(cache: dict[str, Any]) -> None:
 @pytest.fixture(scope="class")
 def process() -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "diffkv", "generate", "--compare", "--json"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.fixture(scope="class")

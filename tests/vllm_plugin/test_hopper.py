@@ -40,7 +40,7 @@ MAMBA = states("MambaMixer2", "Mamba2")
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(Path(__file__).with_name("hopper.py")), *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ class TestServer:
         example = Path(__file__).parents[2] / "examples" / "client.py"
         done = subprocess.run(
             [sys.executable, str(example), f"{server.url}/v1"],
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("k92 v1 k252 v99") == 2
