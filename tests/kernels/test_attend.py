@@ -127,25 +127,32 @@ def test_layouts(kernels, quant, head_dim, dtype, group):
     check(kernels, filled(kernels, quant, [37, 17, 70], head_dim, dtype), [2, -1, 0, 1], group)
 
 
-@pytest.mark.parametrize(("quant", "head_dim", "dtype", "group"), LAYOUTS[::4])
+@pytest.mark.parametrize(("quant", "head_dim", "dtype", "group"), LAYOUTS[1::7])
 def test_layouts_without_sums(kernels, quant, head_dim, dtype, group):
     state = filled(kernels, quant, [37, 17, 70], head_dim, dtype, drops=False)
     check(kernels, state, [2, -1, 0, 1], group)
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 9, 16])
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 8, 9, 16])
 def test_groups(kernels, group):
     check(kernels, filled(kernels, "k8v4-k4v2", [50, 21]), [1, 0], group)
 
 
-@pytest.mark.parametrize("head_dim", [8, 72, 80, 96, 128, 256])
-@pytest.mark.parametrize("quant", ["k8v4-k4v2", "k8v2g1x4-k2v1g4x2"])
+@pytest.mark.parametrize(
+    ("quant", "head_dim"),
+    zip(["k8v4-k4v2", "k8v2g1x4-k2v1g4x2"] * 3, [80, 8, 96, 72, 128, 256], strict=True),
+)
 def test_head_dims(kernels, quant, head_dim):
     check(kernels, filled(kernels, quant, [45], head_dim), [0, -1], 4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quant", ["k16v16", "k16v4-k4v1", "k8v8"])
+@pytest.mark.parametrize(
+    ("quant", "dtype"),
+    [
+        *(("k16v16", dtype) for dtype in DTYPES),
+        *zip(["k8v8", "k16v4-k4v1"], DTYPES[1:], strict=True),
+    ],
+)
 def test_dtypes(backend, quant, dtype):
     check(backend, filled(backend, quant, [61, 3, 17], 80, dtype), [2, 0, 1], 3)
 
@@ -167,7 +174,7 @@ def test_tile_boundary(kernels, num):
     check(kernels, state, [0], 2)
 
 
-@pytest.mark.parametrize("page_bytes", [1024, 2048, 6784])
+@pytest.mark.parametrize("page_bytes", [1024, 6784])
 def test_any_number_of_tokens_per_page(kernels, page_bytes):
     state = filled(kernels, "k8v4-k4v2", [75, 9], 128, page_bytes=page_bytes)
     check(kernels, state, [0, 1], 4)

@@ -57,8 +57,9 @@ def no_lse(*args):
     whole_prefill(*args)
 
 
-@pytest.mark.parametrize("prefill", [whole_prefill, no_lse])
-@pytest.mark.parametrize("quant", ["k8v4-k4v2", "k8v8g1x2-k4v1"])
+@pytest.mark.parametrize(
+    ("quant", "prefill"), [("k8v8g1x2-k4v1", whole_prefill), ("k8v4-k4v2", no_lse)]
+)
 def test_requests_come_and_go(triton, quant, prefill):
     """Prompts whole and in chunks, some ending with a segment, in slots that were used before."""
     torch.manual_seed(0)

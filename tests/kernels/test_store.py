@@ -14,8 +14,10 @@ from diffkv.pool import check_invariants
 QUANTS = ("k8v4-k4v2", "k16v16", "k8v2-k2v1g1x4", "k16v8-k4v4g4x2", "k1v1")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize(
+    ("quant", "dtype"),
+    [*zip(QUANTS, [DTYPES[1], *DTYPES, DTYPES[1]], strict=True), ("k16v16", DTYPES[1])],
+)
 def test_ragged_requests(kernels, quant, dtype):
     pair = Pair(kernels, make_state(quant, dtype=dtype, num_layers=2, num_slots=5))
     pair.store([3, 0, -1, 4], [37, 1, 60, 20], layer=1)
@@ -25,7 +27,7 @@ def test_ragged_requests(kernels, quant, dtype):
     check_invariants(pair.state)
 
 
-@pytest.mark.parametrize("head_dim", [72, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [72, 96, 256])
 def test_head_dims(kernels, head_dim):
     pair = Pair(kernels, make_state("k8v4-k4v2", head_dim))
     pair.store([1], [45])
