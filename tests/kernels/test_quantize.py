@@ -105,10 +105,11 @@ def test_round_trip_error_is_half_a_step(backend, groups):
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_few_bits_have_no_bias(backend, bits, groups):
     """A group's mean stays, and so does its length along itself: to a thousandth of its range."""
-    x = torch.randn(500, 128) * torch.logspace(-2, 3, 500)[:, None] + torch.randn(500, 1)
+    num = 50 if backend.is_slow else 500
+    x = torch.randn(num, 128) * torch.logspace(-2, 3, num)[:, None] + torch.randn(num, 1)
     back = backend.dequantize(*backend.quantize(x, bits, groups), bits, torch.float32)
 
-    x, back = x.view(500, groups, -1), back.view(500, groups, -1)
+    x, back = x.view(num, groups, -1), back.view(num, groups, -1)
     span = x.amax(-1) - x.amin(-1)
     offset = x.abs().amax(-1) * 2**-10  # what rounding zero to float16 moves all elements by
     assert ((x.mean(-1) - back.mean(-1)).abs() <= span * 1e-3 + offset).all()

@@ -51,8 +51,9 @@ def test_by_hand(backend):
     ]
 
 
-@pytest.mark.parametrize("most", [0, 1, 4])
-@pytest.mark.parametrize("quant", ["k8v4-k4v2", "k8v4", "k16v16-k4v1"])
+@pytest.mark.parametrize(
+    ("quant", "most"), [("k8v4-k4v2", 0), ("k8v4-k4v2", 4), ("k8v4", 4), ("k16v16-k4v1", 1)]
+)
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (3, 5)])
 def test_as_the_reference(kernels, quant, layers, heads, most):
     """Of rows of many lengths, also around the ends of pages."""
