@@ -1,6 +1,6 @@
 """What vLLM makes of an engine on a GPU, up to the allocation of its KV memory, without a GPU.
 
-    python tests/vllm_plugin/hopper.py gemma3 --quant k8v4-k4v2    # one line of JSON
+    python tests/vllm_plugin/hopper.py gemma3 llama4 --quant k8v4-k4v2    # a line of JSON for each
 
 A process that took its platform for a CPU, so that all modules are there, goes on with vLLM's CUDA
 platform and the compute capability of a Hopper GPU. Backends are imported after that, with empty modules
@@ -28,6 +28,7 @@ import vllm.model_executor.model_loader.utils as model_loader
 import vllm.platforms
 from checkpoints import FAMILIES, make
 from vllm.config import KVTransferConfig, get_layers_from_vllm_config, set_current_vllm_config
+from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms.interface import DeviceCapability
@@ -87,8 +88,6 @@ def become_a_gpu() -> None:
 
 def build(config: Any, folder: str) -> list[Any]:
     """A model's attention layers, of random weights."""
-    from vllm.distributed import parallel_state
-
     with set_current_vllm_config(config):
         place = f"file://{folder}/rendezvous"
         parallel_state.init_distributed_environment(1, 0, place, 0, "gloo")
@@ -142,33 +141,40 @@ def describe(config: Any, layers: list[Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Describe one engine."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("family", choices=FAMILIES)
-    parser.add_argument("--quant", default="k16v16")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--attention-backend", help="in place of the backend for a kind of layers")
-    args = parser.parse_args()
-    become_a_gpu()
+def describe_family(family: str, args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Make a checkpoint, and describe its engine."""
     ours = engine_args(args.quant)
     ours["kv_transfer_config"] = KVTransferConfig(**ours["kv_transfer_config"])
     if args.attention_backend:
         del ours["attention_config"]
         ours["attention_backend"] = args.attention_backend
+    model = make(family, Path(folder, family), getattr(torch, args.dtype))
+    config = EngineArgs(
+        model=str(model),
+        dtype=args.dtype,
+        max_model_len=1024,
+        max_num_seqs=8,
+        kv_cache_memory_bytes=KV_BYTES,
+        enable_prefix_caching=False,
+        **ours,
+    ).create_engine_config()
+    described = describe(config, build(config, folder))
+    parallel_state.destroy_model_parallel()  # the next model's groups may be others
+    return described
+
+
+def main() -> None:
+    """Describe engines, one for each family, in one process: it takes long to start."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("families", choices=FAMILIES, nargs="+")
+    parser.add_argument("--quant", default="k16v16")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--attention-backend", help="in place of the backend for a kind of layers")
+    args = parser.parse_args()
+    become_a_gpu()
     with tempfile.TemporaryDirectory() as folder:
-        model = make(args.family, Path(folder), getattr(torch, args.dtype))
-        config = EngineArgs(
-            model=str(model),
-            dtype=args.dtype,
-            max_model_len=1024,
-            max_num_seqs=8,
-            kv_cache_memory_bytes=KV_BYTES,
-            enable_prefix_caching=False,
-            **ours,
-        ).create_engine_config()
-        layers = build(config, folder)
-        print(json.dumps(describe(config, layers)), flush=True)
+        for family in args.families:
+            print(json.dumps(describe_family(family, args, folder)), flush=True)
     os._exit(0)  # no group of processes to take leave of
 
 
