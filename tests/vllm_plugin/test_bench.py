@@ -13,7 +13,7 @@ from diffkv.lab.bench.child import Child, in_turn
 from diffkv.lab.bench.engine import Job, _drive
 from diffkv.lab.rows import Row
 
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 900
 
 
 def bench(folder: Path, *arguments: str) -> list[Row]:
