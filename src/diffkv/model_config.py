@@ -13,7 +13,7 @@ from typing import Any
 
 from diffkv.quant import ConfigError
 
-__all__ = ["FULL", "ModelConfig", "stored_weight_bytes"]
+__all__ = ["FULL", "ModelConfig", "stored_weight_bytes", "weight_formats"]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 QKV_BIAS_MODELS = ("qwen2", "qwen2_moe")
@@ -221,21 +221,35 @@ def _weight_bits(quantization: Any, dtype_bits: int, name: str) -> tuple[int, in
     """(bits of a weight, weights of a group) from a quantization_config."""
     if not quantization:
         return dtype_bits, 0
+    formats = weight_formats(quantization)
+    if formats:
+        return max(formats, key=lambda each: each[0])
     method = str(quantization.get("quant_method", ""))
-    if method in ("gptq", "awq", "gptq_marlin", "awq_marlin"):
-        return int(quantization.get("bits", 4)), max(0, int(quantization.get("group_size", 128)))
-    if method in ("fp8", "fbgemm_fp8"):
-        return 8, 0
-    if method == "compressed-tensors":
-        groups = quantization.get("config_groups") or {}
-        weights = [group.get("weights") or {} for group in groups.values()]
-        if weights and all("num_bits" in each for each in weights):
-            widest = max(weights, key=lambda each: int(each["num_bits"]))
-            return int(widest["num_bits"]), max(0, int(widest.get("group_size") or 0))
     raise ConfigError(
         f"config.json of {name} has weights quantised by {method or 'an unnamed method'}: their size "
         f"is known for gptq, awq, fp8 and compressed-tensors"
     )
+
+
+def weight_formats(quantization: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(bits of a weight, weights of a group) of each kind of weights; empty where they are not known.
+
+    Args:
+        quantization: `quantization_config` of a config.json.
+    """
+    method = str(quantization.get("quant_method", ""))
+    if method in ("gptq", "awq", "gptq_marlin", "awq_marlin"):
+        return [
+            (int(quantization.get("bits", 4)), max(0, int(quantization.get("group_size", 128))))
+        ]
+    if method in ("fp8", "fbgemm_fp8"):
+        return [(8, 0)]
+    if method == "compressed-tensors":
+        groups = quantization.get("config_groups") or {}
+        weights = [group.get("weights") or {} for group in groups.values()]
+        if all("num_bits" in each for each in weights):
+            return [(int(w["num_bits"]), max(0, int(w.get("group_size") or 0))) for w in weights]
+    return []
 
 
 def stored_weight_bytes(folder: Path) -> int | None:

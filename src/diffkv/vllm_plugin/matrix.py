@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from diffkv.model_config import weight_formats
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin import layers
 from diffkv.vllm_plugin.matrix_models import MODELS
@@ -46,12 +47,9 @@ def _has_int4_without_avx512(config: Any) -> bool:
     if config.device_config.device_type != "cpu" or torch.cpu._is_avx512_supported():
         return False
     quantised = getattr(config.model_config.hf_config, "quantization_config", None)
-    if not isinstance(quantised, Mapping):
-        return False
-    if quantised.get("quant_method") in ("gptq", "awq"):
-        return True
-    groups = (quantised.get("config_groups") or {}).values()
-    return any((group.get("weights") or {}).get("num_bits") == 4 for group in groups)
+    return isinstance(quantised, Mapping) and any(
+        bits == 4 for bits, _ in weight_formats(quantised)
+    )
 
 
 def _has_another_connector(config: Any) -> bool:
