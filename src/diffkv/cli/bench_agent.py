@@ -47,9 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_thresholds(parser)
     parser.add_argument(
-        "--segment", type=int, help="tokens after which a prompt is decided, as of diffkv serve"
-    )
-    parser.add_argument(
         "--scale", type=positive, default=SCALE,
         help="what the lengths of traces of agents are divided by (default: %(default)s)",
     )  # fmt: skip
@@ -108,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         )
         is_right = True
         if args.check:
-            (exact,) = options_by_quant(args, [agent.EXACT], segment=args.segment)
+            (exact,) = options_by_quant(args, [agent.EXACT])
             is_right = agent.check(engine, chats, load, max(budgets), exact, writer, facts)
         settings = agent.compared(caches, without, options)
         rounds = args.repeats, args.apart
@@ -134,7 +131,7 @@ def _caches(args: argparse.Namespace) -> tuple[list[str], list[str], list[dict[s
         caches.remove("fp8")  # for its time
     ours = [name for name in dict.fromkeys([*caches, *without]) if name not in STOCK]
     try:
-        return caches, without, options_by_quant(args, ours, segment=args.segment)
+        return caches, without, options_by_quant(args, ours)
     except ConfigError as error:
         raise ConfigError(
             f"--cache takes {', '.join(STOCK)} and formats such as {DEFAULT_QUANT}: {error}"

@@ -46,6 +46,9 @@ def add_thresholds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha-high", type=float)
     parser.add_argument("--alpha-low", type=float)
     parser.add_argument("--window", type=positive, help="most recent tokens that stay high")
+    parser.add_argument(
+        "--segment", type=int, help="tokens after which a prompt is decided, as of diffkv serve"
+    )
 
 
 def make_writer(args: argparse.Namespace, device: str) -> "Writer":
@@ -78,7 +81,7 @@ def options_by_quant(
     for quant in quants:
         given = {
             "quant": quant, "alpha_high": args.alpha_high, "alpha_low": args.alpha_low,
-            "window": args.window, **more,
+            "window": args.window, "segment": args.segment, **more,
         }  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
         Options.parse(given)

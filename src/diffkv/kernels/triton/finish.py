@@ -98,10 +98,11 @@ def _add(page_ptr, index, valid, growth, T: tl.constexpr):
 @triton.jit
 def _add_kept(
     at, items_ptr, row_items_ptr, lse_ptr, pages_ptr, leaves_ptr, probs_ptr, most_ptr, score_tiles,
-    T: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr,
+    TIERS: tl.constexpr, TIER: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Add the group's largest probability to the sums of one chunk's tokens, from what was kept."""
+    T: tl.constexpr = TIERS[TIER]
     row, _, entry, num_tokens = item_of(items_ptr, at)
     score_tile = field_of(items_ptr, at, 4)
     if score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles:
@@ -124,11 +125,12 @@ def _add_kept(
 def _add_recomputed(
     at, items_ptr, row_items_ptr, lse_ptr, slots_ptr, centres_ptr, q_ptr, pages_ptr, leaves_ptr, scale,
     score_tiles, layer,
-    T: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
-    PAGE: tl.constexpr, TILE: tl.constexpr, CENTRED: tl.constexpr, RAW_DOT: tl.constexpr,
-    CODE_DOT: tl.constexpr, FAST: tl.constexpr,
+    TIERS: tl.constexpr, TIER: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, CENTRED: tl.constexpr,
+    RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Like `_add_kept`, from keys, where nothing was kept."""
+    T: tl.constexpr = TIERS[TIER]
     K: tl.constexpr = T.k
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
@@ -198,7 +200,7 @@ def finish_kernel(
                 for item in range(first, tl.load(num_items_ptr + open_list(tier)), step):
                     _add_kept(
                         start + item, items_ptr, row_items_ptr, lse_ptr, pages_ptr, leaves_ptr,
-                        probs_ptr, most_ptr, score_tiles, TIERS[tier], G, HEADS, PAGE, TILE,
+                        probs_ptr, most_ptr, score_tiles, TIERS, tier, G, HEADS, PAGE, TILE,
                     )  # fmt: skip
 
 
@@ -242,5 +244,5 @@ def recompute_kernel(
                 _add_recomputed(
                     start + item, items_ptr, row_items_ptr, lse_ptr, slots_ptr, centres_ptr, q_ptr,
                     pages_ptr, leaves_ptr, scale, score_tiles, layer,
-                    TIERS[tier], L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
+                    TIERS, tier, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip
