@@ -26,8 +26,6 @@ import torch
 from checkpoints import make
 from drift import LIKELIEST_KEPT, Answer, answer, drift, num_equal
 
-from diffkv.vllm_plugin import matrix
-
 __all__ = ["FAMILIES", "NEW_TOKENS", "NUM_PROMPTS"]
 
 FAMILIES = ("gemma3", "llama4", "granite_head64", "falcon_h1", "qwen3_next")
@@ -155,7 +153,6 @@ def measure(family: str, dtype: str, graphs: bool) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measure one case; figures go to stderr as they come, and to stdout together."""
-    matrix.refuse = lambda _: None  # what has not run on a GPU is refused, and tried here
     parser = argparse.ArgumentParser()
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

@@ -1,6 +1,6 @@
 """Models in which other layers keep vLLM's cache, on a GPU: layers have the backends that they should.
 
-pytest -m gpu tests/gpu/test_hybrids.py
+pytest -m gpu tests/gpu/test_hybrids.py --numprocesses 5 --dist loadgroup
 """
 
 import json
@@ -23,13 +23,14 @@ NOISE = {"bfloat16": 0.05, "float32": 0.02}
 """Drift in nats that an order of sums may be worth; vLLM's kernels round float32 to TF32."""
 MAX_DRIFT = 0.3
 """Of k8v4, as on a CPU."""
-TIMEOUT = 240
+TIMEOUT = 300
 
 CASES = [
-    pytest.param(family, dtype, graphs, id=f"{family}-{dtype}-{'graphs' if graphs else 'eager'}")
+    pytest.param(family, dtype, graphs, id=name, marks=pytest.mark.xdist_group(name))
     for dtype, graphs in (("bfloat16", True), ("bfloat16", False), ("float32", False))
     for family in FAMILIES
     if (family, dtype) != ("qwen3_next", "float32")
+    for name in [f"{family}-{dtype}-{'graphs' if graphs else 'eager'}"]
 ]
 
 
@@ -38,7 +39,10 @@ def measured(family: str, dtype: str, graphs: bool) -> dict[str, Any]:
     """What `hybrids` prints."""
     command = [sys.executable, str(Path(__file__).with_name("hybrids.py")), family]
     command += ["--dtype", dtype, *(["--graphs"] if graphs else [])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"not done after {TIMEOUT} s: {(error.stderr or b'').decode()[-3000:]}")
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

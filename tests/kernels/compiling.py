@@ -54,6 +54,11 @@ TYPES = {
 MODEL = ("q_ptr", "output_ptr", "key_ptr", "value_ptr", "query_ptr", "x_ptr")
 
 
+def version() -> str:
+    """Of the Triton that compiles."""
+    return triton.__version__
+
+
 def kernel(module: str, name: str):
     return getattr(importlib.import_module(f"diffkv.kernels.triton.{module}"), name)
 

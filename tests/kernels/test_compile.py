@@ -2,7 +2,11 @@
 
 import multiprocessing
 import re
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -25,15 +29,49 @@ CASES = [
 """(kernel, whether sums of low tokens are kept, whether there are chains)."""
 
 
-@pytest.fixture(scope="module")
-def code_of():
-    """`compiling.code_of`, called where Triton compiles: here it may interpret."""
+SPILLED = {"count": 8, "report": 8}
+"""Bytes that the oldest Triton spills, in none of the loops."""
+
+
+@contextmanager
+def compiler(folder: Path | None = None) -> Iterator[Callable[..., compiling.Code]]:
+    """`compiling.code_of`, called where Triton compiles: here it may interpret.
+
+    Args:
+        folder: of another Triton than the one that is installed.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "0")
+        if folder is not None:
+            patch.syspath_prepend(folder)
         process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        process.submit(compiling.code_of, "finish plan", "k8v4-k4v2", 128, 4).result()
+        version = process.submit(compiling.version).result()
+    assert folder is None or folder.name == f"triton-{version}"
     with process:
         yield lambda *args, **kwargs: process.submit(compiling.code_of, *args, **kwargs).result()
+
+
+@pytest.fixture(scope="module")
+def code_of():
+    """By the oldest Triton: GPU builds of vLLM come with it."""
+    folders = sorted(Path(sys.prefix).glob("triton-*.*"))
+    if not folders:
+        pytest.skip("`make test` installs it")
+    with compiler(folders[0]) as code_of:
+        yield code_of
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_installed_triton_compiles_too(newest_code_of, name):
+    code = newest_code_of(name, "k8v4-k4v2", 128, 4, name in WITH_SUMS)
+    assert code.stack_bytes == 0, "registers spill"
+
+
+@pytest.fixture(scope="module")
+def newest_code_of():
+    """By the Triton of this environment."""
+    with compiler() as code_of:
+        yield code_of
 
 
 @pytest.mark.parametrize(
@@ -46,7 +84,8 @@ def code_of():
 def test_nothing_spills(code_of, name, drops, chained, arch):
     code = code_of(name, "k8v4-k4v2", 128, 4, drops, arch=arch, chained=chained)
     print(f"\n| {name} | sm_{arch} | {code.registers} | {code.shared_bytes} | {code.stack_bytes} |")
-    assert code.stack_bytes == 0 and not re.search(r"\b(LDL|STL)\b", code.sass), "registers spill"
+    assert code.stack_bytes <= SPILLED.get(name, 0), "registers spill"
+    assert bool(code.stack_bytes) == bool(re.search(r"\b(LDL|STL)\b", code.sass))
     assert code.registers <= 255
     assert code.shared_bytes <= 48 << 10, "more shared memory than every GPU gives a block"
 

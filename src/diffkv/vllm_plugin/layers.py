@@ -11,9 +11,6 @@ __all__ = [
     "has_alibi",
     "has_linear_attention",
     "has_mamba1",
-    "has_some_chunks",
-    "has_some_windows",
-    "has_states",
     "has_states_only",
     "has_windows_only",
     "is_divided",
@@ -41,21 +38,6 @@ def num_full_layers(vllm_config: Any) -> int:
 def has_windows_only(vllm_config: Any) -> bool:
     """Whether there are windows or chunks, and no layer has full attention."""
     return _is_local(vllm_config.model_config) and num_full_layers(vllm_config) == 0
-
-
-def has_some_windows(vllm_config: Any) -> bool:
-    """Whether some layers see a window, and others have full attention."""
-    return is_divided(vllm_config) and _has_windows(vllm_config.model_config)
-
-
-def has_some_chunks(vllm_config: Any) -> bool:
-    """Whether some layers see a chunk, and others have full attention."""
-    return is_divided(vllm_config) and _has_chunks(vllm_config.model_config)
-
-
-def has_states(vllm_config: Any) -> bool:
-    """Whether there are recurrent states, but not of linear attention, beside full attention."""
-    return bool(vllm_config.model_config.is_hybrid) and not has_linear_attention(vllm_config)
 
 
 def has_states_only(vllm_config: Any) -> bool:

@@ -1,8 +1,5 @@
 """Models and layers in the table of what works with DiffKV."""
 
-from collections.abc import Callable
-from typing import Any
-
 from diffkv.vllm_plugin import layers
 from diffkv.vllm_plugin.matrix_row import (
     FAMILIES,
@@ -40,28 +37,18 @@ _HYBRIDS = (
 )
 
 
-def _on_gpu(feature: str, asked: Callable[[Any], bool], status: str) -> Row:
-    """A kind of models on a GPU: `WORKS`, or `REFUSED` until it was run there."""
-    name = f"{feature}, on a GPU"
-    if status == WORKS:
-        why = "other layers keep vLLM's own backends and cache; with vLLM's second model runner"
-        return Row("models", name, WORKS, why, "", _HYBRIDS)
-    return Row(
-        "models", name, REFUSED, "not run there yet", WITHOUT, REFUSALS,
-        lambda config: config.device_config.device_type != "cpu" and asked(config),
-    )  # fmt: skip
-
-
-_ON_GPUS = (
-    _on_gpu("sliding windows in some layers (Gemma 3)", layers.has_some_windows, WORKS),
-    _on_gpu("chunked local attention in some layers (Llama 4)", layers.has_some_chunks, REFUSED),
-    _on_gpu(
-        "recurrent states beside full attention (Granite 4, Falcon-H1)", layers.has_states, REFUSED
-    ),
-    _on_gpu(
-        "linear attention beside full attention (Qwen3-Next)", layers.has_linear_attention, REFUSED
-    ),
-)
+_ON_GPUS = tuple(
+    Row(
+        "models", f"{feature}, on a GPU", WORKS,
+        "other layers keep vLLM's own backends and cache; with vLLM's second model runner", "", _HYBRIDS,
+    )
+    for feature in (
+        "sliding windows in some layers (Gemma 3)",
+        "chunked local attention in some layers (Llama 4)",
+        "recurrent states beside full attention (Granite 4, Falcon-H1)",
+        "linear attention beside full attention (Qwen3-Next)",
+    )
+)  # fmt: skip
 
 MODELS = (
     *(
