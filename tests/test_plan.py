@@ -315,7 +315,7 @@ def test_chunks_are_planned_as_windows_are(said, num_chunks):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sliding_window_pattern": None}, "a sliding window in every layer"),
+        ({"sliding_window_pattern": None}, "no layer with full attention"),
         (
             {"layer_types": ["linear_attention", "full_attention"] * 13},
             "layers of linear_attention",

@@ -47,12 +47,14 @@ class Rank:
 
     Attributes:
         model: the whole model.
+        num_ranks: GPUs that share it.
         num_kv_heads: KV heads of a layer on this rank.
         weight_bytes: bytes of this rank's weights.
         kv_bytes: KV budget, tables included.
     """
 
     model: ModelConfig
+    num_ranks: int
     num_kv_heads: int
     weight_bytes: int
     kv_bytes: int
@@ -66,6 +68,23 @@ class Rank:
         heads = model.num_windows * self.num_kv_heads
         token_bytes = bf16_bytes_per_token(heads, model.head_dim) * bits // 16
         return blocks * DENSE_BLOCK_TOKENS * token_bytes
+
+    def state_bytes(self, bits: int) -> int:
+        """Bytes of a request's recurrent states, each padded to whole blocks as vLLM does it."""
+        states = self.model.states
+        return states.num_layers * self._blocks_of_state(bits) * self._block_bytes(bits)
+
+    def block_tokens(self, bits: int) -> int:
+        """Tokens of a block of vLLM's, which has as many bytes as a layer's state."""
+        return DENSE_BLOCK_TOKENS * max(1, self._blocks_of_state(bits))
+
+    def _blocks_of_state(self, bits: int) -> int:
+        num_bytes = -(-self.model.states.num_bytes // self.num_ranks)
+        return -(-num_bytes // self._block_bytes(bits))
+
+    def _block_bytes(self, bits: int) -> int:
+        token_bytes = bf16_bytes_per_token(self.num_kv_heads, self.model.head_dim) * bits // 16
+        return DENSE_BLOCK_TOKENS * token_bytes
 
     def weight_bytes_read(self, num_requests: int) -> int:
         """Weights that a decode step reads: of a mixture, the experts that some request hits.
@@ -96,7 +115,7 @@ def rank_of(
             f"{model.name} has layers of {', '.join(model.other_kinds)}: their sizes are not known here"
         )
     if not model.num_full:
-        raise ConfigError(f"{model.name} has a sliding window in every layer: DiffKV has no part")
+        raise ConfigError(f"{model.name} has no layer with full attention: DiffKV has no part")
     heads, ranks = model.num_kv_heads, tensor_parallel_size
     if ranks < 1 or model.num_q_heads % ranks or (heads % ranks and ranks % heads):
         raise ConfigError(
@@ -110,7 +129,7 @@ def rank_of(
             f"no KV cache in {usable_bytes / 2**30:.1f} GiB: more memory, a larger "
             f"--tensor-parallel-size, or quantised weights"
         )
-    return Rank(model, max(1, heads // ranks), weights, usable_bytes - weights)
+    return Rank(model, ranks, max(1, heads // ranks), weights, usable_bytes - weights)
 
 
 @dataclass(frozen=True)
@@ -152,6 +171,7 @@ class FormatPlan:
         table_bytes: share of the tables in the budget, with a slot for each of those requests.
         starts: whether an engine would start: it wants room for one request that is all high.
         window_bytes: bytes of those requests in vLLM's blocks, for layers with a sliding window.
+        state_bytes: likewise for recurrent states.
     """
 
     name: str
@@ -161,14 +181,17 @@ class FormatPlan:
     table_bytes: int = 0
     starts: bool = True
     window_bytes: int = 0
+    state_bytes: int = 0
 
 
 def plan_dense(name: str, rank: Rank, context: int) -> FormatPlan:
-    """Plan one of vLLM's own caches, in its blocks of 16 tokens."""
+    """Plan one of vLLM's own caches, in its blocks."""
     heads = rank.model.num_full * rank.num_kv_heads
-    token_bytes = bf16_bytes_per_token(heads, rank.model.head_dim) * DENSE_BITS[name] // 16
-    request = -(-context // DENSE_BLOCK_TOKENS) * DENSE_BLOCK_TOKENS * token_bytes
-    request += rank.window_bytes(context, DENSE_BITS[name])
+    bits = DENSE_BITS[name]
+    block = rank.block_tokens(bits)
+    token_bytes = bf16_bytes_per_token(heads, rank.model.head_dim) * bits // 16
+    request = -(-context // block) * block * token_bytes
+    request += rank.window_bytes(context, bits) + rank.state_bytes(bits)
     num_requests = rank.kv_bytes // request
     return FormatPlan(name, request / context, num_requests, starts=num_requests > 0)
 
@@ -192,12 +215,13 @@ def plan_format(
         for length in rows
         for num, tier in zip(mix.tokens(quant, length), layout.tiers, strict=True)
     )
-    windows = rank.window_bytes(context, 8 * model.element_bytes)
-    request = one.spent_bytes(pages, len(rows)) + windows
+    bits = 8 * model.element_bytes
+    windows, states = rank.window_bytes(context, bits), rank.state_bytes(bits)
+    request = one.spent_bytes(pages, len(rows)) + windows + states
     num_requests = max(0, rank.kv_bytes - FIXED_BYTES) // request
     try:
         shape = PoolShape.fit(
-            rank.kv_bytes - num_requests * windows,
+            rank.kv_bytes - num_requests * (windows + states),
             layout,
             model.num_full,
             rank.num_kv_heads,
@@ -215,6 +239,7 @@ def plan_format(
         layout.page_bytes,
         shape.table_bytes,
         window_bytes=fitting * windows,
+        state_bytes=fitting * states,
     )
 
 

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from diffkv.quant import ConfigError
+from diffkv.recurrent import ATTENTION, NO_STATES, States, states_of
 
-__all__ = ["FULL", "ModelConfig", "stored_weight_bytes", "weight_formats"]
+__all__ = ["ModelConfig", "stored_weight_bytes", "weight_formats"]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 QKV_BIAS_MODELS = ("qwen2", "qwen2_moe")
 """Their attention has a bias on Q, K and V that config.json does not mention."""
 QK_NORM_MODELS = ("qwen3", "qwen3_moe")
-FULL, WINDOW, CHUNK = "full_attention", "sliding_attention", "chunked_attention"
-"""Kinds of layers, as `layer_types` names them."""
+WINDOW, CHUNK = "sliding_attention", "chunked_attention"
+"""Kinds of layers without full attention, as `layer_types` names them."""
 LLAMA4_INTERVAL = 4
 """Of Llama 4's layers every fourth has full attention, where config.json says nothing of it."""
 GROUP_META_BYTES = 2.5
@@ -38,7 +39,8 @@ class ModelConfig:
         num_layers: attention layers.
         num_windows: those of them with a sliding window or a chunk, which keep vLLM's own cache.
         window: tokens of the window, or of the chunk; 0 if no layer has one.
-        other_kinds: names of kinds of layers that have neither full attention nor such a window.
+        states: recurrent states of layers, which keep vLLM's own cache, too.
+        other_kinds: names of kinds of layers that have none of all these.
         num_q_heads: query heads of a layer.
         num_kv_heads: KV heads of a layer.
         head_dim: elements of a key or value vector.
@@ -79,6 +81,7 @@ class ModelConfig:
     max_model_len: int
     num_windows: int = 0
     window: int = 0
+    states: States = NO_STATES
     other_kinds: tuple[str, ...] = ()
 
     @classmethod
@@ -114,7 +117,10 @@ class ModelConfig:
         bits, group = _weight_bits(config.get("quantization_config"), DTYPE_BYTES[dtype] * 8, name)
         bias = bool(text.get("attention_bias", False))
         num_windows, window = _windows(text, num_layers)
-        kinds = set(text.get("layer_types") or ())
+        try:
+            states = states_of(text, num_layers, DTYPE_BYTES[dtype])
+        except KeyError as error:
+            raise ConfigError(f"config.json of {name} has no {error}, a state's size") from None
         return cls(
             name=name,
             architecture=str((config.get("architectures") or [""])[0]),
@@ -138,7 +144,8 @@ class ModelConfig:
             max_model_len=int(text.get("max_position_embeddings") or 0),
             num_windows=num_windows,
             window=window,
-            other_kinds=tuple(sorted(kinds - {FULL, WINDOW, CHUNK})),
+            states=states or NO_STATES,
+            other_kinds=_other_kinds(text, states),
         )
 
     @classmethod
@@ -161,7 +168,9 @@ class ModelConfig:
     @property
     def num_full(self) -> int:
         """Layers with full attention, which have DiffKV's cache."""
-        return self.num_layers - self.num_windows
+        return (
+            self.num_layers - self.num_windows - self.states.num_layers * (not self.states.attend)
+        )
 
     @property
     def element_bytes(self) -> int:
@@ -196,6 +205,15 @@ class ModelConfig:
         meta = linear / self.group_size * GROUP_META_BYTES if self.group_size else 0
         rest = (self.num_parameters - linear) * self.element_bytes
         return int(linear * self.weight_bits / 8 + meta + rest)
+
+
+def _other_kinds(text: Mapping[str, Any], states: States | None) -> tuple[str, ...]:
+    """Kinds of layers of which nothing is known here."""
+    if states is None:
+        return ("recurrent states of a kind of its own",)
+    kinds = {*(text.get("layers_block_type") or ()), *(text.get("layer_types") or ())}
+    known = {*ATTENTION, WINDOW, CHUNK}
+    return () if states.num_layers else tuple(sorted(kinds - known))
 
 
 def _windows(text: Mapping[str, Any], num_layers: int) -> tuple[int, int]:

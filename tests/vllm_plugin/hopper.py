@@ -35,10 +35,13 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.utils import import_utils
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend
 from vllm.v1.worker.utils import allocate_kv_cache
 
-from diffkv.vllm_plugin import engine_args, matrix
+from diffkv.capacity import rank_of
+from diffkv.model_config import ModelConfig
+from diffkv.vllm_plugin import engine_args
 from diffkv.vllm_plugin.division import divide
 
 MACHINE_CODE = (
@@ -52,7 +55,6 @@ DEVICE = torch.device("cpu")
 
 def become_a_gpu() -> None:
     """Have vLLM take its CUDA platform for the one that it runs on."""
-    matrix.refuse = lambda _: None  # what has not run on a GPU is refused, and built all the same
     for name in MACHINE_CODE:
         module = sys.modules[name] = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
@@ -137,6 +139,9 @@ def describe(config: Any, layers: list[Any]) -> dict[str, Any]:
         "blocks_bytes": division and division.blocks_bytes,
         "pool_bytes": division and division.pool_bytes,
         "allocated": list(bytes_by_storage.values()),
+        "state_bytes": sum(
+            spec.page_size_bytes for spec in specs.values() if isinstance(spec, MambaSpec)
+        ),
         "zeroes": cache.needs_kv_cache_zeroing,
     }
 
@@ -159,6 +164,8 @@ def describe_family(family: str, args: argparse.Namespace, folder: str) -> dict[
         **ours,
     ).create_engine_config()
     described = describe(config, build(config, folder))
+    planned = rank_of(ModelConfig.read(model / "config.json", family), 0, 1, KV_BYTES)
+    described["planned_state_bytes"] = planned.state_bytes(8 * planned.model.element_bytes)
     parallel_state.destroy_model_parallel()  # the next model's groups may be others
     return described
 

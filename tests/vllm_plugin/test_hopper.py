@@ -43,7 +43,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
-FAMILIES = ("gemma3", "llama4", "falcon_h1", "qwen3_next")
+FAMILIES = ("gemma3", "llama4", "granite_head64", "falcon_h1", "qwen3_next")
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,15 @@ def test_only_layers_with_full_attention_are_ours(
     # what vLLM allocates is its part only, in one piece
     assert found["allocated"] == [found["blocks_bytes"]]
     assert 0 < found["pool_bytes"] <= KV_BYTES - found["blocks_bytes"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_are_planned_as_vllm_keeps_them(
+    described: dict[str, dict[str, Any]], family: str
+) -> None:
+    found = described[family]
+    assert found["planned_state_bytes"] == found["state_bytes"]
+    assert (found["state_bytes"] > 0) == (family in ("falcon_h1", "granite_head64", "qwen3_next"))
 
 
 def test_the_backend_for_all_layers_says_what_to_pass() -> None:

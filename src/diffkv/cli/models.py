@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -125,12 +126,30 @@ def weights_of(model: str, config: ModelConfig) -> Weights:
     """Bytes of the weights: of a folder's files if it has them, else by the architecture's formula.
 
     Raises:
-        ConfigError: a file of weights is damaged.
+        ConfigError: a file of weights is damaged; or there is none, and no formula either.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
         stored = stored_weight_bytes(folder)
         if stored is not None:
             return Weights(stored, "the weights' files")
+    if config.states.num_layers:
+        return Weights(_indexed_bytes(model), "the index of the weights' files")
     parameters = f"{config.num_parameters:,} parameters in {config.weight_bits} bits"
     return Weights(config.estimated_weight_bytes, f"estimated: {parameters}")
+
+
+def _indexed_bytes(model: str) -> int:
+    """Bytes of a model's weights by their index on the Hub.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        index = json.loads(_hub_file(model, "model.safetensors.index.json").read_text())
+        return int(index["metadata"]["total_size"])
+    except (ConfigError, KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"{model} has recurrent states, and config.json does not say how large the weights are: "
+            f"give a folder that has them"
+        ) from None

@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         "num_layers": model.num_layers,
         "num_windows": model.num_windows,
         "window": model.window,
+        "num_states": model.states.num_layers,
         "num_kv_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
         "context": context,
@@ -152,14 +153,21 @@ def _print(facts: dict[str, Any]) -> None:
         f"KV budget of a GPU {_size(facts['kv_bytes_per_gpu'])}; requests of {facts['context']:,} "
         f"tokens"
     )
-    if facts["num_windows"]:
-        name = facts["verdict"]["name"]
-        ours = next(plan for plan in facts["formats"] if plan["name"] == name)
-        console.print(
-            f"{facts['num_windows']} layers with a window or chunk of {facts['window']:,} tokens keep "
-            f"vLLM's own cache: of the KV budget {_size(ours['window_bytes'])} for the "
-            f"{ours['num_requests']} requests of {ours['name']}"
-        )
+    name = facts["verdict"]["name"]
+    ours = next(plan for plan in facts["formats"] if plan["name"] == name)
+    for num, what, taken in (
+        (
+            facts["num_windows"],
+            f"layers with a window or chunk of {facts['window']:,} tokens",
+            ours["window_bytes"],
+        ),
+        (facts["num_states"], "layers with a recurrent state", ours["state_bytes"]),
+    ):
+        if num:
+            console.print(
+                f"{num} {what} keep vLLM's own cache: of the KV budget {_size(taken)} for the "
+                f"{ours['num_requests']} requests of {ours['name']}"
+            )
     table = Table("cache", "KB a token", "of bf16", "requests", "of bf16", "tables")
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:

@@ -5,7 +5,7 @@ Only those with full attention can have DiffKV's cache. Nothing here imports vLL
 
 from typing import Any
 
-from diffkv.model_config import FULL
+from diffkv.recurrent import ATTENTION
 
 __all__ = [
     "has_alibi",
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 
-ATTENDS = (FULL, "attention", "hybrid")
+ATTENDS = (*ATTENTION, "hybrid")
 """Names of layers with full attention; "hybrid" ones have a state too."""
 
 
