@@ -266,6 +266,18 @@ def test_a_budget_that_is_too_small_says_what_would_do():
     )
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "max_model_len", "segment"),
+    [(80, 1 << 20, 1024), (32, 1 << 20, 512), (32, 1 << 17, 256)],
+)
+def test_entries_of_leaves_can_be_numbered_in_32_bits(num_layers, max_model_len, segment):
+    layout = PageLayout.derive(QuantConfig.parse("k8v4-k4v2"), 128)
+    shape = PoolShape.fit(110 << 30, layout, num_layers, 8, max_model_len, 1024, segment)
+    assert shape.num_leaves * shape.leaf_entries <= 1 << 31
+    with pytest.raises(ConfigError, match="too large: lower the KV budget"):
+        dataclasses.replace(shape, num_pages=1 << 31)
+
+
 def test_a_buffer_smaller_than_the_shape_is_refused():
     layout = PageLayout.derive(QuantConfig.parse("k8v4"), 64)
     shape = PoolShape.fit(1 << 20, layout, 1, 1, 100, 4)

@@ -13,6 +13,7 @@ from diffkv.policies import PAPER, Policy
 from diffkv.policy import HIGH, SCORED_QUERIES, Thresholds
 from diffkv.prefill import Prefill, torch_prefill
 from diffkv.prompts import PromptPath
+from diffkv.quant import ConfigError
 from diffkv.rotator import Rotator
 from diffkv.segments import RowEnds
 from diffkv.state import DecodePlan, NewTokens, PoolState, PromptTokens
@@ -55,11 +56,15 @@ class DiffKVCache:
         self._rotator = Rotator(ops, signs)
         self._prompts = PromptPath(state, ops, scale, policy, prefill, self._rotator)
 
-    def warm_up(self, num_q_heads: int) -> None:
-        """Run every operation once on nothing, so that compiling does not delay the first request.
+    def warm_up(self, num_q_heads: int, num_requests: int = 1) -> None:
+        """Run every operation on nothing, so that nothing is compiled or made while requests run.
 
         Args:
             num_q_heads: query heads of a layer, on this rank.
+            num_requests: most that decode at once, for which scratch memory is made.
+
+        Raises:
+            ConfigError: there is no room for it.
         """
         nobody, one = self._slot_tensor([-1]), on_device([0, 1], torch.int32, self._device)
         state, device, dtype = self.state, self._device, self.state.dtype
@@ -81,14 +86,29 @@ class DiffKVCache:
             self._ops.centre_rows(state, 0, unnamed, one, key)
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
         self._ops.store_prompt(state, 0, tokens, tiers, sums)
-        plan = self._ops.plan_decode(state, nobody, torch.ones_like(nobody))
-        out, new = torch.empty_like(query), NewTokens(plan, key, key)
-        self._ops.attend(state, 0, nobody, query, self._scale, out, self._rotator.signs, new)
+        for num in (1, num_requests):
+            self._decode_nobody(query, key, num)
         self._ops.store_prompt(self._prompts.exact, 0, tokens, tiers, sums)
         for each in (state, self._prompts.exact):
             first = self._slot_tensor([0])
             self._ops.gather(each, 0, first, first, key, torch.empty_like(key), tiers.clone())
         self._ops.release(state, nobody, -1)
+
+    def _decode_nobody(self, query: Tensor, key: Tensor, num_requests: int) -> None:
+        """A decode step of so many requests that are not there, whose one query and key are given."""
+        try:
+            slots = self._slot_tensor([-1] * num_requests)
+            query, key = (each.repeat(num_requests, 1, 1) for each in (query, key))
+            plan = self._ops.plan_decode(self.state, slots, torch.ones_like(slots))
+            out, new = torch.empty_like(query), NewTokens(plan, key, key)
+            self._ops.attend(
+                self.state, 0, slots, query, self._scale, out, self._rotator.signs, new
+            )
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"no memory is left for attention over {num_requests} requests at once: lower "
+                f"max_num_seqs, gpu_memory_utilization or the KV budget"
+            ) from None
 
     def open(
         self,

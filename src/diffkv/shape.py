@@ -38,6 +38,9 @@ HIGH_SHARE = 0.25
 MORE_ROWS = 32
 """Closed rows of a request beyond twice its segments: each turn of a conversation may add two."""
 
+MOST_ENTRIES = 1 << 30
+"""Entries that half-empty leaves may have together, and full ones: kernels number all in 32 bits."""
+
 SPARE_ROWS = 0.25
 """Closed rows beyond those that would fill a pool: some are shorter than a segment."""
 
@@ -67,7 +70,8 @@ class PoolShape:
         num_slots: rows that there can be at once, open and closed.
         max_model_len: tokens of the longest request.
         num_pages: pages of the pool, which all layers share.
-        leaf_entries: pages that a leaf names, a power of two; 0: what is suitable.
+        leaf_entries: pages that a leaf names, a power of two; 0: what is suitable, or fewer for the
+            sake of very many rows.
         segment: tokens after which a row of a prompt is closed; 0: prompts are decided whole.
     """
 
@@ -82,7 +86,14 @@ class PoolShape:
 
     def __post_init__(self) -> None:
         if not self.leaf_entries:
-            object.__setattr__(self, "leaf_entries", suitable_leaf_entries(self.max_pages))
+            most = MOST_ENTRIES // max(1, self.num_slots * self.half_empty_leaves)
+            entries = min(suitable_leaf_entries(self.max_pages), 1 << max(1, most).bit_length() - 1)
+            object.__setattr__(self, "leaf_entries", entries)
+        if self.num_leaves * self.leaf_entries > 2 * MOST_ENTRIES:
+            raise ConfigError(
+                f"a pool of {self.num_pages:,} pages and {self.num_slots:,} rows is too large: lower "
+                f"the KV budget or max_num_seqs"
+            )
 
     @classmethod
     def fit(

@@ -11,6 +11,8 @@ from test_attend import attended, check, filled
 from test_chains import chained
 
 from diffkv import pool
+from diffkv.cache import DiffKVCache
+from diffkv.quant import ConfigError
 
 
 def set_blocks(monkeypatch, **modules: dict[str, int]) -> None:
@@ -124,3 +126,24 @@ def test_buffers_grow_with_requests_where_there_are_chains(triton):
     one = sizes[0]
     assert sizes == [one, 4 * one, 4 * one, 8 * one]
     assert work.num_requests(39) == 40
+
+
+def test_a_warm_up_makes_what_all_requests_need(triton, monkeypatch):
+    """No step makes a buffer anew, and a device without room says so before there are requests."""
+    from diffkv.kernels.triton.workspace import Workspace, workspace
+
+    state = triton.place(make_state("k8v4-k4v2", num_slots=40, max_tokens=64, segment=16, window=4))
+    cache = DiffKVCache(state, triton.module, 1.0, segment=16)
+    cache.warm_up(state.num_kv_heads * 2, 6)
+    work = workspace(state)
+    made = {name: buffer.data_ptr() for name, buffer in work.buffers.items()}
+    query = torch.randn(6, state.num_kv_heads * 2, state.layout.head_dim).to(state.dtype)
+    attended(triton, state, list(range(6)), query)
+    assert made == {name: buffer.data_ptr() for name, buffer in work.buffers.items()}
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Workspace, "buffer", full)
+    with pytest.raises(ConfigError, match="over 1 requests at once: lower max_num_seqs"):
+        cache._decode_nobody(query[:1], query[:1, : state.num_kv_heads], 1)

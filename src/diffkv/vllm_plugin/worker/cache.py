@@ -140,7 +140,8 @@ class WorkerCache:
 
         for impl in impls:
             impl.worker = self
-        self.cache.warm_up(impls[0].num_heads)
+        most = min(vllm_config.scheduler_config.max_num_seqs, self.shape.num_slots)
+        self.cache.warm_up(impls[0].num_heads, most)
 
     def before_step(self, message: StepMessage) -> None:
         """Follow the scheduler: release rows, end requests, open rows for those that start.

@@ -138,7 +138,8 @@ class _Buffer:
         if device.type != "cuda":
             return cls(numbers, numbers, numbers.numpy(), None)
         host = torch.empty(shape, dtype=torch.int64, pin_memory=True)
-        return cls(numbers, host, host.numpy(), torch.cuda.Event())
+        # who waits sleeps, as vLLM's own waits do: a core is not spent on it
+        return cls(numbers, host, host.numpy(), torch.cuda.Event(blocking=True))
 
 
 class Snapshots:
