@@ -9,6 +9,7 @@ from diffkv.policy import (
     DROPPED,
     HIGH,
     LOW,
+    MOST_ALPHA,
     DecodeAction,
     Thresholds,
     decode_action,
@@ -225,12 +226,18 @@ class TestDecode:
 
 class TestThresholds:
     @pytest.mark.parametrize("name", ["alpha_high", "alpha_low"])
-    @pytest.mark.parametrize("value", [math.nan, -0.01, -INF, INF, 10**400])
+    @pytest.mark.parametrize("value", [math.nan, -0.01, -INF, INF])
     def test_what_is_no_number_of_zero_or_more_is_refused(self, name, value):
         values = {"alpha_high": 1.0, "alpha_low": 0.0, name: value}
         with pytest.raises(ConfigError) as error:
             Thresholds(**values)
         assert str(error.value) == f"{name} must be a number of 0 or more, got {value}"
+
+    @pytest.mark.parametrize("value", [3.5e38, 10**400])
+    def test_what_is_too_large_for_a_slot_is_refused(self, value):
+        Thresholds(MOST_ALPHA)
+        with pytest.raises(ConfigError, match=r"0 or more, at most 3.4e.38, got"):
+            Thresholds(value)
 
     def test_high_below_low_is_refused(self):
         with pytest.raises(ConfigError) as error:

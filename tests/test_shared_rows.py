@@ -274,6 +274,7 @@ def test_rows_end_at_fixed_positions():
     ends = RowEnds(1024, 4000)
     assert ends.after(0) == ends.after(400) == 1024
     assert ends.after(600) == ends.after(1024) == 2048
+    assert RowEnds(1, 4).up_to(0, 4) == [1, 2, 3]
     assert RowEnds(0, 4000).after(0) is None
     assert longest_row(1024) == 1536
     assert ends.cuts(0, 0, 2100) == [(0, 1024, True), (1024, 2048, True), (2048, 2100, False)]

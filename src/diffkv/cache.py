@@ -17,8 +17,8 @@ from diffkv.quant import ConfigError
 from diffkv.rotator import Rotator
 from diffkv.segments import RowEnds
 from diffkv.state import DecodePlan, NewTokens, PoolState, PromptTokens
-from diffkv.steps import PromptChunk, Step
-from diffkv.uploads import on_device
+from diffkv.steps import Passing, PromptChunk, Step
+from diffkv.uploads import at_once, on_device
 
 __all__ = ["DiffKVCache", "PromptChunk", "Step"]
 
@@ -51,6 +51,7 @@ class DiffKVCache:
         self._ops = ops
         self._scale = scale
         self._policy = policy
+        self._prefill = prefill
         self._segment = segment
         self._device = state.pages.device
         self._rotator = Rotator(ops, signs)
@@ -86,7 +87,7 @@ class DiffKVCache:
             self._ops.centre_rows(state, 0, unnamed, one, key)
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
         self._ops.store_prompt(state, 0, tokens, tiers, sums)
-        for num in (1, num_requests):
+        for num in (1, min(num_requests, state.num_slots)):
             self._decode_nobody(query, key, num)
         self._ops.store_prompt(self._prompts.exact, 0, tokens, tiers, sums)
         for each in (state, self._prompts.exact):
@@ -178,6 +179,7 @@ class DiffKVCache:
         decode_rows: slice | Tensor,
         slots: Tensor,
         seq_lens: Tensor,
+        passing: Sequence[slice] = (),
     ) -> Step:
         """Plan a step: decide for all layers what the generated tokens replace.
 
@@ -187,11 +189,13 @@ class DiffKVCache:
             decode_rows: rows of the batch that are generated tokens.
             slots: [R] int32, request of each of those rows; -1 for padding.
             seq_lens: [R] int32, tokens of each request with the new one.
+            passing: spans of the batch whose tokens attend to each other and are not stored.
         """
         return Step(
             self._prompts.plan(prompts) if prompts else None,
             decode_rows,
             self._ops.plan_decode(self.state, slots, seq_lens) if slots.numel() else None,
+            Passing.of(passing, at_once(self._device)),
         )
 
     def attend(
@@ -213,6 +217,11 @@ class DiffKVCache:
             self._attend_generated(
                 layer, step.decode, step.decode_rows, (query, key, value), output
             )
+        if step.passing is not None:
+            rows, spans = step.passing.rows, step.passing.spans
+            out = torch.empty_like(query[rows])
+            self._prefill(query[rows], key[rows], value[rows], spans, self._scale, out)
+            output[rows] = out
 
     def _attend_generated(
         self,

@@ -9,7 +9,6 @@ heads of its group. A token's *mean* is its sum over the number of queries that 
 the number of tokens of the request before the token that is about to be added.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ __all__ = [
     "DROPPED",
     "HIGH",
     "LOW",
+    "MOST_ALPHA",
     "MOST_TOKENS",
     "SCORED_QUERIES",
     "WINDOW",
@@ -51,6 +51,9 @@ WINDOW = 64
 MOST_TOKENS = 2**31 - 1
 """The largest number of tokens that kernels take, for a window too."""
 
+MOST_ALPHA = torch.finfo(torch.float32).max
+"""The largest threshold: a slot has its own in float32."""
+
 PromptPolicy = Callable[[Tensor, "Thresholds", int], Tensor]
 """A policy for prompts: (means [num_kv_heads, N], thresholds, window) -> tiers [num_kv_heads, N]."""
 
@@ -69,8 +72,9 @@ class Thresholds:
         """Refuse what is no threshold. `not >=` also catches NaN."""
         for name in ("alpha_high", "alpha_low"):
             value = getattr(self, name)
-            if not 0 <= value <= sys.float_info.max:  # whole numbers may be larger, too
-                raise ConfigError(f"{name} must be a number of 0 or more, got {value}")
+            if not 0 <= value <= MOST_ALPHA:
+                limit = f", at most {MOST_ALPHA:.3g}" if MOST_ALPHA < value < float("inf") else ""
+                raise ConfigError(f"{name} must be a number of 0 or more{limit}, got {value}")
         if self.alpha_high < self.alpha_low:
             raise ConfigError(
                 f"alpha_high must be at least alpha_low, got alpha_high {self.alpha_high} "

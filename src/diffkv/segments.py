@@ -51,7 +51,7 @@ class RowEnds:
         if not self.segment:
             return None
         shortest = start + self.segment / SHORTEST
-        end = -(-(start + self.segment // 2) // self.segment) * self.segment
+        end = -(-(start + max(1, self.segment // 2)) // self.segment) * self.segment
         if not self.drops and shortest <= self.message < min(end, self.prompt_len):
             return self.message
         # One that ends with its prompt is of no use to the same prompt: its last token is computed anew

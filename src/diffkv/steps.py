@@ -23,6 +23,7 @@ from diffkv.uploads import Place
 __all__ = [
     "Completion",
     "Part",
+    "Passing",
     "PromptChunk",
     "PromptPlan",
     "Scoring",
@@ -343,6 +344,27 @@ class PromptPlan:
 
 
 @dataclass(frozen=True)
+class Passing:
+    """Tokens of requests that end with this step: a request's attend to each other, and are not stored.
+
+    Attributes:
+        rows: rows of the batch.
+        spans: whose they are.
+    """
+
+    rows: slice | Tensor
+    spans: Spans
+
+    @classmethod
+    def of(cls, spans: Sequence[slice], place: Place) -> "Passing | None":
+        """Those of some spans of the batch."""
+        if not spans:
+            return None
+        lengths = [span.stop - span.start for span in spans]
+        return cls(spans_of(spans, place), Spans.of(lengths, lengths, place))
+
+
+@dataclass(frozen=True)
 class Step:
     """One forward pass over the cache; the same for every layer.
 
@@ -350,8 +372,10 @@ class Step:
         prompts: chunks of prompts; None if there are none.
         decode_rows: [R] int64, rows of the batch that are generated tokens, or a slice of them.
         decode: places of those tokens; None if there are none.
+        passing: tokens that are not stored; None if there are none.
     """
 
     prompts: PromptPlan | None
     decode_rows: slice | Tensor
     decode: DecodePlan | None
+    passing: "Passing | None" = None

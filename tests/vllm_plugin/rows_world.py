@@ -422,7 +422,8 @@ class World:
         ]
         used = [block.block_id for block in (*owned, *deferred)]
         assert len(used) == len(set(used)), "a block is owned twice"
-        assert len(used) + pool.get_num_free_blocks() == manager.num_usable
+        num_used = len(used) + manager.failures.num_kept
+        assert num_used + pool.get_num_free_blocks() == manager.num_usable
         idle = [block for row in rows.values() if not row.users for block in row.blocks]
         assert all(block.ref_cnt == 0 for block in idle)
         assert len({block.block_id for block in idle}) == len(idle) <= pool.get_num_free_blocks()

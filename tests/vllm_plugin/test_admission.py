@@ -94,6 +94,10 @@ def test_tokens_equal_stock_when_too_many_are_admitted(
         driven = drive(llm, requests, lambda step: check_quotas(llm))
         assert [driven.token_ids[name] for name in requests] == stock
         assert metric(llm, "vllm:num_preemptions") > 0
+        (summary,) = llm.collective_rpc("diffkv_summary")
+        assert summary["totals"]["num_requests"] == len(prompts), (
+            "those that were preempted are no ends"
+        )
         check_empty(llm)
 
 

@@ -16,6 +16,7 @@ from stepping import (
     scheduler,
     worker,
 )
+from vllm import SamplingParams
 
 from diffkv.shape import PoolShape
 from diffkv.vllm_plugin.options import Options
@@ -297,3 +298,20 @@ class TestLongPrompts:
         assert len(driven.token_ids["small"]) == NEW_TOKENS
         assert driven.finish_reason["large"] == "error"
         check_empty(small)
+
+
+def test_a_prompt_that_is_too_large_for_its_only_step_samples_the_right_token() -> None:
+    """vLLM ends it with its second step, so one of a single token is answered."""
+    longest, requests = 4096, 4
+    text = [1, *words(4000, 2)]
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    args = {"max_model_len": longest, "max_num_seqs": requests, "enable_chunked_prefill": False}
+    layout = Options(quant="k8v8-k4v1").layout(64, 4)
+    budget = PoolShape.least_budget(layout, 3, 2, longest, requests, SEGMENT)
+    ours = {"kv_cache_memory_bytes": budget, "watermark": 0.0}
+    with engine(**args) as llm:
+        (stock,) = llm.generate([{"prompt_token_ids": text}], params, use_tqdm=False)
+    with engine("k8v8-k4v1", COMPRESSED, **ours, **args) as llm:
+        driven = drive(llm, {"one": Request(text, 1)}, lambda step: None)
+        assert driven.token_ids["one"] == list(stock.outputs[0].token_ids)
+        check_idle(llm)

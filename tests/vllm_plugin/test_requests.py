@@ -86,6 +86,7 @@ def test_parse(extra_args: dict[str, Any] | None, settings: Settings) -> None:
         ({"diffkv_alpha_high": True}, "diffkv_alpha_high must be a number of 0 or more, got True"),
         ({"diffkv_alpha_high": [1]}, "diffkv_alpha_high must be a number of 0 or more, got [1]"),
         ({"diffkv_alpha_low": 10**400}, "diffkv_alpha_low must be a number of 0 or more, got 1000"),
+        ({"diffkv_alpha_high": "1e39"}, "diffkv_alpha_high must be at most 3.4e+38, got '1e39'"),
         (
             {"diffkv_alpha_high": 1, "diffkv_alpha_low": 2},
             "alpha_high must be at least alpha_low, got alpha_high 1.0 < alpha_low 2.0",

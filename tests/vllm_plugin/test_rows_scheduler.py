@@ -15,6 +15,7 @@ from rows_world import (
     SEGMENT,
     World,
 )
+from vllm.v1.request import RequestStatus
 
 from diffkv.policy import Thresholds
 from diffkv.segments import RowEnds
@@ -157,6 +158,42 @@ class TestScheduler:
         assert str(world.ends[large]) == "error"
         assert {str(world.ends[name]) for name in small} == {"length"}
         assert world.preemptions < 10
+
+    @pytest.mark.parametrize("abort", [False, True])
+    def test_who_comes_after_one_that_is_too_large_is_not_ended_for_it(self, abort: bool) -> None:
+        """A step that names it is in flight when it leaves, and its block would be the next one's."""
+        world = World(0, True, 480, worst=1.0, model_len=2 * MODEL_LEN)
+        text, num_tokens, failed = list(range(10, 2 * MODEL_LEN)), 64, False
+        while (
+            not failed
+        ):  # a turn that finds all but some tokens, until its first step is too large
+            num_tokens += 32
+            turn = world.add(text[:num_tokens], 2, extra_args={"diffkv": "off"})
+            while turn in world.scheduler.requests:
+                world.step()
+                last = world.in_flight[-1][0].kv_connector_metadata if world.in_flight else None
+                failed |= last is not None and turn in last.failed
+                if failed and abort:
+                    world.scheduler.finish_requests(turn, RequestStatus.FINISHED_ABORTED)
+                    world.ends.setdefault(turn, "aborted")
+        assert any(turn in out.kv_connector_metadata.failed for out, _ in world.in_flight)
+        small = world.add(list(range(600, 640)), 10)
+        fill(world)
+        assert str(world.ends[small]) == "length"
+
+    def test_what_began_before_a_reset_is_not_found_after_it(self) -> None:
+        world = World(0, False, 700)
+        tokens = list(range(10, 16))
+        world.add(tokens, 20)
+        for _ in range(10):
+            world.step()
+        assert world.scheduler.requests
+        world.scheduler.reset_connector_cache()
+        fill(world)
+        (answered,) = world.ended_tokens
+        world.add([*answered, 5, 6], 2)
+        fill(world)
+        assert world.cached == 0
 
     def test_reset(self) -> None:
         world = World(0, False, 700)

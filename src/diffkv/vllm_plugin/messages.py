@@ -66,17 +66,19 @@ class StepMessage(KVConnectorMetadata):
             the same message may use the slots again.
         ended: requests that finished or were preempted. The slot of such a request's open row is in
             `released`, unless the row is kept as a closed one.
+        back: those of them that did not finish: they were preempted, or more of their prompt has come.
         started: requests that start, or resume.
         closing: for each request of which this step's tokens complete segments, the slots of the closed
             rows that those become, in order. They follow the request's chain from then on.
         num_tokens: tokens of each scheduled request after the step.
-        failed: scheduled requests that are too large for the whole pool. Nothing of their tokens of this
-            step is stored, no row of theirs is closed, and their blocks are reported as load errors, so
-            that vLLM ends them.
+        failed: scheduled requests that are too large for the whole pool. Their tokens of this step
+            attend to each other alone, nothing of them is stored, no row is closed, and their blocks are
+            reported as load errors, so that vLLM ends them.
     """
 
     released: list[int] = field(default_factory=list)
     ended: set[str] = field(default_factory=set)
+    back: set[str] = field(default_factory=set)
     started: list[Started] = field(default_factory=list)
     closing: dict[str, tuple[int, ...]] = field(default_factory=dict)
     num_tokens: dict[str, int] = field(default_factory=dict)

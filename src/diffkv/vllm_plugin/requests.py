@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffkv.policy import Thresholds
+from diffkv.policy import MOST_ALPHA, Thresholds
 from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.options import Options
 
@@ -117,7 +117,9 @@ def _threshold(threshold: str, value: Any, is_settable: bool) -> float | None:
         number = float(value)
     except (TypeError, ValueError, OverflowError):  # the last: a whole number beyond all floats
         raise ConfigError(message) from None
-    if not 0 <= number < float("inf"):
+    if MOST_ALPHA < number < float("inf"):
+        raise ConfigError(f"{name} must be at most {MOST_ALPHA:.3g}, got {value!r}")
+    if not 0 <= number <= MOST_ALPHA:
         raise ConfigError(message)
     if number > 0 and not is_settable:
         raise ConfigError(

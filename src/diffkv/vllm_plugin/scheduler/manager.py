@@ -9,21 +9,19 @@ are owned cover the pages that are held, always, and what compression frees admi
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import RequestStatus
 
 from diffkv.policy import Thresholds
 from diffkv.vllm_plugin.messages import PagesHeld, Started
 from diffkv.vllm_plugin.scheduler.estimate import RowSizes
+from diffkv.vllm_plugin.scheduler.failures import Failures
 from diffkv.vllm_plugin.scheduler.hits import Hits, message_ends
-from diffkv.vllm_plugin.scheduler.rows import Row, RowStore
+from diffkv.vllm_plugin.scheduler.rows import Prefix, Row, RowStore
 from diffkv.vllm_plugin.scheduler.running import Bounds, Need, Running
 from diffkv.vllm_plugin.spec import DiffKVSpec
 
 __all__ = ["DiffKVManager"]
-
-logger = init_logger("vllm.diffkv")
 
 _KEPT = (
     RequestStatus.FINISHED_STOPPED,
@@ -40,7 +38,7 @@ class DiffKVManager(FullAttentionManager):
     Attributes:
         shape: the pool's.
         store: slots and closed rows.
-        failed: running requests that are too large for the whole pool.
+        failures: requests that are too large for the whole pool.
     """
 
     supports_fine_grained_hash_lookup = False
@@ -50,7 +48,6 @@ class DiffKVManager(FullAttentionManager):
         self._requests: dict[str, Any] = {}
         self._running: dict[str, Running] = {}
         self._closing: dict[str, Running] = {}
-        self.failed: set[str] = set()
         self._started: list[Started] = []
         self._restarted: set[str] = set()
         self._is_starved = False
@@ -69,6 +66,7 @@ class DiffKVManager(FullAttentionManager):
         self._take_blocks(vllm_config.model_config.max_model_len)
         self._bounds = Bounds(self.shape)
         self._sizes = RowSizes(self.shape, worst)
+        self.failures = Failures(self.block_pool)
         keeps = self.enable_caching and self.shape.segment > 0
         self.store = RowStore(self.shape.num_slots, self.block_pool, keeps)
         ends = message_ends(vllm_config.model_config)
@@ -125,15 +123,20 @@ class DiffKVManager(FullAttentionManager):
         ):
             return
         maker, report = (name, running.epoch), running.report
-        thresholds, blocks = running.thresholds, running.blocks
-        row = Row(running.slot, running.start, end, thresholds, blocks, maker)
+        row = Row(running.slot, running.start, end, running.thresholds, running.blocks, maker)
         running.blocks, running.slot = [], -1
-        self.store.add(row, running.chain, self._hits.prefix(request, thresholds))
+        self.store.add(row, running.chain, self._prefix(running))
         if report is not None and report.num_tokens == end:
             self.store.settle(row, max(1, self._bounds.blocks(report.num_pages)))
         elif self.store.is_found(row):
             self.store.awaits_report(row)
         self.store.leave([row])
+
+    def _prefix(self, running: Running) -> Prefix | None:
+        """By what a request's rows are found; None if rows were reset since it began."""
+        if running.num_resets != self.store.num_resets:
+            return None
+        return self._hits.prefix(running.request, running.thresholds)
 
     def _goes_on(self, request_id: str) -> bool:
         """Whether a request waits that was computed in part: more of its prompt has come (sessions)."""
@@ -278,7 +281,7 @@ class DiffKVManager(FullAttentionManager):
         self.store.use(found)
         running.slot = self.store.take_slot()
         self._num_epochs += 1
-        running.epoch = self._num_epochs
+        running.epoch, running.num_resets = self._num_epochs, self.store.num_resets
         running.blocks = self.block_pool.get_new_blocks(1)
         self._running[request_id] = running
         self.req_to_blocks[request_id] = running.blocks[:1]
@@ -316,20 +319,13 @@ class DiffKVManager(FullAttentionManager):
             running.in_flight.append((num_tokens, need.open_blocks))
 
     def _fail(self, running: Running, num_tokens: int) -> None:
-        """Let a request's step pass without blocks: the worker has vLLM end it."""
-        running.failed = True
-        self.failed.add(running.request.request_id)
-        logger.error(
-            f"Request {running.request.request_id} ends with an error: {num_tokens} tokens of it may "
-            f"need more than the {self.num_usable * self.shape.num_layers} pages of DiffKV's whole "
-            f"pool. Give the engine more KV memory, or send shorter prompts"
-        )
+        """Let a request's step pass without blocks."""
+        self.failures.add(running, num_tokens, self.num_usable * self.shape.num_layers)
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """The request leaves, for good or until it is resumed: its open row is gone."""
         running = self._running.pop(request_id, None)
         self._closing.pop(request_id, None)
-        self.failed.discard(request_id)
         super().pop_blocks_for_free(request_id)
         if running is None:
             return []
@@ -339,6 +335,7 @@ class DiffKVManager(FullAttentionManager):
         self.store.leave(running.chain)
         if running.slot >= 0:
             self.store.release_slot(running.slot)
+        self.failures.leave(running)
         return running.blocks
 
     # steps
@@ -356,10 +353,11 @@ class DiffKVManager(FullAttentionManager):
     def close_rows(self) -> dict[str, tuple[int, ...]]:
         """The step is scheduled: slots of the rows that it closes, which others may find from now on."""
         self._is_starved = False
+        self.failures.on_message()
         closing = {}
         for name, running in self._closing.items():
             closing[name] = tuple(row.slot for row in running.closing)
-            prefix = self._hits.prefix(running.request, running.thresholds)
+            prefix = self._prefix(running)
             for row in running.closing:
                 self.store.add(row, running.chain, prefix)
                 running.chain.append(row)
@@ -373,6 +371,7 @@ class DiffKVManager(FullAttentionManager):
 
     def on_report(self, request_id: str, report: PagesHeld) -> None:
         """Take a worker's report: return the blocks that are not needed for what it says is held."""
+        self.failures.on_report(request_id, report)
         for slot, num_pages in report.closed.items():
             row = self.store.at(slot)
             if row is not None and row.maker == (request_id, report.epoch):

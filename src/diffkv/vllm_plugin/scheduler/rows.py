@@ -115,11 +115,13 @@ class RowStore:
 
     Attributes:
         keeps: likewise.
+        num_resets: how often rows were cleared.
     """
 
     def __init__(self, num_slots: int, blocks: Blocks, keeps: bool) -> None:
         self._blocks = blocks
         self.keeps = keeps
+        self.num_resets = 0
         self._root = Row(-1, 0, 0, Thresholds())
         self._free_slots = list(range(num_slots))[::-1]
         self._rows: dict[int, Row] = {}
@@ -211,7 +213,7 @@ class RowStore:
         """Whether other requests may find it."""
         return row.parent is not None
 
-    def add(self, row: Row, chain: Sequence[Row], prefix: Prefix) -> None:
+    def add(self, row: Row, chain: Sequence[Row], prefix: Prefix | None) -> None:
         """A row is closed at the end of a chain, and its maker uses it.
 
         It is findable if its tokens have a name, all rows before it are, and there is no such row yet.
@@ -219,7 +221,7 @@ class RowStore:
         self._rows[row.slot] = row
         row.users = 1
         parent = chain[-1] if chain else self._root
-        key = prefix.key(row.end)
+        key = prefix.key(row.end) if prefix is not None else None
         if not self.keeps or key is None or not (parent is self._root or self.is_found(parent)):
             return
         rows = parent.children.setdefault(key[0], {})
@@ -281,6 +283,7 @@ class RowStore:
 
     def clear(self) -> None:
         """Give up all idle rows, and have those that are used found by nobody else."""
+        self.num_resets += 1
         for row in list(self._idle.values()):
             if row.slot in self._idle:
                 self.give_up(row)

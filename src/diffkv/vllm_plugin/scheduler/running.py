@@ -43,6 +43,7 @@ class Running:
         report: the latest.
         paid_until: tokens up to which its blocks are enough for generated ones.
         failed: whether the request is too large for the whole pool.
+        num_resets: how often rows had been cleared when it began.
         prompt_len: tokens of its prompt.
     """
 
@@ -60,6 +61,7 @@ class Running:
     report: PagesHeld | None = None
     paid_until: int = 0
     failed: bool = False
+    num_resets: int = 0
     prompt_len: int = field(init=False)
 
     def __post_init__(self) -> None:

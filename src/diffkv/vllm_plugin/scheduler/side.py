@@ -92,17 +92,16 @@ class SchedulerSide:
 
     def message(self, scheduler_output: Any) -> StepMessage:
         """Tell the workers what is gone, what starts with this step, and what it completes."""
-        ended = set(scheduler_output.finished_req_ids)
-        ended.update(scheduler_output.preempted_req_ids or ())
-        ended.update(self._manager.take_restarted())
+        back = self._manager.take_restarted() | set(scheduler_output.preempted_req_ids or ())
         num_tokens = _tokens_after(scheduler_output)
         return StepMessage(
             released=self._manager.store.take_released(),
-            ended=ended,
+            ended=back | set(scheduler_output.finished_req_ids),
+            back=back,
             started=self._manager.take_started(),
             closing=self._manager.close_rows(),
             num_tokens=num_tokens,
-            failed={name for name in self._manager.failed if name in num_tokens},
+            failed={name for name in self._manager.failures.names if name in num_tokens},
         )
 
     def take(self, message: ReportMessage) -> None:

@@ -5,6 +5,7 @@ There is one in each worker process. It knows vLLM's data, not its engine.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -140,8 +141,7 @@ class WorkerCache:
 
         for impl in impls:
             impl.worker = self
-        most = min(vllm_config.scheduler_config.max_num_seqs, self.shape.num_slots)
-        self.cache.warm_up(impls[0].num_heads, most)
+        self.cache.warm_up(impls[0].num_heads, vllm_config.scheduler_config.max_num_seqs)
 
     def before_step(self, message: StepMessage) -> None:
         """Follow the scheduler: release rows, end requests, open rows for those that start.
@@ -169,7 +169,8 @@ class WorkerCache:
         for request_id in message.ended:
             request = rows.requests.pop(request_id, None)
             if request is not None:
-                self._ended.append(request)
+                if request_id not in message.back:
+                    self._ended.append(request)
                 rows.of_block[request.block_id] = -1
                 self.cache.end([request.slot])
                 rows.lengths[request.slot] = request.num_tokens - request.start
@@ -205,13 +206,15 @@ class WorkerCache:
         """
         slots, seq_lens = self._rows.of_block.index_select(0, rows.block_ids), rows.seq_lens
         prompts: list[PromptChunk] = []
+        passing: list[slice] = []
         generated_rows: slice | Tensor = slice(0, len(slots))
         if self._has_prompts:
-            prompts, generated, generated_rows = self._split(slots, rows.query_starts, seq_lens)
+            split = self._split(slots, rows.query_starts, seq_lens)
+            prompts, generated, generated_rows, passing = split
             self._close(prompts)
             slots, seq_lens = slots[generated], seq_lens[generated]
         with self.accounts.managing():
-            step = self.cache.plan(prompts, generated_rows, slots, seq_lens.int())
+            step = self.cache.plan(prompts, generated_rows, slots, seq_lens.int(), passing)
         self.accounts.step_planned(sum(map(self.cache.compresses, prompts)))
         return step
 
@@ -227,8 +230,8 @@ class WorkerCache:
 
     def _split(
         self, row_slots: Tensor, query_starts: np.ndarray, seq_lens: Tensor
-    ) -> tuple[list[PromptChunk], Tensor, slice | Tensor]:
-        """Prompt chunks; the rows that are generated tokens; and where those are in the batch."""
+    ) -> tuple[list[PromptChunk], Tensor, slice | Tensor, list[slice]]:
+        """Prompt chunks; rows of generated tokens, and where those are in the batch; who failed."""
         slots, lengths = self._on_host(row_slots, seq_lens)
         num_new = np.diff(query_starts)
         used = (slots >= 0) & (num_new > 0)
@@ -237,9 +240,11 @@ class WorkerCache:
             request.slot: self._message.closing.get(name, ())
             for name, request in self._scheduled.items()
         }
+        spans = [slice(start, end) for start, end in pairwise(query_starts.tolist())]
+        passing = [spans[row] for row in np.nonzero((slots < 0) & (num_new > 0))[0]]
         prompts = []
         for row in np.nonzero(used & ~generated)[0].tolist():
-            span = slice(int(query_starts[row]), int(query_starts[row + 1]))
+            span = spans[row]
             slot, num_stored = int(slots[row]), int(lengths[row] - num_new[row])
             prompt_len = int(self._rows.prompt_lens[slot])
             prompts.append(PromptChunk(slot, span, num_stored, prompt_len, closing[slot]))
@@ -248,8 +253,8 @@ class WorkerCache:
         starts = query_starts[:-1][rows].astype(np.int64)
         index, places = (on_device(x, torch.int64, row_slots.device) for x in (rows, starts))
         if len(rows) == 0 or starts[-1] == len(rows) - 1:
-            return prompts, index, slice(0, len(rows))
-        return prompts, index, places
+            return prompts, index, slice(0, len(rows)), passing
+        return prompts, index, places, passing
 
     def _on_host(self, row_slots: Tensor, seq_lens: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Slot of each row, and tokens of its request after the step."""
