@@ -128,6 +128,15 @@ def test_buffers_grow_with_requests_where_there_are_chains(triton):
     assert work.num_requests(39) == 40
 
 
+def test_buffers_that_are_outgrown_are_no_larger_together(triton):
+    from diffkv.kernels.triton.workspace import workspace
+
+    work = workspace(triton.place(make_state("k8v4")))
+    for num in range(1, 200):
+        work.buffer("some", torch.int32, num)
+    assert sum(each.numel() for each in work.outgrown) < work.buffers["some"].numel() < 400
+
+
 def test_a_warm_up_makes_what_all_requests_need(triton, monkeypatch):
     """No step makes a buffer anew, and a device without room says so before there are requests."""
     from diffkv.kernels.triton.workspace import Workspace, workspace

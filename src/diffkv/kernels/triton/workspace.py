@@ -92,7 +92,7 @@ class Workspace:
         """Requests that buffers should be made for where there are `num`.
 
         Without chains that is the number of slots. Closed rows take slots too, many more than requests
-        do, so with them buffers grow: by doubling, so that those outgrown are no larger together.
+        do, so with them buffers grow: by doubling.
         """
         if not self.has_chains:
             return self.num_slots
@@ -114,9 +114,11 @@ class Workspace:
         num = math.prod(shape)
         flat = self.buffers.get(name)
         if flat is None or flat.numel() < num:
+            grown = 1
             if flat is not None:
                 self.outgrown.append(flat)
-            flat = torch.empty(max(num, least, 1), dtype=dtype, device=self.device)
+                grown = 2 * flat.numel()  # so that those outgrown are no larger together
+            flat = torch.empty(max(num, least, grown), dtype=dtype, device=self.device)
             self.buffers[name] = flat
             self.views.clear()
         elif len(self.views) >= MAX_VIEWS:
