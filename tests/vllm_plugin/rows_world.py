@@ -97,6 +97,7 @@ class Workers:
         num_slots: likewise.
         rng: dice.
         worst: chance that a row takes as many pages as it can, and that a generated token takes one.
+        late: whether a step's reports come with the next one.
         rows: by slot.
         jobs: by vLLM's name.
     """
@@ -105,12 +106,14 @@ class Workers:
     num_slots: int
     rng: np.random.Generator
     worst: float
+    late: bool = False
     rows: dict[int, Stored] = field(default_factory=dict)
     jobs: dict[str, Job] = field(default_factory=dict)
     hits: int = 0
     rows_closed: int = 0
     rows_kept: int = 0
     failures: int = 0
+    _withheld: deque[dict[str, PagesHeld]] = field(default_factory=deque)
 
     def roll(self, num_tokens: int) -> np.ndarray:
         """Pages of a row, decided."""
@@ -197,9 +200,17 @@ class Workers:
         invalid = {self.jobs[name].start.block_id for name in message.failed}
         self.failures += len(invalid)
         output = KVConnectorOutput(
-            invalid_block_ids=invalid, kv_connector_worker_meta=ReportMessage(reports)
+            invalid_block_ids=invalid, kv_connector_worker_meta=ReportMessage(self._give(reports))
         )
         return sampled, output
+
+    def _give(self, reports: dict[str, PagesHeld]) -> dict[str, PagesHeld]:
+        """The reports that are due: where they come late, those of the step before."""
+        self._withheld.append(reports)
+        due: dict[str, PagesHeld] = {}
+        while len(self._withheld) > (self.late and bool(self.jobs)):
+            due |= self._withheld.popleft()
+        return due
 
     def _store(self, name: str, num_tokens: int, message: StepMessage) -> dict[int, Stored]:
         """The rows of a request after a step."""
@@ -282,6 +293,7 @@ class World:
         windows: layers that keep vLLM's cache, beside `LAYERS` that have DiffKV's.
         worst: see `Workers`.
         model_len: tokens of the longest request.
+        late: whether a step's reports come with the next one.
         options: of the engine's configuration.
     """
 
@@ -293,6 +305,7 @@ class World:
         worst: float = 0.1,
         model_len: int = MODEL_LEN,
         windows: int = 0,
+        late: bool = False,
         **options: Any,
     ) -> None:
         args = engine_args("k8v4-k4v2", drops=True)
@@ -324,7 +337,7 @@ class World:
         (self.manager,) = (each for each in managers if isinstance(each, DiffKVManager))
         self.rng = np.random.default_rng(seed)
         shape = self.manager.shape
-        self.workers = Workers(shape.num_pages, shape.num_slots, self.rng, worst)
+        self.workers = Workers(shape.num_pages, shape.num_slots, self.rng, worst, late)
         self.overlap = overlap
         self.in_flight: deque[tuple[Any, dict[str, tuple[list[int], str | None]]]] = deque()
         self.num_added = self.queries = self.cached = self.preemptions = 0

@@ -9,6 +9,15 @@ from vllm.v1.request import RequestStatus
 
 OPERATIONS = 20000
 
+EXTRA_ARGS: list[dict[str, Any] | None] = [
+    None,
+    None,
+    None,
+    {"diffkv": "off"},
+    {"diffkv_alpha_high": 5},
+    {"diffkv_alpha_low": 0.5},
+]
+
 
 class Clients:
     """Send whatever may be hard on a cache of rows."""
@@ -38,9 +47,7 @@ class Clients:
         rng = self.rng
         settings: dict[str, Any] = {
             "salt": [None, None, None, "a"][int(rng.integers(4))],
-            "extra_args": [None, None, None, {"diffkv": "off"}, {"diffkv_alpha_high": 5}][
-                int(rng.integers(5))
-            ],
+            "extra_args": EXTRA_ARGS[int(rng.integers(len(EXTRA_ARGS)))],
             "stop_token_ids": [[], [2]][int(rng.integers(2))],
             "priority": int(rng.integers(3)),
             "skip_reading_prefix_cache": bool(rng.random() < 0.05),
@@ -78,7 +85,8 @@ class Clients:
 def test_nothing_leaks_nothing_is_wrong_all_end(
     overlap: bool, num_blocks: int, worst: float, policy: str
 ) -> None:
-    world = World(1, overlap, num_blocks, worst, scheduling_policy=policy)
+    late = overlap and num_blocks < 400
+    world = World(1, overlap, num_blocks, worst, late=late, scheduling_policy=policy)
     clients = Clients(world, np.random.default_rng(2))
     for _ in range(OPERATIONS // 6):
         clients.operate()
