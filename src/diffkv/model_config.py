@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from diffkv.quant import ConfigError
-from diffkv.recurrent import ATTENTION, NO_STATES, States, states_of
+from diffkv.recurrent import ATTENTION, DTYPE_BYTES, NO_STATES, States, states_of
 
 __all__ = ["ModelConfig", "stored_weight_bytes", "weight_formats"]
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 QKV_BIAS_MODELS = ("qwen2", "qwen2_moe")
 """Their attention has a bias on Q, K and V that config.json does not mention."""
 QK_NORM_MODELS = ("qwen3", "qwen3_moe")

@@ -7,7 +7,7 @@ model's dtype, and the state itself.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["ATTENTION", "NO_STATES", "States", "states_of"]
+__all__ = ["ATTENTION", "DTYPE_BYTES", "NO_STATES", "States", "states_of"]
 
 ATTENTION = ("full_attention", "attention")
 """Kinds of layers with full attention and no state, as config.json names them."""
@@ -17,7 +17,9 @@ RECURRENT = ("linear_attention", "mamba")
 
 QWEN_INTERVAL = 4
 """Of Qwen's layers every fourth has full attention, where config.json says nothing of it."""
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of an element, by the dtype's name."""
 
 
 class States(NamedTuple):
