@@ -87,7 +87,7 @@ class DiffKVCache:
             self._ops.centre_rows(state, 0, unnamed, one, key)
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
         self._ops.store_prompt(state, 0, tokens, tiers, sums)
-        for num in (1, min(num_requests, state.num_slots)):
+        for num in sorted({1, min(num_requests, state.num_slots)}):
             self._decode_nobody(query, key, num)
         self._ops.store_prompt(self._prompts.exact, 0, tokens, tiers, sums)
         for each in (state, self._prompts.exact):
