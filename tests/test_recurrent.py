@@ -109,6 +109,8 @@ def test_refusals(capsys, tmp_path, monkeypatch):
     assert models.weights_of("owner/name", ModelConfig.parse(GRANITE, "m")).num_bytes == 123
     with pytest.raises(ConfigError, match="has no 'mamba_d_state', a state's size"):
         ModelConfig.parse({k: v for k, v in GRANITE.items() if k != "mamba_d_state"}, "m")
+    with pytest.raises(ConfigError, match="has a bad size of a state: invalid literal"):
+        ModelConfig.parse({**GRANITE, "mamba_expand": "x"}, "m")
     jamba = ModelConfig.parse({**COMMON, "num_hidden_layers": 4, "mamba_dt_rank": 4}, "m")
     with pytest.raises(ConfigError, match="recurrent states of a kind of its own"):
         rank_of(jamba, 1, 1, GIB)

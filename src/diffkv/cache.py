@@ -195,7 +195,7 @@ class DiffKVCache:
             self._prompts.plan(prompts) if prompts else None,
             decode_rows,
             self._ops.plan_decode(self.state, slots, seq_lens) if slots.numel() else None,
-            Passing.of(passing, at_once(self._device)),
+            Passing.of(passing, at_once(self._device)) if passing else None,
         )
 
     def attend(

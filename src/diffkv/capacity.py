@@ -61,13 +61,8 @@ class Rank:
 
     def window_bytes(self, context: int, bits: int) -> int:
         """Bytes of the layers with a sliding window for a request: vLLM's blocks, one of them begun."""
-        model = self.model
-        if not model.num_windows:
-            return 0
-        blocks = -(-min(context, model.window) // DENSE_BLOCK_TOKENS) + 1
-        heads = model.num_windows * self.num_kv_heads
-        token_bytes = bf16_bytes_per_token(heads, model.head_dim) * bits // 16
-        return blocks * DENSE_BLOCK_TOKENS * token_bytes
+        blocks = -(-min(context, self.model.window) // DENSE_BLOCK_TOKENS) + 1
+        return self.model.num_windows * blocks * self._block_bytes(bits)
 
     def state_bytes(self, bits: int) -> int:
         """Bytes of a request's recurrent states, each padded to whole blocks as vLLM does it."""

@@ -116,10 +116,7 @@ class ModelConfig:
         bits, group = _weight_bits(config.get("quantization_config"), DTYPE_BYTES[dtype] * 8, name)
         bias = bool(text.get("attention_bias", False))
         num_windows, window = _windows(text, num_layers)
-        try:
-            states = states_of(text, num_layers, DTYPE_BYTES[dtype])
-        except KeyError as error:
-            raise ConfigError(f"config.json of {name} has no {error}, a state's size") from None
+        states = _states(text, num_layers, DTYPE_BYTES[dtype], name)
         return cls(
             name=name,
             architecture=str((config.get("architectures") or [""])[0]),
@@ -204,6 +201,18 @@ class ModelConfig:
         meta = linear / self.group_size * GROUP_META_BYTES if self.group_size else 0
         rest = (self.num_parameters - linear) * self.element_bytes
         return int(linear * self.weight_bits / 8 + meta + rest)
+
+
+def _states(
+    text: Mapping[str, Any], num_layers: int, element_bytes: int, name: str
+) -> States | None:
+    """Recurrent states; None where they are of a kind that is not known here."""
+    try:
+        return states_of(text, num_layers, element_bytes)
+    except KeyError as error:
+        raise ConfigError(f"config.json of {name} has no {error}, a state's size") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.json of {name} has a bad size of a state: {error}") from None
 
 
 def _other_kinds(text: Mapping[str, Any], states: States | None) -> tuple[str, ...]:

@@ -356,10 +356,8 @@ class Passing:
     spans: Spans
 
     @classmethod
-    def of(cls, spans: Sequence[slice], place: Place) -> "Passing | None":
+    def of(cls, spans: Sequence[slice], place: Place) -> "Passing":
         """Those of some spans of the batch."""
-        if not spans:
-            return None
         lengths = [span.stop - span.start for span in spans]
         return cls(spans_of(spans, place), Spans.of(lengths, lengths, place))
 
@@ -378,4 +376,4 @@ class Step:
     prompts: PromptPlan | None
     decode_rows: slice | Tensor
     decode: DecodePlan | None
-    passing: "Passing | None" = None
+    passing: Passing | None

@@ -164,9 +164,8 @@ class TestScheduler:
         """A step that names it is in flight when it leaves, and its block would be the next one's."""
         world = World(0, True, 480, worst=1.0, model_len=2 * MODEL_LEN)
         text, num_tokens, failed = list(range(10, 2 * MODEL_LEN)), 64, False
-        while (
-            not failed
-        ):  # a turn that finds all but some tokens, until its first step is too large
+        # a turn that finds all but some tokens, until its first step is too large
+        while not failed:
             num_tokens += 32
             turn = world.add(text[:num_tokens], 2, extra_args={"diffkv": "off"})
             while turn in world.scheduler.requests:

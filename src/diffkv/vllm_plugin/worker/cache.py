@@ -5,7 +5,6 @@ There is one in each worker process. It knows vLLM's data, not its engine.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -240,11 +239,12 @@ class WorkerCache:
             request.slot: self._message.closing.get(name, ())
             for name, request in self._scheduled.items()
         }
-        spans = [slice(start, end) for start, end in pairwise(query_starts.tolist())]
-        passing = [spans[row] for row in np.nonzero((slots < 0) & (num_new > 0))[0]]
+        passing = _spans((slots < 0) & (num_new > 0), query_starts)
+        is_prompt = used & ~generated
         prompts = []
-        for row in np.nonzero(used & ~generated)[0].tolist():
-            span = spans[row]
+        for row, span in zip(
+            np.nonzero(is_prompt)[0], _spans(is_prompt, query_starts), strict=True
+        ):
             slot, num_stored = int(slots[row]), int(lengths[row] - num_new[row])
             prompt_len = int(self._rows.prompt_lens[slot])
             prompts.append(PromptChunk(slot, span, num_stored, prompt_len, closing[slot]))
@@ -330,3 +330,9 @@ class WorkerCache:
         """Totals of all requests so far, running ones included, and the pool's shape."""
         self._take_due(self._snapshots.give(settle=True))
         return self.accounts.summary(list(self._rows.requests.values()))
+
+
+def _spans(chosen: np.ndarray, query_starts: np.ndarray) -> list[slice]:
+    """Where the tokens of some requests of a batch are."""
+    starts, ends = query_starts[:-1][chosen], query_starts[1:][chosen]
+    return [slice(*each) for each in zip(starts.tolist(), ends.tolist(), strict=True)]
