@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import diffkv.hf
-from diffkv.policy import Thresholds
 
 DATA = files("diffkv") / "data"
 
@@ -24,7 +23,7 @@ def main() -> None:
     inputs = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
 
     diffkv.hf.attach(model)
-    cache = diffkv.hf.DiffKVHFCache(model, "k8v4-k4v2", thresholds=Thresholds(3.0, 0.0))
+    cache = diffkv.hf.DiffKVHFCache(model)
     output = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
     for row, answer in zip(rows, output[:, inputs.input_ids.shape[1] :], strict=True):
         words = tokenizer.decode(answer).split()[: len(row["answer"].split())]

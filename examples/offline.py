@@ -23,7 +23,7 @@ def main() -> None:
         str(DATA / "reference"),
         enforce_eager=True,
         kv_cache_memory_bytes=64 << 20,
-        **engine_args("k8v4-k4v2", alpha_high=3),
+        **engine_args(),
     )
     params = [SamplingParams(temperature=0, max_tokens=len(r["answer"].split())) for r in rows]
     outputs = llm.generate([row["prompt"] for row in rows], params, use_tqdm=False)

@@ -25,7 +25,7 @@ DATA = files("diffkv") / "data"
 SETTINGS = (
     {},  # the engine's thresholds
     {"diffkv": "off"},  # every token stays high
-    {"diffkv_alpha_high": 10},  # fewer tokens stay high
+    {"diffkv_alpha_high": 2},  # more tokens stay high
     {"diffkv_alpha_low": 0.2},  # tokens that get little attention are dropped
 )
 
@@ -37,7 +37,7 @@ def main() -> None:
         enforce_eager=True,
         kv_cache_memory_bytes=64 << 20,
         # With drops, requests may set alpha_low.
-        **engine_args("k8v4-k4v2", alpha_high=3, drops=True),
+        **engine_args(drops=True),
     )
     before = {"num_tokens": 0, "high": 0.0, "low": 0.0, "num_bytes": 0}
     for settings in SETTINGS:  # one after the other, only to count each one's bytes

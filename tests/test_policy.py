@@ -251,11 +251,13 @@ class TestThresholds:
 
     def test_defaults(self):
         two_tiers, one_tier = QuantConfig.parse("k8v4-k4v2"), QuantConfig.parse("k8v4")
-        assert Thresholds.choose(two_tiers) == Thresholds(3.0, 0.0)
+        assert Thresholds.choose(two_tiers) == Thresholds(20.0, 0.0)
         assert Thresholds.choose(one_tier) == Thresholds(0.0, 0.0)
 
     def test_a_low_threshold_above_the_default_lifts_it(self):
-        assert Thresholds.choose(QuantConfig.parse("k8v4-k4v2"), alpha_low=5.0) == Thresholds(5, 5)
+        assert Thresholds.choose(QuantConfig.parse("k8v4-k4v2"), alpha_low=25.0) == Thresholds(
+            25, 25
+        )
 
     def test_what_is_given_counts(self):
         assert Thresholds.choose(QuantConfig.parse("k8v4-k4v2"), 1.0, 0.02) == Thresholds(1, 0.02)

@@ -80,7 +80,7 @@ def test_no_preset_is_balanced():
     balanced = presets.find(presets.DEFAULT)
     plain = Options()
     assert (plain.quant, plain.window) == (balanced.quant, balanced.window)
-    assert plain.thresholds() == balanced.thresholds == Thresholds(3.0, 0.0)
+    assert plain.thresholds() == balanced.thresholds == Thresholds(20.0, 0.0)
     assert options() == plain
 
 
@@ -130,9 +130,9 @@ def test_sizes_decide_where_the_name_says_nothing():
 @pytest.mark.parametrize(
     ("arguments", "quant", "thresholds"),
     [
-        (("quality",), "k8v8-k4v4", (3, 0)),
-        (("balanced", "--alpha-high", "1"), "k8v4-k4v2", (1, 0)),
-        (("balanced", "--alpha-low", "5"), "k8v4-k4v2", (5, 5)),
+        (("quality",), "k8v8-k4v4", (20, 0)),
+        (("balanced", "--alpha-high", "1"), "k8v8-k4v2", (1, 0)),
+        (("balanced", "--alpha-low", "25"), "k8v8-k4v2", (25, 25)),
         (("balanced", "--quant", "k8v8"), "k8v8", (0, 0)),
         (("max-compression", "--quant", "k8v4"), "k8v4", (0.04, 0.04)),
         (("max-compression", "--alpha-high", "0.01"), "k8v4-k4v2", (0.01, 0.01)),
@@ -201,7 +201,7 @@ def test_losses_are_those_of_the_results(measured):
 def test_a_preset_says_what_it_loses_unless_it_is_changed(capsys):
     options("--preset", "balanced")
     loss = presets.find("balanced").loss
-    assert f"; the default; {loss}): k8v4-k4v2, " in capsys.readouterr().err
+    assert f"; the default; {loss}): k8v8-k4v2, " in capsys.readouterr().err
     assert str(loss).startswith("on smollm2 mean KL 0.0") and "x smaller than bf16" in str(loss)
     options("--preset", "balanced", "--alpha-high", "1")
     assert "smollm2" not in capsys.readouterr().err

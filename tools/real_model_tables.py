@@ -84,10 +84,12 @@ TABLES = (
             "fp8": "vLLM fp8",
             "q4_0": "llama.cpp q4_0",
             "int4_per_token_head": "vLLM int4_per_token_head",
-            "k8v8-k4v4": "DiffKV k8v8-k4v4",
-            "k8v8-k4v2": "DiffKV k8v8-k4v2",
+            "k8v8-k4v4": "DiffKV, `--preset quality`",
             DEFAULT_QUANT: "**DiffKV**",
-            f"{DEFAULT_QUANT} policy=paper:distinct=0.75": "DiffKV, a quarter of each prompt dropped",
+            f"{DEFAULT_QUANT} alpha_high=30 segment=0": "DiffKV, `--segment 0 --alpha-high 30`",
+            f"{DEFAULT_QUANT} alpha_high=30 segment=0 policy=paper:distinct=0.75": (
+                "DiffKV, `--segment 0 --preset distinct`"
+            ),
         },
     ),
     Table(
@@ -95,7 +97,7 @@ TABLES = (
         "`--segment`",
         {
             DEFAULT_QUANT if size == SEGMENT else f"{DEFAULT_QUANT} segment={size}": str(size)
-            for size in (0, SEGMENT)
+            for size in (0, 512, 1024, SEGMENT)
         },
     ),
 )

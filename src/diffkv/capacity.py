@@ -30,9 +30,9 @@ DENSE_BITS = {"bf16": 16, "fp8": 8}
 """Caches of vLLM itself, and bits of an element."""
 DENSE_BLOCK_TOKENS = 16
 
-HIGH_SHARE = 0.46
-"""Share of high tokens that the published 27.4 % (nominal bits, nothing dropped) of QwQ-32B at
-alpha_high 3 means for k8v4-k4v2: 0.274 * 16 bits = 0.46 * 6 + 0.54 * 3."""
+HIGH_SHARE = 0.1
+"""Share of the tokens outside the window that a pair keeps high: more than the default keeps of a real
+model's prose (docs/results/real-model), less than it would at the published alpha_high of 1 to 3."""
 
 KV_BOUND = 0.5
 """Share of a decode step's bytes from which KV is what binds it."""

@@ -122,8 +122,8 @@ class Thresholds:
         return self if has_low else Thresholds(self.alpha_low, self.alpha_low)
 
 
-DEFAULT_ALPHA_HIGH = 3.0
-"""The published value for Qwen2.5-32B and QwQ-32B; nothing is dropped by default."""
+DEFAULT_ALPHA_HIGH = 20.0
+"""Measured on a real model (docs/policy.md); published are 1 to 3. Nothing is dropped by default."""
 
 
 def threshold(alpha: Tensor | float, num_tokens: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def create(shape: PoolShape, buffer: Tensor, dtype: torch.dtype, window: int) ->
             )
         tensors[name] = raw[start:end].view(spec.dtype).view(dims)
         _begin(tensors[name], spec, shape)
-    return PoolState(shape.layout, dtype, window, **tensors)
+    return PoolState(shape.layout, dtype, window, shape.segment, **tensors)
 
 
 def _begin(tensor: Tensor, spec: TensorSpec, shape: PoolShape) -> None:

@@ -26,7 +26,7 @@ __all__ = [
 BITS = (16, 8, 4, 2, 1)
 GROUPS = (1, 2, 4)
 
-DEFAULT_QUANT = "k8v4-k4v2"
+DEFAULT_QUANT = "k8v8-k4v2"
 """What engines, caches and commands take if they are told nothing else."""
 
 FLOAT16_MAX = 65504.0

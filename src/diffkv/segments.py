@@ -11,7 +11,7 @@ from itertools import pairwise
 
 __all__ = ["SEGMENT", "RowEnds", "first_message", "longest_row", "most_rows"]
 
-SEGMENT = 1024
+SEGMENT = 2048
 """Tokens of a segment unless a user says otherwise; 0: prompts are decided whole, and nothing is shared.
 
 Smaller ones keep more tokens high, since a segment's last window is. Measured in docs/policy.md.

@@ -111,11 +111,13 @@ class PoolState:
         layout: layout of a page.
         dtype: the model's dtype: float32, bfloat16 or float16; `layout.element_bytes` is its size.
         window: recent tokens that always stay high.
+        segment: tokens of a closed row, but for some shorter ones; 0 where there are none.
     """
 
     layout: PageLayout
     dtype: torch.dtype
     window: int
+    segment: int
     overruns: Tensor
     demotions: Tensor
     thresholds: Tensor

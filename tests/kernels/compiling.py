@@ -14,9 +14,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from diffkv.kernels.triton import constants, rows, worklist, workspace
-from diffkv.kernels.triton.closed import most_closed_chunks
+from diffkv.kernels.triton.closed import longer, most_closed_chunks
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
+from diffkv.segments import SEGMENT
 
 LAYERS, HEADS = 32, 8
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -168,6 +169,7 @@ def cases(
         "TILE": 64,
         "MAX": worklist.MAX_CHUNKS,
         "CHAIN_WIDTH": chain_width,
+        "LONGER": longer(SEGMENT),
         "CLOSED": closed,
         "ROWS": 8,
         "COUNT": 1024,

@@ -24,7 +24,7 @@ WIDTH = 300
 LENGTHS = st.one_of(st.integers(0, 300), st.integers(0, 40_000), st.just(4096), st.just(200_000))
 
 
-def listed(layout, counts, table, directory, lengths=None):
+def listed(layout, counts, table, directory, lengths=None, longer=1):
     """(fields of rows, items of open rows, of closed ones) of a batch of requests with one head each.
 
     Items are (tier, *fields), by number. There are chains where their lengths are given; slot i has its
@@ -60,6 +60,7 @@ def listed(layout, counts, table, directory, lengths=None):
         TOKENS=worklist.CHUNK_TOKENS,
         MAX=worklist.most_chunks(table),
         CHAIN_WIDTH=width,
+        LONGER=longer,
         CLOSED=closed,
         ROWS=4,
         COUNT=8,
@@ -120,13 +121,16 @@ def test_every_token_is_in_one_chunk_and_all_chunks_have_room(quant, head_dim, r
 
 @pytest.mark.parametrize("quant", ["k8v4-k4v2", "k16v16"])
 @settings(max_examples=25, deadline=None)
-@given(lengths=st.lists(st.integers(0, WIDTH), min_size=1, max_size=9))
-def test_every_part_of_every_closed_row_is_in_one_chunk(quant, lengths):
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 8), st.integers(0, WIDTH)), min_size=1, max_size=9),
+    longer=st.integers(1, 9),
+)
+def test_every_part_of_every_closed_row_is_in_one_chunk(quant, lengths, longer):
     """A chain's chunks depend on its length alone."""
     layout = PageLayout.derive(QuantConfig.parse(quant), 128)
     num, table = len(lengths), (9, 64)
     directory = torch.zeros(num, table[0], dtype=torch.int32)
-    row_items, _, items = listed(layout, [(5, 0)] * num, table, directory, lengths)
+    row_items, _, items = listed(layout, [(5, 0)] * num, table, directory, lengths, longer)
     assert len(items) == int(row_items[:, 3].sum())
     room = num * worklist.most_chunks(table)
     for row, length in enumerate(lengths):

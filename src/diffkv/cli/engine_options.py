@@ -57,7 +57,7 @@ def add_cache_options(parser: argparse.ArgumentParser, policy_help: str = POLICY
     )  # fmt: skip
     group.add_argument(
         "--quant",
-        help="formats of the tiers: k8v4-k4v2, k8v4g1x2-k4v2g2x4, k8v8, k16v16 … (default: "
+        help="formats of the tiers: k8v8-k4v2, k8v4g1x2-k4v2g2x4, k8v8, k16v16 … (default: "
         f"{DEFAULT_QUANT})",
     )
     group.add_argument(

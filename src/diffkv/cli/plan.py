@@ -19,7 +19,7 @@ from diffkv.quant import DEFAULT_QUANT, ConfigError, QuantConfig
 
 __all__ = ["add_arguments", "run"]
 
-DEFAULT_FORMATS = ("k8v8", "k8v4", "k4v4", "k4v2", DEFAULT_QUANT, "k8v4g1x2-k4v2g2x4")
+DEFAULT_FORMATS = ("k8v8", "k8v4", "k4v4", "k4v2", DEFAULT_QUANT, "k8v4-k4v2", "k8v4g1x2-k4v2g2x4")
 DEFAULT_UTILIZATION = 0.92
 DEFAULT_RESERVE = "2GiB"
 DEFAULT_CONTEXT = "8K"
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--high-share", type=float, default=HIGH_SHARE, metavar="SHARE",
         help="of tokens outside the window that pairs keep high; an assumption: measure yours with "
-        "diffkv inspect (default: %(default)s, from the paper's 27.4%% for QwQ-32B)",
+        "diffkv inspect (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--dropped-share", type=float, default=0.0, metavar="SHARE",

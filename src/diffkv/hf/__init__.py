@@ -2,7 +2,7 @@
 
     model = AutoModelForCausalLM.from_pretrained(...)
     diffkv.hf.attach(model)
-    cache = DiffKVHFCache(model, quant="k8v4-k4v2")
+    cache = DiffKVHFCache(model, quant="k8v8-k4v2")
     model.generate(**inputs, past_key_values=cache)
     print(cache.use())
 

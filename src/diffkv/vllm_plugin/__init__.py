@@ -46,7 +46,7 @@ def register() -> None:
 
 
 def engine_args(quant: str = DEFAULT_QUANT, **options: Any) -> dict[str, Any]:
-    """Arguments that turn DiffKV on: `LLM(model, **engine_args("k8v4-k4v2", alpha_high=3))`.
+    """Arguments that turn DiffKV on: `LLM(model, **engine_args("k8v8-k4v2", alpha_high=20))`.
 
     Args:
         quant: quantisation configuration.

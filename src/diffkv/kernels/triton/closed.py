@@ -13,7 +13,14 @@ from diffkv.kernels.triton.items import field_of, item_at, list_start
 from diffkv.kernels.triton.table import leaf_entry
 from diffkv.layout import PageLayout
 
-__all__ = ["CHAIN_CHUNKS", "chain_chunks", "leaf_of_chain", "list_chains", "most_closed_chunks"]
+__all__ = [
+    "CHAIN_CHUNKS",
+    "chain_chunks",
+    "leaf_of_chain",
+    "list_chains",
+    "longer",
+    "most_closed_chunks",
+]
 
 CHAIN_CHUNKS = 32
 """Most chunks of a chain and tier: as many as one program can merge, and enough to fill a GPU."""
@@ -21,6 +28,10 @@ CHAIN_CHUNKS = 32
 SPLITS = (1, 4, 16)
 """Most closed rows of a chain each of which is split in four, in three and in two: a request that is
 alone waits for the largest chunk. Where there are two tiers, high tokens are few, and not split."""
+
+SPLIT_TOKENS = 1024
+"""Tokens of the rows that `SPLITS` is for. Rows that are n times as long, in short chains, are split in
+n times as many."""
 
 _CHAIN_CHUNKS = tl.constexpr(CHAIN_CHUNKS)
 _IN_FOUR, _IN_THREE, _IN_TWO = (tl.constexpr(most) for most in SPLITS)
@@ -31,12 +42,19 @@ def most_closed_chunks(layout: PageLayout, chain_width: int) -> int:
     return CHAIN_CHUNKS * len(layout.tiers) if chain_width else 0
 
 
+def longer(segment: int) -> int:
+    """How many times as long as `SPLIT_TOKENS` closed rows are, 1 at least."""
+    return max(1, segment // SPLIT_TOKENS)
+
+
 @triton.jit
-def chain_chunks(length, TIERS: tl.constexpr):
+def chain_chunks(length, TIERS: tl.constexpr, LONGER: tl.constexpr):
     """(chunks of the high tier, of all, rows of one, parts of a high row, of a low one), by length."""
     rows = tl.maximum(tl.cdiv(length, _CHAIN_CHUNKS), 1)
     parts = 1 + (length <= _IN_TWO).to(tl.int32)
     parts += (length <= _IN_THREE).to(tl.int32) + (length <= _IN_FOUR).to(tl.int32)
+    if LONGER > 1:
+        parts *= tl.where(length * LONGER <= _IN_THREE, LONGER, 1)
     groups = tl.cdiv(length, rows)
     high_parts = parts
     chunks = groups * parts
@@ -58,13 +76,14 @@ def list_chains(
     closed_room,
     TIERS: tl.constexpr,
     CHAIN_WIDTH: tl.constexpr,
+    LONGER: tl.constexpr,
     CLOSED: tl.constexpr,
 ):
     """List the chunks of the closed rows of some rows, the first of which has number `item`.
 
     Those of a row begin at `list_at`, (high ones, low ones).
     """
-    high_chunks, chunks, rows, high_parts, low_parts = chain_chunks(length, TIERS)
+    high_chunks, chunks, rows, high_parts, low_parts = chain_chunks(length, TIERS, LONGER)
     each = tl.arange(0, CLOSED)[None, :]
     mask = each < chunks[:, None]
     is_low = each >= high_chunks[:, None]

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.triton.append import append_programs, append_side
+from diffkv.kernels.triton.closed import longer
 from diffkv.kernels.triton.constants import cdiv, power_of_2
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, wait
@@ -69,6 +70,7 @@ def _prepare_kernel(
     TOKENS: tl.constexpr,
     MAX: tl.constexpr,
     CHAIN_WIDTH: tl.constexpr,
+    LONGER: tl.constexpr,
     CLOSED: tl.constexpr,
     ROWS: tl.constexpr,
     COUNT: tl.constexpr,
@@ -93,7 +95,7 @@ def _prepare_kernel(
         list_kernel(
             slots_ptr, chain_lens_ptr, directory_ptr, num_tokens_ptr, items_ptr, row_items_ptr,
             num_items_ptr, layer, R_H, programs, room, closed_room, L, H, TABLE, TIERS, TILE, TOKENS,
-            MAX, CHAIN_WIDTH, CLOSED, ROWS, COUNT,
+            MAX, CHAIN_WIDTH, LONGER, CLOSED, ROWS, COUNT,
         )  # fmt: skip
     elif pid < others:
         vector = (pid - lists) * VECTORS + tl.arange(0, VECTORS)
@@ -162,7 +164,8 @@ def prepare(
         turned, *appended, *strides, query.stride(0), rotation.norm, layer, rows, programs, room,
         closed_room, num_lists, num_queries, num_new,
         G=query.shape[1] // heads, D=head_dim, DP=power_of_2(head_dim),
-        CHAIN_WIDTH=state.chain_width, ROWS=LIST_ROWS, COUNT=LIST_COUNT, VECTORS=VECTORS,
-        NEW=new is not None, PAGE=state.layout.page_bytes, CENTRED=state.centre_dim > 0,
+        CHAIN_WIDTH=state.chain_width, LONGER=longer(state.segment), ROWS=LIST_ROWS,
+        COUNT=LIST_COUNT, VECTORS=VECTORS, NEW=new is not None, PAGE=state.layout.page_bytes,
+        CENTRED=state.centre_dim > 0,
         enable_fp_fusion=False, num_warps=4, **rotation.constants, **constants,
     )  # fmt: skip

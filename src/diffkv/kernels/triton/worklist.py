@@ -153,6 +153,7 @@ def list_kernel(
     TOKENS: tl.constexpr,
     MAX: tl.constexpr,
     CHAIN_WIDTH: tl.constexpr,
+    LONGER: tl.constexpr,
     CLOSED: tl.constexpr,
     ROWS: tl.constexpr,
     COUNT: tl.constexpr,
@@ -182,7 +183,7 @@ def list_kernel(
         )
         if CLOSED > 0:
             length = tl.load(chain_lens_ptr + slot, mask=slot >= 0, other=0)
-            high_chunks, chunks, _, _, _ = chain_chunks(length, TIERS)
+            high_chunks, chunks, _, _, _ = chain_chunks(length, TIERS, LONGER)
             first_closed_high += tl.sum(high_chunks)
             first_closed += tl.sum(chunks)
 
@@ -205,7 +206,7 @@ def list_kernel(
     closed_high = closed
     if CLOSED > 0:
         length = tl.load(chain_lens_ptr + slot, mask=slot >= 0, other=0)
-        closed_high, closed, _, _, _ = chain_chunks(length, TIERS)
+        closed_high, closed, _, _, _ = chain_chunks(length, TIERS, LONGER)
     closed_at = first_closed + tl.cumsum(closed, 0) - closed
     fields = row_at(row_items_ptr, row)
     tl.store(fields, item, mask=exists)
@@ -223,7 +224,7 @@ def list_kernel(
         high_closed_at = first_closed_high + tl.cumsum(closed_high, 0) - closed_high
         list_chains(
             items_ptr, (high_closed_at, closed_at - high_closed_at), room + closed_at, row, slot,
-            length, room, closed_room, TIERS, CHAIN_WIDTH, CLOSED,
+            length, room, closed_room, TIERS, CHAIN_WIDTH, LONGER, CLOSED,
         )  # fmt: skip
 
     each = tl.arange(0, MAX)[None, :]
