@@ -33,7 +33,7 @@ def test_layout_prints_a_table():
 
 
 def test_layout_json_is_one_object_with_every_fact():
-    result = diffkv("layout", "--json", "--drops")
+    result = diffkv("layout", "--json", "--drops", "--quant", "k8v4-k4v2")
     assert result.returncode == 0
     assert result.stdout.count("\n") == 1
     facts = json.loads(result.stdout)
@@ -94,7 +94,7 @@ def test_layout_of_a_float32_model(capsys):
 
 def test_layout_takes_a_page_size(capsys):
     facts = layout_json(capsys, "--page-bytes", "6784", "--drops")
-    assert [tier["tokens_per_page"] for tier in facts["tiers"]] == [32, 60]
+    assert [tier["tokens_per_page"] for tier in facts["tiers"]] == [24, 60]
 
 
 @pytest.mark.parametrize(
