@@ -149,6 +149,67 @@ def test_turns_on_one_cache(model, inputs, segment):
     )
 
 
+@pytest.mark.parametrize("stored", [0, 40])
+def test_a_refused_pass_changes_nothing(attached, inputs, stored):
+    """Not what the cache holds, nor the logits of the pass that follows."""
+    ids, size = inputs.input_ids[:1, -80:], 40 if stored else 80
+    span = slice(stored, stored + size)
+    got = []
+    for refusals in (False, True):
+        cache = DiffKVHFCache(attached, "k16v16", max_tokens=100)
+        with torch.no_grad():
+            if stored:
+                attached(ids[:, :stored], past_key_values=cache)
+        if refusals:
+            with pytest.raises(ValueError, match="no gradients"):
+                attached(ids[:, span], past_key_values=cache)
+            with torch.no_grad(), pytest.raises(ValueError, match="raise max_tokens"):
+                attached(ids.repeat(1, 2), past_key_values=cache)
+            assert cache.get_seq_length() == stored
+        with torch.no_grad():
+            got.append(attached(ids[:, span], past_key_values=cache).logits)
+        assert cache.use().tokens == stored + size
+        check_invariants(cache.state)
+    assert torch.equal(*got)
+
+
+def test_what_has_stored_some_layers_only_is_not_gone_on_with(attached, inputs, monkeypatch):
+    ids, cache = inputs.input_ids[:1, -80:], DiffKVHFCache(attached)
+    inside = attached.model.layers[1].self_attn.q_proj
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(inside, "forward", lambda x: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            attached(ids, past_key_values=cache)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"reset\(\)"):
+            attached(ids, past_key_values=cache)
+        cache.reset()
+        expected = attached(ids, past_key_values=DiffKVHFCache(attached)).logits
+        assert torch.equal(attached(ids, past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize(("max_tokens", "turns"), [(64, [3] * 20), (4096, [40] * 30 + [300] * 9)])
+def test_many_turns_have_room_or_are_refused(attached, inputs, max_tokens, turns):
+    """Each closes a row, which has half-empty pages of its own."""
+    torch.manual_seed(0)
+    cache = DiffKVHFCache(attached, max_tokens=max_tokens, pool=PoolOptions(segment=1024))
+    num = 0
+    with torch.no_grad():
+        for turn in turns:
+            ids = torch.randint(3, 100, (1, turn))
+            try:
+                attached(ids, past_key_values=cache)
+            except ValueError as error:
+                assert "more rows" in str(error)
+                break
+            num += turn
+    assert cache.use().tokens == num
+    assert num == sum(turns) or num > 1024
+    check_invariants(cache.state)
+    kept = cache.state.num_tokens[cache._rows[0].rows].sum((0, 3))
+    assert (kept == num).all()
+
+
 def test_refusals(model, attached, inputs):
     ids = inputs.input_ids
     with torch.no_grad():

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from diffkv import ops
 from diffkv.cache import DiffKVCache, Step
 from diffkv.hf.attention import IMPLEMENTATION
-from diffkv.hf.rows import SequenceRows
+from diffkv.hf.rows import SequenceRows, paddings
 from diffkv.layout import PageLayout
 from diffkv.policies import PAPER, Policy, parse
 from diffkv.policy import MOST_TOKENS, WINDOW, Thresholds
@@ -40,7 +40,7 @@ class _Layer(CacheLayerMixin):
         super().__init__()
         self._cache = weakref.ref(cache)
         self._index = index
-        self.num_seen = 0
+        self.num_seen = 0  # stored: a pass that is refused leaves it as it was
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -49,7 +49,6 @@ class _Layer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Mark the keys with their cache: the attention function that follows stores them."""
-        self.num_seen += key_states.shape[2]
         key_states.diffkv = (self._cache(), self._index)  # type: ignore[attr-defined]
         return key_states, value_states
 
@@ -149,7 +148,7 @@ class DiffKVHFCache(Cache):
         self._step: Step | None = None
         self._first: list[int] = []
         self._rows: list[SequenceRows] = []
-        self._scale = 0.0
+        self._scale, self._is_whole = 0.0, True
         super().__init__(layers=[_Layer(self, i) for i in range(self._num_layers)])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -222,7 +221,7 @@ class DiffKVHFCache(Cache):
     def reset(self) -> None:
         """Forget all sequences and give their memory back."""
         self._pages, self._shape, self._step = None, None, None
-        self._first, self._rows = [], []
+        self._first, self._rows, self._is_whole = [], [], True
         for layer in self.layers:
             layer.num_seen = 0
 
@@ -266,29 +265,41 @@ class DiffKVHFCache(Cache):
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         output = torch.zeros_like(query)
         self._pages.attend(layer, self._step, query, key, value, output)
+        self.layers[layer].num_seen += num_tokens
+        self._is_whole = layer == self._num_layers - 1
         return output.view(batch, num_tokens, num_q_heads, head_dim)
 
     def _begin(self, batch: int, num_tokens: int, scale: float, mask: Tensor | None) -> Step:
-        seen = self.get_seq_length()  # these tokens included
+        """Plan a step of all layers, or refuse it and change nothing."""
+        if not self._is_whole:
+            raise ValueError(
+                "a forward pass has ended with an error after it had stored some of its tokens: reset()"
+            )
+        seen = self.get_seq_length() + num_tokens
         if seen > self.max_tokens:
             raise ValueError(
                 f"the cache is for {self.max_tokens} tokens a sequence, got {seen}: raise max_tokens"
             )
         if self._pages is None:
-            self._first = _paddings(mask, batch, num_tokens)
+            first = paddings(mask, batch, num_tokens)
+            self._first, self._is_whole = first, False
             self._pages, self._scale = self._make(batch, scale), scale
             for rows, first in zip(self._rows, self._first, strict=True):
                 rows.open(self._pages, seen - first, self.thresholds)
             return self._plan_prompts(num_tokens, seen)
         if batch != len(self._first):
             raise ValueError(f"the cache holds {len(self._first)} sequences, got {batch}")
-        if mask is not None and _paddings(mask, batch, seen) != self._first:
+        if mask is not None and paddings(mask, batch, seen) != self._first:
             raise ValueError("attention_mask differs from the prompt's in tokens that are stored")
         if num_tokens > 1:
+            stored = seen - num_tokens
             for rows, first in zip(self._rows, self._first, strict=True):
-                stored = seen - num_tokens - first
-                rows.turn(self._pages, stored, seen - first, self.thresholds)
+                rows.check_turn(self._pages, stored - first, seen - first)
+            self._is_whole = False
+            for rows, first in zip(self._rows, self._first, strict=True):
+                rows.turn(self._pages, stored - first, seen - first, self.thresholds)
             return self._plan_prompts(num_tokens, seen)
+        self._is_whole = False
         problem = self._pages.range_problem()
         if problem is not None:
             warnings.warn(problem, stacklevel=2)
@@ -313,7 +324,9 @@ class DiffKVHFCache(Cache):
         sizes = self._layout, self._num_layers, self._num_kv_heads
         one = PoolShape(*sizes, 1, self.max_tokens, 0, segment=self._segment)
         most = 1 + one.chain_width
-        shape = replace(one, num_slots=batch * most, num_pages=batch * one.request_pages(1.0))
+        half_empty = one.half_empty_leaves * (one.chain_width - one.max_rows)  # a row a turn
+        num_pages = batch * (one.request_pages(1.0) + half_empty)
+        shape = replace(one, num_slots=batch * most, num_pages=num_pages)
         buffer = torch.empty(
             shape.table_bytes + shape.num_pages * self._layout.page_bytes,
             dtype=torch.uint8,
@@ -341,33 +354,6 @@ def _check(model: PreTrainedModel, config: Any, window: int) -> None:
         )
     if not 1 <= window <= MOST_TOKENS:
         raise ConfigError(f"window must be 1 to {MOST_TOKENS} tokens, got {window}")
-
-
-def _paddings(mask: Tensor | None, batch: int, num_tokens: int) -> list[int]:
-    """Where each row of a batch begins.
-
-    Args:
-        mask: [batch, num_tokens] bool, False for padding; None: there is none.
-        batch: sequences.
-        num_tokens: tokens of a row, padding included.
-
-    Raises:
-        ValueError: padding that is not on the left, a row of nothing else, or no mask of padding.
-    """
-    if mask is None:
-        return [0] * batch
-    if mask.shape != (batch, num_tokens):
-        raise ValueError(
-            f"attention_mask must say of each token whether it is padding, [{batch}, {num_tokens}]: a "
-            f"mask for each query, as one of shape {list(mask.shape)}, is not supported"
-        )
-    lengths = mask.sum(1)
-    expected = torch.arange(num_tokens, device=mask.device) >= (num_tokens - lengths)[:, None]
-    if not torch.equal(mask, expected) or lengths.min() < 1:
-        raise ValueError(
-            "pad prompts on the left (padding_side='left'), each with at least one token"
-        )
-    return (num_tokens - lengths).tolist()
 
 
 @torch.no_grad()
