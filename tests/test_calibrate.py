@@ -6,6 +6,7 @@ import pytest
 
 from diffkv.cli import main
 from diffkv.cli.calibrate import _share
+from diffkv.cli.calibrate_questions import _check_full
 from diffkv.lab.calibrate import file, questions
 from diffkv.lab.calibrate.journal import Journal
 from diffkv.lab.calibrate.search import (
@@ -57,7 +58,7 @@ def test_choice_is_that_of_a_full_sweep(limit):
     assert choice.accepted and choice.n == NUM_SAMPLES
     assert choice.loss == pytest.approx(0.01 * high + 0.1 * low)
     assert choice.use.bytes_per_token == pytest.approx(400 - high - low)
-    assert len(curve) <= 1 + 4 + 4  # bisections of 16 and 11
+    assert len(curve) <= 1 + 4 + 4  # bisections of 15 and 11
     assert len(curve) == len({point.setting for point in curve})
 
 
@@ -80,7 +81,7 @@ def test_share_of_keys_comes_last(limit):
 def test_only_what_was_asked_for_is_searched():
     _, curve = search(Fake(0.0, 0.0), NUM_SAMPLES, 0.01, True, ("alpha_high", "distinct"))
     assert {point.setting.thresholds.alpha_low for point in curve} == {0.0}
-    assert curve[-1].setting == Setting(Thresholds(5.0, 0.0), DISTINCT_GRID[-1])
+    assert curve[-1].setting == Setting(Thresholds(HIGH_GRID[-1], 0.0), DISTINCT_GRID[-1])
     _, curve = search(Fake(0.0, 0.0), NUM_SAMPLES, 0.01, True, PUBLISHED)
     assert {point.setting.distinct for point in curve} == {1.0}
 
@@ -106,7 +107,7 @@ def test_a_bad_setting_is_given_up_early_and_a_good_one_never():
     for setting, samples in fake.calls:
         asked[setting] = asked.get(setting, 0) + len(samples)
     assert asked[Setting(Thresholds(0.0, 0.0))] == NUM_SAMPLES
-    assert asked[Setting(Thresholds(0.8, 0.0))] == NUM_SAMPLES // 8
+    assert asked[Setting(Thresholds(5.0, 0.0))] == NUM_SAMPLES // 8
 
 
 @pytest.mark.parametrize("num", [1, 2, 7, 8, 9, 100])
@@ -240,9 +241,32 @@ def test_options_are_refused(capsys, arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "1+1", "answer": ""}', "line 1 is no JSON object with"),
+        ('{"prompt": "1+1", "answer": "?!"}', "has no word that could be found"),
+    ],
+)
+def test_answers_that_cannot_be_found_are_refused(tmp_path, capsys, line, message):
+    (tmp_path / "q.jsonl").write_text(line + "\n")
+    data = ("--data", str(tmp_path / "q.jsonl"), "--max-loss", "1%", "--match", "anywhere")
+    assert main(["calibrate", *data, "--out", str(tmp_path / "c.toml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_model_that_answers_nothing_right_cannot_lose():
+    _check_full([1.0, 0.0], questions.RIGHT_WORDS)
+    _check_full([[1, 2], [3]], questions.AGREEMENT)
+    with pytest.raises(ConfigError, match="full precision has 0% of the answers right"):
+        _check_full([0.0] * 8, questions.RIGHT_WORDS)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--alpha-high", "3"), "thresholds, window and policy: leave out --alpha-high"),
+        (("--segment", "64"), "leave out --segment"),
+        (("--alpha-high", "3"), "thresholds, window, segment and policy: leave out --alpha-high"),
         (("--policy", "paper"), "leave out --policy"),
         (("--preset", "auto", "--quant", "k8v4"), "leave out --quant and --preset"),
         ((), "is of reference, and reference has another configuration: calibrate it"),

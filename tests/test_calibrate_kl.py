@@ -7,9 +7,10 @@ import pytest
 
 from diffkv.cli import main
 from diffkv.lab.calibrate import distance, file
-from diffkv.lab.calibrate.distance import HIGH_GRID, Limits, choose, nearest, search
+from diffkv.lab.calibrate import search as climbing
+from diffkv.lab.calibrate.distance import Limits, choose, nearest, search
 from diffkv.lab.calibrate.journal import Journal
-from diffkv.lab.calibrate.search import LOW_GRID, Setting
+from diffkv.lab.calibrate.search import HIGH_GRID, LOW_GRID, Setting
 from diffkv.lab.evaluation import kld
 from diffkv.lab.evaluation.results import DistanceScore
 from diffkv.policy import Thresholds
@@ -120,7 +121,7 @@ COMMAND = (
 @pytest.fixture(name="few")
 def _few(monkeypatch):
     """A grid of few thresholds, and how often the texts were read."""
-    monkeypatch.setattr(distance, "HIGH_GRID", (0.0, 2.0, 50.0))
+    monkeypatch.setattr(climbing, "HIGH_GRID", (0.0, 2.0, 50.0))
     reads = []
     read, read_full = kld._read, kld._read_full
     monkeypatch.setattr(kld, "_read", lambda *all: reads.append(all[1].name) or read(*all))

@@ -94,6 +94,22 @@ def test_statements_are_scored_word_by_word():
     assert words.score(" basket", answer) == 0.5
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "score"),
+    [
+        ("It is 3.5.", "3.5", 1),
+        ("It is 13.5.", "3.5", 0),
+        ("That is $42, sir", "$42", 1),
+        ("in **Zürich**", "Zürich", 1),
+        ("Paris, of course", "paris.", 1),
+        ("the amber-anchor", "amber anchor", 1),
+        ("42", "4", 0),
+    ],
+)
+def test_english_answers_are_found_with_their_signs(text, answer, score):
+    assert English().score(text, ((answer, True),)) == score
+
+
 def test_language_follows_the_vocabulary():
     assert isinstance(
         language_of(hf_runs.vocabulary_of(model_folder("reference")), None), ReferenceWords
@@ -102,7 +118,8 @@ def test_language_follows_the_vocabulary():
 
 
 def run(capsys, *options):
-    status = main(["eval", "--json", "--n", "2", "--tokens", "512", *options])
+    sizes = () if "--suite" in options else ("--n", "2", "--tokens", "512")
+    status = main(["eval", "--json", *sizes, *options])
     out, err = capsys.readouterr()
     return status, out, err
 
@@ -199,6 +216,11 @@ def test_a_window_forgets_what_is_asked_for(capsys):
         (("--language", "latin"), "unknown language"),
         (("--texts", "x"), "--suite kld"),
         (("--against", "fp8"), "--against is for --suite kld"),
+        (("--suite", "kld", "--n", "3"), "--n is for --suite synth"),
+        (("--suite", "kld", "--tokens", "4096"), "--tokens is for --suite synth"),
+        (("--suite", "kld", "--tasks", "pairs"), "leave out --tasks"),
+        (("--suite", "lm-eval", "--tasks", "gsm8k", "--batch-size", "4"), "leave it out"),
+        (("--suite", "lm-eval", "--tasks", "gsm8k", "--language", "english"), "for --suite synth"),
         (("--engine", "vllm", "--policy", "topk"), "by alpha_high and alpha_low: paper"),
         (("--engine", "vllm", "--settings", "hard"), "--settings easy"),
         (("--model", "/nowhere"), "cannot load /nowhere"),

@@ -92,6 +92,26 @@ def test_seeds_are_averaged_with_students_interval(tmp_path):
     assert "Full precision is right in 90.0%." in text
 
 
+def test_runs_of_other_sizes_are_not_averaged(tmp_path):
+    """Neither where more was asked, nor where the page is another."""
+    rows = [
+        run(task(0.9), tokens=1024, samples=50),
+        run(task(0.5), tokens=4096, samples=50),
+        run(task(0.8), tokens=4096, samples=50, more="page_bytes=4096"),
+    ]
+    out = report(tmp_path, *rows)
+    found = [(row["asked"], row["more"], row["accuracy"]) for row in rows_of(out / "tasks.csv")]
+    assert sorted(found) == [
+        ("tokens 1024, samples 50", "", "0.9"),
+        ("tokens 4096, samples 50", "", "0.5"),
+        ("tokens 4096, samples 50", "page_bytes=4096", "0.8"),
+    ]
+    text = (out / "report.md").read_text()
+    for tokens in (1024, 4096):
+        assert f"## reference: synth, easy, tokens {tokens}, samples 50" in text
+    assert "| paper k8v4-k4v2 alpha 3/0 page_bytes=4096 |" in text
+
+
 def test_one_seed_keeps_its_own_interval_and_tasks_are_averaged(tmp_path):
     ours = run(task(0.9, num_bytes=400.0), task(0.7, name="chain", num_bytes=500.0))
     out = report(tmp_path, ours, run(task(0.6, num_bytes=400.0), policy="random"))
@@ -151,7 +171,7 @@ def test_distances_have_tables_by_length_and_two_plots(tmp_path):
     assert long.startswith("4,096 tokens") and "| k8v4-k4v2 | 400 | 3.84x | 0.0300 |" in long
     assert "* int4: no such cache" in text and "interrupted" not in text
     for key in ("mean", "p99"):
-        name = f"kld-{key}-reference-hf-abc.png"
+        name = f"kld-{key}-reference-hf-float32-abc-25.png"
         assert f"]({name})" in every and imread(out / name)[..., :3].std() > 0.02
     rows = rows_of(out / "distances.csv")
     assert [row["context"] for row in rows] == ["all", "1024", "4096"] * 2

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from diffkv import ops, pool
+from diffkv import chains, ops, pool
 from diffkv.cache import DiffKVCache, PromptChunk
 from diffkv.layout import PageLayout
 from diffkv.policy import Thresholds
@@ -370,3 +370,34 @@ def test_a_life_of_shared_rows(kernels):
                 continue
             wanted = exact([x[:, : request.num_tokens] for x in roots[root]])[:, first:]
             torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_prompts_that_see_much_attend_in_turns(monkeypatch, kernels, drops):
+    """Three that go on in one step: the same outputs and rows whether together or one by one."""
+    thresholds = Thresholds(3.0, 0.3 if drops else 0.0)
+    lengths, halves = (75, 60, 48), (40, 16, 33)
+    found = []
+    for most in (chains.SEEN_BYTES, 1):
+        monkeypatch.setattr(chains, "SEEN_BYTES", most)
+        run = Run(make_cache("k8v4-k4v2", kernels, drops=drops))
+        sequences = [vectors(length, seed) for seed, length in enumerate(lengths)]
+        requests = [run.open(length, thresholds) for length in lengths]
+        for request, half, sequence in zip(requests, halves, sequences, strict=True):
+            run.prefill(request, half, sequence)
+        parts, row, step_chunks = [], 0, []
+        for request, length, sequence in zip(requests, lengths, sequences, strict=True):
+            first = request.num_tokens
+            ends = run.cache.ends(request.slot).up_to(request.starts[-1], length)
+            closing = tuple(run.free.pop(0) for _ in ends)
+            span = slice(row, row + length - first)
+            step_chunks.append(PromptChunk(request.slot, span, first, length, closing))
+            parts.append([x[:, first:] for x in sequence])
+            request.chain, request.num_tokens = (*request.chain, *closing), length
+            row = span.stop
+        step = run.cache.plan(step_chunks, NOBODY.long(), NOBODY, NOBODY)
+        assert len(step.prompts.waves) > len(requests) or most > 1
+        joint = [torch.cat(xs, 1) for xs in zip(*parts, strict=True)]
+        found.append((run.attend(step, joint, 0, row), run.cache.state.num_tokens.clone()))
+    torch.testing.assert_close(*(outputs for outputs, _ in found), atol=1e-5, rtol=1e-5)
+    assert torch.equal(*(kept for _, kept in found))

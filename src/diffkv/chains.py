@@ -14,7 +14,12 @@ from diffkv.state import PoolState
 from diffkv.steps import Part, PromptChunk, PromptPlan, Wave
 from diffkv.uploads import Place, Uploads, at_once
 
-__all__ = ["Chains"]
+__all__ = ["SEEN_BYTES", "Chains"]
+
+SEEN_BYTES = 256 << 20
+"""Most bytes of keys and values, as a layer of a model made them, that prompts which go on from stored
+tokens see at once; a longer context is seen alone. Attention copies them once more, and so does what
+scores a row, keys alone."""
 
 
 @dataclass
@@ -108,7 +113,8 @@ class Chains:
         by_chunk = [self._parts(c, s, uploads.add) for c, s in zip(chunks, starts, strict=False)]
         waves = tuple(
             Wave.of([p for p in parts if p is not None], self._policy, self._state, uploads.add)
-            for parts in zip_longest(*by_chunk)
+            for some in self._seen_at_once(by_chunk)
+            for parts in zip_longest(*some)
         )
         plan = PromptPlan(spans_of([c.span for c in chunks], uploads.add), waves)
         grown = [
@@ -120,6 +126,21 @@ class Chains:
         for slot, num, rows in grown:
             self._write(slot, num, rows)
         return plan
+
+    def _seen_at_once(self, by_chunk: Sequence[list[Part]]) -> list[list[list[Part]]]:
+        """Put chunks together, by their parts, so that what they see is in memory at once."""
+        state = self._state
+        token_bytes = 2 * state.num_kv_heads * state.layout.head_dim * state.dtype.itemsize
+        groups: list[list[list[Part]]] = [[]]
+        room = most = SEEN_BYTES // token_bytes
+        for parts in by_chunk:
+            num = parts[-1].end if parts[-1].first else 0  # else a chunk sees itself alone
+            if groups[-1] and num > room:
+                groups.append([])
+                room = most
+            groups[-1].append(parts)
+            room -= num
+        return groups
 
     def _parts(self, chunk: PromptChunk, offset: int, place: Place) -> list[Part]:
         """A chunk's parts; `offset` is where its tokens are among those of the plan."""

@@ -132,8 +132,11 @@ class PromptPath:
                 self._wait(layer, wave.waiting, vectors)
             followed = [part for part in wave.parts if part.end > part.stop]
             self._see(layer, followed, seen, vectors)
-            for part in followed:
-                seen[part.slot].close(part)
+            for part in wave.parts:
+                if part.end > part.stop:
+                    seen[part.slot].close(part)
+                else:
+                    seen.pop(part.slot, None)
         if not in_place:
             output[rows] = out
 

@@ -1,5 +1,6 @@
 """A layer of a step with prompts: how many kernels it launches, and that it waits for none of them."""
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from make import make_state
 from test_no_sync import Recorder
 from triton.runtime.interpreter import InterpretedFunction
 
+from diffkv import chains, prompts
 from diffkv.cache import DiffKVCache, PromptChunk
 from diffkv.kernels import triton as kernels
 from diffkv.kernels.triton.workspace import workspace
@@ -170,6 +172,28 @@ def test_requests_that_go_on_are_joined(launches):
     assert attended == 1
     # Keys, values and scored keys of all; the tokens of each; scoring queries
     assert others == Counter({"aten.cat": 3, "aten.copy_": 6, "aten.index": 1})
+
+
+def test_what_requests_see_is_in_memory_in_turns_where_it_is_much(launches, monkeypatch):
+    """Two see 256 tokens each, which is as much as there may be; the third attends after them."""
+    run = used(Run(launches))
+    token_bytes = 2 * HEADS * HEAD_DIM * 2
+    monkeypatch.setattr(chains, "SEEN_BYTES", 2 * 2 * SEGMENT * token_bytes)
+    for slot in range(3):
+        run.open(slot, 2 * SEGMENT + REST)
+    run.step(s0=SEGMENT, s1=SEGMENT, s2=SEGMENT)
+    assert run.attended == 1
+    alive, most = weakref.WeakSet(), []
+    see = prompts.Seen.__init__
+
+    def seen(self, *args):
+        see(self, *args)
+        alive.add(self)
+        most.append(len(alive))
+
+    monkeypatch.setattr(prompts.Seen, "__init__", seen)
+    _, _, attended = run.step(s0=2 * SEGMENT, s1=2 * SEGMENT, s2=2 * SEGMENT)
+    assert (attended, most) == (2, [1, 2, 1])
 
 
 @pytest.mark.parametrize("num", [1, 3])

@@ -9,6 +9,7 @@ from diffkv.cli import eval_hf, texts
 from diffkv.cli.engine_options import model_folder
 from diffkv.cli.models import check_hub
 from diffkv.quant import ConfigError, QuantConfig
+from diffkv.segments import SEGMENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -68,6 +69,7 @@ def calibrate(
             "data": data.model_dump(),
             "dtype": str(engine.model.dtype).removeprefix("torch."),
             "window": args.window,
+            "segment": SEGMENT,
         }
         journal = going_on(args.out, identity)
         tried = _search(args, engine, reading, journal, quants, limits, steps)
@@ -80,7 +82,7 @@ def calibrate(
         max_p99=args.max_p99,
         model=model,
         data=data,
-        choice=file.Choice.tried(choice, window=args.window),
+        choice=file.Choice.tried(choice, window=args.window, segment=SEGMENT),
         source=file.Source.here("transformers"),
         curve=[file.CurvePoint.tried(each) for each in tried],
     )

@@ -3,10 +3,10 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffkv.cli import prompts
-from diffkv.cli.engine_options import REFERENCE
+from diffkv.cli.engine_options import SHIPPED
 from diffkv.quant import ConfigError, QuantConfig
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ SEARCH = "alpha_high,alpha_low"
 SYNTH = "synth"
 SYNTH_SAMPLES = 100
 PROMPT_TOKENS = 1024
+LEAST_FULL = 0.2
+"""Share of right answers that full precision must have."""
 RULE_OF_THREE = 3.0
 """What one sample in n / 3 loses is missed by n samples with a probability of 5 %."""
 
@@ -30,7 +32,7 @@ def _questions(args: argparse.Namespace, seed: int) -> "list[Question]":
     from diffkv.lab.calibrate import questions
 
     if args.data == SYNTH:
-        language = "reference" if args.model == REFERENCE else "english"
+        language = args.model if args.model in SHIPPED else "english"
         num, length = args.samples or SYNTH_SAMPLES, args.prompt_tokens or PROMPT_TOKENS
         return questions.choose(questions.synthetic(language, length, num, seed), None, seed)
     scoring = questions.ANYWHERE if args.match == "anywhere" else questions.PLACE
@@ -79,12 +81,15 @@ def calibrate(
         "flags": args.flags,
         "quant": options.quant,
         "window": options.window,
+        "segment": options.segment,
     }
     journal = going_on(args.out, identity)
     choice, curve = _search(args, options, steps, asked, journal, data.metric)
     if choice is None:
         raise ConfigError(_nothing_fits(args, options, curve[0]))
-    chosen = file.Choice.of(choice, quant=options.quant, window=options.window)
+    chosen = file.Choice.of(
+        choice, quant=options.quant, window=options.window, segment=options.segment
+    )
     calibration = file.Calibration(
         max_loss=args.max_loss,
         model=model,
@@ -117,6 +122,7 @@ def _search(
         bar = bars.add_task("full precision, vLLM's own cache", total=len(asked))
         full = journal.get("full", lambda: full_precision(arguments, asked, metric))
         bars.update(bar, completed=len(asked))
+        _check_full(full, metric)
         with engines(arguments, options) as engine:
             ask = journal.kept(measure(engine, asked, metric, full))
 
@@ -131,6 +137,18 @@ def _search(
 
             has_low = options.quant_config().has_low
             return search(watched, len(asked), args.max_loss, has_low, steps, measured)
+
+
+def _check_full(full: "list[Any]", metric: str) -> None:
+    """Refuse to calibrate by questions that full precision cannot answer: nothing could be lost."""
+    from diffkv.lab.calibrate.questions import RIGHT_WORDS
+
+    if metric == RIGHT_WORDS and (mean := sum(full) / len(full)) < LEAST_FULL:
+        raise ConfigError(
+            f"full precision has {mean:.0%} of the answers right, and a calibration needs "
+            f"{LEAST_FULL:.0%}, for what is wrong cannot be lost: ask what the model can answer, leave "
+            f"the answers out, or find them anywhere in a text (--match anywhere)"
+        )
 
 
 def _line(point: "Point") -> str:

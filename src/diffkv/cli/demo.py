@@ -150,8 +150,10 @@ def print_sides(model: str, sides: "Sides", options: "Options") -> None:
 
 
 def _short(text: str) -> str:
+    from rich.markup import escape
+
     text = " ".join(text.split())
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+    return escape(text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…")
 
 
 def _answers(sides: "Sides") -> "Table":

@@ -32,7 +32,7 @@ REFERENCE = "reference"
 SHIPPED = (REFERENCE, "reference-128")
 """Names of the models that ship with the package: head_dim 64 and 128, same words."""
 
-CALIBRATED = ("quant", "alpha_high", "alpha_low", "window", "policy")
+CALIBRATED = ("quant", "alpha_high", "alpha_low", "window", "segment", "policy")
 """Options that a calibration sets."""
 
 
@@ -53,7 +53,7 @@ def add_cache_options(parser: argparse.ArgumentParser, policy_help: str = POLICY
     )  # fmt: skip
     group.add_argument(
         "--calibration", type=Path, metavar="FILE",
-        help="formats, thresholds, window and policy that diffkv calibrate chose for this model",
+        help="formats, thresholds, window, segment and policy that diffkv calibrate chose for a model",
     )  # fmt: skip
     group.add_argument(
         "--quant",
@@ -149,7 +149,7 @@ def _calibrated(args: argparse.Namespace, given: dict[str, Any]) -> Options:
     if names:
         flags = " and ".join(flag_of(name) for name in names)
         raise ConfigError(
-            f"--calibration sets formats, thresholds, window and policy: leave out {flags}"
+            f"--calibration sets formats, thresholds, window, segment and policy: leave out {flags}"
         )
     calibration = file.read(args.calibration)
     if calibration.model.config_sha256 != file.model_digest(config_file(model_folder(args.model))):

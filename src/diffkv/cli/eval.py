@@ -96,7 +96,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "out; torch's own choice for others)",
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=DEFAULT_BATCH, help="samples at once"
+        "--batch-size", type=positive, help=f"samples at once (default: {DEFAULT_BATCH})"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON lines there too")
     parser.add_argument(
@@ -120,14 +120,12 @@ def _add_suite_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--n",
         type=at_least(2),
-        default=DEFAULT_NUM_SAMPLES,
-        help="samples of a task (default: %(default)s)",
+        help=f"samples of a task (default: {DEFAULT_NUM_SAMPLES})",
     )
     group.add_argument(
         "--tokens",
         type=num_tokens,
-        default=DEFAULT_TOKENS,
-        help="of a prompt (default: %(default)s)",
+        help=f"of a prompt (default: {DEFAULT_TOKENS})",
     )
 
 
@@ -135,21 +133,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse before anything is loaded."""
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("diffkv eval needs transformers: pip install 'diffkv[eval]'")
-    if args.tokens < LEAST_TOKENS:
-        raise ConfigError(f"--tokens must be at least {LEAST_TOKENS}, got {args.tokens}")
-    if args.suite != eval_lm.SUITE:
-        if args.flags:
-            raise ConfigError(
-                f"unknown option {args.flags[0]}: only --suite lm-eval passes some on"
-            )
-        for name in ("limit", "thinking", "run_code"):
-            if getattr(args, name):
-                raise ConfigError(f"{flag_of(name)} is for --suite {eval_lm.SUITE}")
-    for name in ("texts", "against", "contexts", "num_texts", "steps"):
-        if args.suite != "kld" and getattr(args, name) is not None:
-            raise ConfigError(f"{flag_of(name)} is for --suite kld")
-    if args.suite == "kld" and args.seed != [0]:
-        raise ConfigError("--suite kld draws nothing: leave out --seed")
+    _check_suite(args)
     for name in ("device", "threads"):
         if args.engine == "vllm" and getattr(args, name) is not None:
             raise ConfigError(f"--{name} is for --engine hf: vLLM chooses for itself")
@@ -158,6 +142,40 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--resume goes on with a file: give --out")
     if args.out is not None and not args.out.parent.is_dir():
         raise ConfigError(f"cannot write --out {args.out}: there is no folder {args.out.parent}")
+    args.n = args.n or DEFAULT_NUM_SAMPLES
+    args.tokens = args.tokens or DEFAULT_TOKENS
+    if args.tokens < LEAST_TOKENS:
+        raise ConfigError(f"--tokens must be at least {LEAST_TOKENS}, got {args.tokens}")
+    args.batch_size = args.batch_size or DEFAULT_BATCH
+
+
+def _check_suite(args: argparse.Namespace) -> None:
+    """Refuse options of other suites."""
+    if args.suite != eval_lm.SUITE:
+        if args.flags:
+            raise ConfigError(
+                f"unknown option {args.flags[0]}: only --suite lm-eval passes some on"
+            )
+        for name in ("limit", "thinking", "run_code"):
+            if getattr(args, name):
+                raise ConfigError(f"{flag_of(name)} is for --suite {eval_lm.SUITE}")
+    own = {
+        "kld": ("texts", "against", "contexts", "num_texts", "steps"),
+        "synth": ("settings", "language", "n", "tokens"),
+    }
+    for suite, names in own.items():
+        for name in names:
+            if args.suite != suite and getattr(args, name) is not None:
+                raise ConfigError(f"{flag_of(name)} is for --suite {suite}")
+    for name in ("device", "methods", "batch_size", "threads"):
+        if args.suite == eval_lm.SUITE and getattr(args, name) is not None:
+            raise ConfigError(
+                f"{flag_of(name)} does not go with --suite {eval_lm.SUITE}: leave it out"
+            )
+    if args.suite == "kld" and args.tasks is not None:
+        raise ConfigError("--suite kld has no tasks: leave out --tasks")
+    if args.suite == "kld" and args.seed != [0]:
+        raise ConfigError("--suite kld draws nothing: leave out --seed")
 
 
 def _plans(args: argparse.Namespace, vocabulary: Collection[str]) -> "list[Plan]":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffkv.cli import eval_hf, eval_methods, prompts, texts
 from diffkv.cli.arguments import Joined
-from diffkv.cli.engine_options import SHIPPED, cache_options, model_folder
+from diffkv.cli.engine_options import cache_options, model_folder
 from diffkv.cli.models import load_config
 from diffkv.quant import ConfigError
 
@@ -89,20 +89,25 @@ def _vllm(args: argparse.Namespace) -> "Iterator[Row]":
     options = cache_options(args)
     from diffkv.lab.evaluation import vllm_kld
 
-    job = vllm_kld.KldJob(args.model, _arguments(args), _caches(args, options))
-    content = texts.content(args)
+    caches, content = _caches(args, options), texts.content(args)
+    job = vllm_kld.KldJob(args.model, _arguments(args, content), caches)
     writer = _writer(args, prompts.device())
     yield from vllm_kld.rows(
         job, lambda engine: texts.reading(args, content, engine), writer, _progress(args)
     )
 
 
-def _arguments(args: argparse.Namespace) -> dict[str, Any]:
+def _arguments(args: argparse.Namespace, content: list[str] | None) -> dict[str, Any]:
     """What all engines share: room for all that is read at once, in float32."""
-    model = load_config(model_folder(args.model))
+    folder = model_folder(args.model)
+    model = load_config(folder)
     longest = max(args.contexts or [texts.DEFAULT_CONTEXT])
-    if args.model in SHIPPED and args.contexts is None:
-        longest = model.max_model_len
+    if args.contexts is None and content is not None:
+        from diffkv.lab.evaluation.hf_runs import tokenizer_of
+
+        encode = tokenizer_of(folder)
+        longest = max(len(encode(text, verbose=False).input_ids) for text in content)
+        longest = min(longest, model.max_model_len or longest)
     tokens = args.batch_size * (longest + args.steps + 128)
     elements = 2 * model.num_layers * model.num_kv_heads * model.head_dim
     return prompts.engine_arguments(

@@ -8,7 +8,6 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from diffkv.cli import prompts
@@ -57,9 +56,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--suite {SUITE} needs lm-eval: pip install 'diffkv[eval]'")
     if not args.tasks:
         raise ConfigError(f"--suite {SUITE} runs what --tasks names: gsm8k, minerva_math, …")
-    for name in ("device", "settings", "language", "texts", "methods"):
-        if getattr(args, name) is not None:
-            raise ConfigError(f"--{name} does not go with --suite {SUITE}: leave it out")
 
 
 def evaluate(args: argparse.Namespace) -> "Iterator[Row]":
@@ -84,7 +80,8 @@ def evaluate(args: argparse.Namespace) -> "Iterator[Row]":
     writer = Writer(collect(prompts.device()), args.out, resume=args.resume)
     for seed in args.seed:
         case = {
-            **asdict(method),
+            **method.case(),
+            "dtype": args.dtype or "auto",
             "suite": SUITE,
             "tasks": [each.name for each in found],
             "settings": [lm_eval.SETTING],

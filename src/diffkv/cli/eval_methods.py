@@ -59,7 +59,11 @@ def _lines(
     add_cache_options(parser)
     found = []
     for number, line in enumerate(prompts.read_text(args.methods, "--methods").splitlines(), 1):
-        options, others = parser.parse_known_args(shlex.split(line, comments=True))
+        try:
+            parts = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise ConfigError(f"--methods {args.methods}, line {number}: {error}") from None
+        options, others = parser.parse_known_args(parts)
         if line.partition("#")[0].strip():
             given = {name: value for name, value in vars(options).items() if value is not None}
             merged = argparse.Namespace(**{**vars(args), **given})
@@ -82,20 +86,21 @@ def _cache(args: argparse.Namespace) -> "CacheSpec":
 
 def _named(args: argparse.Namespace, where: str, name: str) -> "NamedCache":
     """Another engine's format, or formats of ours with the options of the command line."""
-    from diffkv.lab.evaluation.engine import NamedCache
+    from diffkv.lab.evaluation import baselines
+    from diffkv.lab.evaluation.engine import CacheSpec, NamedCache
     from diffkv.lab.evaluation.other_formats import OTHER_FORMATS
 
     if name in OTHER_FORMATS:
         return NamedCache(name, OTHER_FORMATS[name])
     try:
         options = replace(cache_options(args, takes_policy=False), quant=name, alpha_high=None)
+        policy = baselines.parse(args.policy or options.policy)
+        return NamedCache(words(options, args.policy), CacheSpec.of(options, policy))
     except ConfigError as error:
         raise ConfigError(
             f"{where}: {name!r} is neither a format of others ({', '.join(OTHER_FORMATS)}), nor formats "
             f"of ours ({error})"
         ) from None
-    merged = argparse.Namespace(**{**vars(args), "quant": name, "alpha_high": None})
-    return NamedCache(words(options, args.policy), _cache(merged))
 
 
 def words(options: Options, policy: str | None = None) -> str:

@@ -69,7 +69,8 @@ def print_distances(rows: Sequence[Row]) -> None:
     for column in zip(*(scores(row) for row in rows), strict=True):
         first = column[0]
         texts = "all texts" if first.context == ALL_TEXTS else f"texts of {first.context} tokens"
-        full = f"full precision (float32) has perplexity {first.perplexity_full:.2f}"
+        exact = "float32" if rows[0]["engine"] == "vllm" else rows[0]["dtype"]
+        full = f"full precision ({exact}) has perplexity {first.perplexity_full:.2f}"
         table = Table(
             Column("cache", overflow="fold"),
             *DISTANCE,

@@ -130,10 +130,19 @@ def _parse(text: str) -> list[Question]:
             continue
         try:
             row = json.loads(line)
-            found.append(Question(str(row["prompt"]), row.get("answer")))
+            found.append(Question(str(row["prompt"]), _answer(row.get("answer"))))
         except (ValueError, KeyError) as error:
             raise ConfigError(f'line {number} is no JSON object with "prompt": {error}') from None
     return found
+
+
+def _answer(given: object) -> str | None:
+    """An answer as text, whatever JSON has it as: 2 is "2"."""
+    if given is None:
+        return None
+    if not str(given).strip():
+        raise ValueError("its answer is empty: leave it out if none is known")
+    return str(given)
 
 
 def device() -> str:

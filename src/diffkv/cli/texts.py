@@ -8,6 +8,7 @@ from diffkv.cli import prompts
 from diffkv.cli.arguments import Listed, num_tokens, positive
 from diffkv.cli.engine_options import SHIPPED
 from diffkv.quant import ConfigError
+from diffkv.segments import SEGMENT
 
 if TYPE_CHECKING:
     from diffkv.lab.evaluation.distances import Reading
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_CONTEXT", "add_text_options", "check", "content", "reading", "source"]
 
 DEFAULT_NUM_TEXTS = 4
-DEFAULT_CONTEXT = 2048
+DEFAULT_CONTEXT = 3 * SEGMENT // 2
+"""The second half of a segment reads the first one as it is stored, as longer prompts do."""
 LEAST_STEPS = 2
 JSON_LINES = ".jsonl"
 

@@ -76,11 +76,13 @@ class PoolOptions:
         kernels: "reference" for the plain torch operations; None for the device's kernels.
         segment: tokens after which a prompt is decided, see `diffkv.segments`; 0: prompts are decided
             whole; None: that of `diffkv.segments`, where the policy goes by thresholds.
+        drops: whether sums and positions of all tokens are kept, also where nothing is dropped.
     """
 
     page_bytes: int | None = None
     kernels: str | None = None
     segment: int | None = None
+    drops: bool = False
 
 
 DEFAULT_POOL = PoolOptions()
@@ -137,7 +139,7 @@ class DiffKVHFCache(Cache):
             head_dim,
             pool.page_bytes,
             model.dtype.itemsize,
-            self.thresholds.drops,
+            self.thresholds.drops or pool.drops,
         )
         self._signs = signs_of(choose(rotate, self.quant), head_dim, self._device)
         chosen = SEGMENT if self.policy.uses_thresholds else 0
@@ -281,8 +283,8 @@ class DiffKVHFCache(Cache):
                 f"the cache is for {self.max_tokens} tokens a sequence, got {seen}: raise max_tokens"
             )
         if self._pages is None:
-            first = paddings(mask, batch, num_tokens)
-            self._first, self._is_whole = first, False
+            self._first = paddings(mask, batch, num_tokens)
+            self._is_whole = False
             self._pages, self._scale = self._make(batch, scale), scale
             for rows, first in zip(self._rows, self._first, strict=True):
                 rows.open(self._pages, seen - first, self.thresholds)

@@ -1,13 +1,14 @@
 """Writes a page of results in Markdown: commands, where the figures come from, tables, plots."""
 
 import csv
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from diffkv.lab.rows import Row
 
-__all__ = ["NOTHING", "Column", "Page", "number", "percent", "times", "write_csv"]
+__all__ = ["NOTHING", "Column", "Page", "file_name", "number", "percent", "times", "write_csv"]
 
 T = TypeVar("T")
 Column = tuple[str, Callable[[T], str]]
@@ -29,6 +30,12 @@ def percent(share: float | None, digits: int = 1) -> str:
 def times(ratio: float | None) -> str:
     """A ratio, or a dash."""
     return NOTHING if ratio is None else f"{ratio:.2f}x"
+
+
+def file_name(*words: str) -> str:
+    """A name of a plot that any file system takes."""
+    kept = re.sub(r"[^\w.]+", "-", "-".join(words).lower()).strip("-.")
+    return f"{kept}.png"
 
 
 class Page:

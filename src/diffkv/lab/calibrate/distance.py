@@ -17,10 +17,7 @@ from diffkv.lab.evaluation.results import DistanceScore
 from diffkv.quant import QuantConfig
 from diffkv.vllm_plugin.options import Options
 
-__all__ = ["HIGH_GRID", "Limits", "Measure", "Tried", "choose", "nearest", "reader", "search"]
-
-HIGH_GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0)
-"""Values of alpha_high; after the first, four of them are measured."""
+__all__ = ["Limits", "Measure", "Tried", "choose", "nearest", "reader", "search"]
 
 Measure = Callable[[QuantConfig, Setting], DistanceScore]
 """Reads all texts with a setting."""
@@ -98,7 +95,7 @@ def search(
         return found[quant, setting].accepted
 
     for quant in quants:
-        climb(partial(accepts, quant), HIGH_GRID, quant.has_low, steps)
+        climb(partial(accepts, quant), quant.has_low, steps)
     return list(found.values())
 
 

@@ -178,10 +178,17 @@ def _values(setting: Setting) -> dict[str, Any]:
 
 
 class Choice(CurvePoint):
-    """The point that was chosen, and what an engine needs beside it."""
+    """The point that was chosen, and what an engine needs beside it.
+
+    Attributes:
+        quant: formats.
+        window: recent tokens that stay high.
+        segment: tokens after which a prompt is decided; files that do not say are of segments of 1,024.
+    """
 
     quant: str
     window: int
+    segment: int = 1024
 
 
 class Calibration(_Table):
@@ -211,7 +218,7 @@ class Calibration(_Table):
         """What an engine is started with, by the names of its options."""
         choice = self.choice
         values = choice.setting.values(QuantConfig.parse(choice.quant))
-        return {**values, "window": choice.window}
+        return {**values, "window": choice.window, "segment": choice.segment}
 
     def finding(self) -> str:
         """What the choice loses, and on what, in words."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from diffkv.lab.evaluation.languages import LANGUAGES
+from diffkv.lab.evaluation.languages import LANGUAGES, plain
 from diffkv.lab.evaluation.tasks import Answer, draw
 from diffkv.quant import ConfigError
 
@@ -58,7 +58,13 @@ class Question:
 
 
 def as_answer(text: str, language: str) -> Answer:
-    """A right answer as it is scored: word by word at their places, or as a phrase anywhere."""
+    """A right answer as it is scored: word by word at their places, or as a phrase anywhere.
+
+    Raises:
+        ConfigError: no word is in it.
+    """
+    if not (plain(text) if language == ANYWHERE else text.split()):
+        raise ConfigError(f"the answer {text!r} has no word that could be found in a text")
     words = text.split() if language == PLACE else [text]
     return tuple((word, True) for word in words)
 

@@ -42,11 +42,11 @@ ALPHA_HIGH, ALPHA_LOW, DISTINCT = STEPS = ("alpha_high", "alpha_low", "distinct"
 
 PUBLISHED = STEPS[:2]
 
-HIGH_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
-"""Every alpha_high of the release's calibration scripts from 0 to 5."""
+HIGH_GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0)
+"""Values of alpha_high: those of the release's calibration scripts from 0 to 5, coarser, and beyond."""
 
 LOW_GRID = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2)
-"""Every alpha_low of them."""
+"""Every alpha_low of the release's calibration scripts."""
 
 DISTINCT_GRID = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
 """Shares of a prompt that stay, those of the most unusual keys."""
@@ -164,13 +164,12 @@ def search(
             measured(points[setting])
         return points[setting].accepted
 
-    choice = climb(accepts, HIGH_GRID, has_low, steps)
+    choice = climb(accepts, has_low, steps)
     return None if choice is None else points[choice], list(points.values())
 
 
 def climb(
     accepts: Callable[[Setting], bool],
-    high_grid: Sequence[float],
     has_low: bool,
     steps: Collection[str],
 ) -> Setting | None:
@@ -178,7 +177,6 @@ def climb(
 
     Args:
         accepts: whether a setting is; may be asked again about the same one.
-        high_grid: values of alpha_high, from 0 on.
         has_low: whether there is a low tier; without one alpha_low is the only threshold.
         steps: those of `STEPS` that are taken; the others stay at their mildest value.
 
@@ -190,16 +188,16 @@ def climb(
         return None
     for step in STEPS:
         if step in steps:
-            grid = _grid(step, choice, high_grid if has_low else (0.0,), has_low)
+            grid = _grid(step, choice, has_low)
             choice = grid[_last_accepted(grid, accepts)]
     return choice
 
 
-def _grid(step: str, choice: Setting, high_grid: Sequence[float], has_low: bool) -> list[Setting]:
+def _grid(step: str, choice: Setting, has_low: bool) -> list[Setting]:
     """Settings of a step, the mildest first, which is what was chosen before."""
     high = choice.thresholds.alpha_high
     if step == ALPHA_HIGH:
-        return [Setting(Thresholds(alpha, 0.0)) for alpha in high_grid]
+        return [Setting(Thresholds(alpha, 0.0)) for alpha in (HIGH_GRID if has_low else (0.0,))]
     if step == ALPHA_LOW:
         if not has_low:
             return [Setting(Thresholds(alpha, alpha)) for alpha in LOW_GRID]

@@ -29,6 +29,7 @@ class CacheSpec:
         kernels: "reference", or None for the device's own.
         rotate: "hadamard" or "none".
         segment: tokens after which a prompt is decided; 0: prompts are decided whole.
+        drops: whether sums and positions of all tokens are kept, also where nothing is dropped.
     """
 
     quant: QuantConfig
@@ -39,6 +40,7 @@ class CacheSpec:
     kernels: str | None = None
     rotate: str = "none"
     segment: int = 0
+    drops: bool = False
 
     def __post_init__(self) -> None:
         """Refuse formats that the policy cannot work with."""
@@ -62,11 +64,13 @@ class CacheSpec:
             options.kernels,
             options.rotation(),
             options.segment if policy.uses_thresholds else 0,
+            bool(options.drops),
         )
 
     def method(self, model: str, engine: str) -> Method:
         """The cache, a model and an engine as rows name them."""
         alphas = self.thresholds
+        unusual = {"page_bytes": self.page_bytes, "kernels": self.kernels, "drops": self.drops}
         return Method(
             model,
             engine,
@@ -77,6 +81,7 @@ class CacheSpec:
             self.window,
             self.rotate,
             self.segment,
+            " ".join(f"{name}={value}" for name, value in unusual.items() if value),
         )
 
 
@@ -105,6 +110,10 @@ class Engine(Protocol):
     """
 
     name: str
+
+    @property
+    def dtype(self) -> str:
+        """Of the model, as rows name it."""
 
     def check(self, cache: Compared, settings: Sequence[Setting]) -> None:
         """Refuse before anything runs.

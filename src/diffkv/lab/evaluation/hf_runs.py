@@ -17,7 +17,7 @@ from diffkv.lab.evaluation.tasks import Sample, Setting
 from diffkv.quant import ConfigError
 from diffkv.use import CacheUse
 
-__all__ = ["Batch", "HFModel", "load", "vocabulary_of"]
+__all__ = ["Batch", "HFModel", "load", "tokenizer_of", "vocabulary_of"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class HFModel:
         self.model = model
         self._tokenizer = tokenizer
         self.batch_size = batch_size
+
+    @property
+    def dtype(self) -> str:
+        """The model's, by name."""
+        return str(self.model.dtype).removeprefix("torch.")
 
     @property
     def vocabulary(self) -> Collection[str]:
@@ -212,7 +217,7 @@ class HFModel:
             cache.window,
             max_tokens,
             cache.rotate,
-            hf.PoolOptions(cache.page_bytes, cache.kernels, cache.segment),
+            hf.PoolOptions(cache.page_bytes, cache.kernels, cache.segment, cache.drops),
         )
 
     def full_cache(self, max_tokens: int) -> DenseCache:
@@ -258,9 +263,14 @@ def load(folder: str, dtype: torch.dtype, batch_size: int, device: str) -> HFMod
         raise ConfigError(f"transformers cannot load {folder}: {reason}") from error
 
 
-def vocabulary_of(folder: str) -> Collection[str]:
-    """Texts of a model's tokens, without the model."""
+def tokenizer_of(folder: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, without the model."""
     from transformers import AutoTokenizer
 
-    words: Collection[str] = AutoTokenizer.from_pretrained(folder).get_vocab()
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def vocabulary_of(folder: str) -> Collection[str]:
+    """Texts of a model's tokens, without the model."""
+    words: Collection[str] = tokenizer_of(folder).get_vocab()
     return words

@@ -12,7 +12,12 @@ import numpy as np
 from diffkv.lab.evaluation.statements import Statements
 from diffkv.lab.evaluation.tasks import Answer
 
-__all__ = ["LANGUAGES", "English", "HardWords", "Language", "ReferenceWords"]
+__all__ = ["LANGUAGES", "English", "HardWords", "Language", "ReferenceWords", "plain"]
+
+
+def plain(text: str) -> str:
+    """Words and numbers of a text in small letters, a space between them: "3.5" is one, "$" is none."""
+    return " ".join(re.findall(r"\d+(?:[.,]\d+)*|[^\W\d_]+", text.lower()))
 
 
 class ReferenceWords:
@@ -218,9 +223,9 @@ class English:
 
     def score(self, text: str, answer: Answer) -> float:
         """Share of the scored words that the answer contains."""
-        given = f" {' '.join(re.findall(r'[a-z0-9]+', text.lower()))} "
+        given = f" {plain(text)} "
         scored = [word for word, counts in answer if counts]
-        return sum(f" {word.lower()} " in given for word in scored) / len(scored)
+        return sum(f" {plain(word)} " in given for word in scored) / len(scored)
 
 
 Language = ReferenceWords | English | Statements

@@ -9,11 +9,12 @@ A row of kind `DISTANCES` is one cache of an engine, ours or another's: its case
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import product
 from typing import Any
 
 from diffkv.lab.rows import Row
+from diffkv.policy import WINDOW
 
 __all__ = [
     "ALL_TEXTS",
@@ -53,6 +54,7 @@ class Method:
         rotate: what keys and values are rotated by before they are quantised, or none.
         segment: tokens after which a prompt is decided; 0, also where a row does not say: prompts are
             decided whole.
+        more: whatever else is not as usual, in words.
     """
 
     model: str
@@ -64,6 +66,7 @@ class Method:
     window: int
     rotate: str
     segment: int = 0
+    more: str = ""
 
     @classmethod
     def of(cls, row: Row) -> "Method":
@@ -72,17 +75,24 @@ class Method:
         Raises:
             ValueError: the row does not name all of it.
         """
-        names = [field.name for field in fields(cls)]
-        if missing := [name for name in names if name not in row.case and name != "segment"]:
+        given = {field.name: row.case.get(field.name, field.default) for field in fields(cls)}
+        if missing := [name for name, value in given.items() if value is MISSING]:
             raise ValueError(f"case lacks {', '.join(missing)}")
-        return cls(**{name: row.case[name] for name in names if name in row.case})
+        return cls(**given)
+
+    def case(self) -> dict[str, Any]:
+        """The method as rows name it."""
+        return {name: value for name, value in asdict(self).items() if name != "more" or value}
 
     def label(self) -> str:
         """The method in few words; thresholds only where the policy has them."""
         uses = self.alpha_high > 0 or self.alpha_low > 0
         alphas = f" alpha {self.alpha_high:g}/{self.alpha_low:g}" if uses else ""
         rotated = "" if self.rotate == "none" else f" {self.rotate}"
-        return f"{self.policy} {self.quant}{alphas}{rotated}"
+        window = "" if self.window == WINDOW else f" window {self.window}"
+        segment = f" segment {self.segment}" if self.segment else ""
+        more = f" {self.more}" if self.more else ""
+        return f"{self.policy} {self.quant}{alphas}{rotated}{window}{segment}{more}"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict
 
 from diffkv.lab.evaluation import synth
 from diffkv.lab.evaluation.engine import Compared, Engine
@@ -59,7 +58,11 @@ def run_tasks(
         ConfigError: a cache or a setting that the engine does not have.
     """
     asked = [
-        (cache, plan, {**asdict(cache.method(model, engine.name)), **plan.case()})
+        (
+            cache,
+            plan,
+            {**cache.method(model, engine.name).case(), "dtype": engine.dtype, **plan.case()},
+        )
         for cache in caches
         for plan in plans
     ]

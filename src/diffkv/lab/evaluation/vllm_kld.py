@@ -13,8 +13,9 @@ import torch
 
 from diffkv.lab.evaluation.distances import Reading, Report, compare_caches, scores_of
 from diffkv.lab.evaluation.divergence import Divergence, compare, first_difference, mapped
-from diffkv.lab.evaluation.results import DISTANCES, DistanceScore
+from diffkv.lab.evaluation.results import ALL_TEXTS, DISTANCES, DistanceScore
 from diffkv.lab.rows import Row, Writer
+from diffkv.use import CacheUse
 from diffkv.vllm_plugin.front.forcing import ForcedEngine, Script, forced_engine
 from diffkv.vllm_plugin.options import Options
 
@@ -128,18 +129,25 @@ def _read(
         Script(prompt, tokens)
         for prompt, tokens in zip([*reading.prompts] * 2, followed, strict=True)
     ]
+    lengths, num = [len(text) for text in reading.texts] * 2, len(reading.texts)
+    uses: dict[int | str, CacheUse] = {ALL_TEXTS: CacheUse()}
+    other: dict[int, torch.Tensor] = {}
     with forced_engine({**job.arguments, **cache.arguments}, cache.options) as engine:
-        _, use = engine.read(
-            scripts,
-            reading.steps + 1,
-            folder / "cache.npy",
-            lambda done: report(cache.name, done, len(scripts)),
-        )
-    full, other = (mapped(folder / name)[:, 1:] for name in ("full.npy", "cache.npy"))
-    about = torch.tensor(followed)[:, 1:]
-    num = len(reading.texts)
+        for length in sorted(set(lengths)):  # in turns, so that each has bytes of its own
+            some = [i for i, each in enumerate(lengths) if each == length]
+            file, begun = folder / f"cache-{length}.npy", len(other)
+
+            def progress(done: int, begun: int = begun) -> None:
+                report(cache.name, begun + done, len(scripts))
+
+            _, uses[length] = engine.read(
+                [scripts[i] for i in some], reading.steps + 1, file, progress
+            )
+            uses[ALL_TEXTS] += uses[length]
+            other |= zip(some, mapped(file)[:, 1:], strict=True)
+    full, about = mapped(folder / "full.npy")[:, 1:], torch.tensor(followed)[:, 1:]
     forced = Divergence.join(
-        [compare(full[[i]], other[[i]], about[[i]]) for i in range(num)], axis=0
+        [compare(full[[i]], other[i][None], about[[i]]) for i in range(num)], axis=0
     )
-    same = other[num:].argmax(-1) == about[num:]
-    return scores_of(reading, forced, first_difference(same.numpy()), lambda context: use)
+    same = torch.stack([other[i].argmax(-1) == about[i] for i in range(num, 2 * num)])
+    return scores_of(reading, forced, first_difference(same.numpy()), uses.__getitem__)

@@ -38,6 +38,7 @@ def _options(cache: Compared) -> Options:
         page_bytes=cache.page_bytes,
         rotate=cache.rotate,
         kernels=cache.kernels,
+        drops=cache.drops or None,
     )
 
 
@@ -55,6 +56,11 @@ class VLLMModel(contextlib.ExitStack):
         self._arguments = arguments
         self._cache: Compared | None = None
         self._running: Session | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The model's, as vLLM was told; "auto": that of its checkpoint."""
+        return str(self._arguments.get("dtype", "auto"))
 
     def check(self, cache: Compared, settings: Sequence[Setting]) -> None:
         """Refuse what vLLM cannot do; see `engine.Engine`."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffkv.lab import plots
 from diffkv.lab.evaluation.results import ALL_TEXTS, DistanceScore
-from diffkv.lab.page import Column, Page, number, percent, times
+from diffkv.lab.page import Column, Page, file_name, number, percent, times
 from diffkv.lab.report.load import Measured
 from diffkv.lab.rows import Row
 
@@ -80,8 +80,7 @@ def add_distances(
             page.table(COLUMNS, sorted(column, key=lambda pair: pair[1].bytes_per_token))
             if with_plots and context == ALL_TEXTS:
                 for key, label in PLOTS:
-                    name = f"{key}-{row['model']}-{row['engine']}-{row['sha256']}.png"
-                    name = name.replace("/", "-").lower()
+                    name = file_name(key, *map(str, texts))
                     _draw(folder / name, place, label, key.replace("-", "_"), column)
                     page.plot(name, f"{label}, against bytes of a token: {place}")
                     written.append(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from diffkv.lab import plots
 from diffkv.lab.bench.pages import add_sections
 from diffkv.lab.evaluation.results import Method, TaskScore
-from diffkv.lab.page import Column, Page, number, percent, times, write_csv
+from diffkv.lab.page import Column, Page, file_name, number, percent, times, write_csv
 from diffkv.lab.report.distances import add_distances, flat
 from diffkv.lab.report.heads import draw_heads
 from diffkv.lab.report.load import Loaded
@@ -116,7 +116,8 @@ def _without_failed(page: Page, found: Sequence[Summary]) -> list[Summary]:
     }
     if failed:
         names = (
-            f"{task} ({setting}, {percent(full)})" for (_, _, setting, task), full in failed.items()
+            f"{task} ({setting}, {percent(full)})"
+            for (_, _, setting, _, task), full in failed.items()
         )
         page.text(
             f"Not shown, because full precision is right in less than {LEAST_FULL:.0%} of them: "
@@ -125,15 +126,9 @@ def _without_failed(page: Page, found: Sequence[Summary]) -> list[Summary]:
     return [row for row in found if (*row.place, row.score.task) not in failed]
 
 
-def _file_name(*words: str) -> str:
-    """A name that any file system takes."""
-    kept = "-".join(words).replace("/", "-").lower()
-    return "".join(c if c.isalnum() or c in "-._" else "-" for c in kept).strip("-.") + ".png"
-
-
 def _draw_pareto(folder: Path, place: Place, group: Sequence[Summary]) -> str:
     """Accuracy against real bytes of a token, all methods."""
-    name = _file_name("pareto", *place)
+    name = file_name("pareto", *place)
     points = []
     for mean in overall(group):
         score, marker = mean.score, MARKERS.get(mean.method.policy.split(":")[0], "D")
@@ -154,7 +149,7 @@ def _draw_pareto(folder: Path, place: Place, group: Sequence[Summary]) -> str:
 
 def _flat(summary: Summary) -> dict[str, object]:
     """One line of a CSV file."""
-    own = {"suite": summary.suite, "seeds": summary.seeds}
+    own = {"suite": summary.suite, "asked": summary.asked, "seeds": summary.seeds}
     return {**vars(summary.method), **own, **vars(summary.score)}
 
 
@@ -191,7 +186,7 @@ def write(
     written += add_distances(page, loaded.distances, loaded.failed, folder, with_plots)
     for index, row in enumerate(loaded.heads):
         if with_plots:
-            name = _file_name("heads", row["model"], str(index))
+            name = file_name("heads", row["model"], str(index))
             draw_heads(folder / name, row)
             plot(name, f"Tiers of each head: {row['model']}")
     written += add_sections(page, loaded.bench, folder, with_plots)

@@ -13,8 +13,11 @@ from diffkv.lab.rows import Row
 
 __all__ = ["Place", "Summary", "by_place", "overall", "summaries"]
 
-Place = tuple[str, str, str]
-"""(model, suite, setting): results that can be compared with each other."""
+Place = tuple[str, str, str, str]
+"""(model, suite, setting, what was asked): results that can be compared with each other."""
+
+ASKED = ("language", "tokens", "samples", "dtype", "thinking", "harness")
+"""Sizes and kinds of what was asked, by their names in a case."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Summary:
     Attributes:
         method: which.
         suite: the runs'.
+        asked: what was asked, in words.
         seeds: how many runs.
         score: means of their figures; `n` adds up. Of one seed the interval is its own bootstrap, of
             several Student's over their means.
@@ -31,13 +35,14 @@ class Summary:
 
     method: Method
     suite: str
+    asked: str
     seeds: int
     score: TaskScore
 
     @property
     def place(self) -> Place:
         """Where it can be compared."""
-        return self.method.model, self.suite, self.score.setting
+        return self.method.model, self.suite, self.score.setting, self.asked
 
 
 def _students(differences: Sequence[float]) -> tuple[float, float]:
@@ -71,15 +76,21 @@ def _over_seeds(found: Sequence[TaskScore]) -> TaskScore:
 
 def summaries(results: Iterable[tuple[Row, Sequence[TaskScore]]]) -> list[Summary]:
     """Join scores of runs that differ in their seed alone."""
-    groups: dict[tuple[Method, str, str, str], list[TaskScore]] = {}
+    groups: dict[tuple[Method, str, str, str, str], list[TaskScore]] = {}
     for row, found in results:
         for score in found:
-            key = (Method.of(row), row["suite"], score.task, score.setting)
+            key = (Method.of(row), row["suite"], _asked(row), score.task, score.setting)
             groups.setdefault(key, []).append(score)
     joined = []
-    for (method, suite, *_), same in groups.items():
-        joined.append(Summary(method, suite, len(same), _over_seeds(same)))
+    for (method, suite, asked, *_), same in groups.items():
+        joined.append(Summary(method, suite, asked, len(same), _over_seeds(same)))
     return joined
+
+
+def _asked(row: Row) -> str:
+    """What a row was asked, as in `language english, tokens 1024`; what is off is left out."""
+    given = {name: row.case.get(name) for name in ASKED}
+    return ", ".join(f"{name} {value}" for name, value in given.items() if value)
 
 
 def by_place(found: Iterable[Summary]) -> dict[Place, list[Summary]]:
@@ -112,5 +123,5 @@ def overall(
             if mine:
                 score = pick([summary.score for summary in mine])
                 seeds = min(summary.seeds for summary in mine)
-                joined.append(Summary(method, mine[0].suite, seeds, score))
+                joined.append(Summary(method, mine[0].suite, mine[0].asked, seeds, score))
     return joined
