@@ -49,6 +49,7 @@ def vllm_config(**changes):
         "device_config": {"device_type": "cpu"},
         "cache_config": {"cache_dtype": "auto"},
         "kv_transfer_config": {"kv_connector": "DiffKVConnector"},
+        "kv_events_config": {"enable_kv_cache_events": False},
     }
     speculative = changes.pop("speculative", None)
     for name, value in changes.items():
@@ -102,6 +103,7 @@ REFUSALS = {
     "speculative decoding": {"speculative": object()},
     "kv_cache_dtype other than auto": {"cache_dtype": "fp8"},
     "another KV connector": {"kv_connector": "OffloadingConnector"},
+    "KV cache events (--kv-events-config)": {"enable_kv_cache_events": True},
     "sleep mode": {"enable_sleep_mode": True},
     "pipeline parallelism": {"pipeline_parallel_size": 2},
     "context parallelism": {"decode_context_parallel_size": 2},

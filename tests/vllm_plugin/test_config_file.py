@@ -37,6 +37,18 @@ def test_its_lines_are_flags_that_the_command_line_overrides(config):
     assert engine_flags(["--max-num-seqs", "9", f"--config={file}"]) == expected
 
 
+def test_what_is_given_counts_also_where_it_is_vllms_default(config):
+    """The commands have defaults of their own, which it overrides."""
+    assert engine_flags([]) == {}
+    flags = ["--no-enforce-eager", "--watermark", "0", "--gpu-memory-utilization", "0.92"]
+    expected = {"enforce_eager": False, "watermark": 0.0, "gpu_memory_utilization": 0.92}
+    assert engine_flags(flags) == expected
+    assert engine_flags(["--config", config("enforce-eager: false\n")]) in (
+        {},  # vLLM leaves out a line that turns nothing on
+        {"enforce_eager": False},
+    )
+
+
 @pytest.mark.parametrize("text", CONFLICTS)
 def test_a_conflict_is_refused(config, text):
     with pytest.raises(ConfigError, match=CONFLICTS[text]):

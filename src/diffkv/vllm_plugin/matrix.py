@@ -57,6 +57,11 @@ def _has_another_connector(config: Any) -> bool:
     return transfer is not None and transfer.kv_connector != CONNECTOR
 
 
+def _publishes_events(config: Any) -> bool:
+    events = config.kv_events_config
+    return events is not None and bool(events.enable_kv_cache_events)
+
+
 _FEATURES = (
     Row(
         "features", "chunked prefill", WORKS, "decided segment by segment, as if it had come at once",
@@ -166,6 +171,11 @@ _FEATURES = (
         (f"{TESTS}test_bad_input.py::test_flags_that_do_not_go_together", *REFUSALS),
         _has_another_connector,
         "the KV connector {config.kv_transfer_config.kv_connector} beside its own",
+    ),
+    Row(
+        "features", "KV cache events (--kv-events-config)", REFUSED,
+        "they name blocks of vLLM's, and rows are none", "leave out --kv-events-config", REFUSALS,
+        _publishes_events,
     ),
 )  # fmt: skip
 

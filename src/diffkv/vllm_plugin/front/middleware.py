@@ -12,8 +12,9 @@ from typing import Any
 from fastapi import Request
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+from diffkv.quant import ConfigError
 from diffkv.vllm_plugin.options import options_of
-from diffkv.vllm_plugin.requests import thresholds_of
+from diffkv.vllm_plugin.requests import PREFIX, thresholds_of
 
 __all__ = ["ENGINE_DIED", "SettingsCheck", "check_settings"]
 
@@ -84,3 +85,9 @@ async def check_settings(raw_request: Request) -> None:
     for settings in (body.get("vllm_xargs"), own):
         if isinstance(settings, dict):
             thresholds_of(settings, options)
+            if body.get("use_beam_search") and any(
+                str(name).startswith(PREFIX) for name in settings
+            ):
+                raise ConfigError(
+                    "beam search passes no settings on to its beams: leave out what begins with diffkv"
+                )

@@ -1,5 +1,6 @@
 """Generate with an in-process engine, and count what its cache spent."""
 
+import argparse
 import contextlib
 import gc
 import json
@@ -79,6 +80,8 @@ def check_model(model: str) -> None:
         ConfigError: names the folder and what is missing.
     """
     path = Path(model)
+    if "://" in model:  # an object store's, which vLLM fetches
+        return
     looks_local = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
     if not looks_local:
         return
@@ -137,9 +140,9 @@ def engine_flags(flags: Sequence[str]) -> dict[str, Any]:
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
 
     refuse_in_one_line(parser, "vLLM's engine")
-    defaults = vars(parser.parse_args([]))
-    given = vars(parser.parse_args(with_config_file(parser, flags)))
-    return {name: value for name, value in given.items() if value != defaults[name]}
+    for action in parser._actions:  # what is given counts, also where it is vLLM's default
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(with_config_file(parser, flags)))
 
 
 def _checked(args: dict[str, Any], lengths: Sequence[int] | None) -> dict[str, Any]:

@@ -228,8 +228,9 @@ class DiffKVManager(FullAttentionManager):
         num_idle = sum(len(row.blocks) for row in idle)
         if apply_admission_cap:
             most = self._scheduler_config.max_num_batched_tokens
-            expected = self._bounds.expected(running, self._sizes, most)
-            return min(num_idle + expected, self.num_usable)
+            wanted = num_idle + self._bounds.expected(running, self._sizes, most)
+            wanted += sum(map(self._bounds.promised, self._running.values()))
+            return min(wanted, self.num_usable)
         need = self._bounds.step(running, num_tokens)
         wanted, free = num_idle + need.missing(running), self.block_pool.get_num_free_blocks()
         slots = self.store.num_takeable - len(idle)

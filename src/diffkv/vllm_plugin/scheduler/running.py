@@ -174,6 +174,16 @@ class Bounds:
         open_pages = max(after, before - sum(pages))
         return Need(tuple(rows), tuple(map(self.blocks, pages)), max(1, self.blocks(open_pages)))
 
+    def promised(self, running: Running) -> int:
+        """Blocks that a prompt which is being computed wants beside its own until its row is complete.
+
+        Who is admitted leaves them free, or they would preempt each other in the middle of segments.
+        """
+        if running.failed or running.num_tokens >= running.prompt_len:
+            return 0
+        end = running.ends.after(running.start) or running.prompt_len
+        return max(0, self.blocks(self.waiting(end - running.start)) - len(running.blocks))
+
     def expected(self, running: Running, sizes: RowSizes, tokens_of_a_step: int) -> int:
         """Blocks that a prompt is expected to take beyond the rows that it found.
 
