@@ -4,5 +4,5 @@
 # examples/serve.sh --port 8001
 set -eu
 cd "$(dirname "$0")/.."
-exec .venv/bin/diffkv serve reference --quant k8v4-k4v2 --alpha-high 3 --drops \
+exec .venv/bin/diffkv serve reference --drops \
     --host 127.0.0.1 --enforce-eager --max-model-len 2048 --kv-cache-memory-bytes 67108864 "$@"

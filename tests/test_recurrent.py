@@ -111,6 +111,8 @@ def test_refusals(capsys, tmp_path, monkeypatch):
         ModelConfig.parse({k: v for k, v in GRANITE.items() if k != "mamba_d_state"}, "m")
     with pytest.raises(ConfigError, match="has a bad size of a state: invalid literal"):
         ModelConfig.parse({**GRANITE, "mamba_expand": "x"}, "m")
-    jamba = ModelConfig.parse({**COMMON, "num_hidden_layers": 4, "mamba_dt_rank": 4}, "m")
-    with pytest.raises(ConfigError, match="recurrent states of a kind of its own"):
-        rank_of(jamba, 1, 1, GIB)
+    minimax = {"attn_type_list": [0, 0, 0, 1]}
+    for own in ({"mamba_dt_rank": 4}, minimax):
+        model = ModelConfig.parse({**COMMON, "num_hidden_layers": 4, **own}, "m")
+        with pytest.raises(ConfigError, match="recurrent states of a kind of its own"):
+            rank_of(model, 1, 1, GIB)

@@ -164,7 +164,7 @@ class FormatPlan:
         num_requests: requests that fit at once; 0 where not even one does.
         page_bytes: size of a page; 0 for vLLM's own caches.
         table_bytes: share of the tables in the budget, with a slot for each of those requests.
-        starts: whether an engine would start: it wants room for one request that is all high.
+        starts: whether an engine would start: it wants room for one request, a quarter of it high.
         window_bytes: bytes of those requests in vLLM's blocks, for layers with a sliding window.
         state_bytes: likewise for recurrent states.
     """

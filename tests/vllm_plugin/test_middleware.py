@@ -88,6 +88,16 @@ def test_settings_of_sampling_params_are_checked_too() -> None:
         assert post({"prompt": "a", **others}, **KEY).status_code == 200
 
 
+def test_beam_search_takes_no_settings() -> None:
+    """Beams run with parameters of their own, which have none: they would have no effect."""
+    body = {"prompt": "a", "use_beam_search": True, "vllm_xargs": {"diffkv": "off"}}
+    response = post(body, **KEY)
+    assert response.status_code == 400
+    assert "beam search passes no settings on" in response.json()["error"]["message"]
+    assert post({**body, "vllm_xargs": {"other": 1}}, **KEY).status_code == 200
+    assert post({**body, "use_beam_search": False}, **KEY).status_code == 200
+
+
 def test_an_escaped_name_is_the_same_name() -> None:
     response = post(ESCAPED, **KEY)
     assert response.status_code == 400

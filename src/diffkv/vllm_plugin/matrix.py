@@ -123,7 +123,8 @@ _FEATURES = (
     ),
     Row(
         "features", "beam search", WORKS,
-        "each step computes what follows the last closed row of each beam's text: slow", "",
+        "each step computes what follows the last closed row of each beam's text: slow; takes no "
+        "`diffkv` settings", "",
         (f"{TESTS}test_features.py::test_beam_search",),
     ),
     Row(
