@@ -97,7 +97,7 @@ TABLES = (
         "`--segment`",
         {
             DEFAULT_QUANT if size == SEGMENT else f"{DEFAULT_QUANT} segment={size}": str(size)
-            for size in (0, 512, 1024, SEGMENT)
+            for size in (0, 1024, SEGMENT)
         },
     ),
 )
