@@ -1,6 +1,6 @@
 """Rewrites what is made of the results of `make eval-real`.
 
-Tables of README.md, docs/policy.md and docs/insight.md, and what presets lose, for the command line.
+Tables of README.md and docs/insight.md, and what presets lose, for the command line.
 """
 
 import json
@@ -16,7 +16,6 @@ from diffkv.lab import rows
 from diffkv.lab.evaluation.results import ALL_TEXTS, DISTANCES, DistanceScore, scores
 from diffkv.lab.page import NOTHING, number, percent, times
 from diffkv.quant import DEFAULT_QUANT
-from diffkv.segments import SEGMENT
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "real-model" / "results.jsonl"
@@ -90,14 +89,6 @@ TABLES = (
             f"{DEFAULT_QUANT} alpha_high=30 segment=0 policy=paper:distinct=0.75": (
                 "DiffKV, `--segment 0 --preset distinct`"
             ),
-        },
-    ),
-    Table(
-        "docs/policy.md",
-        "`--segment`",
-        {
-            DEFAULT_QUANT if size == SEGMENT else f"{DEFAULT_QUANT} segment={size}": str(size)
-            for size in (0, 1024, SEGMENT)
         },
     ),
 )

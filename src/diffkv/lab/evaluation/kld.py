@@ -5,7 +5,7 @@ Full precision is the model with a dense cache in its own dtype; it reads once f
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -97,9 +97,8 @@ def _case(cache: NamedCache, model: str, engine: HFModel) -> dict[str, Any]:
     """A cache, a model and its dtype as rows name them."""
     settings = {}
     if isinstance(cache.kind, CacheSpec):
-        settings = asdict(cache.kind.method(model, engine.name))
-    dtype = str(engine.model.dtype).removeprefix("torch.")
-    named = {"model": model, "engine": engine.name, "suite": "kld", "dtype": dtype}
+        settings = cache.kind.method(model, engine.name).case()
+    named = {"model": model, "engine": engine.name, "suite": "kld", "dtype": engine.dtype}
     return {**named, "cache": cache.name, **settings}
 
 
