@@ -245,6 +245,7 @@ def test_options_are_refused(capsys, arguments, message):
     [
         ('{"prompt": "1+1", "answer": ""}', "line 1 is no JSON object with"),
         ('{"prompt": "1+1", "answer": "?!"}', "has no word that could be found"),
+        ('{"prompt": "1+1", "answer": ["2", "two"]}', "must be a text or a number, got"),
     ],
 )
 def test_answers_that_cannot_be_found_are_refused(tmp_path, capsys, line, message):

@@ -1,12 +1,15 @@
 """Distances of next-token distributions, by hand; and what `eval --suite kld` refuses."""
 
 import math
+from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from diffkv.cli import eval_methods, main
+from diffkv.cli import eval_methods, main, texts
+from diffkv.cli.texts import DEFAULT_CONTEXT
 from diffkv.lab.evaluation import english
 from diffkv.lab.evaluation.divergence import Divergence, compare, first_difference
 from diffkv.quant import ConfigError
@@ -31,10 +34,10 @@ def test_parts_are_joined():
     other = torch.randn(2, 3, 5).log_softmax(-1)
     whole = compare(full, other, tokens)
 
-    texts = [compare(full[[i]], other[[i]], tokens[[i]]) for i in range(2)]
+    rows = [compare(full[[i]], other[[i]], tokens[[i]]) for i in range(2)]
     steps = [compare(full[:, [i]], other[:, [i]], tokens[:, [i]]) for i in range(3)]
 
-    for joined in (Divergence.join(texts, 0), Divergence.join(steps, 1)):
+    for joined in (Divergence.join(rows, 0), Divergence.join(steps, 1)):
         for name, values in vars(whole).items():
             assert np.array_equal(vars(joined)[name], values), name
 
@@ -47,13 +50,21 @@ def test_first_difference():
 def test_texts_are_the_beginnings_of_messages_and_then_what_follows(messages):
     first, *others = (list(text.encode()) for text in messages.values())
 
-    texts = english.cut(lambda text: [1, *text.encode()], 4, [100, 300])
+    found = english.cut(lambda text: [1, *text.encode()], 4, [100, 300])
 
     beginnings = [[1, *ids[:299]] for ids in (first, *others)]
-    assert texts[:4] == [*(text[:100] for text in beginnings), [1, *first[99:198]]]
-    assert texts[4:] == [*beginnings, [1, *first[299:598]]]
+    assert found[:4] == [*(text[:100] for text in beginnings), [1, *first[99:198]]]
+    assert found[4:] == [*beginnings, [1, *first[299:598]]]
     with pytest.raises(ConfigError, match="give 0 texts of 100 tokens, not 2"):
         english.cut(lambda text: list(text.encode())[:50], 2, [100])
+
+
+@pytest.mark.parametrize(("longest", "length"), [(2048, 2048), (8192, DEFAULT_CONTEXT)])
+def test_texts_are_no_longer_than_the_model_reads(messages, longest, length):
+    args = Namespace(contexts=None, num_texts=2, steps=8, texts=None, model="m")
+    reader = SimpleNamespace(longest=longest, encode=lambda text: [1, *text.encode()])
+    read = texts.reading(args, None, reader)
+    assert [len(text) for text in read.texts] == [length] * 2
 
 
 @pytest.mark.parametrize(
@@ -99,9 +110,9 @@ def test_lines_of_methods_that_are_refused(line, message, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "policy", "name"),
     [
-        ({}, None, "k8v4-k4v2"),
-        ({"alpha_high": 3, "alpha_low": 0.0, "rotate": "hadamard"}, "paper", "k8v4-k4v2"),
-        ({"alpha_high": 1.0, "alpha_low": 0.02}, None, "k8v4-k4v2 alpha_high=1 alpha_low=0.02"),
+        ({}, None, "k8v8-k4v2"),
+        ({"alpha_high": 20, "alpha_low": 0.0, "rotate": "hadamard"}, "paper", "k8v8-k4v2"),
+        ({"alpha_high": 1.0, "alpha_low": 0.02}, None, "k8v8-k4v2 alpha_high=1 alpha_low=0.02"),
         ({"quant": "k8v4", "segment": 0}, "topk:keep=0.5", "k8v4 segment=0 policy=topk:keep=0.5"),
         ({"quant": "k16v16", "rotate": "hadamard"}, None, "k16v16 rotate=hadamard"),
     ],

@@ -112,6 +112,8 @@ def test_refusals(capsys, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="has a bad size of a state: invalid literal"):
         ModelConfig.parse({**GRANITE, "mamba_expand": "x"}, "m")
     minimax = {"attn_type_list": [0, 0, 0, 1]}
+    full = ModelConfig.parse({**COMMON, "num_hidden_layers": 4, "attn_type_list": [1] * 4}, "m")
+    assert full.num_full == 4
     for own in ({"mamba_dt_rank": 4}, minimax):
         model = ModelConfig.parse({**COMMON, "num_hidden_layers": 4, **own}, "m")
         with pytest.raises(ConfigError, match="recurrent states of a kind of its own"):

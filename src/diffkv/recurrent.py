@@ -70,6 +70,7 @@ def states_of(text: Mapping[str, Any], num_layers: int, element_bytes: int) -> S
         num_bytes = inputs * (int(text["mamba_d_conv"]) - 1) + inner * size
         num = num_layers if attend else num_recurrent
         return States(num, attend, num_bytes * element_bytes)
-    if any(name.startswith(("mamba_", "ssm_")) for name in text) or "attn_type_list" in text:
+    lightning = any(kind != 1 for kind in text.get("attn_type_list") or ())
+    if lightning or any(name.startswith(("mamba_", "ssm_")) for name in text):
         return None
     return NO_STATES

@@ -9,6 +9,7 @@ from diffkv.lab import rows as lab_rows
 from diffkv.lab.evaluation.results import scores
 from diffkv.lab.evaluation.side_by_side import Answered, Question, Sides, answer
 from diffkv.quant import ConfigError
+from diffkv.segments import SEGMENT
 from diffkv.use import CacheUse
 from diffkv.vllm_plugin.options import Options
 
@@ -34,6 +35,7 @@ def test_caches_are_compared_on_the_same_texts(rows):
     rows = dict(rows)
     assert rows.pop("int8_per_token_head").error.startswith("vLLM has no such cache on a CPU")
     assert list(rows) == ["bf16", "fp8", "k16v16", "k4v2"]
+    assert (rows["k4v2"]["segment"], rows["k4v2"]["alpha_high"]) == (SEGMENT, 0), "defaults too"
     if not HAS_FP8:
         assert "requires x86 with AVX-512" in rows.pop("fp8").error
     found = {name: scores(row) for name, row in rows.items()}

@@ -101,14 +101,13 @@ def _arguments(args: argparse.Namespace, content: list[str] | None) -> dict[str,
     """What all engines share: room for all that is read at once, in float32."""
     folder = model_folder(args.model)
     model = load_config(folder)
-    longest = max(args.contexts or [texts.DEFAULT_CONTEXT])
-    if args.contexts is None and content is not None:
-        from diffkv.lab.evaluation.hf_runs import tokenizer_of
-
-        encode = tokenizer_of(folder)
-        longest = max(len(encode(text, verbose=False).input_ids) for text in content)
+    longest, at_once = max(args.contexts or [texts.DEFAULT_CONTEXT]), args.batch_size
+    if args.contexts is None:
+        if content is not None:
+            lengths = _lengths(folder, content[: args.num_texts])
+            longest, at_once = max(lengths), min(at_once, 2 * len(lengths))
         longest = min(longest, model.max_model_len or longest)
-    tokens = args.batch_size * (longest + args.steps + 128)
+    tokens = at_once * (longest + args.steps + 128)
     elements = 2 * model.num_layers * model.num_kv_heads * model.head_dim
     return prompts.engine_arguments(
         args,
@@ -117,6 +116,18 @@ def _arguments(args: argparse.Namespace, content: list[str] | None) -> dict[str,
         max_model_len=min(model.max_model_len, longest + args.steps) or None,
         kv_cache_memory_bytes=max(MIN_KV_BYTES, tokens * elements * 4),
     )
+
+
+def _lengths(folder: str, content: list[str]) -> list[int]:
+    """Tokens of texts."""
+    from diffkv.lab.evaluation.hf_runs import tokenizer_of
+
+    try:
+        encode = tokenizer_of(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"cannot load the tokenizer of {folder}: {reason}") from None
+    return [len(encode(text, verbose=False).input_ids) for text in content]
 
 
 def _caches(args: argparse.Namespace, options: "Options") -> "list[ComparedCache]":

@@ -127,6 +127,7 @@ def _method(args: argparse.Namespace, options: "Options") -> "Method":
         options.window,
         options.rotation(),
         options.segment,
+        Method.words(options.page_bytes, options.kernels, options.drops),
     )
 
 

@@ -137,9 +137,11 @@ def _parse(text: str) -> list[Question]:
 
 
 def _answer(given: object) -> str | None:
-    """An answer as text, whatever JSON has it as: 2 is "2"."""
+    """An answer as text; of a number its digits."""
     if given is None:
         return None
+    if isinstance(given, bool) or not isinstance(given, str | int | float):
+        raise ValueError(f"its answer must be a text or a number, got {json.dumps(given)}")
     if not str(given).strip():
         raise ValueError("its answer is empty: leave it out if none is known")
     return str(given)

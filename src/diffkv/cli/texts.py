@@ -175,7 +175,7 @@ def reading(args: argparse.Namespace, texts: list[str] | None, reader: _Reader) 
         from diffkv.lab.evaluation import english
 
         num = args.num_texts or DEFAULT_NUM_TEXTS
-        contexts = args.contexts or [DEFAULT_CONTEXT]
+        contexts = args.contexts or [min(DEFAULT_CONTEXT, reader.longest)]
         return Reading(english.cut(reader.encode, num, contexts), args.steps)
     ids = [reader.encode(text)[: reader.longest] for text in texts]
     if args.contexts is None:

@@ -284,8 +284,8 @@ class DiffKVHFCache(Cache):
             )
         if self._pages is None:
             self._first = paddings(mask, batch, num_tokens)
-            self._is_whole = False
             self._pages, self._scale = self._make(batch, scale), scale
+            self._is_whole = False
             for rows, first in zip(self._rows, self._first, strict=True):
                 rows.open(self._pages, seen - first, self.thresholds)
             return self._plan_prompts(num_tokens, seen)
@@ -301,12 +301,12 @@ class DiffKVHFCache(Cache):
             for rows, first in zip(self._rows, self._first, strict=True):
                 rows.turn(self._pages, stored - first, seen - first, self.thresholds)
             return self._plan_prompts(num_tokens, seen)
-        self._is_whole = False
         problem = self._pages.range_problem()
         if problem is not None:
             warnings.warn(problem, stacklevel=2)
         slots = on_device([rows.slot for rows in self._rows], torch.int32, self._device)
         lengths = torch.tensor([seen - first for first in self._first], dtype=torch.int32)
+        self._is_whole = False
         return self._pages.plan((), slice(0, batch), slots, lengths.to(self._device))
 
     def _plan_prompts(self, num_tokens: int, seen: int) -> Step:

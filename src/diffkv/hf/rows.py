@@ -52,7 +52,7 @@ class SequenceRows:
         if needed > len(self.slots):
             raise ValueError(
                 f"another turn needs {needed} more rows, and {len(self.slots)} are left of "
-                f"{len(self.rows) + len(self.slots)}: begin a new cache; a larger max_tokens gives more"
+                f"{len(self.rows) + len(self.slots)}: begin a new cache"
             )
 
     def turn(

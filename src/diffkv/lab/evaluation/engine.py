@@ -70,7 +70,6 @@ class CacheSpec:
     def method(self, model: str, engine: str) -> Method:
         """The cache, a model and an engine as rows name them."""
         alphas = self.thresholds
-        unusual = {"page_bytes": self.page_bytes, "kernels": self.kernels, "drops": self.drops}
         return Method(
             model,
             engine,
@@ -81,7 +80,7 @@ class CacheSpec:
             self.window,
             self.rotate,
             self.segment,
-            " ".join(f"{name}={value}" for name, value in unusual.items() if value),
+            Method.words(self.page_bytes, self.kernels, self.drops),
         )
 
 

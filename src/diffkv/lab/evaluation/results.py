@@ -80,6 +80,12 @@ class Method:
             raise ValueError(f"case lacks {', '.join(missing)}")
         return cls(**given)
 
+    @staticmethod
+    def words(page_bytes: int | None, kernels: str | None, drops: bool | None) -> str:
+        """`more` of a cache: what is not as usual, by the names of its options."""
+        given = {"page_bytes": page_bytes, "kernels": kernels, "drops": drops}
+        return " ".join(f"{name}={value}" for name, value in given.items() if value)
+
     def case(self) -> dict[str, Any]:
         """The method as rows name it."""
         return {name: value for name, value in asdict(self).items() if name != "more" or value}

@@ -13,6 +13,7 @@ import torch
 
 from diffkv.lab.evaluation.distances import Reading, Report, compare_caches, scores_of
 from diffkv.lab.evaluation.divergence import Divergence, compare, first_difference, mapped
+from diffkv.lab.evaluation.engine import CacheSpec
 from diffkv.lab.evaluation.results import ALL_TEXTS, DISTANCES, DistanceScore
 from diffkv.lab.rows import Row, Writer
 from diffkv.use import CacheUse
@@ -36,10 +37,11 @@ class ComparedCache:
     arguments: dict[str, Any]
     options: Options | None = None
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Its arguments and options by name, as rows have them."""
-        return {**self.arguments, **({} if self.options is None else self.options.to_dict())}
+    def settings(self, model: str) -> dict[str, Any]:
+        """Its arguments and options by name, defaults too, as rows have them."""
+        if self.options is None:
+            return self.arguments
+        return {**self.arguments, **CacheSpec.of(self.options).method(model, "vllm").case()}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class KldJob:
             "suite": "kld",
             "dtype": self.arguments["dtype"],
             "cache": cache.name,
-            **cache.settings,
+            **cache.settings(self.model),
             **reading.case(),
         }
 
