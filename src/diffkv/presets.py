@@ -154,8 +154,8 @@ PRESETS = (
         30.0,
         0.0,
         "drops a quarter of a prompt, where keys are most alike",
-        "docs/policy.md; docs/results/fidelity, of k8v4-k4v2 and alpha_high 10; KeyDiff (Park et al. 2025, "
-        "arXiv 2504.15364)",
+        "docs/policy.md; docs/results/fidelity, of k8v4-k4v2 and alpha_high 10; KeyDiff (Park et al. "
+        "2025, arXiv 2504.15364)",
         policy="paper:distinct=0.75",
     ),
     Preset(
