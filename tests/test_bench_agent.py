@@ -253,9 +253,9 @@ def test_a_page_of_conversations_without_plots(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("--cache k3v3", "--cache takes bf16, fp8 and formats such as k8v4-k4v2: k_bits must be"),
+        ("--cache k3v3", "--cache takes bf16, fp8 and formats such as k8v8-k4v2: k_bits must be"),
         ("--cache bf16 --uncached nothing", "--cache takes bf16, fp8 and formats such as"),
-        ("--cache ,", "--cache names no cache: take bf16, fp8 or formats such as k8v4-k4v2"),
+        ("--cache ,", "--cache names no cache: take bf16, fp8 or formats such as k8v8-k4v2"),
         ("--turns 0", "--turns must be at least 1, got 0"),
         ("--conversations many", "--conversations must be a whole number, got many"),
         ("--system-len 0", "--system-len must be a whole number of at least 1"),

@@ -86,7 +86,7 @@ def test_names():
         (("--tasks", "none.yaml"), "cannot read the task none.yaml"),
         (("--tasks", "gsm8k", "--policy", "random"), "by alpha_high and alpha_low: paper"),
         (("--tasks", "gsm8k", "--limit", "0"), "--limit must be at least 1"),
-        (("--tasks", "gsm8k", "--settings", "hard"), "--settings does not go with"),
+        (("--tasks", "gsm8k", "--settings", "hard"), "--settings is for --suite synth"),
     ],
 )
 def test_refusals(capsys, arguments, message):

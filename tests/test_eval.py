@@ -19,6 +19,7 @@ from diffkv.lab.evaluation.results import TASKS, scores
 from diffkv.lab.evaluation.runs import language_of
 from diffkv.lab.evaluation.tasks import FILLER_TOKENS, SETTINGS, Sample, draw
 from diffkv.lab.rows import Row, read
+from diffkv.quant import DEFAULT_QUANT
 
 NUM_TOKENS = 512
 CASES = [
@@ -132,7 +133,7 @@ def test_two_samples_through_the_command(capsys):
         TASKS,
         "reference",
         3,
-        "k8v4-k4v2",
+        DEFAULT_QUANT,
     )
     easy, hard = scores(row)
     assert (easy.task, easy.setting, easy.n) == ("retrieval", "easy", 2)
@@ -159,7 +160,8 @@ def test_methods_and_seeds_of_one_command_can_be_resumed(capsys, tmp_path):
         ("k8v4-k4v2", "paper", 1.0, 0),
         ("k8v4-k4v2", "paper", 1.0, 1),
     ]
-    alone = Row.parse(run(capsys, *options, "--alpha-high", "1", "--seed", "1")[1])
+    last = ("--quant", "k8v4-k4v2", "--alpha-high", "1", "--seed", "1")
+    alone = Row.parse(run(capsys, *options, *last)[1])
     assert alone.case == rows[3].case
     assert scores(alone) == scores(rows[3])
 

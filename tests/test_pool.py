@@ -77,7 +77,7 @@ def test_an_empty_pool():
     }
     assert list(expected) == list(TENSORS)
     fields = {each.name for each in dataclasses.fields(PoolState)}
-    assert fields == {"layout", "dtype", "window", *expected}
+    assert fields == {"layout", "dtype", "window", "segment", *expected}
     for name, (dtype, shape, values) in expected.items():
         tensor = getattr(state, name)
         assert (tensor.dtype, tensor.shape) == (dtype, shape), name
