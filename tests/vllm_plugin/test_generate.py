@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from diffkv.cli import main
+from diffkv.quant import DEFAULT_QUANT
 
 SHIPPED = Path(__file__).parents[2] / "src" / "diffkv" / "data" / "prompts.jsonl"
 OUTPUT_KEYS = {"prompt_tokens", "token_ids", "text", "finish_reason"}
@@ -90,7 +91,7 @@ class TestDefaults:
         cache = result["cache"]
         check_arithmetic(cache)
         assert cache["ratio_bf16"] >= 3.0
-        assert cache["quant"] == "k8v4-k4v2"
+        assert cache["quant"] == DEFAULT_QUANT
         assert cache["preemptions"] == 0
         # the last new token of a request is never fed back to the cache
         expected = sum(o["prompt_tokens"] + len(o["token_ids"]) - 1 for o in result["outputs"])

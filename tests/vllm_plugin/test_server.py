@@ -54,7 +54,7 @@ class TestServer:
 
     def test_banner(self, server: Server) -> None:
         log = server.log.read_text()
-        assert "DiffKV k8v4-k4v2: alpha_high 3" in log
+        assert "DiffKV k8v8-k4v2: alpha_high 20" in log
         assert "DiffKV capacity in tokens: " in log
         assert "Traceback" not in log
 
