@@ -144,7 +144,7 @@ def test_prompts_file_and_table(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "v6 ;" in rows[0] and "yes" not in rows[0] and "no" not in rows[0]
     assert "v4 ;" in rows[1] and "yes" in rows[1]
     assert "v2 ;" in rows[2] and "no" in rows[2]
-    assert "k8v4-k4v2" in out
+    assert DEFAULT_QUANT in out
     assert "smaller than bf16" in out
     assert "high, low, dropped" in out
 

@@ -12,6 +12,7 @@ from diffkv.cli import heatmap, main
 from diffkv.lab.evaluation.results import HEADS
 from diffkv.lab.rows import Row
 from diffkv.policy import HIGH
+from diffkv.quant import DEFAULT_QUANT
 from diffkv.vllm_plugin.front.insight import _join_heads
 from diffkv.vllm_plugin.worker.pages import read_pool, token_tiers
 
@@ -56,7 +57,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Row, Path]:
 
 def test_numbers(shown: tuple[Row, Path]) -> None:
     facts, _ = shown
-    assert (facts.kind, facts["model"], facts["quant"]) == (HEADS, "reference", "k8v4-k4v2")
+    assert (facts.kind, facts["model"], facts["quant"]) == (HEADS, "reference", DEFAULT_QUANT)
     assert (facts["num_layers"], facts["num_kv_heads"], len(facts["prompts"])) == (3, 2, 8)
     assert facts["num_tokens"] == sum(prompt["num_tokens"] for prompt in facts["prompts"])
     for layer in range(3):
