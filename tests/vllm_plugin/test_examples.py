@@ -65,7 +65,7 @@ def test_per_request() -> None:
     assert all("k92 v1 k252 v99" in line for line in lines[:3])
     assert "(100% high, 0% low, 0% dropped" in lines[1]
     num_bytes = [float(line.split(" B a token")[0].split()[-1]) for line in lines[:4]]
-    assert num_bytes[1] > num_bytes[0] > num_bytes[2]
+    assert num_bytes[1] > num_bytes[2] > num_bytes[0] > num_bytes[3]
     assert " 0% dropped" not in lines[3]
     assert lines[4].startswith("refused: diffkv_alpha_high must be a number of 0 or more, got -1")
 

@@ -49,8 +49,8 @@ def test_scores_and_bytes(result):
     assert score.accuracy >= 0.5
     assert score.high + score.low + score.dropped == pytest.approx(1, abs=1e-5)
     assert 0.3 < score.dropped < 0.7
-    # Codes of kept tokens alone, of 16 bits: 12 / 2 bits an element high, 6 / 2 low.
-    nominal = 16 / (6 * score.high + 3 * score.low)
+    # Codes of kept tokens alone, of 16 bits: 16 / 2 bits an element high, 6 / 2 low.
+    nominal = 16 / (8 * score.high + 3 * score.low)
     assert score.nominal_ratio_bf16 == pytest.approx(nominal, rel=1e-4)
     assert score.ratio_bf16 == pytest.approx(1536 / score.bytes_per_token, rel=1e-4)
     assert 1.5 < score.ratio_bf16 < score.nominal_ratio_bf16
@@ -60,6 +60,10 @@ def test_scores_and_bytes(result):
 def test_it_can_be_reported(result, tmp_path):
     assert main(["report", str(result), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
-    assert "Means over lists:" in text and "| paper k8v4-k4v2 alpha 5/1 hadamard |" in text
-    picture = imread(tmp_path / "pareto-reference-lm-eval-benchmark.png")
+    assert (
+        "Means over lists:" in text
+        and "| paper k8v8-k4v2 alpha 5/1 hadamard segment 2048 |" in text
+    )
+    (file,) = tmp_path.glob("pareto-reference-lm-eval-benchmark-samples-6-*.png")
+    picture = imread(file)
     assert picture[..., :3].std() > 0.02

@@ -146,7 +146,7 @@ def test_each_part_is_an_admission_of_its_own() -> None:
     # All tokens but the last that was generated are the next part's prompt
     assert [start.prompt_len for start in started] == [20, 20 + 1 + 10, 31 + 1 + 5]
     assert [start.epoch for start in started] == [1, 2, 3]
-    assert [start.thresholds.alpha_high for start in started] == [3.0, 0.0, 3.0]
+    assert [start.thresholds.alpha_high for start in started] == [20.0, 0.0, 20.0]
     world.scheduler.finish_requests("s", RequestStatus.FINISHED_ABORTED)
     assert world.step().ended == {"s"}
     assert world.scheduler.kv_cache_manager.usage == 0
