@@ -99,15 +99,20 @@ class Run:
         self.requests.append(request)
         return request
 
-    def prefill(self, request, end, sequence):
-        """One chunk of a prompt in a step of its own."""
+    def chunk(self, request, end, row=0):
+        """A chunk of a prompt, whose tokens are from a row of the step's batch on."""
         first = request.num_tokens
         ends = self.cache.ends(request.slot).up_to(request.starts[-1], end)
         closing = tuple(self.free.pop(0) for _ in ends)
-        chunk = PromptChunk(request.slot, slice(0, end - first), first, request.prompt_len, closing)
-        step = self.cache.plan([chunk], NOBODY.long(), NOBODY, NOBODY)
         request.chain, request.starts = (*request.chain, *closing), (*request.starts, *ends)
         request.num_tokens = end
+        span = slice(row, row + end - first)
+        return PromptChunk(request.slot, span, first, request.prompt_len, closing)
+
+    def prefill(self, request, end, sequence):
+        """One chunk of a prompt in a step of its own."""
+        first = request.num_tokens
+        step = self.cache.plan([self.chunk(request, end)], NOBODY.long(), NOBODY, NOBODY)
         return self.attend(step, sequence, first, end)
 
     def decode(self, request, sequence):
@@ -386,15 +391,10 @@ def test_prompts_that_see_much_attend_in_turns(monkeypatch, kernels, drops):
         for request, half, sequence in zip(requests, halves, sequences, strict=True):
             run.prefill(request, half, sequence)
         parts, row, step_chunks = [], 0, []
-        for request, length, sequence in zip(requests, lengths, sequences, strict=True):
-            first = request.num_tokens
-            ends = run.cache.ends(request.slot).up_to(request.starts[-1], length)
-            closing = tuple(run.free.pop(0) for _ in ends)
-            span = slice(row, row + length - first)
-            step_chunks.append(PromptChunk(request.slot, span, first, length, closing))
-            parts.append([x[:, first:] for x in sequence])
-            request.chain, request.num_tokens = (*request.chain, *closing), length
-            row = span.stop
+        for request, half, sequence in zip(requests, halves, sequences, strict=True):
+            step_chunks.append(run.chunk(request, request.prompt_len, row))
+            parts.append([x[:, half:] for x in sequence])
+            row = step_chunks[-1].span.stop
         step = run.cache.plan(step_chunks, NOBODY.long(), NOBODY, NOBODY)
         assert len(step.prompts.waves) > len(requests) or most > 1
         joint = [torch.cat(xs, 1) for xs in zip(*parts, strict=True)]
