@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from rich.text import Text
 
 from diffkv import __version__
 from diffkv.cli import COMMANDS, main
+from diffkv.cli.tables import short
 from diffkv.layout import PageLayout
 from diffkv.quant import QuantConfig
 
@@ -246,3 +248,10 @@ def test_the_same_value_twice_is_one(capsys):
     twice = ["--quant", "k8v4", "--quant=k8v4", "--json", "--json"]
     assert layout_json(capsys, *twice)["quant"] == "k8v4"
     assert layout_json(capsys, "--quant", "k8v8")["quant"] == "k8v8"
+
+
+def test_answers_are_shown_as_they_are():
+    """A model may say what the terminal's library takes for markup."""
+    said = "a[b] is [/INST]\n[red]"
+    assert Text.from_markup(short(said, 48)).plain == "a[b] is [/INST] [red]"
+    assert Text.from_markup(short(said, 8)).plain == "a[b] is…"

@@ -67,7 +67,7 @@ def calibrate(
         identity = {
             "model": model.model_dump(),
             "data": data.model_dump(),
-            "dtype": str(engine.model.dtype).removeprefix("torch."),
+            "dtype": engine.dtype,
             "window": args.window,
             "segment": SEGMENT,
         }

@@ -149,17 +149,11 @@ def print_sides(model: str, sides: "Sides", options: "Options") -> None:
     )
 
 
-def _short(text: str) -> str:
-    from rich.markup import escape
-
-    text = " ".join(text.split())
-    return escape(text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…")
-
-
 def _answers(sides: "Sides") -> "Table":
     """Each question, DiffKV's answer, and how long each cache says what full precision says."""
     from rich.table import Table
 
+    from diffkv.cli.tables import short
     from diffkv.lab.evaluation.side_by_side import QUESTIONS
 
     table = Table("question", "answer with DiffKV")
@@ -168,7 +162,7 @@ def _answers(sides: "Sides") -> "Table":
     own = next(cache.texts for cache in sides.caches if cache.texts)
     for row, num_tokens in enumerate(sides.num_tokens):
         same = [f"{cache.same_tokens[row]} of {num_tokens}" for cache in sides.caches]
-        table.add_row(QUESTIONS[row].question, _short(own[row]), *same)
+        table.add_row(QUESTIONS[row].question, short(own[row], SHOWN_CHARACTERS), *same)
     return table
 
 

@@ -44,7 +44,7 @@ def caches(args: argparse.Namespace) -> "list[NamedCache]":
             found.append(_named(args, where, others[0]))
         else:
             options = cache_options(merged, takes_policy=False)
-            found.append(NamedCache(words(options, merged.policy), _cache(merged)))
+            found.append(NamedCache(words(options, merged.policy), _cache(merged, options)))
     return list({cache.name: cache for cache in found}.values())
 
 
@@ -73,11 +73,11 @@ def _lines(
     return found
 
 
-def _cache(args: argparse.Namespace) -> "CacheSpec":
+def _cache(args: argparse.Namespace, options: Options) -> "CacheSpec":
+    """A cache of ours, maybe with a policy that an engine does not run."""
     from diffkv.lab.evaluation import baselines
     from diffkv.lab.evaluation.engine import CacheSpec
 
-    options = cache_options(args, takes_policy=False)
     policy = baselines.parse(args.policy or options.policy)
     if not policy.uses_thresholds and (args.alpha_high, args.alpha_low) != (None, None):
         raise ConfigError(f"policy {policy} has no thresholds: leave out --alpha-high, --alpha-low")
@@ -86,21 +86,20 @@ def _cache(args: argparse.Namespace) -> "CacheSpec":
 
 def _named(args: argparse.Namespace, where: str, name: str) -> "NamedCache":
     """Another engine's format, or formats of ours with the options of the command line."""
-    from diffkv.lab.evaluation import baselines
-    from diffkv.lab.evaluation.engine import CacheSpec, NamedCache
+    from diffkv.lab.evaluation.engine import NamedCache
     from diffkv.lab.evaluation.other_formats import OTHER_FORMATS
 
     if name in OTHER_FORMATS:
         return NamedCache(name, OTHER_FORMATS[name])
     try:
         options = replace(cache_options(args, takes_policy=False), quant=name, alpha_high=None)
-        policy = baselines.parse(args.policy or options.policy)
-        return NamedCache(words(options, args.policy), CacheSpec.of(options, policy))
     except ConfigError as error:
         raise ConfigError(
             f"{where}: {name!r} is neither a format of others ({', '.join(OTHER_FORMATS)}), nor formats "
             f"of ours ({error})"
         ) from None
+    without = argparse.Namespace(**{**vars(args), "alpha_high": None})
+    return NamedCache(words(options, args.policy), _cache(without, options))
 
 
 def words(options: Options, policy: str | None = None) -> str:

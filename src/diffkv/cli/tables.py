@@ -9,14 +9,15 @@ from rich.table import Table
 
 from diffkv.vllm_plugin.front.offline import Answer, Result
 
-__all__ = ["print_result"]
+__all__ = ["print_result", "short"]
 
 SHOWN_CHARACTERS = 48
 
 
-def _short(text: str) -> str:
+def short(text: str, most: int) -> str:
+    """At most so many characters of a model's answer, on one line, and none of them markup."""
     text = " ".join(text.split())
-    return escape(text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…")
+    return escape(text if len(text) <= most else text[: most - 1] + "…")
 
 
 def _verdict(same: bool) -> str:
@@ -45,7 +46,7 @@ def print_result(
     if known:
         table.add_column("right")
     for i, (answer, best) in enumerate(zip(ours, right, strict=True)):
-        row = [str(answer.prompt_tokens), _short(answer.text)]
+        row = [str(answer.prompt_tokens), short(answer.text, SHOWN_CHARACTERS)]
         if stock is not None:
             row.append(_verdict(answer.token_ids == stock.answers[i].token_ids))
         if known:
