@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -28,6 +29,7 @@ append, gather, prepare, rotate, significance = (
 )  # the package has functions of these names
 
 BYTES, INTS, FLOATS = "*u8", "*i32", "*fp32"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {
     "pages_ptr": BYTES,
     "codes_ptr": BYTES,
@@ -215,7 +217,7 @@ def cases(
     del finish["GROUP"]
     finish["HEADS"] = constants.power_of_2(group)
     recomputed = {**grouped, **products, **tables, "PDL": True}
-    tuning = workspace.Tuning()
+    tuning = workspace.Tuning.of(layout, DTYPES[dtype], fast=True)
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
     launch["maxnreg"] = tuning.max_registers
     counted = {**tables, "TABLE": table, "TIERS": tiers, **overlapping, "B": 1024, "SCAN": 1024}

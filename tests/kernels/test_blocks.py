@@ -68,9 +68,11 @@ def test_equal_means_in_several_blocks_go_by_position(triton, monkeypatch, alpha
 def test_significance_where_probabilities_are_not_kept(triton, monkeypatch, score_tiles):
     from diffkv.kernels.triton import workspace
 
-    tuning = workspace.Tuning
+    of = workspace.Tuning.of
     monkeypatch.setattr(
-        workspace, "Tuning", lambda **kw: dataclasses.replace(tuning(**kw), score_tiles=score_tiles)
+        workspace.Tuning,
+        "of",
+        lambda *args: dataclasses.replace(of(*args), score_tiles=score_tiles),
     )
     check(triton, filled(triton, "k8v4-k4v2", [150, 90, 33], 64, torch.float32), [0, 2, 1], 4)
     check(triton, chained(triton, "k8v4-k4v2", 64, torch.float32), [1, -1, 0], 2)

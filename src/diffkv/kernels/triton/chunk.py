@@ -138,7 +138,7 @@ def _store_partial(
     inverse = 1.0 / total_p
     parts = ()
     for part in tl.static_range(PARTS):
-        out = sums[part] * (1.0 / (V.boost * V.unit))
+        out = sums[part] * (1.0 / (V.boost * V.units[part]))
         if V.bits < 16:
             if V.split == 1:
                 offset = offsets[part // V.word * V.groups // V.planes]
@@ -148,7 +148,6 @@ def _store_partial(
                     in_split = part_elements(part, V) // V.group_dim % V.split == u
                     offset = tl.sum(offsets[part // V.word * V.split + u], 0)
                     out += tl.where(in_split[:, None], offset[None, :], 0.0)
-        # BIAS is in both and gone now: neither may be rounded by itself before
         parts = parts + (out * inverse[None, :],)
     row = tl.arange(0, V.planes * ROWS)
     element = row // ROWS * V.width + row % ROWS

@@ -47,6 +47,12 @@ TILE_VECTOR_BYTES = 16384
 
 MAX_TILE_TOKENS = 64
 
+MANTISSA = 10
+"""Bits of a float16 number that its value is proportional to, below the normal ones."""
+
+SUBNORMAL = 24
+"""Bit 0 of such a number stands for one by so many powers of two."""
+
 TILE_ELEMENTS = 512
 """Elements that one program quantises at a time: 16 for each thread of its `TILE_WARPS`."""
 
@@ -137,7 +143,10 @@ class Side(_Constants):
         split: groups of one plane where a plane has several, else 1.
         word: bytes that are transposed together where tokens are to be paired: 2 if a vector has enough.
         padded_words: words of a vector as a matrix product takes them.
-        unit: value of a code in a product: codes of fewer bits are moved to the top of a byte.
+        unit: what a code of 1 is in a product of keys, whose queries are as much larger as its plane
+            stands lower than the topmost; 1 for 16 bits.
+        places: by part of a value (its plane, and byte of a word), the bit of float16 where codes begin.
+        units: likewise, what a code of 1 is in a product.
         boost: power of two that keeps probability times scale away from float16's subnormal range,
             and below its maximum whatever the scale is.
         cut: share of a group's range that is cut off at each end.
@@ -157,6 +166,8 @@ class Side(_Constants):
     word: int
     padded_words: int
     unit: float
+    places: tuple[int, ...]
+    units: tuple[float, ...]
     boost: float
     cut: float
 
@@ -169,6 +180,8 @@ class Tier(_Constants):
         k: keys.
         v: values.
         tokens: tokens of a page.
+        reciprocal: 2 ** 32 / tokens, rounded up. A number of tokens below that, times it and over
+            2 ** 32, is a number of pages.
         tracked: whether tokens have sums and positions.
         sums: offset of the significance sums in a page, bytes.
         positions: likewise.
@@ -178,6 +191,7 @@ class Tier(_Constants):
     k: Side
     v: Side
     tokens: int
+    reciprocal: int
     tracked: bool
     sums: int
     positions: int
@@ -207,17 +221,26 @@ def _boost(bits: int) -> float:
     return boost
 
 
+def _places(bits: int, planes: int, word: int) -> tuple[int, ...]:
+    """See `Side`: where codes stand in a word, or 8 bits below, where that is no part of a mantissa."""
+    standing = [byte * 8 + plane * bits for plane in range(planes) for byte in range(word)]
+    return tuple(place if place + bits <= MANTISSA else place - 8 for place in standing)
+
+
 def _side(bits: int, groups: int, head_dim: int, codes: int, meta: int, code_bytes: int) -> Side:
     planes = 1 if bits == 16 else 8 // bits
     width = head_dim // planes
     word = 2 if bits < 16 and width % 2 == 0 and width >= 2 * MIN_DOT else 1
     group_dim = head_dim // groups
+    places = _places(bits, planes, word)
     return Side(
         bits, groups, head_dim, codes, meta, code_bytes, planes, width,
         max(MIN_DOT, power_of_2(width)),
         group_dim, max(1, groups // planes),
         word, max(MIN_DOT, power_of_2(width // word)),
-        1.0 if bits == 16 else float(2 ** (8 - bits)), _boost(bits), cut_of(bits, group_dim),
+        1.0 if bits == 16 else 2.0 ** (8 - bits - SUBNORMAL),
+        places, tuple(1.0 if bits == 16 else 2.0 ** (place - SUBNORMAL) for place in places),
+        _boost(bits), cut_of(bits, group_dim),
     )  # fmt: skip
 
 
@@ -236,8 +259,8 @@ def _tier(tier: TierLayout, head_dim: int, high_tokens: int) -> Tier:
     return Tier(
         _side(fmt.k_bits, fmt.k_groups, head_dim, tier.k_codes, tier.k_meta, tier.k_code_bytes),
         _side(fmt.v_bits, fmt.v_groups, head_dim, tier.v_codes, tier.v_meta, tier.v_code_bytes),
-        tier.tokens_per_page, tier.tracked, tier.sums, tier.positions,
-        chunk_shift(high_tokens, tier.tokens_per_page),
+        tier.tokens_per_page, cdiv(1 << 32, tier.tokens_per_page), tier.tracked, tier.sums,
+        tier.positions, chunk_shift(high_tokens, tier.tokens_per_page),
     )  # fmt: skip
 
 

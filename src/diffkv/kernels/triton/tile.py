@@ -1,9 +1,9 @@
 """Device functions of attention: scores and weighted values of one tile of tokens, from their codes.
 
 Scale and zero are applied outside of the products: q . (scale * c + zero) = scale * (q . c) + zero *
-sum(q), and likewise for values. Codes enter a product as float16 numbers 1024 + c, whose bits are 0x6400
-| c, and the 1024 goes into the zero. Codes of fewer than 8 bits are moved to the top of c, so that the
-1024 stays small beside them and its rounding, too. `S` is a `constants.Side`, `T` a `constants.Tier`.
+sum(q), and likewise for values. A code is a float16 number as it is: its bits are those of one below the
+normal ones, c * 2 ** -24, or more where it stands higher, so that masks take codes out of a word.
+`S` is a `constants.Side`, `T` a `constants.Tier`.
 
 Tokens are the rows of both products and the query heads their columns, of which a product takes as few
 as 8: a group of 4 heads as rows would leave three quarters of every tile idle.
@@ -19,7 +19,6 @@ import triton.language as tl
 from diffkv.kernels.triton.table import centre_of
 
 __all__ = [
-    "BIAS",
     "centre_shift",
     "folded",
     "load_query",
@@ -29,69 +28,65 @@ __all__ = [
     "tile_values",
 ]
 
-BIAS = tl.constexpr(1024.0)
 CENTRE_BLOCK = tl.constexpr(32)
 """Elements of a product with a centre at a time: as many as four threads load, which then add up."""
 
 
 @triton.jit
 def _codes_as_float16(x, PLANE: tl.constexpr, S: tl.constexpr, FAST: tl.constexpr):
-    """uint8 -> float16 1024 + code * unit of one plane; FAST turns four bytes into two words."""
-    SHIFT: tl.constexpr = 8 - (PLANE + 1) * S.bits
-    MASK: tl.constexpr = 256 - (1 << (8 - S.bits))
+    """uint8 -> float16 code * 2 ** (PLANE * bits - 24); FAST turns four bytes into two words."""
+    MASK: tl.constexpr = ((1 << S.bits) - 1) << (PLANE * S.bits)
     if FAST:
         if S.bits == 8:
             y = tl.inline_asm_elementwise(
-                "prmt.b32 $0, $2, 0x64646464, 0x4140; prmt.b32 $1, $2, 0x64646464, 0x4342;",
+                "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;",
                 "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-            )  # fmt: skip
-        else:
-            FOUR: tl.constexpr = MASK * 0x01010101
-            y = tl.inline_asm_elementwise(
-                f"{{ .reg .b32 t; shl.b32 t, $2, {SHIFT}; and.b32 t, t, {FOUR}; "
-                f"prmt.b32 $0, t, 0x64646464, 0x4140; prmt.b32 $1, t, 0x64646464, 0x4342; }}",
-                "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-            )  # fmt: skip
-    else:
-        code = x
-        if S.bits < 8:
-            code = (x << SHIFT) & MASK
-        y = (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
-    return y
-
-
-@triton.jit
-def _word_codes_as_float16(
-    x, BYTE: tl.constexpr, PLANE: tl.constexpr, S: tl.constexpr, FAST: tl.constexpr
-):
-    """Like `_codes_as_float16`, of one byte of words of two; FAST turns two words into one."""
-    SHIFT: tl.constexpr = 8 - S.bits - PLANE * S.bits - BYTE * 8
-    LEFT: tl.constexpr = max(SHIFT, 0)
-    RIGHT: tl.constexpr = max(-SHIFT, 0)
-    MASK: tl.constexpr = 256 - (1 << (8 - S.bits))
-    if FAST:
-        if S.bits == 8:
-            PICK: tl.constexpr = 0x4240 + 0x0101 * BYTE
-            y = tl.inline_asm_elementwise(
-                f"prmt.b32 $0, $1, 0x64646464, {PICK};",
-                "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
             )  # fmt: skip
         else:
             TWO: tl.constexpr = MASK * 0x00010001
             y = tl.inline_asm_elementwise(
-                f"{{ .reg .b32 t; shl.b32 t, $1, {LEFT}; shr.b32 t, t, {RIGHT}; "
-                f"lop3.b32 $0, t, {TWO}, 0x64006400, 0xEA; }}",
+                "{ .reg .b32 t, u; prmt.b32 t, $2, 0, 0x4140; prmt.b32 u, $2, 0, 0x4342; "
+                f"and.b32 $0, t, {TWO}; and.b32 $1, u, {TWO}; }}",
+                "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+            )  # fmt: skip
+    else:
+        y = (x & MASK).to(tl.uint16).to(tl.float16, bitcast=True)
+    return y
+
+
+@triton.jit
+def _word_codes_as_float16(x, PART: tl.constexpr, S: tl.constexpr, FAST: tl.constexpr):
+    """Like `_codes_as_float16`, of one part of words of two bytes: code * `S.units[PART]`."""
+    PLACE: tl.constexpr = S.places[PART]
+    SHIFT: tl.constexpr = PART % 2 * 8 + PART // 2 * S.bits - PLACE
+    MASK: tl.constexpr = ((1 << S.bits) - 1) << PLACE
+    if FAST:
+        TWO: tl.constexpr = MASK * 0x00010001
+        if S.bits == 8:
+            PICK: tl.constexpr = 0x4240 + 0x0101 * PART
+            y = tl.inline_asm_elementwise(
+                f"prmt.b32 $0, $1, 0, {PICK};",
+                "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+        elif SHIFT == 0:
+            y = tl.inline_asm_elementwise(
+                f"and.b32 $0, $1, {TWO};",
+                "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            y = tl.inline_asm_elementwise(
+                f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 $0, t, {TWO}; }}",
                 "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
             )  # fmt: skip
     else:
-        code = ((x.to(tl.uint16, bitcast=True) << LEFT) >> RIGHT) & MASK
-        y = (code | 0x6400).to(tl.float16, bitcast=True)
+        code = (x.to(tl.uint16, bitcast=True) >> SHIFT) & MASK
+        y = code.to(tl.float16, bitcast=True)
     return y
 
 
 @triton.jit
 def _plane(x, PLANE: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr):
-    """One plane of loaded vectors as an operand: 16 bits as they are, codes with BIAS."""
+    """One plane of loaded vectors as an operand: 16 bits as they are, codes as numbers."""
     if S.bits == 16:
         y = x.to(DOT)
     else:
@@ -156,8 +151,9 @@ def _in_split(SPLIT: tl.constexpr, S: tl.constexpr):
 def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr):
     """The query heads of a group, by plane and split of the keys: G at q_ptr, padded to GROUP columns.
 
-    Returns operands [padded, GROUP] and their sums [GROUP], as tuples, and the factor [GROUP] of all of
-    them: a power of two that keeps them in float16's range.
+    Returns operands [padded, GROUP] and the sums of what they are of [GROUP], as tuples, and the factor
+    [GROUP] of all scores: with powers of two in all of them that keep numbers in float16's range, and
+    make up for where the codes of a plane stand.
     """
     g = tl.arange(0, GROUP)[None, :]
     column = tl.arange(0, S.padded)[:, None]
@@ -181,9 +177,12 @@ def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT
     for p in tl.static_range(PLANES):
         for u in tl.static_range(SPLITS):
             x = tl.where(_in_split(u, S), planes[p] * inverse[None, :], 0.0).to(DOT)
-            operands = operands + (x,)
-            totals = totals + (tl.sum(x.to(tl.float32), 0),)
-    return operands, totals, factor
+            if S.bits < 16:
+                operands = operands + ((x * (1 << (8 - (p + 1) * S.bits))).to(DOT),)
+            else:
+                operands = operands + (x,)
+            totals = totals + (tl.sum(x.to(tl.float32), 0) * S.unit,)
+    return operands, totals, factor / S.unit
 
 
 @triton.jit
@@ -216,7 +215,9 @@ def tile_places(
     token = tile * TILE + tl.arange(0, TILE)
     valid = token < num_tokens
     token = tl.minimum(token, num_tokens - 1)
-    number = token // T.tokens
+    number = token
+    if T.tokens > 1:
+        number = tl.umulhi(token.to(tl.uint32), T.reciprocal).to(tl.int32)
     page = tl.load(entry_ptr + number).to(tl.int64)
     return pages_ptr + page * PAGE, token - number * T.tokens, valid
 
@@ -230,7 +231,6 @@ def tile_scores(
     """[tokens, GROUP] float32 scores over the query's factor, -inf where there is no token."""
     GROUPS: tl.constexpr = S.groups
     x = _load_vectors(page_ptr, index, S, DTYPE)
-    scores = tl.zeros([page_ptr.shape[0], GROUP], tl.float32)
     if S.bits == 16:
         scores = tl.dot(_plane(x, 0, S, DOT, FAST), operands[0], input_precision="tf32x3")
     else:
@@ -243,9 +243,8 @@ def tile_scores(
                 product = tl.dot(code, operands[g * EACH + k], product, input_precision="tf32x3")
                 total += totals[g * EACH + k]
             code_scale, zero = _load_meta(page_ptr, index, g, S)
-            code_scale = code_scale * (1.0 / S.unit)
-            offset = (zero - BIAS * code_scale)[:, None]
-            scores += product * code_scale[:, None] + total[None, :] * offset
+            term = product * code_scale[:, None] + total[None, :] * zero[:, None]
+            scores = term if g == 0 else scores + term
     return tl.where(valid[:, None], scores, float("-inf"))
 
 
@@ -262,12 +261,12 @@ def tile_values(
 ):  # fmt: skip
     """Add a tile's values, weighted by p [tokens, GROUP], to sums that decay [GROUP].
 
-    sums is a tuple of [padded_words, GROUP], by plane and byte of a word, `S.boost * S.unit` times too
-    large; offsets one of [8, GROUP], by group: what scale and zero add to all elements. Returns both.
+    sums is a tuple of [padded_words, GROUP], by plane and byte of a word, `S.boost * S.units[part]`
+    times too large; offsets one of [8, GROUP], by group: what zeros add to all elements. Returns both.
 
     Codes are loaded in words of two bytes because the hardware transposes those, and products need
     tokens in pairs. Products of a tile begin at 0 and are added by `fma`, which rounds: matrix units cut
-    off what they add to, always downwards, and BIAS is much larger than what is left once it is gone.
+    off what they add to, always downwards.
     """
     GROUPS: tl.constexpr = S.groups
     PARTS: tl.constexpr = S.planes * S.word
@@ -283,15 +282,14 @@ def tile_values(
         for g in tl.static_range(GROUPS):
             scale, zero = _load_meta(page_ptr, index, g, S)
             weight = (p * (scale * S.boost)[:, None]).to(DOT)
-            bias = weight.to(tl.float32) * (BIAS / (S.boost * S.unit))
-            offset = folded(p * zero[:, None] - bias)
+            offset = folded(p * zero[:, None])
             new_offsets = new_offsets + (offsets[g] * decay[None, :] + offset,)
             weights = weights + (weight,)
         offsets = new_offsets
         new_sums = ()
         for part in tl.static_range(PARTS):
             if S.word == 2:
-                code = _word_codes_as_float16(x, part % 2, part // 2, S, FAST).to(DOT)
+                code = _word_codes_as_float16(x, part, S, FAST).to(DOT)
             else:
                 code = _codes_as_float16(x, part, S, FAST).to(DOT)
             if S.split == 1:

@@ -23,6 +23,7 @@ from diffkv.kernels.triton.constants import (
 )
 from diffkv.kernels.triton.order import overlap
 from diffkv.kernels.triton.worklist import CHUNK_TOKENS
+from diffkv.layout import PageLayout
 from diffkv.state import PoolState
 
 __all__ = ["Tuning", "Workspace", "workspace"]
@@ -33,6 +34,8 @@ MAX_VIEWS = 1024
 @dataclass(frozen=True)
 class Tuning:
     """Launch parameters of `attend`; no result depends on it beyond rounding.
+
+    Defaults are for two tiers, whose code needs all registers that a thread can have: `of` knows better.
 
     Attributes:
         num_warps: warps of a program.
@@ -54,6 +57,15 @@ class Tuning:
     fast: bool = True
     score_tiles: int | None = None
     chunk_tokens: int = CHUNK_TOKENS
+
+    @classmethod
+    def of(cls, layout: PageLayout, dtype: torch.dtype, fast: bool) -> "Tuning":
+        """Those for a layout, and a model's dtype."""
+        fmt = layout.high.format
+        coded = max(fmt.k_bits, fmt.v_bits) < 16 and fmt.v_groups == 1
+        if coded and layout.low is None and layout.head_dim <= 128 and dtype.itemsize == 2:
+            return cls(programs=12, max_registers=168, fast=fast)
+        return cls(fast=fast)
 
 
 @dataclass(eq=False)
@@ -136,7 +148,7 @@ def workspace(state: PoolState) -> Workspace:
     """
     device = state.pages.device
     check_state(state, device)
-    tuning = Tuning(fast=device.type == "cuda")
+    tuning = Tuning.of(state.layout, state.dtype, device.type == "cuda")
     table = Table(state.directory_width, state.leaf_entries)
     has_chains = state.chain_width > 0
     return Workspace(
