@@ -164,7 +164,6 @@ def cases(
         "D": head_dim,
         "DP": padded,
         "VECTORS": prepare.VECTORS,
-        "FAST": True,
         "NEW": True,
         "PAGE": layout.page_bytes,
         **centred,
@@ -217,7 +216,7 @@ def cases(
     finish = {**grouped, **rotated, "D": head_dim, "D_PADDED": padded}
     del finish["GROUP"]
     finish["HEADS"] = constants.power_of_2(group)
-    recomputed = {**grouped, **products, "PDL": True}
+    recomputed = {**grouped, **products, **tables, "PDL": True}
     tuning = workspace.Tuning.of(layout, DTYPES[dtype], fast=True)
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
     launch["maxnreg"] = tuning.max_registers

@@ -1,7 +1,6 @@
 """The work list of attention: every token in one chunk, and no more chunks than there is room for."""
 
 import collections
-import math
 
 import pytest
 import torch
@@ -25,11 +24,11 @@ WIDTH = 300
 LENGTHS = st.one_of(st.integers(0, 300), st.integers(0, 40_000), st.just(4096), st.just(200_000))
 
 
-def listed(layout, counts, table, directory, lengths=None, longer=1, chains=None, closed_counts=()):
+def listed(layout, counts, table, directory, lengths=None, longer=1):
     """(fields of rows, items of open rows, of closed ones) of a batch of requests with one head each.
 
     Items are (tier, *fields), by number. There are chains where their lengths are given; slot i has its
-    closed rows from place i * WIDTH on, slots themselves that follow those of the requests.
+    closed rows from place i * WIDTH on.
     """
     num, room = len(counts), len(counts) * worklist.most_chunks(table)
     width = WIDTH if lengths else 0
@@ -38,16 +37,13 @@ def listed(layout, counts, table, directory, lengths=None, longer=1, chains=None
     items = torch.full((2 * (room + closed_room), ITEM_FIELDS), -1, dtype=torch.int32)
     row_items = torch.zeros(num, ROW_FIELDS, dtype=torch.int32)
     num_items = torch.zeros(LISTS + 1, dtype=torch.int32)
-    num_tokens = torch.tensor([*counts, *closed_counts], dtype=torch.int32).view(-1, LAYERS, 1, 2)
+    num_tokens = torch.tensor(counts, dtype=torch.int32).view(num, LAYERS, 1, 2)
     slots = torch.arange(num, dtype=torch.int32)
     worklist.list_kernel[(-(-num // 4),)](
         slots,
-        slots if chains is None else chains,
         torch.tensor(lengths or [0] * num, dtype=torch.int32),
         directory,
         num_tokens,
-        directory,
-        directory,
         items,
         row_items,
         num_items,
@@ -66,8 +62,6 @@ def listed(layout, counts, table, directory, lengths=None, longer=1, chains=None
         CHAIN_WIDTH=width,
         LONGER=longer,
         CLOSED=closed,
-        CENTRED=False,
-        FAST=False,
         ROWS=4,
         COUNT=8,
     )
@@ -112,9 +106,9 @@ def test_every_token_is_in_one_chunk_and_all_chunks_have_room(quant, head_dim, r
         row_items.tolist(), counts, range(99), strict=False
     ):
         seen = [0, 0]
-        for tier, item_row, _, entry, tokens, _, head, *_ in items[first : first + num]:
+        for tier, item_row, _, entry, tokens, _, _ in items[first : first + num]:
             per_page = layout.tiers[tier].tokens_per_page
-            assert item_row == head == row
+            assert item_row == row
             page, index = divmod(seen[tier], per_page)
             assert index == 0, "a chunk begins with a page"
             column = page // leaf if tier == 0 else width - 1 - page // leaf
@@ -125,68 +119,28 @@ def test_every_token_is_in_one_chunk_and_all_chunks_have_room(quant, head_dim, r
         assert tuple(seen) == row_counts
 
 
-def first_leaf(tier, low, table, directory, slot, kept, part, parts, place):
-    """[entry, tokens, place of what follows, row of the tables] of a part of a closed row."""
-    width, entries = table
-    per_page = tier.tokens_per_page
-    filled = max(1, min(parts, -(-kept // worklist.CHUNK_TOKENS)))
-    each = math.ceil(math.ceil(kept / per_page) / filled)
-    page = part * each
-    end = min(kept, (page + each) * per_page)
-    leaf, index = divmod(page, entries)
-    tokens = max(0, min(end, (leaf + 1) * entries * per_page) - page * per_page)
-    column = width - 1 - leaf if low else leaf
-    entry = int(directory[column]) * entries + index if tokens else index
-    return [entry, tokens, place + ((leaf + 1) * entries * per_page >= end), slot]
-
-
 @pytest.mark.parametrize("quant", ["k8v4-k4v2", "k16v16"])
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.one_of(st.integers(0, 8), st.integers(0, WIDTH)), min_size=1, max_size=9),
     longer=st.integers(1, 9),
-    seed=st.integers(0, 99),
 )
-def test_every_part_of_every_closed_row_is_in_one_chunk(quant, lengths, longer, seed):
-    """A chain's chunks depend on its length alone, and what is in the first leaf on its rows."""
+def test_every_part_of_every_closed_row_is_in_one_chunk(quant, lengths, longer):
+    """A chain's chunks depend on its length alone."""
     layout = PageLayout.derive(QuantConfig.parse(quant), 128)
-    num, table = len(lengths), (33, 8)
-    generator = torch.Generator().manual_seed(seed)
-    slots = num + num * WIDTH
-    directory = (
-        torch.randperm(slots * table[0], generator=generator).to(torch.int32).view(slots, -1)
-    )
-    chains = (num + torch.randperm(num * WIDTH, generator=generator)).to(torch.int32)
-    counts = torch.randint(0, 1200, (num * WIDTH, 2), generator=generator)
-    counts[:, 0] //= 10 if layout.low else 1
-    counts[::7] = 0
-    row_items, _, items = listed(
-        layout, [(5, 0)] * num, table, directory, lengths, longer, chains, counts.tolist()
-    )
+    num, table = len(lengths), (9, 64)
+    directory = torch.zeros(num, table[0], dtype=torch.int32)
+    row_items, _, items = listed(layout, [(5, 0)] * num, table, directory, lengths, longer)
     assert len(items) == int(row_items[:, 3].sum())
     room = num * worklist.most_chunks(table)
     for row, length in enumerate(lengths):
         first, count = row_items[row, 2:].tolist()
         assert count <= most_closed_chunks(layout, WIDTH)
         parts_of, counts_of = collections.defaultdict(list), collections.defaultdict(set)
-        for tier, item_row, _, *leaf, end, page, part, parts in items[first - room :][:count]:
-            place = leaf[2] - (page == 0)
-            assert item_row == row and place < end
+        for tier, item_row, _, place, rows, part, parts in items[first - room :][:count]:
+            assert item_row == row and rows > 0
             counts_of[tier].add(parts)
-            slot = int(chains[place])
-            kept = int(counts[slot - num, tier])
-            assert leaf == first_leaf(
-                layout.tiers[tier],
-                tier == 1,
-                table,
-                directory[slot],
-                slot,
-                kept,
-                part,
-                parts,
-                place,
-            )
-            for closed in range(place, end):
+            for closed in range(place, place + rows):
                 parts_of[tier, closed - row * WIDTH].append(part)
         tiers = range(len(layout.tiers))
         assert set(parts_of) == {(tier, closed) for tier in tiers for closed in range(length)}

@@ -49,6 +49,7 @@ MIN_SCORE_BYTES = 128 << 20
 
 @triton.jit(do_not_specialize=["score_tiles", "layer", "room", "closed_room"])
 def _attend_kernel(
+    slots_ptr,  # [R]
     chains_ptr,  # [S, CHAIN_WIDTH]
     directory_ptr,  # [S, L, H, W]
     num_tokens_ptr,  # [S, L, H, 2]
@@ -108,8 +109,8 @@ def _attend_kernel(
             is_closed = number < closed_high
             attend_item(
                 number + tl.where(is_closed, list_start(2, room, closed_room), start), is_closed,
-                chains_ptr, directory_ptr, num_tokens_ptr,
-                centres_ptr, items_ptr,
+                slots_ptr, chains_ptr, directory_ptr,
+                num_tokens_ptr, centres_ptr, items_ptr,
                 q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
                 score_tiles, layer, 0, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
                 CHAINED, RAW_DOT, CODE_DOT, FAST,
@@ -119,8 +120,8 @@ def _attend_kernel(
             is_closed = number < closed_low
             attend_item(
                 number + tl.where(is_closed, 0, start), is_closed,
-                chains_ptr, directory_ptr, num_tokens_ptr,
-                centres_ptr, items_ptr,
+                slots_ptr, chains_ptr, directory_ptr,
+                num_tokens_ptr, centres_ptr, items_ptr,
                 q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
                 score_tiles, layer, 1, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
                 CHAINED, RAW_DOT, CODE_DOT, FAST,
@@ -291,14 +292,14 @@ def attend(
     tables = {"L": state.num_layers, "H": heads, "TABLE": work.table, "TOKENS": tuning.chunk_tokens}
     prepare(
         state, layer, slots, (items, row_items, num_items), (*rooms, programs), query, turned, rotation,
-        new, {"MAX": chunks, "CLOSED": closed, "FAST": tuning.fast, **tiles, **tables},
+        new, {"MAX": chunks, "CLOSED": closed, **tiles, **tables},
     )  # fmt: skip
     paged = {"G": group, "PAGE": state.layout.page_bytes, **tiles}
     shared = {"GROUP": max(MIN_COLUMNS, group_padded), **paged}
     products, scale = _products(state, tuning.fast), scale * LOG2_E
     launch(
         _attend_kernel, (programs,),
-        state.chains, state.directory, state.num_tokens, state.centres, turned, state.pages,
+        slots, state.chains, state.directory, state.num_tokens, state.centres, turned, state.pages,
         state.leaves, items, num_items, partial, lse, probs, most, scale, score_tiles, layer, *rooms,
         CHAINED=state.chain_width > 0, num_warps=tuning.num_warps,
         num_stages=tuning.num_stages, maxnreg=tuning.max_registers, **shared, **products, **tables,
@@ -313,7 +314,7 @@ def attend(
     if not keeps_all:
         launch(
             recompute_kernel, (programs,),
-            state.centres, turned, state.pages, state.leaves, items, num_items, row_items, lse,
-            scale, score_tiles, *rooms,
+            slots, state.centres, turned, state.pages, state.leaves, items, num_items, row_items, lse,
+            scale, score_tiles, layer, *rooms, L=state.num_layers, H=heads,
             num_warps=1, num_stages=2, **shared, **products,
         )  # fmt: skip

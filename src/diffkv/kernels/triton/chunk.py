@@ -159,7 +159,7 @@ def _store_partial(
 
 @triton.jit
 def attend_item(
-    at, is_closed, chains_ptr, directory_ptr, num_tokens_ptr,
+    at, is_closed, slots_ptr, chains_ptr, directory_ptr, num_tokens_ptr,
     centres_ptr, items_ptr,
     q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale, score_tiles, layer,
     TIER: tl.constexpr, TIERS: tl.constexpr, L: tl.constexpr, H: tl.constexpr, TABLE: tl.constexpr,
@@ -172,8 +172,7 @@ def attend_item(
     Probabilities, relative to the tile's maximum, are kept for the sums of the tier, if it has any, of
     an open row.
     """
-    row, item, entry, num_tokens = item_of(items_ptr, at)
-    table_row = field_of(items_ptr, at, 5)
+    row, item, where, count = item_of(items_ptr, at)
     score_tile = tl.zeros([], tl.int32)
     if TIERS[TIER].tracked:
         score_tile = field_of(items_ptr, at, 4)
@@ -197,18 +196,35 @@ def attend_item(
     offsets = ()
     for _ in tl.static_range(GROUPS):
         offsets = offsets + (tl.zeros([8, GROUP], tl.float32),)
-    keeps_scores = score_tile + tl.cdiv(num_tokens, TILE) <= score_tiles
+    table_row = row
+    if CENTRED:
+        table_row = (tl.load(slots_ptr + row // H) * L + layer) * H + row % H
     if CHAINED:
-        keeps_scores &= ~is_closed
-        place = 0
-        end_place = 0
+        keeps_scores = ~is_closed & (score_tile + tl.cdiv(count, TILE) <= score_tiles)
+        place = where
+        end_place = where + tl.where(is_closed, count, 1)
         page = 0
-        if is_closed:
-            place = field_of(items_ptr, at, 4)
-            end_place = field_of(items_ptr, at, 6)
-            page = field_of(items_ptr, at, 7)
-        is_left = True
-        while is_left:
+        while place < end_place:
+            entry = where
+            num_tokens = count
+            place += 1
+            if is_closed:
+                table_row, entry, num_tokens, place, page = leaf_of_chain(
+                    chains_ptr,
+                    num_tokens_ptr,
+                    directory_ptr,
+                    items_ptr,
+                    at,
+                    place - 1,
+                    page,
+                    layer,
+                    TIER,
+                    TIERS,
+                    L,
+                    H,
+                    TABLE,
+                    TOKENS,
+                )
             most, total, sums, offsets = _attend_tokens(
                 most,
                 total,
@@ -240,15 +256,8 @@ def attend_item(
                 V_DOT,
                 FAST,
             )
-            is_left = place < end_place
-            if is_left:
-                # All is read again for every leaf, so that none of it takes registers in the meantime
-                table_row, entry, num_tokens, place, page = leaf_of_chain(
-                    chains_ptr, num_tokens_ptr, directory_ptr, row % H, field_of(items_ptr, at, 8),
-                    field_of(items_ptr, at, 9), place, page, True, TIER == 1, layer, TIERS, L, H, TABLE,
-                    TOKENS,
-                )  # fmt: skip
     else:
+        keeps_scores = score_tile + tl.cdiv(count, TILE) <= score_tiles
         most, total, sums, offsets = _attend_tokens(
             most,
             total,
@@ -261,8 +270,8 @@ def attend_item(
             centres_ptr,
             table_row,
             scale,
-            entry,
-            num_tokens,
+            where,
+            count,
             score_tile,
             keeps_scores,
             pages_ptr,

@@ -1,16 +1,16 @@
 """Chunks of closed rows.
 
 Closed rows are many, and about as long as a segment. How their pages are divided follows from the length
-of the chain alone, so that they are counted without a look at them: a chunk is a part of one row, or all
-that several have in a tier. There may be little in it, or nothing. Its first leaf is looked up when it
-is listed, by many threads at once; who attends to it looks up the others one by one, if there are any.
+of the chain alone, so that the list is made without a look at them: a chunk is a part of one row, or all
+that several have in a tier, and who attends to it looks up its leaves one by one. There may be little in
+it, or nothing.
 """
 
 import triton
 import triton.language as tl
 
-from diffkv.kernels.triton.items import item_at, list_start
-from diffkv.kernels.triton.table import fetch_item, leaf_column
+from diffkv.kernels.triton.items import field_of, item_at, list_start
+from diffkv.kernels.triton.table import leaf_entry
 from diffkv.layout import PageLayout
 
 __all__ = [
@@ -65,46 +65,20 @@ def chain_chunks(length, TIERS: tl.constexpr, LONGER: tl.constexpr):
 
 
 @triton.jit
-def leaf_of_chain(
-    chains_ptr, num_tokens_ptr, directory_ptr, head, part, parts, place, page, mask, is_low, layer,
-    TIERS: tl.constexpr, L: tl.constexpr, H: tl.constexpr, TABLE: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """What items have of closed rows, whose places in the chains are given, in one leaf from a page on.
-
-    Returns the head's row of the tables, the entry of the first page, how many tokens (maybe none), and
-    the place and page that follow.
-    """
-    HIGH: tl.constexpr = TIERS[0]
-    LOW: tl.constexpr = TIERS[len(TIERS) - 1]
-    row = (tl.load(chains_ptr + place, mask=mask, other=0) * L + layer) * H + head
-    at = num_tokens_ptr + row.to(tl.int64) * 2 + tl.where(is_low, 1, 0)
-    kept = tl.load(at, mask=mask, other=0)
-    per_page = tl.where(is_low, LOW.tokens, HIGH.tokens)
-    pages = tl.where(is_low, tl.cdiv(kept, LOW.tokens), tl.cdiv(kept, HIGH.tokens))
-    filled = tl.maximum(tl.minimum(parts, tl.cdiv(kept, TOKENS)), 1)
-    each = tl.cdiv(pages, filled)
-    page = tl.maximum(page, part * each)
-    end = tl.minimum(kept, (part + 1) * each * per_page)
-    leaf = page // TABLE.entries
-    next_page = (leaf + 1) * TABLE.entries
-    num_tokens = tl.maximum(tl.minimum(end, next_page * per_page) - page * per_page, 0)
-    column = tl.where(is_low, leaf_column(leaf, 1, TABLE), leaf_column(leaf, 0, TABLE))
-    at = directory_ptr + row.to(tl.int64) * TABLE.width + column
-    entry = (
-        tl.load(at, mask=mask & (num_tokens > 0), other=0) * TABLE.entries + page % TABLE.entries
-    )
-    is_last = next_page * per_page >= end
-    return row, entry, num_tokens, place + is_last.to(tl.int32), tl.where(is_last, 0, next_page)
-
-
-@triton.jit
 def list_chains(
-    items_ptr, chains_ptr, num_tokens_ptr, directory_ptr, leaves_ptr, centres_ptr, list_at, item, row,
-    slot, length, layer, room, closed_room,
-    TIERS: tl.constexpr, L: tl.constexpr, H: tl.constexpr, TABLE: tl.constexpr, TOKENS: tl.constexpr,
-    CHAIN_WIDTH: tl.constexpr, LONGER: tl.constexpr, CLOSED: tl.constexpr, CENTRED: tl.constexpr,
-    FAST: tl.constexpr,
-):  # fmt: skip
+    items_ptr,
+    list_at,
+    item,
+    row,
+    slot,
+    length,
+    room,
+    closed_room,
+    TIERS: tl.constexpr,
+    CHAIN_WIDTH: tl.constexpr,
+    LONGER: tl.constexpr,
+    CLOSED: tl.constexpr,
+):
     """List the chunks of the closed rows of some rows, the first of which has number `item`.
 
     Those of a row begin at `list_at`, (high ones, low ones).
@@ -116,27 +90,52 @@ def list_chains(
     number = each - tl.where(is_low, high_chunks[:, None], 0)
     parts = tl.where(is_low, low_parts[:, None], high_parts[:, None])
     first_row = number // parts * rows[:, None]
-    part = number % parts
-    start = (slot * CHAIN_WIDTH)[:, None] + first_row
-    end = (slot * CHAIN_WIDTH + length)[:, None]
-    table_row, entry, num_tokens, place, page = leaf_of_chain(
-        chains_ptr, num_tokens_ptr, directory_ptr, (row % H)[:, None], part, parts, start,
-        tl.zeros_like(part), mask, is_low & (len(TIERS) > 1), layer, TIERS, L, H, TABLE, TOKENS,
-    )  # fmt: skip
-    if FAST:
-        fetch_item(
-            leaves_ptr, centres_ptr, entry, table_row, mask & (num_tokens > 0), TIERS, CENTRED
-        )
     high_at = list_start(2, room, closed_room) + list_at[0][:, None]
     low_at = list_start(0, room, closed_room) + list_at[1][:, None]
     at = item_at(items_ptr, tl.where(is_low, low_at, high_at) + number)
     tl.store(at, row[:, None].broadcast_to(mask.shape), mask=mask)
     tl.store(at + 1, item[:, None] + each, mask=mask)
-    tl.store(at + 2, entry, mask=mask)
-    tl.store(at + 3, num_tokens, mask=mask)
-    tl.store(at + 4, place, mask=mask)
-    tl.store(at + 5, table_row, mask=mask)
-    tl.store(at + 6, tl.minimum(start + rows[:, None], end), mask=mask)
-    tl.store(at + 7, page, mask=mask)
-    tl.store(at + 8, part, mask=mask)
-    tl.store(at + 9, parts, mask=mask)
+    tl.store(at + 2, slot[:, None] * CHAIN_WIDTH + first_row, mask=mask)
+    tl.store(at + 3, tl.minimum(length[:, None] - first_row, rows[:, None]), mask=mask)
+    tl.store(at + 4, number % parts, mask=mask)
+    tl.store(at + 5, parts, mask=mask)
+
+
+@triton.jit
+def leaf_of_chain(
+    chains_ptr,
+    num_tokens_ptr,
+    directory_ptr,
+    items_ptr,
+    at,
+    place,
+    page,
+    layer,
+    TIER: tl.constexpr,
+    TIERS: tl.constexpr,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    TABLE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """What an item has of a closed row, whose place in the chains is given, in one leaf from a page on.
+
+    Returns the head's row of the tables, the entry of the first page, how many tokens (maybe none), and
+    the place and page that follow. All is read again for every leaf, so that nothing of it takes
+    registers in the meantime.
+    """
+    T: tl.constexpr = TIERS[TIER]
+    head = field_of(items_ptr, at, 0) % H
+    part, parts = field_of(items_ptr, at, 4), field_of(items_ptr, at, 5)
+    row = (tl.load(chains_ptr + place) * L + layer) * H + head
+    kept = tl.load(num_tokens_ptr + row.to(tl.int64) * 2 + TIER)
+    filled = tl.maximum(tl.minimum(parts, tl.cdiv(kept, TOKENS)), 1)
+    each = tl.cdiv(tl.cdiv(kept, T.tokens), filled)
+    page = tl.maximum(page, part * each)
+    end = tl.minimum(kept, (part + 1) * each * T.tokens)
+    next_page = (page // TABLE.entries + 1) * TABLE.entries
+    num_tokens = tl.minimum(end, next_page * T.tokens) - page * T.tokens
+    entry = leaf_entry(directory_ptr, row, page, num_tokens > 0, TIER, TABLE)
+    is_last = next_page * T.tokens >= end
+    next_page = tl.where(is_last, 0, next_page)
+    return row, entry, num_tokens, place + is_last.to(tl.int32), next_page

@@ -123,8 +123,9 @@ def _add_kept(
 
 @triton.jit
 def _add_recomputed(
-    at, items_ptr, row_items_ptr, lse_ptr, centres_ptr, q_ptr, pages_ptr, leaves_ptr, scale, score_tiles,
-    TIERS: tl.constexpr, TIER: tl.constexpr, G: tl.constexpr,
+    at, items_ptr, row_items_ptr, lse_ptr, slots_ptr, centres_ptr, q_ptr, pages_ptr, leaves_ptr, scale,
+    score_tiles, layer,
+    TIERS: tl.constexpr, TIER: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     GROUP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, CENTRED: tl.constexpr,
     RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +140,7 @@ def _add_recomputed(
         head_ptr = q_ptr + row.to(tl.int64) * (G * K.head_dim)
         operands, totals, factor = load_query(head_ptr, G, GROUP, K, DOT)
         if CENTRED:
-            table_row = field_of(items_ptr, at, 5)
+            table_row = (tl.load(slots_ptr + row // H) * L + layer) * H + row % H
             lse -= centre_shift(head_ptr, centres_ptr, table_row, scale, G, GROUP, K)
         for tile in range(0, tl.cdiv(num_tokens, TILE)):
             page_ptr, index, valid = tile_places(
@@ -203,8 +204,9 @@ def finish_kernel(
                     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["score_tiles", "room", "closed_room"])
+@triton.jit(do_not_specialize=["score_tiles", "layer", "room", "closed_room"])
 def recompute_kernel(
+    slots_ptr,  # [R]
     centres_ptr,  # [S, L, H, D or 0] bf16
     q_ptr,  # [R, H * G, D]
     pages_ptr,  # [num_pages, PAGE], its sums change
@@ -215,8 +217,11 @@ def recompute_kernel(
     lse_ptr,  # [items, G] f32, to base 2
     scale,
     score_tiles,
+    layer,
     room,
     closed_room,
+    L: tl.constexpr,
+    H: tl.constexpr,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
@@ -237,7 +242,7 @@ def recompute_kernel(
             start = list_start(open_list(tier), room, closed_room)
             for item in range(first, tl.load(num_items_ptr + open_list(tier)), step):
                 _add_recomputed(
-                    start + item, items_ptr, row_items_ptr, lse_ptr, centres_ptr, q_ptr,
-                    pages_ptr, leaves_ptr, scale, score_tiles,
-                    TIERS, tier, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
+                    start + item, items_ptr, row_items_ptr, lse_ptr, slots_ptr, centres_ptr, q_ptr,
+                    pages_ptr, leaves_ptr, scale, score_tiles, layer,
+                    TIERS, tier, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip

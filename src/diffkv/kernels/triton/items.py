@@ -21,11 +21,10 @@ __all__ = [
     "row_at",
 ]
 
-ITEM_FIELDS = 10
-"""int32 fields of an item: row, its number, entry of the leaves with its first page, tokens that are
-named there, first tile whose probabilities are kept, the head's row of the tables. Of closed rows: not
-that tile but the place in the chains of what follows, and after the row of the tables the place where
-all ends, the page of what follows, which part of each row it is, and of how many."""
+ITEM_FIELDS = 6
+"""int32 fields of an item: row, its number, entry of the leaves with its first page, tokens, first tile
+whose probabilities are kept. Of closed rows: row, its number, place of the first one in the chains, how
+many, which part of each, and of how many."""
 
 LISTS = 4
 """Lists of items, in the order in which they are worked on: low ones of closed rows, of open ones, and
@@ -64,7 +63,7 @@ def row_at(row_items_ptr, row):
 
 @triton.jit
 def item_of(items_ptr, at):
-    """(row, number, entry, tokens) of what is listed at a place: see `ITEM_FIELDS`."""
+    """(row, number, and the two fields that follow) of what is listed at a place: see `ITEM_FIELDS`."""
     item_ptr = item_at(items_ptr, at)
     return (
         tl.load(item_ptr),

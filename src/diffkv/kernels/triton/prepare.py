@@ -31,11 +31,9 @@ VECTORS = 4
 )  # fmt: skip
 def _prepare_kernel(
     slots_ptr,  # [R]
-    chains_ptr,  # [S, CHAIN_WIDTH]
     chain_lens_ptr,  # [S]
     directory_ptr,  # [S, L, H, W]
     num_tokens_ptr,  # [S, L, H, 2]
-    leaves_ptr,  # [num_leaves, E]
     items_ptr,  # [., ITEM_FIELDS] out
     row_items_ptr,  # [R * H, ROW_FIELDS] out
     num_items_ptr,  # [LISTS + 1] out
@@ -82,7 +80,6 @@ def _prepare_kernel(
     NEW: tl.constexpr,
     PAGE: tl.constexpr,
     CENTRED: tl.constexpr,
-    FAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The first programs list the work (`list_kernel`), the next ones put queries together, rotated.
@@ -96,10 +93,9 @@ def _prepare_kernel(
     others = lists + tl.cdiv(num_queries, VECTORS)
     if pid < lists:
         list_kernel(
-            slots_ptr, chains_ptr, chain_lens_ptr, directory_ptr, num_tokens_ptr, leaves_ptr,
-            centres_ptr, items_ptr, row_items_ptr, num_items_ptr, layer, R_H, programs, room,
-            closed_room, L, H, TABLE, TIERS, TILE, TOKENS, MAX, CHAIN_WIDTH, LONGER, CLOSED, CENTRED,
-            FAST, ROWS, COUNT,
+            slots_ptr, chain_lens_ptr, directory_ptr, num_tokens_ptr, items_ptr, row_items_ptr,
+            num_items_ptr, layer, R_H, programs, room, closed_room, L, H, TABLE, TIERS, TILE, TOKENS,
+            MAX, CHAIN_WIDTH, LONGER, CLOSED, ROWS, COUNT,
         )  # fmt: skip
     elif pid < others:
         vector = (pid - lists) * VECTORS + tl.arange(0, VECTORS)
@@ -164,9 +160,9 @@ def prepare(
         programs_in_all += append_programs(num_new)
     launch(
         _prepare_kernel, (programs_in_all,),
-        slots, state.chains, state.chain_lens, state.directory, state.num_tokens, state.leaves,
-        *lists, query, rotation.signs, turned, *appended, *strides, query.stride(0), rotation.norm,
-        layer, rows, programs, room, closed_room, num_lists, num_queries, num_new,
+        slots, state.chain_lens, state.directory, state.num_tokens, *lists, query, rotation.signs,
+        turned, *appended, *strides, query.stride(0), rotation.norm, layer, rows, programs, room,
+        closed_room, num_lists, num_queries, num_new,
         G=query.shape[1] // heads, D=head_dim, DP=power_of_2(head_dim),
         CHAIN_WIDTH=state.chain_width, LONGER=longer(state.segment), ROWS=LIST_ROWS,
         COUNT=LIST_COUNT, VECTORS=VECTORS, NEW=new is not None, PAGE=state.layout.page_bytes,

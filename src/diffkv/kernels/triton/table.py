@@ -10,7 +10,6 @@ import triton.language as tl
 __all__ = [
     "centre_of",
     "enter_page",
-    "fetch_item",
     "leaf_column",
     "leaf_entry",
     "num_leaves",
@@ -23,28 +22,6 @@ __all__ = [
 def centre_of(centres_ptr, row, S: tl.constexpr):
     """Where the centre of a head's keys is, or those of some; S is a side of keys."""
     return centres_ptr + row.to(tl.int64) * S.head_dim
-
-
-@triton.jit
-def fetch(ptr, mask):
-    """Let the cache of all multiprocessors fetch what is at some places, for who reads it next."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r", [ptr.to(tl.int64), mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def fetch_item(
-    leaves_ptr, centres_ptr, entry, row, mask, TIERS: tl.constexpr, CENTRED: tl.constexpr
-):
-    """`fetch` what an item is read by first: the names of its pages, and its centre."""
-    fetch(leaves_ptr + entry, mask)
-    if CENTRED:
-        K: tl.constexpr = TIERS[0].k
-        centre_ptr = centre_of(centres_ptr, row, K)
-        for start in tl.static_range(0, K.head_dim, 64):
-            fetch(centre_ptr + start, mask)
 
 
 @triton.jit

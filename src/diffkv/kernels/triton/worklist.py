@@ -19,7 +19,7 @@ import triton.language as tl
 from diffkv.kernels.triton.closed import chain_chunks, list_chains
 from diffkv.kernels.triton.constants import chunk_shift, power_of_2
 from diffkv.kernels.triton.items import LISTS, item_at, list_start, row_at
-from diffkv.kernels.triton.table import fetch_item, leaf_column
+from diffkv.kernels.triton.table import leaf_column
 from diffkv.layout import PageLayout
 
 __all__ = [
@@ -134,12 +134,9 @@ def _chunk_tiles(chunk, T: tl.constexpr, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=["layer", "R_H", "programs", "room", "closed_room"])
 def list_kernel(
     slots_ptr,  # [R]
-    chains_ptr,  # [S, CHAIN_WIDTH]
     chain_lens_ptr,  # [S]
     directory_ptr,  # [S, L, H, W]
     num_tokens_ptr,  # [S, L, H, 2]
-    leaves_ptr,  # [num_leaves, E]
-    centres_ptr,  # [S, L, H, D or 0] bf16
     items_ptr,  # [2 * (room + closed_room), ITEM_FIELDS] out
     row_items_ptr,  # [R * H, ROW_FIELDS] out
     num_items_ptr,  # [LISTS + 1] out: items of each list, and the first that no program begins with
@@ -158,8 +155,6 @@ def list_kernel(
     CHAIN_WIDTH: tl.constexpr,
     LONGER: tl.constexpr,
     CLOSED: tl.constexpr,
-    CENTRED: tl.constexpr,
-    FAST: tl.constexpr,
     ROWS: tl.constexpr,
     COUNT: tl.constexpr,
 ):
@@ -228,10 +223,8 @@ def list_kernel(
     if CLOSED > 0:
         high_closed_at = first_closed_high + tl.cumsum(closed_high, 0) - closed_high
         list_chains(
-            items_ptr, chains_ptr, num_tokens_ptr, directory_ptr, leaves_ptr, centres_ptr,
-            (high_closed_at, closed_at - high_closed_at), room + closed_at, row, slot, length, layer,
-            room, closed_room, TIERS, L, H, TABLE, TOKENS, CHAIN_WIDTH, LONGER, CLOSED,
-            CENTRED, FAST,
+            items_ptr, (high_closed_at, closed_at - high_closed_at), room + closed_at, row, slot,
+            length, room, closed_room, TIERS, CHAIN_WIDTH, LONGER, CLOSED,
         )  # fmt: skip
 
     each = tl.arange(0, MAX)[None, :]
@@ -248,16 +241,11 @@ def list_kernel(
     column = tl.where(is_low, leaf_column(leaf, 1, TABLE), leaf_column(leaf, 0, TABLE))
     head = (slot.to(tl.int64) * L + layer) * H + row % H
     leaf = tl.load(directory_ptr + head[:, None] * TABLE.width + column, mask=mask, other=0)
-    entry = leaf * TABLE.entries + first_page % TABLE.entries
-    head = head.to(tl.int32)[:, None].broadcast_to(mask.shape)
-    if FAST:
-        fetch_item(leaves_ptr, centres_ptr, entry, head, mask, TIERS, CENTRED)
     high_at += list_start(3, room, closed_room)
     low_at += list_start(1, room, closed_room)
     at = item_at(items_ptr, tl.where(is_low, low_at[:, None], high_at[:, None]) + number)
     tl.store(at, row[:, None].broadcast_to(mask.shape), mask=mask)
     tl.store(at + 1, item[:, None] + each, mask=mask)
-    tl.store(at + 2, entry, mask=mask)
+    tl.store(at + 2, leaf * TABLE.entries + first_page % TABLE.entries, mask=mask)
     tl.store(at + 3, tl.minimum(left, pages * per_page), mask=mask)
     tl.store(at + 4, score_tile[:, None] + skipped, mask=mask)
-    tl.store(at + 5, head, mask=mask)
