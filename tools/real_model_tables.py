@@ -85,7 +85,7 @@ TABLES = (
             "int4_per_token_head": "vLLM int4_per_token_head",
             "k8v8-k4v4": "DiffKV, `--preset quality`",
             DEFAULT_QUANT: "**DiffKV**",
-            f"{DEFAULT_QUANT} alpha_high=30 segment=0": "DiffKV, `--segment 0 --alpha-high 30`",
+            f"{DEFAULT_QUANT} segment=0": "DiffKV, `--segment 0`",
             f"{DEFAULT_QUANT} alpha_high=30 segment=0 policy=paper:distinct=0.75": (
                 "DiffKV, `--segment 0 --preset distinct`"
             ),

@@ -43,9 +43,9 @@ class Statements:
     opening = ""
     tasks = ("lookup", "cloze", "copy", "quote")
     separator = "\n"
-    num_facts = 2
+    num_facts = 1
     num_choices = 3
-    num_copied = 8
+    num_copied = 6
     begun, continued = 8, 4
     keys = tuple(
         "anchor basket candle dragon engine falcon garden hammer island jacket kettle lantern marble "
