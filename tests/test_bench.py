@@ -167,7 +167,8 @@ def test_an_output_that_is_not_written_is_wrong():
 
 
 def forbid_vllm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
+    for name in ["vllm", *(name for name in sys.modules if name.startswith("vllm."))]:
+        monkeypatch.setitem(sys.modules, name, None)
 
 
 def some_tokens(*lengths):

@@ -115,7 +115,8 @@ def _add_suite_options(parser: argparse.ArgumentParser) -> None:
         "--settings", action=Joined, help="easy, hard or easy,hard (default: what the engine can)"
     )
     group.add_argument(
-        "--language", help="of the tasks: reference, reference-128, english (default: by the model)"
+        "--language",
+        help="of the tasks: reference, reference-128, english, statements (default: by the model)",
     )
     group.add_argument(
         "--n",

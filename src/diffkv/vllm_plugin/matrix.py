@@ -236,8 +236,8 @@ _PARALLELISM = (
     Row("parallelism", "CPU", WORKS, "every test above runs on one", "", FAMILIES),
     Row(
         "parallelism", "GPU", TRIED,
-        "[engines and a server on one H100, and on two](results/gpu/README.md#engines), in bf16; not "
-        "yet there: preemption",
+        "[engines and a server on one H100 and on two, engines on an H200]"
+        "(results/gpu/README.md#engines), in bf16; not yet there: preemption",
     ),
 )  # fmt: skip
 
