@@ -48,7 +48,11 @@ def vllm_config(**changes):
         },
         "device_config": {"device_type": "cpu"},
         "cache_config": {"cache_dtype": "auto"},
-        "kv_transfer_config": {"kv_connector": "DiffKVConnector"},
+        "kv_transfer_config": {
+            "kv_connector": "DiffKVConnector",
+            "kv_load_failure_policy": "fail",
+        },
+        "aux_output_config": {"enabled": False},
         "kv_events_config": {"enable_kv_cache_events": False},
     }
     speculative = changes.pop("speculative", None)
@@ -103,6 +107,10 @@ REFUSALS = {
     "speculative decoding": {"speculative": object()},
     "kv_cache_dtype other than auto": {"cache_dtype": "fp8"},
     "another KV connector": {"kv_connector": "OffloadingConnector"},
+    "requests that are computed again where they are too large": {
+        "kv_load_failure_policy": "recompute"
+    },
+    "routed experts in answers (--enable-return-routed-experts)": {"enabled": True},
     "KV cache events (--kv-events-config)": {"enable_kv_cache_events": True},
     "sleep mode": {"enable_sleep_mode": True},
     "pipeline parallelism": {"pipeline_parallel_size": 2},

@@ -70,6 +70,18 @@ def test_a_server_refuses_a_second_model(capsys):
     assert "first argument" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [["other"], ["--enforce-eager", "true"]])
+def test_a_server_refuses_a_word_that_vllm_would_take_for_its_model(capsys, flags):
+    assert main(["serve", "reference", *flags]) == 2
+    assert f"{flags[-1]!r} is one word too many" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--worker-ext=foo.Bar", "--kv-transfer-conf={}"])
+def test_a_server_refuses_flags_that_are_cut_short(capsys, flag):
+    assert main(["serve", "reference", flag]) == 2
+    assert flag.partition("=")[0] in capsys.readouterr().err
+
+
 def test_more_than_one_file_or_none_is_refused(config):
     file = config("dtype: float32")
     with pytest.raises(ConfigError, match="2 times"):

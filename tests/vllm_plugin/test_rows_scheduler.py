@@ -168,6 +168,19 @@ class TestScheduler:
         assert {str(world.ends[name]) for name in small} == {"length"}
         assert world.preemptions < 5
 
+    def test_a_turn_whose_rows_are_all_blocks_of_the_pool_ends_alone(self) -> None:
+        world = World(0, False, 700, worst=1.0, model_len=1536)
+        world.add([5 + i % 97 for i in range(1210)], 137, ignore_eos=True)
+        fill(world)
+        blocks = sum(len(row.blocks) for row in world.manager.store._rows.values())
+        assert blocks == world.manager.num_usable, "not the case that this is about"
+        (answered,) = world.ended_tokens
+        turn = world.add([*answered, 7, 8, 9], 5, ignore_eos=True)
+        small = world.add([9] * 20, 5, ignore_eos=True)
+        fill(world)
+        assert str(world.ends[turn]) == "error"
+        assert str(world.ends[small]) == "length"
+
     @pytest.mark.parametrize("abort", [False, True])
     def test_who_comes_after_one_that_is_too_large_is_not_ended_for_it(self, abort: bool) -> None:
         """A step that names it is in flight when it leaves, and its block would be the next one's."""

@@ -57,6 +57,11 @@ def _has_another_connector(config: Any) -> bool:
     return transfer is not None and transfer.kv_connector != CONNECTOR
 
 
+def _recomputes_failures(config: Any) -> bool:
+    transfer = config.kv_transfer_config
+    return transfer is not None and transfer.kv_load_failure_policy != "fail"
+
+
 def _publishes_events(config: Any) -> bool:
     events = config.kv_events_config
     return events is not None and bool(events.enable_kv_cache_events)
@@ -172,6 +177,17 @@ _FEATURES = (
         (f"{TESTS}test_bad_input.py::test_flags_that_do_not_go_together", *REFUSALS),
         _has_another_connector,
         "the KV connector {config.kv_transfer_config.kv_connector} beside its own",
+    ),
+    Row(
+        "features", "requests that are computed again where they are too large", REFUSED,
+        "it would not help: they end with an error", 'leave kv_load_failure_policy at "fail"', REFUSALS,
+        _recomputes_failures,
+    ),
+    Row(
+        "features", "routed experts in answers (--enable-return-routed-experts)", REFUSED,
+        "vLLM takes them by whole blocks, and rows that are found end anywhere",
+        "leave out --enable-return-routed-experts", REFUSALS,
+        lambda config: config.aux_output_config.enabled,
     ),
     Row(
         "features", "KV cache events (--kv-events-config)", REFUSED,

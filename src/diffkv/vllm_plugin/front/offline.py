@@ -137,7 +137,7 @@ def engine_flags(flags: Sequence[str]) -> dict[str, Any]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False, allow_abbrev=False))
 
     refuse_in_one_line(parser, "vLLM's engine")
     for action in parser._actions:  # what is given counts, also where it is vLLM's default

@@ -71,7 +71,9 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
     from diffkv.vllm_plugin.front.moved import cli_env_setup, make_arg_parser
 
     cli_env_setup()
-    parser = make_arg_parser(FlexibleArgumentParser(prog="diffkv serve", add_help=False))
+    parser = make_arg_parser(
+        FlexibleArgumentParser(prog="diffkv serve", add_help=False, allow_abbrev=False)
+    )
     refuse_in_one_line(parser, "vllm serve")
     flags = with_config_file(parser, flags)
     _refuse_flags(flags)
@@ -79,6 +81,11 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
     args: Any = parser.parse_args(
         ["--model", model, "--served-model-name", name, *_flags(set_by_us), *flags]
     )
+    if args.model_tag is not None:
+        raise ConfigError(
+            f"{args.model_tag!r} is one word too many: the model is the first argument, and flags that "
+            "switch something on take no value"
+        )
     if "attention_config" in set_by_us:
         args.attention_config = with_backends(args.attention_config)
     ours = [admission_path(options)]

@@ -208,9 +208,8 @@ class DiffKVManager(FullAttentionManager):
     ) -> int:
         """Blocks that must be free for the request to grow to `num_tokens` tokens, or to be admitted.
 
-        Those of idle rows that it found are among them. More than there are where it has to wait: where
-        slots are short, where a running request waits for blocks, and where a session goes on, so that
-        it is not scheduled before it has been restarted.
+        Those of idle rows that it found are among them. More than there are where it has to wait: slots
+        are short, a running request waits for blocks, or a session goes on and is restarted first.
         """
         never = int(self.block_pool.num_gpu_blocks)
         if self._goes_on(request_id):
@@ -220,9 +219,7 @@ class DiffKVManager(FullAttentionManager):
         if self._is_starved and not runs:
             return never
         running = self._as_running(request_id, total_computed_tokens)
-        if running.is_paid(num_tokens):
-            return 0
-        if running.failed:
+        if running.is_paid(num_tokens) or running.failed:
             return 0
         idle = [row for row in running.chain if not row.users]
         num_idle = sum(len(row.blocks) for row in idle)
@@ -233,10 +230,13 @@ class DiffKVManager(FullAttentionManager):
             return min(wanted, self.num_usable)
         need = self._bounds.step(running, num_tokens)
         wanted, free = num_idle + need.missing(running), self.block_pool.get_num_free_blocks()
-        slots = self.store.num_takeable - len(idle)
-        if need.slots(running) <= slots and wanted <= free:
+        if need.slots(running) <= (slots := self.store.num_takeable - len(idle)) and wanted <= free:
             return wanted
         if self._is_too_large(running, need) and (runs or slots):
+            if num_idle == self.num_usable:
+                # The rows that it found leave no block for its id: next time it finds one less
+                self.store.give_up(running.chain[-1])
+                return never
             # `allocate_new_blocks` comes to the same conclusion, and takes no more than an id
             return num_idle + (not runs)
         self._is_starved |= runs
