@@ -210,6 +210,40 @@ def test_many_turns_have_room_or_are_refused(attached, inputs, max_tokens, turns
     assert (kept == num).all()
 
 
+def test_layers_that_scale_their_scores_otherwise_are_refused(attached, inputs, monkeypatch):
+    attached.config.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(ConfigError, match="scale_attn_by_inverse_layer_idx"):
+        DiffKVHFCache(attached)
+    del attached.config.scale_attn_by_inverse_layer_idx
+    monkeypatch.setattr(attached.model.layers[1].self_attn, "scaling", 0.1)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"scales its scores by 0\.1"):
+        attached(inputs.input_ids, past_key_values=DiffKVHFCache(attached))
+
+
+def test_masks_that_are_not_causal_are_refused(attached, inputs):
+    from transformers.masking_utils import create_causal_mask
+
+    given = {"config": attached.config, "past_key_values": None, "attention_mask": None}
+    given["inputs_embeds"] = torch.zeros(1, 8, attached.config.hidden_size)
+    assert create_causal_mask(**given) is None
+    with pytest.raises(ValueError, match="not plainly causal"):
+        create_causal_mask(**given, or_mask_function=lambda batch, head, query, key: key < 4)
+
+
+def test_one_pass_without_a_cache_changes_nothing(attached, inputs):
+    cache = DiffKVHFCache(attached)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="use_cache=False"):
+            attached(inputs.input_ids, past_key_values=cache, use_cache=False)
+        assert cache.is_empty
+        attached(inputs.input_ids, past_key_values=cache)
+
+
+def test_a_negative_segment_is_refused(attached):
+    with pytest.raises(ConfigError, match="segment"):
+        DiffKVHFCache(attached, pool=PoolOptions(segment=-16))
+
+
 def test_refusals(model, attached, inputs):
     ids = inputs.input_ids
     with torch.no_grad():

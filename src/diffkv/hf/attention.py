@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 __all__ = ["IMPLEMENTATION", "attach", "detach"]
 
@@ -44,7 +44,7 @@ def _attention(
     uses_cache = kwargs.get("use_cache") is not False
     if cache is None:
         raise ValueError(NO_CACHE if uses_cache else NOT_USED)
-    if not uses_cache and query.shape[2] > 1 and not cache.is_empty:
+    if not uses_cache and query.shape[2] > 1:
         raise ValueError(NOT_USED)
     asked = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if asked or dropout:
@@ -57,8 +57,19 @@ def _attention(
     return cache._attend(layer, query, key, value, scale, attention_mask), None
 
 
-def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask that transformers makes for `_attention`: which tokens are no padding, or None."""
+def _padding_mask(
+    attention_mask: Tensor | None = None, mask_function: Any = causal_mask_function, **kwargs: Any
+) -> Tensor | None:
+    """The mask that transformers makes for `_attention`: which tokens are no padding, or None.
+
+    Raises:
+        ValueError: the model attends otherwise than to all tokens before.
+    """
+    if mask_function is not causal_mask_function:
+        raise ValueError(
+            "this model, or this input, wants a mask that is not plainly causal (tokens that see later "
+            "ones, or several texts packed in one row): not supported by DiffKV"
+        )
     return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
 
 

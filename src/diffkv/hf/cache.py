@@ -143,6 +143,8 @@ class DiffKVHFCache(Cache):
         )
         self._signs = signs_of(choose(rotate, self.quant), head_dim, self._device)
         chosen = SEGMENT if self.policy.uses_thresholds else 0
+        if pool.segment is not None and pool.segment < 0:
+            raise ConfigError(f"segment must be 0 or more tokens, got {pool.segment}")
         self._segment = chosen if pool.segment is None else pool.segment
         self._kernels, self._ops = pool.kernels, ops.load(self._device.type, pool.kernels)
         self._shape: PoolShape | None = None
@@ -264,6 +266,11 @@ class DiffKVHFCache(Cache):
         if layer == 0:
             self._step = self._begin(batch, num_tokens, scale, mask)
         assert self._step is not None and self._pages is not None, "layers come in order"
+        if scale != self._scale:
+            raise ValueError(
+                f"layer {layer} scales its scores by {scale:g}, the first by {self._scale:g}: only "
+                "models whose layers are alike are supported"
+            )
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         output = torch.zeros_like(query)
         self._pages.attend(layer, self._step, query, key, value, output)
@@ -353,6 +360,10 @@ def _check(model: PreTrainedModel, config: Any, window: int) -> None:
         raise ConfigError(
             f"{type(model).__name__} has layers of {', '.join(others)}: only models whose layers all "
             f"have full attention are supported"
+        )
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise ConfigError(
+            "scale_attn_by_inverse_layer_idx: only models whose layers are alike are supported"
         )
     if not 1 <= window <= MOST_TOKENS:
         raise ConfigError(f"window must be 1 to {MOST_TOKENS} tokens, got {window}")

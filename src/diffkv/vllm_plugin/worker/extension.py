@@ -17,7 +17,14 @@ class WorkerExtension:
         return get_kv_transfer_group().worker.summary()
 
     def diffkv_insight(self) -> list[dict[str, Any]]:
-        """Every token of the requests that have not been released yet, see `pages.read_pool`."""
+        """Every token of the requests that have not been released yet, see `pages.read_pool`.
+
+        Without those in the middle of a prompt: what waits there has no tier.
+        """
         worker = get_kv_transfer_group().worker
-        requests = ((r.rows, r.num_tokens) for r in worker.requests.values())
+        requests = (
+            (r.rows, r.num_tokens)
+            for r in worker.requests.values()
+            if r.num_tokens >= r.ends.prompt_len or r.num_tokens == r.start
+        )
         return read_pool(worker.state, requests)
