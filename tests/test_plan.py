@@ -96,8 +96,26 @@ def test_quantised_weights():
         == linear // 2 + linear // 128 * 5 // 2 + rest
     )
     assert ModelConfig.parse(fp8, "m").estimated_weight_bytes == linear + rest
-    with pytest.raises(ConfigError, match="quantised by hqq"):
-        ModelConfig.parse({**config, "quantization_config": {"quant_method": "hqq"}}, "m")
+    text = {"text_config": {**config, "quantization_config": {"quant_method": "awq"}}}
+    assert ModelConfig.parse(text, "m").weight_bits == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization_config": {"quant_method": "hqq"}}, "weights quantised by hqq"),
+        ({"n_routed_experts": 128, "first_k_dense_replace": 1}, "layers with experts and others"),
+        ({"num_local_experts": 128, "interleave_moe_layer_step": 2}, "layers with experts"),
+        ({"intermediate_size": None}, "no intermediate_size"),
+    ],
+)
+def test_weights_of_unknown_size_are_not_guessed(changes, reason, tmp_path, capsys):
+    config = {**config_json("Meta-Llama-3-8B-Instruct"), **changes}
+    assert ModelConfig.parse(config, "m").unsized.startswith(reason)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert f"has {reason}" in refused(capsys, "--model", str(tmp_path), "--gpu-memory", "80GiB")
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 123}}')
+    assert plan(capsys, str(tmp_path), "--gpu-memory", "80GiB")["weight_bytes"] == 123
 
 
 def test_weights_of_the_shipped_model_are_read_from_its_file(capsys):

@@ -23,6 +23,11 @@ WINDOW, CHUNK = "sliding_attention", "chunked_attention"
 """Kinds of layers without full attention, as `layer_types` names them."""
 LLAMA4_INTERVAL = 4
 """Of Llama 4's layers every fourth has full attention, where config.json says nothing of it."""
+EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+"""Names of the number of experts, in the order in which vLLM looks for them."""
+MIXED_LAYERS = {"first_k_dense_replace": 0, "n_shared_experts": 0, "interleave_moe_layer_step": 1}
+MIXED_LAYERS |= {"moe_num_shared_experts": 0, "moe_layer_start_index": 0}
+"""What says that layers have MLPs of several sizes, where it is larger."""
 GROUP_META_BYTES = 2.5
 """Bytes of scale (float16) and zero (4 bits) of a group of GPTQ or AWQ weights."""
 
@@ -56,6 +61,7 @@ class ModelConfig:
         output_bias: whether O has one.
         qk_norm: whether Q and K are normalised for each head.
         max_model_len: longest context of the model.
+        unsized: what keeps the size of its weights from being estimated; "" where it can be.
     """
 
     name: str
@@ -82,6 +88,7 @@ class ModelConfig:
     window: int = 0
     states: States = NO_STATES
     other_kinds: tuple[str, ...] = ()
+    unsized: str = ""
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], name: str) -> "ModelConfig":
@@ -100,9 +107,9 @@ class ModelConfig:
             hidden_size = int(text["hidden_size"])
             num_layers = int(text["num_hidden_layers"])
             vocab_size = int(text["vocab_size"])
-            num_experts = int(text.get("num_experts") or text.get("num_local_experts") or 0)
+            num_experts = _num_experts(text)
             intermediate = text.get("moe_intermediate_size") if num_experts else None
-            intermediate_size = int(intermediate or text["intermediate_size"])
+            intermediate_size = int(intermediate or text.get("intermediate_size") or 0)
         except KeyError as error:
             raise ConfigError(f"config.json of {name} has no {error}: not a decoder?") from None
         except (TypeError, ValueError) as error:
@@ -113,7 +120,8 @@ class ModelConfig:
             raise ConfigError(
                 f"config.json of {name} has dtype {dtype}: not {', '.join(DTYPE_BYTES)}"
             )
-        bits, group = _weight_bits(config.get("quantization_config"), DTYPE_BYTES[dtype] * 8, name)
+        quantization = config.get("quantization_config") or text.get("quantization_config")
+        bits, group = _weight_bits(quantization, DTYPE_BYTES[dtype] * 8)
         bias = bool(text.get("attention_bias", False))
         num_windows, window = _windows(text, num_layers)
         states = _states(text, num_layers, DTYPE_BYTES[dtype], name)
@@ -142,6 +150,7 @@ class ModelConfig:
             window=window,
             states=states or NO_STATES,
             other_kinds=_other_kinds(text, states),
+            unsized=_unsized(text, quantization, bool(states and states.num_layers)),
         )
 
     @classmethod
@@ -194,7 +203,10 @@ class ModelConfig:
 
     @property
     def estimated_weight_bytes(self) -> int:
-        """Bytes of the weights: linear layers in `weight_bits` and scales, the rest in the dtype."""
+        """Bytes of the weights: linear layers in `weight_bits` and scales, the rest in the dtype.
+
+        Nothing that is right where the model is `unsized`.
+        """
         q, kv = self.num_q_heads * self.head_dim, self.num_kv_heads * self.head_dim
         mlps = self.expert_parameters * max(1, self.num_experts)
         linear = self.num_layers * (2 * self.hidden_size * (q + kv) + mlps)
@@ -243,18 +255,30 @@ def _windows(text: Mapping[str, Any], num_layers: int) -> tuple[int, int]:
     return num_windows, window if num_windows else 0
 
 
-def _weight_bits(quantization: Any, dtype_bits: int, name: str) -> tuple[int, int]:
-    """(bits of a weight, weights of a group) from a quantization_config."""
-    if not quantization:
-        return dtype_bits, 0
-    formats = weight_formats(quantization)
-    if formats:
-        return max(formats, key=lambda each: each[0])
-    method = str(quantization.get("quant_method", ""))
-    raise ConfigError(
-        f"config.json of {name} has weights quantised by {method or 'an unnamed method'}: their size "
-        f"is known for gptq, awq, fp8 and compressed-tensors"
-    )
+def _num_experts(text: Mapping[str, Any]) -> int:
+    """Experts of a layer, by the names that vLLM knows."""
+    found = next((text[name] for name in EXPERTS if text.get(name)), 0)
+    return int(found[0] if isinstance(found, list) else found)
+
+
+def _weight_bits(quantization: Any, dtype_bits: int) -> tuple[int, int]:
+    """(bits of a weight, weights of a group) from a quantization_config; the dtype's if unknown."""
+    formats = weight_formats(quantization) if quantization else []
+    return max(formats, key=lambda each: each[0]) if formats else (dtype_bits, 0)
+
+
+def _unsized(text: Mapping[str, Any], quantization: Any, has_states: bool) -> str:
+    """See `ModelConfig.unsized`."""
+    if has_states:
+        return "recurrent states"
+    if quantization and not weight_formats(quantization):
+        method = str(quantization.get("quant_method", ""))
+        return f"weights quantised by {method or 'an unnamed method'}"
+    if any(int(text.get(name) or 0) > most for name, most in MIXED_LAYERS.items()):
+        return "layers with experts and others, or experts for all tokens"
+    if not (text.get("intermediate_size") or text.get("moe_intermediate_size")):
+        return "no intermediate_size"
+    return ""
 
 
 def weight_formats(quantization: Mapping[str, Any]) -> list[tuple[int, int]]:

@@ -133,14 +133,14 @@ def weights_of(model: str, config: ModelConfig) -> Weights:
         stored = stored_weight_bytes(folder)
         if stored is not None:
             return Weights(stored, "the weights' files")
-    if config.states.num_layers:
-        return Weights(_indexed_bytes(model), "the index of the weights' files")
+    if config.unsized:
+        return Weights(_indexed_bytes(model, config.unsized), "the index of the weights' files")
     parameters = f"{config.num_parameters:,} parameters in {config.weight_bits} bits"
     return Weights(config.estimated_weight_bytes, f"estimated: {parameters}")
 
 
-def _indexed_bytes(model: str) -> int:
-    """Bytes of a model's weights by their index on the Hub.
+def _indexed_bytes(model: str, unsized: str) -> int:
+    """Bytes of a model's weights by their index on the Hub, where they cannot be estimated.
 
     Raises:
         ConfigError: there is none.
@@ -150,6 +150,6 @@ def _indexed_bytes(model: str) -> int:
         return int(index["metadata"]["total_size"])
     except (ConfigError, KeyError, TypeError, ValueError):
         raise ConfigError(
-            f"{model} has recurrent states, and config.json does not say how large the weights are: "
-            f"give a folder that has them"
+            f"{model} has {unsized}, and config.json does not say how large the weights are: give a "
+            f"folder that has them"
         ) from None

@@ -46,7 +46,10 @@ def _has_experts_on_cpus(config: Any) -> bool:
 def _has_int4_without_avx512(config: Any) -> bool:
     if config.device_config.device_type != "cpu" or torch.cpu._is_avx512_supported():
         return False
-    quantised = getattr(config.model_config.hf_config, "quantization_config", None)
+    model = config.model_config
+    quantised = getattr(model.hf_config, "quantization_config", None) or getattr(
+        model.hf_text_config, "quantization_config", None
+    )
     return isinstance(quantised, Mapping) and any(
         bits == 4 for bits, _ in weight_formats(quantised)
     )
