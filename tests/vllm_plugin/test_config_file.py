@@ -76,6 +76,20 @@ def test_a_server_refuses_a_word_that_vllm_would_take_for_its_model(capsys, flag
     assert f"{flags[-1]!r} is one word too many" in capsys.readouterr().err
 
 
+def test_a_server_refuses_other_front_ends(capsys, monkeypatch):
+    assert main(["serve", "reference", "--grpc"]) == 2
+    assert "--grpc" in capsys.readouterr().err
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert main(["serve", "reference"]) == 2
+    assert "VLLM_USE_RUST_FRONTEND" in capsys.readouterr().err
+
+
+def test_a_server_refuses_what_only_vllms_command_looks_at(capsys):
+    assert main(["serve", "reference", "--headless", "--api-server-count", "2"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "refuses" in line]
+    assert "cannot be used with --headless" in line
+
+
 @pytest.mark.parametrize("flag", ["--worker-ext=foo.Bar", "--kv-transfer-conf={}"])
 def test_a_server_refuses_flags_that_are_cut_short(capsys, flag):
     assert main(["serve", "reference", flag]) == 2

@@ -193,6 +193,11 @@ _FEATURES = (
         lambda config: config.aux_output_config.enabled,
     ),
     Row(
+        "features", "gRPC (--grpc), the front end in Rust (VLLM_USE_RUST_FRONTEND)", REFUSED,
+        "`diffkv serve` checks settings of requests where HTTP comes into Python", "leave them out",
+        (f"{TESTS}test_config_file.py::test_a_server_refuses_other_front_ends",),
+    ),
+    Row(
         "features", "KV cache events (--kv-events-config)", REFUSED,
         "they name blocks of vLLM's, and rows are none", "leave out --kv-events-config", REFUSALS,
         _publishes_events,

@@ -1,6 +1,7 @@
 """`vllm serve` with DiffKV turned on."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -71,6 +72,11 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
     from diffkv.vllm_plugin.front.moved import cli_env_setup, make_arg_parser
 
     cli_env_setup()
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0":
+        raise ConfigError(
+            "VLLM_USE_RUST_FRONTEND is set: settings of requests are checked in the front end in Python "
+            "only, unset it"
+        )
     parser = make_arg_parser(
         FlexibleArgumentParser(prog="diffkv serve", add_help=False, allow_abbrev=False)
     )
@@ -95,7 +101,13 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
     check_config(config, options)
     args.enable_prefix_caching = settle_prefix_caching(config, args.enable_prefix_caching)
     configure_logging_from_args(args)
-    ServeSubcommand.cmd(args)
+    try:
+        ServeSubcommand.cmd(args)
+    except ValueError as error:
+        trace = error.__traceback__
+        if trace is None or trace.tb_next is None or trace.tb_next.tb_next is not None:
+            raise  # not of `cmd` itself, which looks at flags before it starts anything
+        raise ConfigError(f"vLLM refuses these settings: {first_line(error)}") from error
     if not getattr(args, ENGINE_DIED, False):
         return 0
     print(
@@ -139,6 +151,7 @@ def _refuse_flags(flags: Sequence[str]) -> None:
             ("--speculative-config", "-sc"),
             "speculative decoding does not go with DiffKV: leave it out",
         ),
+        "--grpc": "settings of requests are checked where they come by HTTP: leave it out",
         "--worker-extension-cls": "DiffKV extends the worker: leave it out",
     }
     for flag in flags:
