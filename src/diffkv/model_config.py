@@ -114,14 +114,10 @@ class ModelConfig:
             raise ConfigError(f"config.json of {name} has no {error}: not a decoder?") from None
         except (TypeError, ValueError) as error:
             raise ConfigError(f"config.json of {name} has a bad size: {error}") from None
-        model_type = str(text.get("model_type", ""))
-        dtype = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16")
-        if dtype not in DTYPE_BYTES:
-            raise ConfigError(
-                f"config.json of {name} has dtype {dtype}: not {', '.join(DTYPE_BYTES)}"
-            )
-        quantization = config.get("quantization_config") or text.get("quantization_config")
-        bits, group = _weight_bits(quantization, DTYPE_BYTES[dtype] * 8)
+        model_type, dtype = str(text.get("model_type", "")), _dtype(text, name)
+        quantization = config.get("quantization_config") or text.get("quantization_config") or {}
+        formats = weight_formats(quantization)
+        bits, group = max(formats, default=(DTYPE_BYTES[dtype] * 8, 0), key=lambda each: each[0])
         bias = bool(text.get("attention_bias", False))
         num_windows, window = _windows(text, num_layers)
         states = _states(text, num_layers, DTYPE_BYTES[dtype], name)
@@ -150,7 +146,7 @@ class ModelConfig:
             window=window,
             states=states or NO_STATES,
             other_kinds=_other_kinds(text, states),
-            unsized=_unsized(text, quantization, bool(states and states.num_layers)),
+            unsized=_unsized(text, states or NO_STATES, {} if formats else quantization),
         )
 
     @classmethod
@@ -261,18 +257,19 @@ def _num_experts(text: Mapping[str, Any]) -> int:
     return int(found[0] if isinstance(found, list) else found)
 
 
-def _weight_bits(quantization: Any, dtype_bits: int) -> tuple[int, int]:
-    """(bits of a weight, weights of a group) from a quantization_config; the dtype's if unknown."""
-    formats = weight_formats(quantization) if quantization else []
-    return max(formats, key=lambda each: each[0]) if formats else (dtype_bits, 0)
+def _dtype(text: Mapping[str, Any], name: str) -> str:
+    dtype = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16")
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"config.json of {name} has dtype {dtype}: not {', '.join(DTYPE_BYTES)}")
+    return dtype
 
 
-def _unsized(text: Mapping[str, Any], quantization: Any, has_states: bool) -> str:
-    """See `ModelConfig.unsized`."""
-    if has_states:
+def _unsized(text: Mapping[str, Any], states: States, unknown: Mapping[str, Any]) -> str:
+    """See `ModelConfig.unsized`; with a quantization_config of which nothing is known."""
+    if states.num_layers:
         return "recurrent states"
-    if quantization and not weight_formats(quantization):
-        method = str(quantization.get("quant_method", ""))
+    if unknown:
+        method = str(unknown.get("quant_method", ""))
         return f"weights quantised by {method or 'an unnamed method'}"
     if any(int(text.get(name) or 0) > most for name, most in MIXED_LAYERS.items()):
         return "layers with experts and others, or experts for all tokens"

@@ -57,7 +57,7 @@ def prefix(
     return Prefix(hashes, tokens, thresholds, BLOCK, extra_keys)
 
 
-def always(num_rows: int, end: int) -> bool:
+def always(chain: Sequence[Row]) -> bool:
     return True
 
 
@@ -135,7 +135,7 @@ class TestTree:
 
     def test_a_chain_that_is_too_long_for_the_rest_is_not_taken(self, store: RowStore) -> None:
         Chain(store, TOKENS).close(64, 80, 96, 112)
-        found = store.find(prefix(TOKENS), 199, lambda num_rows, end: num_rows <= 2)
+        found = store.find(prefix(TOKENS), 199, lambda chain: len(chain) <= 2)
         assert ends(found) == [64, 80]
 
     def test_rows_whose_tokens_are_not_known_are_not_kept(

@@ -77,12 +77,19 @@ class PoolOptions:
         segment: tokens after which a prompt is decided, see `diffkv.segments`; 0: prompts are decided
             whole; None: that of `diffkv.segments`, where the policy goes by thresholds.
         drops: whether sums and positions of all tokens are kept, also where nothing is dropped.
+
+    Raises:
+        ConfigError: a negative segment.
     """
 
     page_bytes: int | None = None
     kernels: str | None = None
     segment: int | None = None
     drops: bool = False
+
+    def __post_init__(self) -> None:
+        if self.segment is not None and self.segment < 0:
+            raise ConfigError(f"segment must be 0 or more tokens, got {self.segment}")
 
 
 DEFAULT_POOL = PoolOptions()
@@ -143,8 +150,6 @@ class DiffKVHFCache(Cache):
         )
         self._signs = signs_of(choose(rotate, self.quant), head_dim, self._device)
         chosen = SEGMENT if self.policy.uses_thresholds else 0
-        if pool.segment is not None and pool.segment < 0:
-            raise ConfigError(f"segment must be 0 or more tokens, got {pool.segment}")
         self._segment = chosen if pool.segment is None else pool.segment
         self._kernels, self._ops = pool.kernels, ops.load(self._device.type, pool.kernels)
         self._shape: PoolShape | None = None

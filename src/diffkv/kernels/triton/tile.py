@@ -68,11 +68,6 @@ def _word_codes_as_float16(x, PART: tl.constexpr, S: tl.constexpr, FAST: tl.cons
                 f"prmt.b32 $0, $1, 0, {PICK};",
                 "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
             )  # fmt: skip
-        elif SHIFT == 0:
-            y = tl.inline_asm_elementwise(
-                f"and.b32 $0, $1, {TWO};",
-                "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
-            )  # fmt: skip
         else:
             y = tl.inline_asm_elementwise(
                 f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 $0, t, {TWO}; }}",

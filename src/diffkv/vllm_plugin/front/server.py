@@ -65,11 +65,9 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
     """
     check_version()
     check_model(model)
-    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from diffkv.vllm_plugin.front.moved import cli_env_setup, make_arg_parser
+    from diffkv.vllm_plugin.front.moved import cli_env_setup
 
     cli_env_setup()
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0":
@@ -77,6 +75,30 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
             "VLLM_USE_RUST_FRONTEND is set: settings of requests are checked in the front end in Python "
             "only, unset it"
         )
+    args = _parsed(model, name, options, flags)
+    config = _engine_config(args)
+    check_config(config, options)
+    args.enable_prefix_caching = settle_prefix_caching(config, args.enable_prefix_caching)
+    configure_logging_from_args(args)
+    _run(args)
+    if not getattr(args, ENGINE_DIED, False):
+        return 0
+    print(
+        "diffkv: the engine died, and so the server ended: its log has the reason", file=sys.stderr
+    )
+    return 1
+
+
+def _parsed(model: str, name: str, options: Options, flags: Sequence[str]) -> Any:
+    """What vLLM's parser makes of our flags and a user's.
+
+    Raises:
+        ConfigError: a flag that vLLM does not know or DiffKV cannot be combined with.
+    """
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from diffkv.vllm_plugin.front.moved import make_arg_parser
+
     parser = make_arg_parser(
         FlexibleArgumentParser(prog="diffkv serve", add_help=False, allow_abbrev=False)
     )
@@ -97,23 +119,28 @@ def serve(model: str, name: str, options: Options, flags: Sequence[str]) -> int:
     ours = [admission_path(options)]
     # a user's own replace what was given before them
     args.logits_processors = [*ours, *(p for p in args.logits_processors if p not in ours)]
-    config = _engine_config(args)
-    check_config(config, options)
-    args.enable_prefix_caching = settle_prefix_caching(config, args.enable_prefix_caching)
-    configure_logging_from_args(args)
+    return args
+
+
+def _run(args: Any) -> None:
+    """vLLM's own command.
+
+    Raises:
+        ConfigError: flags that only it looks at, before it starts anything.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
     try:
         ServeSubcommand.cmd(args)
     except ValueError as error:
         trace = error.__traceback__
         if trace is None or trace.tb_next is None or trace.tb_next.tb_next is not None:
-            raise  # not of `cmd` itself, which looks at flags before it starts anything
-        raise ConfigError(f"vLLM refuses these settings: {first_line(error)}") from error
-    if not getattr(args, ENGINE_DIED, False):
-        return 0
-    print(
-        "diffkv: the engine died, and so the server ended: its log has the reason", file=sys.stderr
-    )
-    return 1
+            raise  # not of `cmd` itself
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> ConfigError:
+    return ConfigError(f"vLLM refuses these settings: {first_line(error)}")
 
 
 def _engine_config(args: Any) -> Any:
@@ -133,7 +160,7 @@ def _engine_config(args: Any) -> Any:
             UsageContext.OPENAI_API_SERVER
         )
     except (ValueError, OSError, TypeError) as error:
-        raise ConfigError(f"vLLM refuses these settings: {first_line(error)}") from error
+        raise _refused(error) from error
 
 
 def _refuse_flags(flags: Sequence[str]) -> None:

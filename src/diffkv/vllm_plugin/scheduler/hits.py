@@ -1,6 +1,6 @@
 """Prefix caching: the closed rows that hold a waiting request's first tokens."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -21,6 +21,7 @@ class Hits:
     Args:
         store: the closed rows.
         shape: the pool's.
+        num_blocks: blocks that requests and rows can have.
         block_size: tokens of a hashed block.
         message_ends: tokens that end a message in the model's chats.
         read: a request's thresholds.
@@ -30,6 +31,7 @@ class Hits:
         self,
         store: RowStore,
         shape: PoolShape,
+        num_blocks: int,
         block_size: int,
         message_ends: Collection[int],
         read: Callable[[Any], Thresholds],
@@ -38,6 +40,7 @@ class Hits:
         self._segment = shape.segment
         self._message_ends = message_ends
         self._most_rows = min(shape.chain_width, shape.num_slots - 1)
+        self._most_blocks = num_blocks - 1
         self._block_size = block_size
         self._read = read
         self._of_hashes: dict[int, Any] = {}
@@ -77,7 +80,8 @@ class Hits:
     def look_up(self, block_hashes: Any, max_tokens: int) -> int:
         """Tokens of a request that rows hold, at most `max_tokens`.
 
-        Its chain has room for the rows that the rest of its prompt will be.
+        Its chain has room for the rows that the rest of its prompt will be, and leaves a slot and a
+        block for the request itself.
         """
         request = self._of_hashes.get(id(block_hashes))
         if request is None or not self._store.keeps:
@@ -85,9 +89,10 @@ class Hits:
 
         ends = self.ends(request)
 
-        def fits(num_rows: int, end: int) -> bool:
-            more = len(ends.up_to(end, ends.prompt_len))
-            return num_rows + more <= self._most_rows
+        def fits(rows: Sequence[Row]) -> bool:
+            more = len(ends.up_to(rows[-1].end, ends.prompt_len))
+            num_blocks = sum(len(row.blocks) for row in rows)
+            return len(rows) + more <= self._most_rows and num_blocks <= self._most_blocks
 
         prefix = self.prefix(request, self._read(request))
         found = self._store.find(prefix, max_tokens, fits)

@@ -70,7 +70,7 @@ class DiffKVManager(FullAttentionManager):
         keeps = self.enable_caching and self.shape.segment > 0
         self.store = RowStore(self.shape.num_slots, self.block_pool, keeps)
         ends = message_ends(vllm_config.model_config)
-        self._hits = Hits(self.store, self.shape, self.block_size, ends, read)
+        self._hits = Hits(self.store, self.shape, self.num_usable, self.block_size, ends, read)
         self._read = read
         self._scheduler_config = vllm_config.scheduler_config
 
@@ -230,13 +230,10 @@ class DiffKVManager(FullAttentionManager):
             return min(wanted, self.num_usable)
         need = self._bounds.step(running, num_tokens)
         wanted, free = num_idle + need.missing(running), self.block_pool.get_num_free_blocks()
-        if need.slots(running) <= (slots := self.store.num_takeable - len(idle)) and wanted <= free:
+        slots = self.store.num_takeable - len(idle)
+        if need.slots(running) <= slots and wanted <= free:
             return wanted
         if self._is_too_large(running, need) and (runs or slots):
-            if num_idle == self.num_usable:
-                # The rows that it found leave no block for its id: next time it finds one less
-                self.store.give_up(running.chain[-1])
-                return never
             # `allocate_new_blocks` comes to the same conclusion, and takes no more than an id
             return num_idle + (not runs)
         self._is_starved |= runs

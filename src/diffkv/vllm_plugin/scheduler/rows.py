@@ -158,13 +158,15 @@ class RowStore:
 
     # the tree
 
-    def find(self, prefix: Prefix, max_tokens: int, fits: Callable[[int, int], bool]) -> list[Row]:
+    def find(
+        self, prefix: Prefix, max_tokens: int, fits: Callable[[Sequence[Row]], bool]
+    ) -> list[Row]:
         """The chain of rows that holds most of a request's first tokens.
 
         Args:
             prefix: the request's tokens.
             max_tokens: most tokens to be found.
-            fits: asked with the number of rows and their tokens, whether such a chain will do.
+            fits: asked with a chain, whether it will do.
 
         Returns:
             Rows, first tokens first; of several chains with as many tokens the one with fewest rows.
@@ -178,7 +180,7 @@ class RowStore:
                 chain = [*path, row]
                 paths.append(chain)
                 longer = not best or (row.end, -len(chain)) > (best[-1].end, -len(best))
-                if longer and fits(len(chain), row.end):
+                if longer and fits(chain):
                     best = chain
         return best
 
