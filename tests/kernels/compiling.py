@@ -57,6 +57,10 @@ TYPES = {
 MODEL = ("q_ptr", "output_ptr", "key_ptr", "value_ptr", "query_ptr", "x_ptr")
 
 
+ROOMY = (90, 100)
+"""Architectures with much shared memory."""
+
+
 def version() -> str:
     """Of the Triton that compiles."""
     return triton.__version__
@@ -73,6 +77,19 @@ class Code(NamedTuple):
     stack_bytes: int
     shared_bytes: int
     sass: str
+
+    def spills_of_tiles(self) -> int:
+        """Spilled registers that are read or written in the innermost loops with matrix products."""
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", self.sass)
+        at = {int(address, 16): i for i, (address, _) in enumerate(found)}
+        spills, end = 0, -1
+        for i, (_, text) in enumerate(found):
+            back = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+            first = at.get(int(back[1], 16), i) if back else i
+            body = " ".join(text for _, text in found[first : i + 1])
+            if end < first < i and "MMA" in body:
+                spills, end = spills + len(re.findall(r"\b(?:LDL|STL)\b", body)), i
+        return spills
 
 
 def compiled(fn, constants, dtype, arch, **options):
@@ -106,7 +123,9 @@ def code_of(
     chained=True,
 ) -> Code:
     """Compile one of `cases`."""
-    fn, constants, options = cases(quant, head_dim, group, drops, dtype, chained)[name]
+    fn, constants, options = cases(quant, head_dim, group, drops, dtype, chained, arch in ROOMY)[
+        name
+    ]
     if "PDL" in constants:
         constants |= {"PDL": arch >= 90}
         options = {**options, "launch_pdl": arch >= 90}
@@ -133,10 +152,12 @@ def cases(
     drops: bool = False,
     dtype: str = "bf16",
     chained: bool = True,
+    roomy: bool = True,
 ) -> dict[str, tuple]:
     """(kernel, constants, options) of every kernel for one layout, as the wrappers launch them.
 
-    Keys have centres where the layout says so, whether there are chains or not.
+    Keys have centres where the layout says so, whether there are chains or not; `roomy` is for
+    `workspace.Tuning.of`.
     """
     layout = PageLayout.derive(QuantConfig.parse(quant), head_dim, drops=drops)
     tiers, side = constants.tiers_of(layout), constants.vector_side(4, 2, head_dim)
@@ -147,7 +168,7 @@ def cases(
         "TIERS": tiers,
         "PAGE": layout.page_bytes,
         "G": group,
-        "GROUP": max(8, group),
+        "HEADS": max(constants.MIN_HEADS, group),
         "TILE": constants.tile_tokens(layout),
     }
     centred = {"CENTRED": layout.centred}
@@ -171,7 +192,7 @@ def cases(
         "TILE": 64,
         "MAX": worklist.MAX_CHUNKS,
         "CHAIN_WIDTH": chain_width,
-        "LONGER": longer(SEGMENT),
+        "LONGER": longer(SEGMENT, is_crowd=False),
         "CLOSED": closed,
         "ROWS": 8,
         "COUNT": 1024,
@@ -213,11 +234,10 @@ def cases(
     ring = {**tables, "TABLE": table, "B": 128, **overlapping}
     exact, one_warp = {"enable_fp_fusion": False}, {"num_warps": 1}
     tiled = {**exact, "num_warps": constants.TILE_WARPS}
-    finish = {**grouped, **rotated, "D": head_dim, "D_PADDED": padded}
-    del finish["GROUP"]
+    finish = {**grouped, **rotated, "D": head_dim, "D_PADDED": padded, "MERGED": 16}
     finish["HEADS"] = constants.power_of_2(group)
     recomputed = {**grouped, **products, **tables, "PDL": True}
-    tuning = workspace.Tuning.of(layout, DTYPES[dtype], fast=True)
+    tuning = workspace.Tuning.of(layout, DTYPES[dtype], fast=True, roomy=roomy)
     launch = {"num_stages": tuning.num_stages, "num_warps": tuning.num_warps}
     launch["maxnreg"] = tuning.max_registers
     counted = {**tables, "TABLE": table, "TIERS": tiers, **overlapping, "B": 1024, "SCAN": 1024}

@@ -87,13 +87,13 @@ def test_a_long_request_is_split(triton):
 
 
 def test_a_work_list_of_many_programs(triton, monkeypatch):
-    set_blocks(monkeypatch, prepare={"LIST_ROWS": 2, "LIST_COUNT": 4})
+    set_blocks(monkeypatch, prepare={"LIST_ROWS": 2}, batch={"LIST_COUNTS": (4, 4, 4)})
     state = filled(triton, "k8v4-k4v2", [40, 0, 90, 1], 64, torch.float32, num_slots=4)
     check(triton, state, [3, 0, 1, -1, 2], 2)
 
 
 def test_a_work_list_of_many_programs_with_chains(triton, monkeypatch):
-    set_blocks(monkeypatch, prepare={"LIST_ROWS": 2, "LIST_COUNT": 4})
+    set_blocks(monkeypatch, prepare={"LIST_ROWS": 2}, batch={"LIST_COUNTS": (4, 4, 4)})
     check(triton, chained(triton), [1, -1, 0, 2, 5], 2)
 
 

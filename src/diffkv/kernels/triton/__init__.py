@@ -2,7 +2,7 @@
 
 Contracts are in `reference`. The operations of a decode step neither wait for the device nor allocate
 once they have run at a size, so that a step can be captured in a CUDA graph. Results do not depend on
-which other requests are in a batch.
+which other requests are in a batch, but attention's last bits on whether they are a crowd (`attend`).
 """
 
 from diffkv.kernels.triton.append import append as append

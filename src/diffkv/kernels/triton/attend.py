@@ -19,9 +19,10 @@ from diffkv.kernels.check import (
     check_packed,
     check_tensor,
 )
+from diffkv.kernels.triton.batch import Batch
 from diffkv.kernels.triton.chunk import attend_item
 from diffkv.kernels.triton.closed import most_closed_chunks
-from diffkv.kernels.triton.constants import DTYPES, MIN_COLUMNS, cdiv, power_of_2, tile_tokens
+from diffkv.kernels.triton.constants import DTYPES, MIN_HEADS, cdiv, power_of_2, tile_tokens
 from diffkv.kernels.triton.finish import finish_kernel, recompute_kernel
 from diffkv.kernels.triton.items import ITEM_FIELDS, LISTS, ROW_FIELDS, list_start
 from diffkv.kernels.triton.launch import launch
@@ -72,7 +73,7 @@ def _attend_kernel(
     H: tl.constexpr,
     TABLE: tl.constexpr,
     G: tl.constexpr,
-    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     TIERS: tl.constexpr,
@@ -112,7 +113,7 @@ def _attend_kernel(
                 slots_ptr, chains_ptr, directory_ptr,
                 num_tokens_ptr, centres_ptr, items_ptr,
                 q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
-                score_tiles, layer, 0, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
+                score_tiles, layer, 0, TIERS, L, H, TABLE, G, HEADS, PAGE, TILE, TOKENS, CENTRED,
                 CHAINED, RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
         elif len(TIERS) > 1:
@@ -123,14 +124,14 @@ def _attend_kernel(
                 slots_ptr, chains_ptr, directory_ptr,
                 num_tokens_ptr, centres_ptr, items_ptr,
                 q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale,
-                score_tiles, layer, 1, TIERS, L, H, TABLE, G, GROUP, PAGE, TILE, TOKENS, CENTRED,
+                score_tiles, layer, 1, TIERS, L, H, TABLE, G, HEADS, PAGE, TILE, TOKENS, CENTRED,
                 CHAINED, RAW_DOT, CODE_DOT, FAST,
             )  # fmt: skip
         number = following
 
 
 def _score_tiles(
-    state: PoolState, work: Workspace, rows: int, tile: int, tile_bytes: int
+    state: PoolState, work: Workspace, rows: int, tokens: int, tile: int, tile_bytes: int
 ) -> tuple[int, bool]:
     """Tiles of one layer whose probabilities are kept, and whether that is all that rows can have.
 
@@ -140,7 +141,7 @@ def _score_tiles(
     if not tracked:
         return 0, True
     most_per_page = max(tracked)
-    most_pages = most_chunk_pages(state.layout, _table(state), work.tuning.chunk_tokens)
+    most_pages = most_chunk_pages(state.layout, _table(state), tokens)
     chunk_tiles = cdiv(most_pages * most_per_page, tile)
     full = cdiv(_most_pages(state, rows) * most_per_page, tile)
     every = full + rows * (most_chunks(_table(state)) + len(tracked) * chunk_tiles)
@@ -211,8 +212,10 @@ class _Scratch(NamedTuple):
     query: Tensor
 
     @classmethod
-    def of(cls, state: PoolState, work: Workspace, query: Tensor, tile: int) -> "_Scratch":
-        """The memory for some queries, made for more."""
+    def of(
+        cls, state: PoolState, work: Workspace, query: Tensor, tokens: int, tile: int
+    ) -> "_Scratch":
+        """The memory for some queries, made for more, in chunks of so many tokens at least."""
         f32, i32 = torch.float32, torch.int32
         num_requests, num_q_heads, head_dim = query.shape
         group, rows = num_q_heads // state.num_kv_heads, num_requests * state.num_kv_heads
@@ -224,7 +227,7 @@ class _Scratch(NamedTuple):
         num, closed_room = room + most_closed, most_closed // len(state.layout.tiers)
         dtype = f32 if state.dtype is f32 else torch.float16
         tile_bytes = group * (tile * dtype.itemsize + f32.itemsize)
-        tiles, keeps_all = _score_tiles(state, work, most_rows, tile, tile_bytes)
+        tiles, keeps_all = _score_tiles(state, work, most_rows, tokens, tile, tile_bytes)
         return cls(
             work.buffer("items", i32, LISTS // 2 * (room + closed_room), ITEM_FIELDS),
             work.buffer("row_items", i32, rows, ROW_FIELDS, least=most_rows * ROW_FIELDS),
@@ -273,6 +276,8 @@ def attend(
     Rows of the query may be apart. Significance is deterministic: probabilities of tracked tiers
     are kept from the first pass, relative to their tile's maximum and in float16 unless the model is in
     float32, and added up in the last. Where no tier is tracked, that one only merges.
+
+    Chunks of a crowd are larger (`Batch`): outputs are the same but for their last bits.
     """
     work = workspace(state)
     _check(state, layer, slots, query, scale, output, new, work.device)
@@ -283,33 +288,35 @@ def attend(
     tuning, heads = work.tuning, state.num_kv_heads
     group, rows = num_q_heads // heads, num_requests * heads
     tile = tuning.tile or tile_tokens(state.layout)
-    scratch = _Scratch.of(state, work, query, tile)
+    batch = Batch.of(rows, state.segment, work)
+    scratch = _Scratch.of(state, work, query, batch.chunk_tokens, tile)
     items, row_items, num_items, partial, lse, rooms, probs, most, keeps_all, turned = scratch
     score_tiles, group_padded = len(most), power_of_2(group)
     chunks, closed = most_chunks(_table(state)), most_closed_chunks(state.layout, state.chain_width)
-    programs = min(rows * (chunks + closed), work.multiprocessors * tuning.programs)
+    programs = min(rows * (chunks + closed), work.multiprocessors * batch.programs)
     tiles = {"TIERS": work.tiers, "TILE": tile, **work.overlap}
-    tables = {"L": state.num_layers, "H": heads, "TABLE": work.table, "TOKENS": tuning.chunk_tokens}
+    tables = {"L": state.num_layers, "H": heads, "TABLE": work.table}
     prepare(
         state, layer, slots, (items, row_items, num_items), (*rooms, programs), query, turned, rotation,
-        new, {"MAX": chunks, "CLOSED": closed, **tiles, **tables},
+        new, {"MAX": chunks, "CLOSED": closed, "TOKENS": batch.chunk_tokens, "LONGER": batch.longer,
+              "COUNT": batch.count, **tiles, **tables},
     )  # fmt: skip
     paged = {"G": group, "PAGE": state.layout.page_bytes, **tiles}
-    shared = {"GROUP": max(MIN_COLUMNS, group_padded), **paged}
+    shared = {"HEADS": max(MIN_HEADS, group_padded), **paged}
     products, scale = _products(state, tuning.fast), scale * LOG2_E
     launch(
         _attend_kernel, (programs,),
         slots, state.chains, state.directory, state.num_tokens, state.centres, turned, state.pages,
         state.leaves, items, num_items, partial, lse, probs, most, scale, score_tiles, layer, *rooms,
-        CHAINED=state.chain_width > 0, num_warps=tuning.num_warps,
-        num_stages=tuning.num_stages, maxnreg=tuning.max_registers, **shared, **products, **tables,
+        CHAINED=state.chain_width > 0, TOKENS=tuning.chunk_tokens, num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages, maxnreg=batch.registers, **shared, **products, **tables,
     )  # fmt: skip
     launch(
         finish_kernel, (rows * group + _finishers(state, work, rows * chunks),),
         output, state.pages, state.leaves, items, num_items, row_items, partial, lse, probs, most,
         rotation.signs, rotation.norm, score_tiles, rows * group, *rooms,
-        HEADS=group_padded, D=head_dim, D_PADDED=power_of_2(head_dim), num_warps=1, num_stages=2,
-        **paged, **rotation.constants,
+        HEADS=group_padded, D=head_dim, D_PADDED=power_of_2(head_dim), MERGED=batch.merged,
+        num_warps=1, num_stages=2, **paged, **rotation.constants,
     )  # fmt: skip
     if not keeps_all:
         launch(

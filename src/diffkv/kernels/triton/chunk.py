@@ -163,7 +163,7 @@ def attend_item(
     centres_ptr, items_ptr,
     q_ptr, pages_ptr, leaves_ptr, partial_ptr, lse_ptr, probs_ptr, most_ptr, scale, score_tiles, layer,
     TIER: tl.constexpr, TIERS: tl.constexpr, L: tl.constexpr, H: tl.constexpr, TABLE: tl.constexpr,
-    G: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    G: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     TOKENS: tl.constexpr, CENTRED: tl.constexpr, CHAINED: tl.constexpr,
     RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +180,9 @@ def attend_item(
     K: tl.constexpr = T.k
     V: tl.constexpr = T.v
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    K_DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
+    INT_DOT: tl.constexpr = tl.int8 if K.whole and CODE_DOT == tl.float16 else CODE_DOT
+    K_DOT: tl.constexpr = RAW_DOT if K.bits == 16 else INT_DOT
+    GROUP: tl.constexpr = HEADS if HEADS >= 8 or K_DOT == tl.int8 else 8
     V_DOT: tl.constexpr = RAW_DOT if V.bits == 16 else CODE_DOT
     PARTS: tl.constexpr = V.planes * V.word
     GROUPS: tl.constexpr = V.groups

@@ -42,9 +42,12 @@ def most_closed_chunks(layout: PageLayout, chain_width: int) -> int:
     return CHAIN_CHUNKS * len(layout.tiers) if chain_width else 0
 
 
-def longer(segment: int) -> int:
-    """How many times as long as `SPLIT_TOKENS` closed rows are, 1 at least."""
-    return max(1, segment // SPLIT_TOKENS)
+def longer(segment: int, is_crowd: bool) -> int:
+    """How many times as long as `SPLIT_TOKENS` closed rows are, 1 at least; 0 for a crowd.
+
+    Chunks of a crowd are many, so that rows are split in two at most.
+    """
+    return 0 if is_crowd else max(1, segment // SPLIT_TOKENS)
 
 
 @triton.jit
@@ -52,7 +55,8 @@ def chain_chunks(length, TIERS: tl.constexpr, LONGER: tl.constexpr):
     """(chunks of the high tier, of all, rows of one, parts of a high row, of a low one), by length."""
     rows = tl.maximum(tl.cdiv(length, _CHAIN_CHUNKS), 1)
     parts = 1 + (length <= _IN_TWO).to(tl.int32)
-    parts += (length <= _IN_THREE).to(tl.int32) + (length <= _IN_FOUR).to(tl.int32)
+    if LONGER > 0:
+        parts += (length <= _IN_THREE).to(tl.int32) + (length <= _IN_FOUR).to(tl.int32)
     if LONGER > 1:
         parts *= tl.where(length * LONGER <= _IN_THREE, LONGER, 1)
     groups = tl.cdiv(length, rows)

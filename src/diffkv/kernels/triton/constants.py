@@ -23,6 +23,7 @@ __all__ = [
     "Tier",
     "cdiv",
     "chunk_shift",
+    "is_roomy",
     "multiprocessors",
     "overlaps",
     "power_of_2",
@@ -38,6 +39,12 @@ MIN_DOT = 16
 
 MIN_COLUMNS = 8
 """Fewest columns."""
+
+MIN_HEADS = MIN_COLUMNS // 2
+"""Fewest query heads: of whole numbers, each is two columns."""
+
+MIN_WHOLE = 32
+"""Fewest elements that a product of whole numbers takes."""
 
 TILE_CODE_BYTES = 8192
 """Packed bytes of K and V that one tile of attention converts, at most: more do not fit registers."""
@@ -62,6 +69,9 @@ TILE_WARPS = 1
 INTERPRETED_MULTIPROCESSORS = 2
 """Stands in for the number of multiprocessors where there is no GPU."""
 
+ROOMY_BYTES = 220 << 10
+"""Shared memory that takes 12 programs with two tiles each. Ada and SM120 have 100 KiB."""
+
 OVERLAPPING = (9, 0)
 """Least compute capability of GPUs that begin a launch before the one ahead of it has ended."""
 
@@ -82,6 +92,15 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def is_roomy(device: torch.device) -> bool:
+    """Whether a multiprocessor's shared memory takes two tiles of every program that it runs."""
+    if device.type != "cuda":
+        return False
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return int(shared) >= ROOMY_BYTES
 
 
 @functools.cache
@@ -150,6 +169,7 @@ class Side(_Constants):
         boost: power of two that keeps probability times scale away from float16's subnormal range,
             and below its maximum whatever the scale is.
         cut: share of a group's range that is cut off at each end.
+        whole: whether products of keys can take codes as whole numbers.
     """
 
     bits: int
@@ -170,6 +190,7 @@ class Side(_Constants):
     units: tuple[float, ...]
     boost: float
     cut: float
+    whole: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,16 +252,15 @@ def _side(bits: int, groups: int, head_dim: int, codes: int, meta: int, code_byt
     planes = 1 if bits == 16 else 8 // bits
     width = head_dim // planes
     word = 2 if bits < 16 and width % 2 == 0 and width >= 2 * MIN_DOT else 1
-    group_dim = head_dim // groups
+    group_dim, padded = head_dim // groups, max(MIN_DOT, power_of_2(width))
     places = _places(bits, planes, word)
     return Side(
-        bits, groups, head_dim, codes, meta, code_bytes, planes, width,
-        max(MIN_DOT, power_of_2(width)),
+        bits, groups, head_dim, codes, meta, code_bytes, planes, width, padded,
         group_dim, max(1, groups // planes),
         word, max(MIN_DOT, power_of_2(width // word)),
         1.0 if bits == 16 else 2.0 ** (8 - bits - SUBNORMAL),
         places, tuple(1.0 if bits == 16 else 2.0 ** (place - SUBNORMAL) for place in places),
-        _boost(bits), cut_of(bits, group_dim),
+        _boost(bits), cut_of(bits, group_dim), bits < 16 and padded >= MIN_WHOLE,
     )  # fmt: skip
 
 

@@ -27,9 +27,6 @@ LEAST = tl.constexpr(-1.0e30)
 SMALLEST = tl.constexpr(1.0e-30)
 """Stands in for a sum over no tokens."""
 
-MERGED = tl.constexpr(16)
-"""Chunks whose outputs are read at a time."""
-
 ADDED = tl.constexpr(256)
 """Tokens whose kept probabilities are added at a time."""
 
@@ -37,8 +34,8 @@ ADDED = tl.constexpr(256)
 @triton.jit
 def _merge(
     head, output_ptr, partial_ptr, lse_ptr, row_items_ptr, signs_ptr, norm,
-    G: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    ROTATED: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, MERGED: tl.constexpr,
+    BLOCK: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Merge one query head's chunks by their log-sum-exp, and rotate back; 0 if there are none."""
     row = head // G
@@ -126,14 +123,16 @@ def _add_recomputed(
     at, items_ptr, row_items_ptr, lse_ptr, slots_ptr, centres_ptr, q_ptr, pages_ptr, leaves_ptr, scale,
     score_tiles, layer,
     TIERS: tl.constexpr, TIER: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, CENTRED: tl.constexpr,
+    HEADS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, CENTRED: tl.constexpr,
     RAW_DOT: tl.constexpr, CODE_DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Like `_add_kept`, from keys, where nothing was kept."""
     T: tl.constexpr = TIERS[TIER]
     K: tl.constexpr = T.k
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    DOT: tl.constexpr = RAW_DOT if K.bits == 16 else CODE_DOT
+    INT_DOT: tl.constexpr = tl.int8 if K.whole and CODE_DOT == tl.float16 else CODE_DOT
+    DOT: tl.constexpr = RAW_DOT if K.bits == 16 else INT_DOT
+    GROUP: tl.constexpr = HEADS if HEADS >= 8 or DOT == tl.int8 else 8
     row, _, entry, num_tokens = item_of(items_ptr, at)
     if field_of(items_ptr, at, 4) + tl.cdiv(num_tokens, TILE) > score_tiles:
         lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP)
@@ -175,6 +174,7 @@ def finish_kernel(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
+    MERGED: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     TIERS: tl.constexpr,
@@ -189,7 +189,7 @@ def finish_kernel(
     if pid < num_heads:
         _merge(
             pid, output_ptr, partial_ptr, lse_ptr, row_items_ptr, signs_ptr, norm, G, D, D_PADDED,
-            BLOCK, ROTATED,
+            MERGED, BLOCK, ROTATED,
         )  # fmt: skip
     else:
         first = pid - num_heads
@@ -223,7 +223,7 @@ def recompute_kernel(
     L: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
-    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     TIERS: tl.constexpr,
@@ -244,5 +244,5 @@ def recompute_kernel(
                 _add_recomputed(
                     start + item, items_ptr, row_items_ptr, lse_ptr, slots_ptr, centres_ptr, q_ptr,
                     pages_ptr, leaves_ptr, scale, score_tiles, layer,
-                    TIERS, tier, L, H, G, GROUP, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
+                    TIERS, tier, L, H, G, HEADS, PAGE, TILE, CENTRED, RAW_DOT, CODE_DOT, FAST,
                 )  # fmt: skip

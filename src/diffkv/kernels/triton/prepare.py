@@ -7,7 +7,6 @@ import triton.language as tl
 from torch import Tensor
 
 from diffkv.kernels.triton.append import append_programs, append_side
-from diffkv.kernels.triton.closed import longer
 from diffkv.kernels.triton.constants import cdiv, power_of_2
 from diffkv.kernels.triton.launch import launch
 from diffkv.kernels.triton.order import launch_dependents, wait
@@ -18,7 +17,6 @@ from diffkv.state import NewTokens, PoolState
 __all__ = ["prepare"]
 
 LIST_ROWS = 8
-LIST_COUNT = 1024
 
 VECTORS = 4
 """Queries that a program rotates."""
@@ -164,8 +162,8 @@ def prepare(
         turned, *appended, *strides, query.stride(0), rotation.norm, layer, rows, programs, room,
         closed_room, num_lists, num_queries, num_new,
         G=query.shape[1] // heads, D=head_dim, DP=power_of_2(head_dim),
-        CHAIN_WIDTH=state.chain_width, LONGER=longer(state.segment), ROWS=LIST_ROWS,
-        COUNT=LIST_COUNT, VECTORS=VECTORS, NEW=new is not None, PAGE=state.layout.page_bytes,
+        CHAIN_WIDTH=state.chain_width, ROWS=LIST_ROWS,
+        VECTORS=VECTORS, NEW=new is not None, PAGE=state.layout.page_bytes,
         CENTRED=state.centre_dim > 0,
         enable_fp_fusion=False, num_warps=4, **rotation.constants, **constants,
     )  # fmt: skip

@@ -1,12 +1,15 @@
 """Device functions of attention: scores and weighted values of one tile of tokens, from their codes.
 
 Scale and zero are applied outside of the products: q . (scale * c + zero) = scale * (q . c) + zero *
-sum(q), and likewise for values. A code is a float16 number as it is: its bits are those of one below the
-normal ones, c * 2 ** -24, or more where it stands higher, so that masks take codes out of a word.
+sum(q), and likewise for values. Codes enter products as they are stored, so that masks take them out of
+a word. Those of keys are whole numbers of 8 bits where enough of them stand side by side; a query head
+is then two columns, its upper and its lower digits. Elsewhere a code is a float16 number: its bits are
+those of one below the normal ones, c * 2 ** -24, or more where it stands higher.
 `S` is a `constants.Side`, `T` a `constants.Tier`.
 
 Tokens are the rows of both products and the query heads their columns, of which a product takes as few
-as 8: a group of 4 heads as rows would leave three quarters of every tile idle.
+as 8: a group of 4 heads as rows would leave three quarters of every tile idle. Where they are 4, every
+other column of a product with values is empty.
 """
 
 # Tuples of tensors grow in kernels by +, for Triton knows no (*a, b)
@@ -16,6 +19,16 @@ as 8: a group of 4 heads as rows would leave three quarters of every tile idle.
 import triton
 import triton.language as tl
 
+from diffkv.kernels.triton.constants import MIN_COLUMNS as _MIN_COLUMNS
+from diffkv.kernels.triton.operands import (
+    DIGIT,
+    ROOM,
+    STEPS,
+    codes_as_float16,
+    codes_as_int8,
+    digits,
+    word_codes_as_float16,
+)
 from diffkv.kernels.triton.table import centre_of
 
 __all__ = [
@@ -28,55 +41,10 @@ __all__ = [
     "tile_values",
 ]
 
+MIN_COLUMNS = tl.constexpr(_MIN_COLUMNS)
+
 CENTRE_BLOCK = tl.constexpr(32)
 """Elements of a product with a centre at a time: as many as four threads load, which then add up."""
-
-
-@triton.jit
-def _codes_as_float16(x, PLANE: tl.constexpr, S: tl.constexpr, FAST: tl.constexpr):
-    """uint8 -> float16 code * 2 ** (PLANE * bits - 24); FAST turns four bytes into two words."""
-    MASK: tl.constexpr = ((1 << S.bits) - 1) << (PLANE * S.bits)
-    if FAST:
-        if S.bits == 8:
-            y = tl.inline_asm_elementwise(
-                "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;",
-                "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-            )  # fmt: skip
-        else:
-            TWO: tl.constexpr = MASK * 0x00010001
-            y = tl.inline_asm_elementwise(
-                "{ .reg .b32 t, u; prmt.b32 t, $2, 0, 0x4140; prmt.b32 u, $2, 0, 0x4342; "
-                f"and.b32 $0, t, {TWO}; and.b32 $1, u, {TWO}; }}",
-                "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-            )  # fmt: skip
-    else:
-        y = (x & MASK).to(tl.uint16).to(tl.float16, bitcast=True)
-    return y
-
-
-@triton.jit
-def _word_codes_as_float16(x, PART: tl.constexpr, S: tl.constexpr, FAST: tl.constexpr):
-    """Like `_codes_as_float16`, of one part of words of two bytes: code * `S.units[PART]`."""
-    PLACE: tl.constexpr = S.places[PART]
-    SHIFT: tl.constexpr = PART % 2 * 8 + PART // 2 * S.bits - PLACE
-    MASK: tl.constexpr = ((1 << S.bits) - 1) << PLACE
-    if FAST:
-        TWO: tl.constexpr = MASK * 0x00010001
-        if S.bits == 8:
-            PICK: tl.constexpr = 0x4240 + 0x0101 * PART
-            y = tl.inline_asm_elementwise(
-                f"prmt.b32 $0, $1, 0, {PICK};",
-                "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
-            )  # fmt: skip
-        else:
-            y = tl.inline_asm_elementwise(
-                f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 $0, t, {TWO}; }}",
-                "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
-            )  # fmt: skip
-    else:
-        code = (x.to(tl.uint16, bitcast=True) >> SHIFT) & MASK
-        y = code.to(tl.float16, bitcast=True)
-    return y
 
 
 @triton.jit
@@ -85,7 +53,7 @@ def _plane(x, PLANE: tl.constexpr, S: tl.constexpr, DOT: tl.constexpr, FAST: tl.
     if S.bits == 16:
         y = x.to(DOT)
     else:
-        y = _codes_as_float16(x, PLANE, S, FAST).to(DOT)
+        y = codes_as_float16(x, PLANE, S, FAST).to(DOT)
     return y
 
 
@@ -148,7 +116,8 @@ def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT
 
     Returns operands [padded, GROUP] and the sums of what they are of [GROUP], as tuples, and the factor
     [GROUP] of all scores: with powers of two in all of them that keep numbers in float16's range, and
-    make up for where the codes of a plane stand.
+    make up for where the codes of a plane stand. Of int8 products, operands are [padded, 2 * GROUP], and
+    a NaN is in the sums alone.
     """
     g = tl.arange(0, GROUP)[None, :]
     column = tl.arange(0, S.padded)[:, None]
@@ -161,6 +130,8 @@ def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT
         x = tl.load(at, mask=(g < G) & (column < S.width), other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
         planes = planes + (x,)
+    if DOT == tl.int8:
+        largest *= ROOM
     exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
     factor = exponent.to(tl.float32, bitcast=True)
     inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
@@ -171,13 +142,19 @@ def load_query(q_ptr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, DOT
     totals = ()
     for p in tl.static_range(PLANES):
         for u in tl.static_range(SPLITS):
-            x = tl.where(_in_split(u, S), planes[p] * inverse[None, :], 0.0).to(DOT)
-            if S.bits < 16:
-                operands = operands + ((x * (1 << (8 - (p + 1) * S.bits))).to(DOT),)
+            x = tl.where(_in_split(u, S), planes[p] * inverse[None, :], 0.0)
+            if DOT == tl.int8:
+                x = tl.floor(x * STEPS + 0.5)
+                operands = operands + (digits(x),)
+                total = tl.sum(x, 0)
             else:
+                x = x.to(DOT)
+                total = tl.sum(x.to(tl.float32), 0) * S.unit
+                if S.bits < 16:
+                    x = (x * (1 << (8 - (p + 1) * S.bits))).to(DOT)
                 operands = operands + (x,)
-            totals = totals + (tl.sum(x.to(tl.float32), 0) * S.unit,)
-    return operands, totals, factor / S.unit
+            totals = totals + (total,)
+    return operands, totals, factor / (STEPS if DOT == tl.int8 else S.unit)
 
 
 @triton.jit
@@ -231,13 +208,26 @@ def tile_scores(
     else:
         EACH: tl.constexpr = S.planes * S.split // S.groups  # operands of a group
         for g in tl.static_range(GROUPS):
-            product = tl.zeros([page_ptr.shape[0], GROUP], tl.float32)
             total = tl.zeros([GROUP], tl.float32)
-            for k in tl.static_range(EACH):
-                code = _plane(x, (g * EACH + k) // S.split, S, DOT, FAST)
-                product = tl.dot(code, operands[g * EACH + k], product, input_precision="tf32x3")
-                total += totals[g * EACH + k]
             code_scale, zero = _load_meta(page_ptr, index, g, S)
+            if DOT == tl.int8:
+                both = tl.zeros([page_ptr.shape[0], 2 * GROUP], tl.int32)
+                for k in tl.static_range(EACH):
+                    code = codes_as_int8(x, (g * EACH + k) // S.split, S, FAST)
+                    both = tl.dot(code, operands[g * EACH + k], both, out_dtype=tl.int32)
+                    total += totals[g * EACH + k]
+                upper, lower = tl.split(tl.reshape(both, [page_ptr.shape[0], GROUP, 2]))
+                product = (upper * DIGIT + lower).to(tl.float32)
+                if S.bits == 8:
+                    zero += code_scale * 128.0
+            else:
+                product = tl.zeros([page_ptr.shape[0], GROUP], tl.float32)
+                for k in tl.static_range(EACH):
+                    code = _plane(x, (g * EACH + k) // S.split, S, DOT, FAST)
+                    product = tl.dot(
+                        code, operands[g * EACH + k], product, input_precision="tf32x3"
+                    )
+                    total += totals[g * EACH + k]
             term = product * code_scale[:, None] + total[None, :] * zero[:, None]
             scores = term if g == 0 else scores + term
     return tl.where(valid[:, None], scores, float("-inf"))
@@ -247,6 +237,25 @@ def tile_scores(
 def folded(x):
     """[tokens, GROUP] to [8, GROUP]: sums of rows that one thread holds, so that none are exchanged."""
     return tl.sum(tl.reshape(x, [x.shape[0] // 8, 8, x.shape[1]]), 0)
+
+
+@triton.jit
+def _spread(x):
+    """[tokens, heads], an operand of a product: of fewer heads than that takes, with empty columns."""
+    if x.shape[1] < MIN_COLUMNS:
+        column = tl.arange(0, 2)[None, None, :]
+        both = tl.where(column == 0, x[:, :, None], 0.0).to(x.dtype)
+        x = tl.reshape(both, [x.shape[0], 2 * x.shape[1]])
+    return x
+
+
+@triton.jit
+def _weighted(value, weight, HEADS: tl.constexpr):
+    """[elements, HEADS]: the product with what `_spread` returned."""
+    product = tl.dot(value, weight, input_precision="tf32x3")
+    if HEADS < MIN_COLUMNS:
+        product, _ = tl.split(tl.reshape(product, [product.shape[0], HEADS, 2]))
+    return product
 
 
 @triton.jit
@@ -269,7 +278,8 @@ def tile_values(
     decays = tl.broadcast_to(decay[None, :], [S.padded_words, decay.shape[0]])
     if S.bits == 16:
         value = _load_words(page_ptr, index, S, DTYPE).to(DOT)
-        sums = (tl.fma(sums[0], decays, tl.dot(value, p.to(DOT), input_precision="tf32x3")),)
+        product = _weighted(value, _spread(p.to(DOT)), decay.shape[0])
+        sums = (tl.fma(sums[0], decays, product),)
     else:
         x = _load_words(page_ptr, index, S, DTYPE)
         new_offsets = ()
@@ -279,22 +289,22 @@ def tile_values(
             weight = (p * (scale * S.boost)[:, None]).to(DOT)
             offset = folded(p * zero[:, None])
             new_offsets = new_offsets + (offsets[g] * decay[None, :] + offset,)
-            weights = weights + (weight,)
+            weights = weights + (_spread(weight),)
         offsets = new_offsets
         new_sums = ()
         for part in tl.static_range(PARTS):
             if S.word == 2:
-                code = _word_codes_as_float16(x, part, S, FAST).to(DOT)
+                code = word_codes_as_float16(x, part, S, FAST).to(DOT)
             else:
-                code = _codes_as_float16(x, part, S, FAST).to(DOT)
+                code = codes_as_float16(x, part, S, FAST).to(DOT)
             if S.split == 1:
                 weight = weights[part // S.word * S.groups // S.planes]
-                product = tl.dot(code, weight, input_precision="tf32x3")
+                product = _weighted(code, weight, decay.shape[0])
             else:
                 product = tl.zeros([S.padded_words, decay.shape[0]], tl.float32)
                 for u in tl.static_range(SPLITS):
                     weight = weights[part // S.word * S.split + u]
-                    term = tl.dot(code, weight, input_precision="tf32x3")
+                    term = _weighted(code, weight, decay.shape[0])
                     inside = part_elements(part, S) // S.group_dim % S.split == u
                     product = tl.where(inside[:, None], term, product)
             new_sums = new_sums + (tl.fma(sums[part], decays, product),)

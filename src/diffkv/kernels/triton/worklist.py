@@ -1,14 +1,13 @@
 """The work list of attention: every head's pages in chunks, listed flat, so that all are of a size.
 
-A chunk is of one head and one tier. How many pages it has follows from the head's own tokens alone, so
-that results do not depend on which other requests are in a batch. It grows with the root of their
-number: a short head alone on a GPU takes the time of one chunk, and many long heads the time of all, to
-which each adds what it costs to begin one and to merge its result.
+A chunk is of one head and one tier. How many pages it has follows from the head's own tokens, and from
+whether the batch is a crowd (`attend`): nothing else about other requests changes a result. It grows
+with the root of their number: a short head alone on a GPU takes the time of one chunk, and many long
+heads the time of all, to which each adds what it costs to begin one and to merge its result.
 
 A chunk of an open row is a power of two and no larger than a leaf of a page table, so that its pages are
 named side by side: looking for the leaf of every page in the loop over them, whose loads then depend on
 each other three deep, makes attention slower.
-
 """
 
 import math

@@ -17,6 +17,7 @@ from diffkv.kernels.check import check_state
 from diffkv.kernels.triton.constants import (
     Table,
     Tier,
+    is_roomy,
     multiprocessors,
     power_of_2,
     tiers_of,
@@ -26,23 +27,28 @@ from diffkv.kernels.triton.worklist import CHUNK_TOKENS
 from diffkv.layout import PageLayout
 from diffkv.state import PoolState
 
-__all__ = ["Tuning", "Workspace", "workspace"]
+__all__ = ["MOST_REGISTERS", "Tuning", "Workspace", "workspace"]
 
 MAX_VIEWS = 1024
+
+MOST_REGISTERS = 255
+"""Of a thread."""
 
 
 @dataclass(frozen=True)
 class Tuning:
     """Launch parameters of `attend`; no result depends on it beyond rounding.
 
-    Defaults are for two tiers, whose code needs all registers that a thread can have: `of` knows better.
+    Defaults are for vectors of 16 bits and large ones, which take the most registers and shared memory:
+    `of` knows better.
 
     Attributes:
         num_warps: warps of a program.
-        num_stages: tiles in flight.
-        programs: per multiprocessor.
+        num_stages: of a tile: its pages are looked up, loaded, and attended to. With 5, two tiles are
+            on their way while one is attended to; with 3 or 4, one.
+        programs: per multiprocessor, where there is work for all.
         tile: tokens of a tile, a power of two of at least 16; None: by head_dim.
-        max_registers: registers of a thread, at most; left to itself, the compiler may rather spill.
+        max_registers: registers of a thread, at most, so that all programs run at once.
         fast: convert codes with `prmt`, which the interpreter does not know.
         score_tiles: tiles of one layer whose probabilities are kept between the passes; those of
             further tiles are computed twice. None: a share of the pool.
@@ -53,18 +59,19 @@ class Tuning:
     num_stages: int = 3
     programs: int = 8
     tile: int | None = None
-    max_registers: int = 255
+    max_registers: int = MOST_REGISTERS
     fast: bool = True
     score_tiles: int | None = None
     chunk_tokens: int = CHUNK_TOKENS
 
     @classmethod
-    def of(cls, layout: PageLayout, dtype: torch.dtype, fast: bool) -> "Tuning":
-        """Those for a layout, and a model's dtype."""
-        fmt = layout.high.format
-        coded = max(fmt.k_bits, fmt.v_bits) < 16 and fmt.v_groups == 1
-        if coded and layout.low is None and layout.head_dim <= 128 and dtype.itemsize == 2:
-            return cls(programs=12, max_registers=168, fast=fast)
+    def of(cls, layout: PageLayout, dtype: torch.dtype, fast: bool, roomy: bool) -> "Tuning":
+        """Those for a layout, a model's dtype, and a device with much shared memory or less."""
+        formats = [tier.format for tier in layout.tiers]
+        coded = all(max(fmt.k_bits, fmt.v_bits) < 16 and fmt.v_groups == 1 for fmt in formats)
+        if coded and layout.head_dim <= 128 and dtype.itemsize == 2:
+            stages = 5 if roomy else 3
+            return cls(num_stages=stages, programs=12, max_registers=168, fast=fast)
         return cls(fast=fast)
 
 
@@ -148,7 +155,7 @@ def workspace(state: PoolState) -> Workspace:
     """
     device = state.pages.device
     check_state(state, device)
-    tuning = Tuning.of(state.layout, state.dtype, device.type == "cuda")
+    tuning = Tuning.of(state.layout, state.dtype, device.type == "cuda", is_roomy(device))
     table = Table(state.directory_width, state.leaf_entries)
     has_chains = state.chain_width > 0
     return Workspace(
