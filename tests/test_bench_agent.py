@@ -28,13 +28,13 @@ def test_a_conversation_grows_by_answers_and_new_tokens():
         mine.ask(10.0)
     mine.hear([], False, 0, 10.1)
     mine.hear([7], False, 0, 10.5)
-    mine.hear([7, 8], True, 0, 11.0)
+    mine.hear([8], True, 0, 11.0)
     assert mine.ask(11.0) == [1, 2, 7, 8, 3]
     mine.hear([9, 9], True, 4, 11.25)
     assert not mine.is_over
     assert mine.ask(20.0) == [1, 2, 7, 8, 3, 9, 9, 4, 5]
     mine.hear([6], False, 5, 20.125)
-    mine.hear([6, 6], True, 0, 20.5)
+    mine.hear([6], True, 0, 20.5)
     assert mine.is_over
     assert mine.answers == [[7, 8], [9, 9], [6, 6]]
     assert (mine.waited, mine.cached, mine.prompt_lens) == (

@@ -33,6 +33,7 @@ class Conversation:
     prompt_lens: list[int] = field(default_factory=list)
     cached: list[int] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
+    _answer: list[int] = field(default_factory=list)
     _asked_at: float = 0.0
 
     @property
@@ -50,10 +51,10 @@ class Conversation:
         return self.prompt
 
     def hear(self, tokens: Sequence[int], is_complete: bool, cached: int, now: float) -> None:
-        """Take what there is of the answer.
+        """Take what has come of the answer.
 
         Args:
-            tokens: all of its tokens so far.
+            tokens: its tokens since the last time.
             is_complete: whether there are no more to come.
             cached: tokens of the prompt that were not computed again.
             now: time in seconds.
@@ -61,8 +62,10 @@ class Conversation:
         if tokens and len(self.waited) < len(self.prompt_lens):
             self.waited.append(now - self._asked_at)
             self.cached.append(cached)
+        self._answer.extend(tokens)
         if is_complete:
-            self.answers.append(list(tokens))
+            self.answers.append(self._answer)
+            self._answer = []
 
 
 def by_turn(conversations: Sequence[Conversation]) -> dict[str, Any]:

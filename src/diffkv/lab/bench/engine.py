@@ -115,8 +115,13 @@ def _scheduled(scheduler: Any, output: Any) -> tuple[int, int]:
     return prompt, generated
 
 
-def _drive(llm: Any, load: Load, profile: bool = False) -> tuple[_Steps, float, list[Conversation]]:
-    """Run all conversations of a load to their end; the sums, the seconds it took, and what was said."""
+def _drive(
+    llm: Any, load: Load, streams: bool = False, profile: bool = False
+) -> tuple[_Steps, float, list[Conversation]]:
+    """Run all conversations of a load to their end; the sums, the seconds it took, and what was said.
+
+    Where answers are not streamed they come when they are complete, as from `LLM.generate`.
+    """
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     schedule, update, profiles = (
@@ -141,31 +146,38 @@ def _drive(llm: Any, load: Load, profile: bool = False) -> tuple[_Steps, float, 
     scheduler.schedule, scheduler.update_from_output = scheduling, updating
     conversations = [Conversation(turns, count) for turns, count in zip(*load, strict=True)]
     for number, each in enumerate(conversations):
-        _ask(engine, number, each)
+        _ask(engine, number, each, streams)
     steps = _Steps()
     while engine.has_unfinished_requests():
         outputs = engine.step()
         profiles.stop()
         steps.look(scheduler)
-        _hear(engine, conversations, outputs)
+        _hear(engine, conversations, outputs, streams)
     seconds = time.perf_counter() - steps.begin
     profiles.show()
     scheduler.schedule, scheduler.update_from_output = schedule, update
     return steps, seconds, conversations
 
 
-def _ask(engine: Any, number: int, conversation: Conversation) -> None:
+def _ask(engine: Any, number: int, conversation: Conversation, streams: bool) -> None:
     """Give the engine a conversation's next turn."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(
-        temperature=0, max_tokens=conversation.max_tokens, ignore_eos=True, detokenize=False
+        temperature=0,
+        max_tokens=conversation.max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY,
     )
     prompt = {"prompt_token_ids": conversation.ask(time.perf_counter())}
     engine.add_request(f"{number}-{len(conversation.answers)}", prompt, params)
 
 
-def _hear(engine: Any, conversations: Sequence[Conversation], outputs: Sequence[Any]) -> None:
+def _hear(
+    engine: Any, conversations: Sequence[Conversation], outputs: Sequence[Any], streams: bool
+) -> None:
     """Pass on what a step generated; a conversation that waits for nothing goes on at once."""
     now = time.perf_counter()
     for output in outputs:
@@ -173,7 +185,7 @@ def _hear(engine: Any, conversations: Sequence[Conversation], outputs: Sequence[
         mine, tokens = conversations[number], output.outputs[0].token_ids
         mine.hear(tokens, output.finished, output.num_cached_tokens or 0, now)
         if output.finished and not mine.is_over:
-            _ask(engine, number, mine)
+            _ask(engine, number, mine, streams)
 
 
 def _peak_memory(device: str) -> int:
@@ -250,7 +262,7 @@ def _measured(llm: Any, job: Job, load: Load) -> dict[str, Any]:
 
     is_caching = _forget(llm)
     before, cpu_before = _totals(llm, job), time.process_time()
-    steps, seconds, conversations = _drive(llm, load, job.profile)
+    steps, seconds, conversations = _drive(llm, load, job.turns, job.profile)
     cpu_seconds = time.process_time() - cpu_before
     spent = {name: value - before[name] for name, value in _totals(llm, job).items()}
     generated = sum(len(answer) for each in conversations for answer in each.answers)
