@@ -6,7 +6,7 @@ import importlib
 import pytest
 import torch
 from backends import Pair, ints
-from make import make_state
+from make import copy_of, make_state
 from test_attend import attended, check, filled
 from test_chains import chained
 
@@ -112,6 +112,20 @@ def test_long_closed_rows_are_in_parts(triton):
     """Each part of more tokens than the smallest chunk, and of more pages than a leaf names."""
     shape = {"segment": 512, "num_kv_heads": 1}
     state = chained(triton, lens=[9, 1300, 450], chains={0: [1], 2: [1, 1]}, **shape)
+    check(triton, state, [0, 2], 4)
+
+
+@pytest.mark.parametrize(("multiprocessors", "longer"), [(1000, 4), (4, 4), (1, 0)])
+def test_few_rows_and_a_crowd(triton, monkeypatch, multiprocessors, longer):
+    """Batches of these sizes differ in programs, in chunks, and in how much is read at a time."""
+    workspaces = importlib.import_module("diffkv.kernels.triton.workspace")
+    monkeypatch.setattr(workspaces, "multiprocessors", lambda _: multiprocessors)
+    shape = {"segment": 4096, "num_kv_heads": 3}
+    state = chained(triton, "k8v8-k4v2", 64, lens=[600, 1300, 40], chains={0: [1], 2: [1]}, **shape)
+    placed = triton.place(copy_of(state))
+    sizes = importlib.import_module("diffkv.kernels.triton.batch")
+    batch = sizes.Batch.of(6, state.segment, workspaces.workspace(placed))
+    assert (batch.longer, batch.merged) == (longer, 16 if longer else 8)
     check(triton, state, [0, 2], 4)
 
 

@@ -299,7 +299,7 @@ def attend(
     prepare(
         state, layer, slots, (items, row_items, num_items), (*rooms, programs), query, turned, rotation,
         new, {"MAX": chunks, "CLOSED": closed, "TOKENS": batch.chunk_tokens, "LONGER": batch.longer,
-              "COUNT": batch.count, **tiles, **tables},
+              "COUNT": batch.counted, **tiles, **tables},
     )  # fmt: skip
     paged = {"G": group, "PAGE": state.layout.page_bytes, **tiles}
     shared = {"HEADS": max(MIN_HEADS, group_padded), **paged}

@@ -30,7 +30,7 @@ class Batch(NamedTuple):
         chunk_tokens: high tokens of the smallest chunk: twice as many in a crowd, where a row for every
             other program keeps all busy.
         longer: see `closed.longer`.
-        count: rows that are counted at a time.
+        counted: rows at a time, where work is listed.
         merged: chunks whose outputs are merged at a time.
     """
 
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     registers: int
     chunk_tokens: int
     longer: int
-    count: int
+    counted: int
     merged: int
 
     @classmethod
