@@ -92,9 +92,10 @@ def _cpu_prefill(dtype: torch.dtype, head_dim: int) -> Prefill:
         for q, k, v, out in zip(queries, keys, values, outputs, strict=True):
             (total, num_kv_heads, _), num_heads = k.shape, q.shape[1]
             num_blocks = -(-total // BLOCK_TOKENS)
-            # Zeros: the kernel may read a block's unused end before it masks it
             shape = (num_blocks, num_kv_heads, KV * BLOCK_TOKENS, head_dim)
-            caches = torch.zeros(shape, dtype=dtype).chunk(KV, dim=2)
+            blocks = torch.empty(shape, dtype=dtype)
+            blocks[-1] = 0  # the kernel may read a block's unused end before it masks it
+            caches = blocks.chunk(KV, dim=2)
             ops.cpu_attn_reshape_and_cache(k, v, *caches, torch.arange(total), isa)
             starts = torch.tensor([0, len(q)], dtype=torch.int32)
             lengths = torch.tensor([total], dtype=torch.int32)
