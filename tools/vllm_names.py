@@ -516,6 +516,7 @@ HOOKS = (
             "key_packed_size, value_quant_bits, *, key_fp8, norm_correction, PiT, mid_o_buf, "
             "output_buf, lse_buf, max_num_kv_splits)",
         ),
+        reads={"vllm.sampling_params:RequestOutputKind": "DELTA FINAL_ONLY"},
     ),
 )
 
