@@ -87,8 +87,10 @@ class DiffKVCache:
             self._ops.centre_rows(state, 0, unnamed, one, key)
         tokens = PromptTokens(nobody, one, key, key, torch.zeros_like(nobody))
         self._ops.store_prompt(state, 0, tokens, tiers, sums)
-        for num in sorted({1, min(num_requests, state.num_slots)}):
+        num = min(num_requests, state.num_slots)
+        while num > 0:  # kernels may differ by the size of a batch; the largest makes the memory
             self._decode_nobody(query, key, num)
+            num //= 2
         self._ops.store_prompt(self._prompts.exact, 0, tokens, tiers, sums)
         for each in (state, self._prompts.exact):
             first = self._slot_tensor([0])
