@@ -261,6 +261,25 @@ def _finishers(state: PoolState, work: Workspace, most: int) -> int:
     return min(most, work.multiprocessors * FINISH_PROGRAMS)
 
 
+def _recompute(
+    state: PoolState,
+    layer: int,
+    slots: Tensor,
+    scratch: _Scratch,
+    scale: float,
+    programs: int,
+    constants: dict[str, Any],
+) -> None:
+    """Add to the sums of tokens whose probabilities are not kept."""
+    launch(
+        recompute_kernel, (programs,),
+        slots, state.centres, scratch.query, state.pages, state.leaves, scratch.items,
+        scratch.num_items, scratch.row_items, scratch.lse, scale, len(scratch.most), layer,
+        *scratch.rooms, L=state.num_layers, H=state.num_kv_heads, num_warps=1, num_stages=2,
+        **constants,
+    )  # fmt: skip
+
+
 def attend(
     state: PoolState,
     layer: int,
@@ -319,9 +338,4 @@ def attend(
         num_warps=1, num_stages=2, **paged, **rotation.constants,
     )  # fmt: skip
     if not keeps_all:
-        launch(
-            recompute_kernel, (programs,),
-            slots, state.centres, turned, state.pages, state.leaves, items, num_items, row_items, lse,
-            scale, score_tiles, layer, *rooms, L=state.num_layers, H=heads,
-            num_warps=1, num_stages=2, **shared, **products,
-        )  # fmt: skip
+        _recompute(state, layer, slots, scratch, scale, programs, {**shared, **products})

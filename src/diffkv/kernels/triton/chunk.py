@@ -10,6 +10,7 @@ import triton.language as tl
 from diffkv.kernels.triton.closed import leaf_of_chain
 from diffkv.kernels.triton.items import field_of, item_of
 from diffkv.kernels.triton.tile import (
+    MIN_COLUMNS,
     centre_shift,
     folded,
     load_query,
@@ -182,7 +183,7 @@ def attend_item(
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     INT_DOT: tl.constexpr = tl.int8 if K.whole and CODE_DOT == tl.float16 else CODE_DOT
     K_DOT: tl.constexpr = RAW_DOT if K.bits == 16 else INT_DOT
-    GROUP: tl.constexpr = HEADS if HEADS >= 8 or K_DOT == tl.int8 else 8
+    GROUP: tl.constexpr = HEADS if HEADS >= MIN_COLUMNS or K_DOT == tl.int8 else MIN_COLUMNS
     V_DOT: tl.constexpr = RAW_DOT if V.bits == 16 else CODE_DOT
     PARTS: tl.constexpr = V.planes * V.word
     GROUPS: tl.constexpr = V.groups

@@ -14,7 +14,13 @@ from diffkv.kernels.triton.items import (
 )
 from diffkv.kernels.triton.order import launch_dependents, wait
 from diffkv.kernels.triton.rotate import rotated
-from diffkv.kernels.triton.tile import centre_shift, load_query, tile_places, tile_scores
+from diffkv.kernels.triton.tile import (
+    MIN_COLUMNS,
+    centre_shift,
+    load_query,
+    tile_places,
+    tile_scores,
+)
 
 __all__ = ["finish_kernel", "recompute_kernel"]
 
@@ -132,7 +138,7 @@ def _add_recomputed(
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     INT_DOT: tl.constexpr = tl.int8 if K.whole and CODE_DOT == tl.float16 else CODE_DOT
     DOT: tl.constexpr = RAW_DOT if K.bits == 16 else INT_DOT
-    GROUP: tl.constexpr = HEADS if HEADS >= 8 or DOT == tl.int8 else 8
+    GROUP: tl.constexpr = HEADS if HEADS >= MIN_COLUMNS or DOT == tl.int8 else MIN_COLUMNS
     row, _, entry, num_tokens = item_of(items_ptr, at)
     if field_of(items_ptr, at, 4) + tl.cdiv(num_tokens, TILE) > score_tiles:
         lse = _row_lse(lse_ptr, row_items_ptr, row, G, GROUP)

@@ -32,6 +32,7 @@ from diffkv.kernels.triton.operands import (
 from diffkv.kernels.triton.table import centre_of
 
 __all__ = [
+    "MIN_COLUMNS",
     "centre_shift",
     "folded",
     "load_query",
