@@ -106,18 +106,18 @@ def test_chunks_are_cut_into_waves():
     ]
     plan = known.plan(chunks)
     assert rows_of(plan.rows, 60) == [*range(2, 44), *range(50, 55)]
-    first, second, third = plan.waves
-    assert [(p.slot, p.first, p.stop, p.target) for p in first.parts] == [
-        (3, 10, 16, 10), (1, 16, 21, 1), (2, 20, 23, None), (4, 0, 5, 4),
+    begin, first, second, third = plan.waves
+    assert [(p.slot, p.first, p.stop, p.target) for p in (*begin.parts, *first.parts)] == [
+        (4, 0, 5, 4), (3, 10, 16, 10), (1, 16, 21, 1), (2, 20, 23, None),
     ]  # fmt: skip
     assert [(p.first, p.stop, p.target) for p in (*second.parts, *third.parts)] == [
         (16, 32, 11), (32, 44, 3),
     ]  # fmt: skip
-    assert first.spans.num_keys == (16, 21, 23, 5)
+    assert first.spans.num_keys == (16, 21, 23)
     assert rows_of(first.waiting.rows, 60) == [39, 40, 41]
     assert first.waiting.packing.slots.tolist() == [2]
     assert first.waiting.packing.positions.tolist() == [20, 21, 22]
-    decided, high = first.complete
+    (decided,), (high,) = first.complete, begin.complete
     assert decided.packing.slots.tolist() == [10, 1]
     assert decided.packing.positions.tolist() == [*range(16), *range(16, 21)]
     assert decided.waited.tolist() == [3]
@@ -132,9 +132,52 @@ def test_chunks_are_cut_into_waves():
     assert rows_of(high.rows, 60) == [42, 43, 44, 45, 46]
     assert (high.packing.slots.tolist(), high.scoring) == ([4], None)
     last = third.parts[0]
-    assert (last.chain, last.starts, last.closed) == ((10, 11), (0, 16, 32), None)
-    assert first.parts[1].closed.slots.tolist() == [8]
+    assert (last.chain, last.starts) == ((10, 11), (0, 16, 32))
     assert known._state.chains[3, :2].tolist() == [10, 11]
+    sight = first.before
+    assert (begin.before, begin.after, first.after, second.before) == (None, None, None, None)
+    assert sight.starts == (0, 44, 65, 88), "each up to the end of its chunk"
+    assert (sight.closed.span, sight.closed.slots.tolist()) == (slice(44, 81), [8, 9])
+    assert sight.closed.starts.tolist() == [0, 21]
+    assert [(rows.span, rows.slots.tolist()) for rows in sight.waited] == [
+        (slice(0, 10), [3]), (slice(81, 85), [2]),
+    ]  # fmt: skip
+    assert rows_of(sight.places, 88) == [*range(10, 44), *range(60, 65), *range(85, 88)]
+    assert rows_of(sight.own, 60) == [*range(42)]
+    assert not first.sees_all and not third.sees_all
+
+
+def test_beginnings_of_prompts_are_attended_to_where_they_are():
+    """What is between them counts as prompts of their own, which a later wave attends to again."""
+    known, length = chains(parse("paper"), segment=16), 300
+    for slot in range(3):
+        known.open(slot, RowEnds(16, length), Thresholds(3, 0), (), (0,))
+    chunks = [
+        PromptChunk(0, slice(0, 16), 0, length, (5,)),
+        PromptChunk(1, slice(16, 36), 0, length, (6,)),
+        PromptChunk(2, slice(36, 56), 0, length, (7,)),
+    ]
+    first, second = known.plan(chunks).waves
+    assert first.rows == slice(0, 52)
+    assert first.spans.num_queries == first.spans.num_keys == (16, 16, 4, 16)
+    (complete,) = first.complete
+    assert rows_of(complete.rows, 56) == [*range(32), *range(36, 52)]
+    assert rows_of(complete.scoring.queries, 56) == rows_of(complete.rows, 56)
+    assert (first.after.starts, first.after.closed.slots.tolist()) == ((0, 20, 40), [6, 7])
+    assert (first.after.closed.span, first.after.closed.starts.tolist()) == (slice(0, 36), [0, 20])
+    assert [p.slot for p in second.parts] == [1, 2] and second.sees_all and second.after is None
+    assert rows_of(second.rows, 56) == [*range(32, 36), *range(52, 56)]
+    # More between them than there is of them: they are put together
+    chunks = [
+        PromptChunk(slot, slice(at, at + 64), 0, length, tuple(range(5, 9)))
+        for slot, at in ((0, 0), (1, 64))
+    ]
+    known = chains(parse("paper"), segment=16)
+    for slot in range(2):
+        known.open(slot, RowEnds(16, length), Thresholds(3, 0), (), (0,))
+    first = known.plan(chunks).waves[0]
+    assert rows_of(first.rows, 128) == [*range(16), *range(64, 80)]
+    assert first.spans.num_queries == (16, 16)
 
 
 def test_thresholds_count_all_tokens_so_far():

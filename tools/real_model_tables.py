@@ -132,11 +132,11 @@ def figures(score: DistanceScore) -> tuple[str, ...]:
 
 
 def measured(results: Iterable[rows.Row]) -> dict[str, DistanceScore]:
-    """Over all texts, by the name of the cache."""
+    """Over all texts, by the name of the cache, in transformers: with one model for all, in float32."""
     return {
         row["cache"]: scores(row)[row["contexts"].index(ALL_TEXTS)]
         for row in results
-        if row.kind == DISTANCES and row.error is None
+        if row.kind == DISTANCES and row["engine"] == "hf" and row.error is None
     }
 
 

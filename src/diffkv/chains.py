@@ -1,6 +1,6 @@
 """The rows of the requests of a cache, and the parts of their prompts that become rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 
@@ -11,8 +11,9 @@ from diffkv.policies import Policy
 from diffkv.policy import Thresholds
 from diffkv.segments import RowEnds
 from diffkv.state import PoolState
-from diffkv.steps import Part, PromptChunk, PromptPlan, Wave
+from diffkv.steps import PromptChunk, PromptPlan
 from diffkv.uploads import Place, Uploads, at_once
+from diffkv.waves import Part, Wave
 
 __all__ = ["SEEN_BYTES", "Chains"]
 
@@ -111,10 +112,12 @@ class Chains:
         starts = [0, *accumulate(chunk.num_new for chunk in chunks)]
         before = [len(self._requests[chunk.slot].chain) for chunk in chunks]
         by_chunk = [self._parts(c, s, uploads.add) for c, s in zip(chunks, starts, strict=False)]
+        begins = [parts for parts in by_chunk if not parts[0].first]
+        goes_on = [parts for parts in by_chunk if parts[0].first]
         waves = tuple(
-            Wave.of([p for p in parts if p is not None], self._policy, self._state, uploads.add)
-            for some in self._seen_at_once(by_chunk)
-            for parts in zip_longest(*some)
+            wave
+            for group in (*self._seen_at_once(begins), *self._seen_at_once(goes_on))
+            for wave in self._waves(group, uploads.add)
         )
         plan = PromptPlan(spans_of([c.span for c in chunks], uploads.add), waves)
         grown = [
@@ -126,6 +129,15 @@ class Chains:
         for slot, num, rows in grown:
             self._write(slot, num, rows)
         return plan
+
+    def _waves(self, group: list[list[Part]], place: Place) -> Iterator[Wave]:
+        """The parts of some chunks: the first ones of all, then the second ones, and so on."""
+        seen = None
+        for parts in zip_longest(*group):
+            some = [part for part in parts if part is not None]
+            wave = Wave.of(some, seen, self._policy, self._state, place)
+            seen = seen or wave.before or wave.after
+            yield wave
 
     def _seen_at_once(self, by_chunk: Sequence[list[Part]]) -> list[list[list[Part]]]:
         """Put chunks together, by their parts, so that what they see is in memory at once."""
@@ -170,9 +182,8 @@ class Chains:
         place: Place,
     ) -> Part:
         request = self._requests[chunk.slot]
-        start, begins = request.starts[-1], first == chunk.num_stored
+        start = request.starts[-1]
         row_end = request.ends.after(start) or chunk.prompt_len
-        waited = [chunk.slot] if first > start else []
         stored = [target] if target is not None and stop < chunk.end else []
         return Part(
             slot=chunk.slot,
@@ -186,7 +197,5 @@ class Chains:
             is_last=stop == chunk.prompt_len,
             thresholds=request.thresholds if self.decides(chunk.slot) else None,
             rows=slice(offset + first, offset + stop),
-            closed=RowPlaces.of(request.chain, request.starts, place) if begins else None,
-            waited=RowPlaces.of(waited, (start, first), place),
-            stored=RowPlaces.of(stored, (start, stop), place),
+            stored=RowPlaces.of(stored, [start], stop, place),
         )

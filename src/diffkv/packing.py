@@ -20,9 +20,10 @@ class RowPlaces:
     """Rows that are read back together, and where their tokens go.
 
     Attributes:
-        span: the place of all of them in their request.
+        span: the place of all of them among tokens that are seen.
         slots: [C] int32.
-        starts: [C] int32, where each one's tokens begin, counted from the start of `span`.
+        starts: [C] int32, where each one's tokens begin, counted from the start of `span`. What is
+            between the tokens of a row and those of the next is written too, with anything.
     """
 
     span: slice
@@ -30,12 +31,14 @@ class RowPlaces:
     starts: Tensor
 
     @classmethod
-    def of(cls, slots: Sequence[int], bounds: Sequence[int], place: Place) -> "RowPlaces | None":
-        """Rows between neighbouring bounds; None if there are none."""
+    def of(
+        cls, slots: Sequence[int], begins: Sequence[int], end: int, place: Place
+    ) -> "RowPlaces | None":
+        """Rows that begin there, the last of which ends at `end`; None if there are none."""
         if not slots:
             return None
-        starts = [bound - bounds[0] for bound in bounds[:-1]]
-        return cls(slice(bounds[0], bounds[-1]), place(slots), place(starts))
+        starts = [begin - begins[0] for begin in begins]
+        return cls(slice(begins[0], end), place(slots), place(starts))
 
 
 @dataclass(frozen=True)

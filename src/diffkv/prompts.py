@@ -24,9 +24,10 @@ from diffkv.prefill import Prefill, Spans
 from diffkv.reading import Reader, Seen
 from diffkv.rotator import Rotator
 from diffkv.state import PoolState
-from diffkv.steps import Completion, Part, PromptChunk, PromptPlan, Scoring, Waiting, Wave
+from diffkv.steps import PromptChunk, PromptPlan
 from diffkv.uploads import at_once
 from diffkv.value_range import ValueRange
+from diffkv.waves import Completion, Part, Scoring, Sight, Waiting, Wave
 
 __all__ = ["PromptPath"]
 
@@ -124,19 +125,20 @@ class PromptPath:
         out = output[rows] if in_place else torch.empty_like(vectors[0])
         seen: dict[int, Seen] = {}
         for wave in plan.waves:
-            self._see(layer, [part for part in wave.parts if part.first], seen, vectors)
+            if wave.before is not None:
+                seen |= self._see(layer, wave.before, vectors)
             attended = self._attend_wave(wave, seen, vectors, out)
             for completion in wave.complete:
-                self._complete(layer, completion, seen, vectors, turned, attended)
+                self._complete(layer, wave, completion, seen, vectors, turned, attended)
             if wave.waiting is not None:
                 self._wait(layer, wave.waiting, vectors)
-            followed = [part for part in wave.parts if part.end > part.stop]
-            self._see(layer, followed, seen, vectors)
             for part in wave.parts:
-                if part.end > part.stop:
-                    seen[part.slot].close(part)
-                else:
+                if part.end == part.stop:
                     seen.pop(part.slot, None)
+                elif part.slot in seen:
+                    seen[part.slot].close(part)
+            if wave.after is not None:
+                seen |= self._see(layer, wave.after, vectors)
         if not in_place:
             output[rows] = out
 
@@ -147,15 +149,10 @@ class PromptPath:
             return None
         return self._rotator.rotate(key), self._rotator.rotate(value)
 
-    def _see(
-        self, layer: int, parts: Sequence[Part], seen: dict[int, Seen], vectors: Vectors
-    ) -> None:
-        """Gather what some requests' parts see, where that has not been done."""
-        for part in parts:
-            if part.slot not in seen:
-                chunk = slice(part.rows.start, part.rows.start + part.end - part.first)
-                own = vectors[1][chunk], vectors[2][chunk]
-                seen[part.slot] = Seen(self._reader, layer, part, *own, self._drops(part))
+    def _see(self, layer: int, sight: Sight, vectors: Vectors) -> dict[int, Seen]:
+        """Gather what some requests see."""
+        drops = any(self._drops(part) for part in sight.parts)
+        return Seen.of(self._reader, layer, sight, *vectors[1:], drops)
 
     def _drops(self, part: Part) -> bool:
         """Whether heads may keep different tokens of a request's rows."""
@@ -185,8 +182,10 @@ class PromptPath:
     @staticmethod
     def _context(wave: Wave, seen: dict[int, Seen], vectors: Vectors) -> tuple[Tensor, Tensor]:
         """Keys and values that the parts of a wave attend to, one part after the other."""
-        if not any(part.first for part in wave.parts):
+        if not wave.parts[0].first:
             return vectors[1][wave.rows], vectors[2][wave.rows]
+        if wave.sees_all:
+            return seen[wave.parts[0].slot].together
         pairs = [PromptPath._pair(part, seen, vectors) for part in wave.parts]
         return joined([key for key, _ in pairs]), joined([value for _, value in pairs])
 
@@ -213,6 +212,7 @@ class PromptPath:
     def _complete(
         self,
         layer: int,
+        wave: Wave,
         completion: Completion,
         seen: dict[int, Seen],
         vectors: Vectors,
@@ -226,7 +226,7 @@ class PromptPath:
             queries = self._scoring_queries(
                 layer, completion, completion.scoring, vectors, attended
             )
-            sums = self._sums(completion, completion.scoring, seen, vectors, queries)
+            sums = self._sums(wave, completion, completion.scoring, seen, vectors, queries)
             tiers = self._decide(completion, completion.scoring, sums, seen, vectors)
         state, packing = self._state, completion.packing
         if completion.waited is not None:
@@ -297,6 +297,7 @@ class PromptPath:
 
     def _sums(
         self,
+        wave: Wave,
         completion: Completion,
         scoring: Scoring,
         seen: dict[int, Seen],
@@ -310,12 +311,12 @@ class PromptPath:
             each = queries.split([min(part.length, most) for part in parts])
             sums = [self._sums_by_head(*of, seen, vectors) for of in zip(parts, each, strict=True)]
             return torch.cat(sums, 1)
-        if completion.rows is not None and not any(part.first for part in parts):
+        if parts == wave.parts and wave.sees_all:
+            keys, _ = seen[parts[0].slot].together
+        elif completion.rows is not None and not parts[0].first:
             keys = vectors[1][completion.rows]
         else:
-            keys = joined(
-                [seen[p.slot].key[: p.stop] if p.first else vectors[1][p.rows] for p in parts]
-            )
+            keys = joined([self._pair(part, seen, vectors)[0] for part in parts])
         starts = scoring.query_starts, scoring.key_starts, completion.packing.starts
         num, most = completion.packing.num_tokens, scoring.max_queries
         return self._ops.significance(queries, keys, *starts, num, self._scale, most, lse)

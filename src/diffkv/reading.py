@@ -4,6 +4,7 @@ Everything is as the model makes it: what is rotated in pages is turned back whe
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from diffkv.policy import DROPPED, HIGH
 from diffkv.prefill import Prefill, Spans
 from diffkv.rotator import Rotator
 from diffkv.state import PoolState
-from diffkv.steps import Part
 from diffkv.uploads import at_once
+from diffkv.waves import Part, Sight
 
 __all__ = ["HeadPacking", "Reader", "Seen"]
 
@@ -37,12 +38,12 @@ class Reader:
         self.exact = state.exact()
 
     def read(self, layer: int, rows: RowPlaces, pairs: Tensor, waits: bool = False) -> Tensor:
-        """Read rows to the places where they are in their request.
+        """Read rows to their places among tokens that are seen.
 
         Args:
             layer: number of the layer.
             rows: the rows.
-            pairs: [tokens, 2, num_kv_heads, head_dim], the request's keys and values; changes.
+            pairs: [tokens, 2, num_kv_heads, head_dim], keys and values that are seen; changes.
             waits: whether the rows' tokens wait.
 
         Returns:
@@ -63,44 +64,73 @@ class Seen:
     Args:
         reader: reads the request's rows.
         layer: number of the layer.
-        part: first part of the chunk.
-        key: [tokens, num_kv_heads, head_dim] of the chunk.
-        value: likewise.
-        drops: whether heads may keep different tokens.
+        pairs: [end of the chunk, 2, num_kv_heads, head_dim].
+        tiers: [num_kv_heads, end of the chunk] int8; None where all heads keep the same.
+        together: keys and values of all requests that are seen with it, one after the other.
 
     Attributes:
-        key: [part.end, num_kv_heads, head_dim], the model's dtype; rows are apart.
+        key: [end of the chunk, num_kv_heads, head_dim], the model's dtype; rows are apart.
         value: likewise.
+        together: as given.
     """
 
     def __init__(
-        self, reader: Reader, layer: int, part: Part, key: Tensor, value: Tensor, drops: bool
+        self,
+        reader: Reader,
+        layer: int,
+        pairs: Tensor,
+        tiers: Tensor | None,
+        together: tuple[Tensor, Tensor],
     ) -> None:
-        self._reader, self._layer = reader, layer
+        self._reader, self._layer, self._pairs, self._tiers = reader, layer, pairs, tiers
+        self.key, self.value = pairs.unbind(1)
+        self.together = together
+        self._by_head: HeadPacking | None = None
+
+    @classmethod
+    def of(
+        cls, reader: Reader, layer: int, sight: Sight, key: Tensor, value: Tensor, drops: bool
+    ) -> dict[int, "Seen"]:
+        """What the requests of a sight see, by slot.
+
+        Args:
+            reader: reads their rows.
+            layer: number of the layer.
+            sight: what they see.
+            key: [tokens, num_kv_heads, head_dim] of all chunks of the step.
+            value: likewise.
+            drops: whether heads may keep different tokens.
+        """
         _, heads, head_dim = key.shape
         # Side by side, so that both are turned back at once
-        self._pairs = key.new_empty(part.end, 2, heads, head_dim)
-        self.key, self.value = self._pairs.unbind(1)
-        self._tiers: Tensor | None = None
+        pairs = key.new_empty(sight.starts[-1], 2, heads, head_dim)
+        keys, values = pairs.unbind(1)
+        tiers = None
         if drops:
-            self._tiers = torch.full((heads, part.end), HIGH, dtype=torch.int8, device=key.device)
-        self._by_head: HeadPacking | None = None
-        if part.closed is not None:
-            self._read(part.closed)
-        if part.waited is not None:
-            self._reader.read(layer, part.waited, self._pairs, waits=True)
-        self.key[part.first :] = key
-        self.value[part.first :] = value
-
-    def _read(self, rows: RowPlaces) -> None:
-        tiers = self._reader.read(self._layer, rows, self._pairs)
-        if self._tiers is not None:
-            self._tiers[:, rows.span] = tiers
+            tiers = torch.full((heads, len(pairs)), HIGH, dtype=torch.int8, device=key.device)
+        if sight.closed is not None:
+            kept = reader.read(layer, sight.closed, pairs)
+            if tiers is not None:
+                tiers[:, sight.closed.span] = kept
+        # After rows that are complete: what is between these has been written too
+        for rows in sight.waited:
+            reader.read(layer, rows, pairs, waits=True)
+        keys[sight.places], values[sight.places] = key[sight.own], value[sight.own]
+        if tiers is not None:
+            for places in (*(rows.span for rows in sight.waited), sight.places):
+                tiers[:, places] = HIGH
+        seen = {}
+        for part, (start, end) in zip(sight.parts, pairwise(sight.starts), strict=True):
+            own_tiers = None if tiers is None else tiers[:, start:end]
+            seen[part.slot] = cls(reader, layer, pairs[start:end], own_tiers, (keys, values))
+        return seen
 
     def close(self, part: Part) -> None:
         """From here on the row that a part has completed is seen as it is stored."""
         assert part.stored is not None, "the row is not complete, or nothing follows"
-        self._read(part.stored)
+        tiers = self._reader.read(self._layer, part.stored, self._pairs)
+        if self._tiers is not None:
+            self._tiers[:, part.stored.span] = tiers
         self._by_head = None
 
     def kept(self, part: Part) -> Tensor:

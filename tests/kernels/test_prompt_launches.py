@@ -168,10 +168,10 @@ def test_requests_that_go_on_are_joined(launches):
         run.open(slot, 2 * SEGMENT + REST)
     run.step(s0=SEGMENT, s1=SEGMENT, s2=SEGMENT)
     kernels_of_layer, others, attended = run.step(s0=2 * SEGMENT, s1=2 * SEGMENT, s2=2 * SEGMENT)
-    assert kernels_of_layer == TURN + ROW + READ + READ + READ
+    assert kernels_of_layer == TURN + ROW + READ
     assert attended == 1
-    # Keys, values and scored keys of all; the tokens of each; scoring queries
-    assert others == Counter({"aten.cat": 3, "aten.copy_": 6, "aten.index": 1})
+    # The chunks' keys and values, put where the rows before them were read to; scoring queries
+    assert others == Counter({"aten.index_put_": 2, "aten.index": 1})
 
 
 def test_what_requests_see_is_in_memory_in_turns_where_it_is_much(launches, monkeypatch):
@@ -206,13 +206,22 @@ def test_what_attention_says_is_not_found_again(launches, num):
     assert others["aten.index"] == (0 if num == 1 else 2)
 
 
-def test_a_whole_prompt_has_two_waves(launches):
-    """Its last tokens are in the open row, and read the row before them."""
+@pytest.mark.parametrize(
+    ("num", "expected"),
+    [
+        (1, Counter({"aten.copy_": 2})),  # the last tokens' keys and values
+        # Of both waves rotated keys and values; keys and queries that score; the last tokens' vectors
+        (5, Counter({"aten.index": 9, "aten.index_put_": 3})),
+    ],
+)
+def test_whole_prompts_have_two_waves(launches, num, expected):
+    """Their last tokens are in open rows, and read the rows before them. Only these are put together."""
     run = used(Run(launches))
-    run.open(0, SEGMENT)
-    kernels_of_layer, others, attended = run.step(s0=SEGMENT)
+    for slot in range(num):
+        run.open(slot, SEGMENT)
+    kernels_of_layer, others, attended = run.step(**{f"s{slot}": SEGMENT for slot in range(num)})
     assert kernels_of_layer == TURN + ROW + READ + ROW
-    assert (attended, others) == (2, Counter({"aten.copy_": 2}))
+    assert (attended, others) == (2, expected)
 
 
 def test_a_policy_that_looks_at_keys_has_its_pages_filled_likewise(launches):
