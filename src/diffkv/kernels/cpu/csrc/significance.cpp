@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "amx.h"
 #include "element.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -40,17 +41,22 @@ struct Call {
   float scale;
   const float* lse;  // [q heads, lse_stride], natural logarithms; null: to be found
   int64_t lse_stride;
+  bool by_tiles;
 };
 
 // Memory of one thread.
 struct Buffers {
   std::vector<float> queries, rows, tile, scores;
+  std::vector<uint16_t> raw_queries;  // [rows, dim] bfloat16
+  std::vector<uint32_t> raw_keys;     // [ITEM_TOKENS / SIDE, dim / DEPTH] tiles
 
-  Buffers(int dim, int num_rows)
-      : queries((size_t)num_rows * dim),
+  Buffers(int dim, int num_rows, bool by_tiles)
+      : queries(by_tiles ? 0 : (size_t)num_rows * dim),
         rows((size_t)TILE * dim),
         tile((size_t)TILE * dim),
-        scores((size_t)num_rows * ITEM_TOKENS) {}
+        scores((size_t)num_rows * ITEM_TOKENS),
+        raw_queries(by_tiles ? (size_t)num_rows * dim : 0),
+        raw_keys(by_tiles ? (size_t)ITEM_TOKENS * dim / 2 : 0) {}
 };
 
 // scores[q][t] += queries[q] . tile[., t] for NUM queries and the tokens of a tile.
@@ -71,22 +77,70 @@ void multiply(const float* queries, const float* tile, int dim, float scale, flo
   });
 }
 
-// buffers.scores[group, query, ITEM_TOKENS] to base 2; -inf where a query does not see a token.
+const uint8_t* query_of(const Call& call, const Request& request, const Item& item, int row,
+                        int element) {
+  const int Q = request.num_queries;
+  return call.query + (request.first_query + row % Q) * call.query_stride +
+         (item.head * call.group + row / Q) * call.dim * element;
+}
+
+// Of a token of the item, or of its last one.
+const uint8_t* key_of(const Call& call, const Request& request, const Item& item, int t,
+                      int element) {
+  const int64_t token = request.first_token + item.start + std::min(t, item.num_tokens - 1);
+  return call.key + token * call.key_stride + item.head * call.dim * element;
+}
+
+#if defined(DIFFKV_AMX)
+// Products of a bfloat16 model's queries and keys, which are the elements of tiles as they are.
+void multiply_item(const Call& call, const Request& request, const Item& item, Buffers& buffers) {
+  const int dim = call.dim, depth = dim / DEPTH, num_rows = call.group * request.num_queries;
+  for (int row = 0; row < num_rows; row++)
+    std::memcpy(&buffers.raw_queries[(size_t)row * dim], query_of(call, request, item, row, 2),
+                2 * dim);
+  const int num_tiles = (item.num_tokens + SIDE - 1) / SIDE;
+  for (int tile = 0; tile < num_tiles; tile++)
+    for (int k = 0; k < depth; k++) {
+      const uint32_t* rows[SIDE];
+      for (int t = 0; t < SIDE; t++)
+        rows[t] = (const uint32_t*)key_of(call, request, item, tile * SIDE + t, 2) + k * SIDE;
+      transpose(rows, &buffers.raw_keys[(tile * depth + k) * SIDE * SIDE]);
+    }
+  for (int row = 0; row < num_rows; row += SIDE) {
+    float* scores = &buffers.scores[(size_t)row * ITEM_TOKENS];
+    for (int tile = 0; tile < num_tiles; tile += 2) {
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int k = 0; k < depth; k++) {
+        const uint32_t* keys = &buffers.raw_keys[(tile * depth + k) * SIDE * SIDE];
+        _tile_loadd(2, &buffers.raw_queries[(size_t)row * dim + k * DEPTH], 2 * dim);
+        _tile_loadd(3, keys, 4 * SIDE);
+        _tile_loadd(4, keys + depth * SIDE * SIDE, 4 * SIDE);
+        _tile_dpbf16ps(0, 2, 3);
+        _tile_dpbf16ps(1, 2, 4);
+      }
+      _tile_stored(0, scores + tile * SIDE, 4 * ITEM_TOKENS);
+      _tile_stored(1, scores + (tile + 1) * SIDE, 4 * ITEM_TOKENS);
+    }
+    for (int i = 0; i < SIDE * ITEM_TOKENS; i += LANES)
+      store(scores + i, load<Floats>(scores + i) * call.scale);
+  }
+}
+#endif
+
+// Likewise in float32, of models of any dtype.
 template <int DTYPE>
-void score_item(const Call& call, const Request& request, const Item& item, Buffers& buffers) {
-  const int dim = call.dim, Q = request.num_queries, num_rows = call.group * Q;
+void multiply_converted(const Call& call, const Request& request, const Item& item,
+                        Buffers& buffers) {
+  const int dim = call.dim, num_rows = call.group * request.num_queries;
   const int element = dtype_bytes(DTYPE);
   for (int row = 0; row < num_rows; row++)
-    load_row<DTYPE>(call.query + (request.first_query + row % Q) * call.query_stride +
-                        (item.head * call.group + row / Q) * dim * element,
+    load_row<DTYPE>(query_of(call, request, item, row, element),
                     &buffers.queries[(size_t)row * dim], dim);
   for (int start = 0; start < item.num_tokens; start += TILE) {
-    for (int t = 0; t < TILE; t++) {
-      const int64_t token = item.start + std::min(start + t, item.num_tokens - 1);
-      load_row<DTYPE>(
-          call.key + (request.first_token + token) * call.key_stride + item.head * dim * element,
-          &buffers.rows[(size_t)t * dim], dim);
-    }
+    for (int t = 0; t < TILE; t++)
+      load_row<DTYPE>(key_of(call, request, item, start + t, element),
+                      &buffers.rows[(size_t)t * dim], dim);
     for (int t = 0; t < TILE; t++)
       for (int d = 0; d < dim; d++) buffers.tile[d * TILE + t] = buffers.rows[t * dim + d];
     int row = 0;
@@ -97,6 +151,18 @@ void score_item(const Call& call, const Request& request, const Item& item, Buff
       multiply<1>(&buffers.queries[(size_t)row * dim], buffers.tile.data(), dim, call.scale,
                   &buffers.scores[row * ITEM_TOKENS + start]);
   }
+}
+
+// buffers.scores[group, query, ITEM_TOKENS] to base 2; -inf where a query does not see a token.
+template <int DTYPE>
+void score_item(const Call& call, const Request& request, const Item& item, Buffers& buffers) {
+#if defined(DIFFKV_AMX)
+  if (call.by_tiles)
+    multiply_item(call, request, item, buffers);
+  else
+#endif
+    multiply_converted<DTYPE>(call, request, item, buffers);
+  const int Q = request.num_queries, num_rows = call.group * Q;
   const int64_t first_unseen = request.num_tokens - Q + 1;
   if (item.start + item.num_tokens <= first_unseen && item.num_tokens == ITEM_TOKENS) return;
   for (int row = 0; row < num_rows; row++)
@@ -148,7 +214,8 @@ void run(const Call& call, const std::vector<Request>& requests, const std::vect
   std::vector<float> largest(num_partial), total(num_partial), lse(num_lse);
 #pragma omp parallel num_threads(threads)
   {
-    Buffers buffers(call.dim, num_rows);
+    Buffers buffers(call.dim, (num_rows + SIDE - 1) / SIDE * SIDE, call.by_tiles);
+    const Tiles tiles(call.by_tiles);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < (finds ? N : 0); i++) {
       const Request& request = requests[items[i].request];
@@ -207,8 +274,9 @@ EXPORT void diffkv_significance(const uint8_t* query, int64_t query_stride, cons
                                 int64_t num_requests, int64_t num_sums, int64_t num_kv_heads,
                                 int group, int dim, int dtype, float scale, int max_queries,
                                 const float* lse, int64_t lse_stride, float* sums, int threads) {
+  const bool by_tiles = dtype == BFLOAT16 && dim % DEPTH == 0 && may_use_tiles();
   const Call call = {query,          key, query_stride, key_stride, dim, group,
-                     scale * LOG2_E, lse, lse_stride};
+                     scale * LOG2_E, lse, lse_stride,   by_tiles};
   std::fill(sums, sums + num_kv_heads * num_sums, 0.0f);
   std::vector<Request> requests;
   std::vector<Item> items;
