@@ -222,13 +222,13 @@ def test_pages_and_tables_fit_the_budget(
 ):
     layout = PageLayout.derive(quant, 64)
     sizes = (layout, num_layers, num_kv_heads, max_model_len)
-    heads = num_layers * num_kv_heads
     try:
         shape = PoolShape.fit(budget_bytes, *sizes, max_num_seqs, segment)
     except ConfigError as error:
         assert f"a KV budget of {budget_bytes} bytes cannot hold one request" in str(error)
         assert f"of {max_model_len} tokens, 25% of them high" in str(error)
         # Refused only if a request does not fit beside the tables of as many slots as there are.
+        heads = num_layers * num_kv_heads
         slots = PoolShape.slots_within(budget_bytes, layout, heads, max_num_seqs, segment)
         one = PoolShape(layout, num_layers, num_kv_heads, 1, max_model_len, 0, segment=segment)
         others = max(0, slots - 1 - one.max_rows) * one.slot_bytes
@@ -276,6 +276,23 @@ def test_entries_of_leaves_can_be_numbered_in_32_bits(num_layers, max_model_len,
     assert shape.num_leaves * shape.leaf_entries <= 1 << 31
     with pytest.raises(ConfigError, match="too large: lower the KV budget"):
         dataclasses.replace(shape, num_pages=1 << 31)
+
+
+@pytest.mark.parametrize("max_model_len", [8 << 10, 32 << 10, 128 << 10])
+def test_short_rows_have_slots_for_a_hundredth_of_the_budget(max_model_len):
+    """Four for each segment, where they cost no more than that beyond what there are at least."""
+    layout = PageLayout.derive(QuantConfig.parse("k8v8-k4v2"), 128)
+    budget, heads = 24 << 30, (32, 8)
+    shape = PoolShape.fit(budget, layout, *heads, max_model_len, 256, 2048)
+    segments = budget / (256 * 2048 * layout.page_token_bytes(1))
+    one = PoolShape(layout, *heads, 1, max_model_len, 0, segment=2048)
+    rows = (shape.num_slots - 512) / segments
+    if max_model_len == 8 << 10:
+        assert rows == pytest.approx(4, abs=0.01)
+    else:
+        assert 1.25 < rows < 4
+        spare = (rows - 1.25) * segments * one.slot_bytes
+        assert spare == pytest.approx(0.01 * budget, rel=0.01)
 
 
 def test_a_buffer_smaller_than_the_shape_is_refused():

@@ -1,5 +1,6 @@
 """Rows of a cache: prompts in segments and chunks, hits on closed rows, and a life of shared rows."""
 
+import dataclasses
 import random
 from dataclasses import dataclass, field
 
@@ -375,6 +376,47 @@ def test_a_life_of_shared_rows(kernels):
                 continue
             wanted = exact([x[:, : request.num_tokens] for x in roots[root]])[:, first:]
             torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)], ids=str)
+def test_a_row_is_found_in_the_step_that_closes_it(kernels, order, drops):
+    """The second goes on from rows that the first closes in the same step, the third from both's."""
+    thresholds = Thresholds(3.0, 0.3 if drops else 0.0)
+    sequences = [vectors(75, 1), vectors(60, 2), vectors(70, 3)]
+    for mine, other, shared in ((1, 0, 32), (2, 1, 48)):
+        for x, y in zip(sequences[mine], sequences[other], strict=True):
+            x[:, :shared] = y[:, :shared]
+    shares = {0: (None, 0), 1: (0, 2), 2: (1, 3)}  # whose rows, and how many
+    found = []
+    for together in (False, True):
+        run = Run(make_cache("k8v4-k4v2", kernels, drops=drops))
+        requests, chunks, steps = {}, {}, []
+        for number in range(3):
+            other, num = shares[number]
+            chain, starts = (), (0,)
+            if other is not None:
+                chain, starts = requests[other].chain[:num], requests[other].starts[: num + 1]
+            length = sequences[number][0].shape[1]
+            request = requests[number] = run.open(length, thresholds, chain, starts)
+            chunks[number] = run.chunk(request, length)
+        for numbers in [order] if together else [[0], [1], [2]]:
+            row, placed = 0, []
+            for number in numbers:
+                chunk = chunks[number]
+                span = slice(row, row + chunk.num_new)
+                placed.append(dataclasses.replace(chunk, span=span))
+                row = span.stop
+            step = run.cache.plan(placed, NOBODY.long(), NOBODY, NOBODY)
+            parts = [[x[:, chunks[n].num_stored :] for x in sequences[n]] for n in numbers]
+            joint = [torch.cat(xs, 1) for xs in zip(*parts, strict=True)]
+            outputs = run.attend(step, joint, 0, row)
+            lengths = [chunk.num_new for chunk in placed]
+            steps += zip(numbers, outputs.split(lengths, 1), strict=True)
+        found.append((dict(steps), run.cache.state.num_tokens.clone()))
+    for number in range(3):
+        torch.testing.assert_close(*(each[number] for each, _ in found), atol=1e-5, rtol=1e-5)
+    assert torch.equal(*(kept for _, kept in found))
 
 
 @pytest.mark.parametrize("drops", [False, True])

@@ -112,11 +112,10 @@ class Chains:
         starts = [0, *accumulate(chunk.num_new for chunk in chunks)]
         before = [len(self._requests[chunk.slot].chain) for chunk in chunks]
         by_chunk = [self._parts(c, s, uploads.add) for c, s in zip(chunks, starts, strict=False)]
-        begins = [parts for parts in by_chunk if not parts[0].first]
-        goes_on = [parts for parts in by_chunk if parts[0].first]
         waves = tuple(
             wave
-            for group in (*self._seen_at_once(begins), *self._seen_at_once(goes_on))
+            for some in _by_need(by_chunk)
+            for group in self._seen_at_once(some)
             for wave in self._waves(group, uploads.add)
         )
         plan = PromptPlan(spans_of([c.span for c in chunks], uploads.add), waves)
@@ -199,3 +198,30 @@ class Chains:
             rows=slice(offset + first, offset + stop),
             stored=RowPlaces.of(stored, [start], stop, place),
         )
+
+
+def _by_need(by_chunk: Sequence[list[Part]]) -> list[list[list[Part]]]:
+    """Put chunks together that need none of each other's rows, each after those whose rows it needs.
+
+    What goes on from a row that another chunk closes comes after that one. What begins comes first, and
+    apart from what goes on.
+    """
+    closed_by = {
+        part.target: parts
+        for parts in by_chunk
+        for part in parts
+        if part.target is not None and part.target != part.slot
+    }
+    ranks: dict[int, int] = {}
+
+    def rank(parts: list[Part]) -> int:
+        first = parts[0]
+        if first.slot not in ranks:
+            needed = [closed_by[slot] for slot in first.chain if slot in closed_by]
+            ranks[first.slot] = max([int(first.first > 0), *(1 + rank(other) for other in needed)])
+        return ranks[first.slot]
+
+    found: dict[int, list[list[Part]]] = {}
+    for parts in by_chunk:
+        found.setdefault(rank(parts), []).append(parts)
+    return [found[each] for each in sorted(found)]

@@ -41,8 +41,12 @@ MORE_ROWS = 32
 MOST_ENTRIES = 1 << 30
 """Entries that half-empty leaves may have together, and full ones: kernels number all in 32 bits."""
 
-SPARE_ROWS = 0.25
-"""Closed rows beyond those that would fill a pool: some are shorter than a segment."""
+LEAST_ROWS, MOST_ROWS = 1.25, 4
+"""Closed rows for each segment that a pool can hold: those of turns are shorter, and without slots to
+spare what is stored of conversations is given up while there is memory for it."""
+
+SPARE_SHARE = 0.01
+"""Of a budget, for tables of rows beyond the least."""
 
 
 def suitable_leaf_entries(max_pages: int) -> int:
@@ -52,6 +56,12 @@ def suitable_leaf_entries(max_pages: int) -> int:
     are balanced near the root of `max_pages`; this is the largest power of two up to twice that.
     """
     return 1 << ((4 * max(1, max_pages)).bit_length() - 1) // 2
+
+
+def _segments_within(budget_bytes: int, layout: PageLayout, num_heads: int, segment: int) -> float:
+    """Segments that so many bytes hold, of low tokens."""
+    token_bytes = min(map(layout.page_token_bytes, range(len(layout.tiers))))
+    return budget_bytes / (num_heads * segment * token_bytes)
 
 
 def _leaf_bytes(leaf_entries: int) -> int:
@@ -110,44 +120,45 @@ class PoolShape:
 
         There is an open row for each of `max_num_seqs` requests, or for fewer where the pool cannot hold
         that many requests even of one token: a request holds at least one page for every layer and head.
-        There are closed rows for as many segments as the pool can hold, and some more, and one for the
-        rest of each request's prompt.
+        There are closed rows for `LEAST_ROWS` times the segments that the pool can hold or more, and one
+        for the rest of each request's prompt.
 
         Raises:
             ConfigError: the budget does not hold one request of `max_model_len` tokens.
         """
-        empty = cls(
-            layout,
-            num_layers,
-            num_kv_heads,
-            cls.slots_within(
-                budget_bytes, layout, num_layers * num_kv_heads, max_num_seqs, segment
-            ),
-            max_model_len,
-            0,
-            segment=segment,
+        heads, lengths = num_layers * num_kv_heads, (max_model_len, 0)
+        slots = cls.slots_within(budget_bytes, layout, heads, max_num_seqs, segment)
+        least = cls(layout, num_layers, num_kv_heads, slots, *lengths, segment=segment)
+        for spare in (least.spare_within(budget_bytes), 0):
+            empty = replace(least, num_slots=slots + spare, leaf_entries=0)
+            num_pages = empty._pages_within(budget_bytes - empty.table_bytes)
+            if num_pages >= empty.request_pages(HIGH_SHARE):
+                return replace(empty, num_pages=num_pages)
+        needed = cls.request_bytes(layout, num_layers, num_kv_heads, max_model_len, segment)
+        raise ConfigError(
+            f"a KV budget of {budget_bytes} bytes cannot hold one request of {max_model_len} "
+            f"tokens, {HIGH_SHARE:.0%} of them high ({needed} bytes, and tables for "
+            f"{slots} rows): raise the budget, or lower max_model_len or max_num_seqs"
         )
-        num_pages = empty._pages_within(budget_bytes - empty.table_bytes)
-        if num_pages < empty.request_pages(HIGH_SHARE):
-            needed = cls.request_bytes(layout, num_layers, num_kv_heads, max_model_len, segment)
-            raise ConfigError(
-                f"a KV budget of {budget_bytes} bytes cannot hold one request of {max_model_len} "
-                f"tokens, {HIGH_SHARE:.0%} of them high ({needed} bytes, and tables for "
-                f"{empty.num_slots} rows): raise the budget, or lower max_model_len or max_num_seqs"
-            )
-        return replace(empty, num_pages=num_pages)
 
     @staticmethod
     def slots_within(
         budget_bytes: int, layout: PageLayout, num_heads: int, max_num_seqs: int, segment: int
     ) -> int:
-        """Rows that a pool of so many bytes has slots for."""
+        """Rows that a pool of so many bytes has slots for at least."""
         slots = max(1, min(max_num_seqs, budget_bytes // (num_heads * layout.page_bytes)))
         if not segment:
             return slots
-        token_bytes = min(map(layout.page_token_bytes, range(len(layout.tiers))))
-        segment_bytes = num_heads * segment * token_bytes
-        return 2 * slots + math.ceil((1 + SPARE_ROWS) * budget_bytes / segment_bytes)
+        segments = _segments_within(budget_bytes, layout, num_heads, segment)
+        return 2 * slots + math.ceil(LEAST_ROWS * segments)
+
+    def spare_within(self, budget_bytes: int) -> int:
+        """Slots that a pool of so many bytes has beyond these, for rows shorter than segments."""
+        if not self.segment:
+            return 0
+        segments = _segments_within(budget_bytes, self.layout, self.num_heads, self.segment)
+        paid = SPARE_SHARE * budget_bytes / self.slot_bytes
+        return int(min(paid, (MOST_ROWS - LEAST_ROWS) * segments))
 
     @staticmethod
     def request_bytes(

@@ -100,6 +100,7 @@ class Workers:
         late: whether a step's reports come with the next one.
         rows: by slot.
         jobs: by vLLM's name.
+        in_step: requests that started from rows of the same step.
     """
 
     num_pages: int
@@ -113,7 +114,9 @@ class Workers:
     rows_closed: int = 0
     rows_kept: int = 0
     failures: int = 0
+    in_step: int = 0
     _withheld: deque[dict[str, PagesHeld]] = field(default_factory=deque)
+    _unchecked: list[str] = field(default_factory=list)
 
     def roll(self, num_tokens: int) -> np.ndarray:
         """Pages of a row, decided."""
@@ -143,8 +146,9 @@ class Workers:
         for start in message.started:
             assert start.slot not in self.rows, f"slot {start.slot} is not empty"
             tokens, salt = known[start.request_id]
-            self._check_chain(start, tokens, salt)
             self.hits += bool(start.chain)
+            self.in_step += not self.rows.keys() >= set(start.chain)
+            self._unchecked.append(start.request_id)
             pages = np.zeros((RANKS, LAYERS), dtype=np.int64)
             self.rows[start.slot] = Stored(pages, start.starts[-1], salt, start.thresholds)
             self.jobs[start.request_id] = Job(
@@ -152,9 +156,9 @@ class Workers:
             )
         for job in self.jobs.values():
             assert self.rows[job.start.slot].tokens is None, "an open row is closed"
-            assert all(self.rows[slot].tokens is not None for slot in job.chain)
 
     def _check_chain(self, start: Started, tokens: list[int], salt: str | None) -> None:
+        """What a request goes on from, once the step is done: some of it may be of the same step."""
         end = 0
         for slot in start.chain:
             row = self.rows[slot]
@@ -197,6 +201,12 @@ class Workers:
             if job.computed == len(job.tokens):
                 job.tokens.append(token)
             sampled[name] = [token]
+        for name in self._unchecked:
+            job = self.jobs[name]
+            self._check_chain(job.start, job.tokens[: job.start.prompt_len], job.salt)
+        self._unchecked = []
+        for job in self.jobs.values():
+            assert all(self.rows[slot].tokens is not None for slot in job.chain)
         invalid = {self.jobs[name].start.block_id for name in message.failed}
         self.failures += len(invalid)
         output = KVConnectorOutput(

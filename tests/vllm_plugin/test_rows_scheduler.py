@@ -145,6 +145,7 @@ class TestScheduler:
             world.add(list(range(10, 480)), 10)
         fill(world)
         assert world.workers.hits == 3
+        assert world.workers.in_step >= 2, "they start with the step that closes them"
         # the prompt's own rows, and those that the answers left
         assert world.workers.rows_closed == 470 // SEGMENT + 1
         assert world.workers.rows_kept == 4

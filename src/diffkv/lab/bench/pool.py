@@ -282,8 +282,8 @@ def _overhead(
     before = None
     while shape != before:  # more slots take more bytes, which may have room for more slots
         before, budget = shape, shape.table_bytes + pages
-        most = shape.slots_within(budget, state.layout, shape.num_heads, num_requests, segment)
-        shape = replace(shape, num_slots=most)
+        least = shape.slots_within(budget, state.layout, shape.num_heads, num_requests, segment)
+        shape = replace(shape, num_slots=least + shape.spare_within(budget))
     tokens = sum(
         count * tier.token_bytes
         for layer in range(state.num_layers)

@@ -300,16 +300,20 @@ class DiffKVManager(FullAttentionManager):
         return running
 
     def _pay(self, running: Running, need: Need, missing: int, num_tokens: int) -> None:
-        """Take the blocks and slots of a step."""
+        """Take the blocks and slots of a step. Rows that it closes are found from now on.
+
+        Who finds one may start with the same step: a layer of it closes them first.
+        """
         blocks = running.blocks
         blocks.extend(self.block_pool.get_new_blocks(missing) if missing else ())
         maker = running.request.request_id, running.epoch
+        prefix = self._prefix(running) if need.rows else None
         for (start, end), count in zip(need.rows, need.row_blocks, strict=True):
             taken = blocks[len(blocks) - count :]
             del blocks[len(blocks) - count :]
-            running.closing.append(
-                Row(self.store.take_slot(), start, end, running.thresholds, taken, maker)
-            )
+            row = Row(self.store.take_slot(), start, end, running.thresholds, taken, maker)
+            self.store.add(row, [*running.chain, *running.closing], prefix)
+            running.closing.append(row)
             running.start = end
         if running.closing:
             self._closing[maker[0]] = running
@@ -327,9 +331,9 @@ class DiffKVManager(FullAttentionManager):
         super().pop_blocks_for_free(request_id)
         if running is None:
             return []
-        for row in running.closing:  # no worker has heard of them
+        for row in reversed(running.closing):
             running.blocks.extend(row.blocks)
-            self.store.return_slot(row.slot)
+            self.store.withdraw(row)
         self.store.leave(running.chain)
         if running.slot >= 0:
             self.store.release_slot(running.slot)
@@ -349,16 +353,13 @@ class DiffKVManager(FullAttentionManager):
         return restarted
 
     def close_rows(self) -> dict[str, tuple[int, ...]]:
-        """The step is scheduled: slots of the rows that it closes, which others may find from now on."""
+        """The step is scheduled: slots of the rows that it closes."""
         self._is_starved = False
         self.failures.on_message()
         closing = {}
         for name, running in self._closing.items():
             closing[name] = tuple(row.slot for row in running.closing)
-            prefix = self._prefix(running)
-            for row in running.closing:
-                self.store.add(row, running.chain, prefix)
-                running.chain.append(row)
+            running.chain += running.closing
             running.closing = []
         self._closing = {}
         return closing

@@ -147,10 +147,6 @@ class RowStore:
         self._free_slots.append(slot)
         self._released[slot] = None
 
-    def return_slot(self, slot: int) -> None:
-        """A slot was taken and no worker ever heard of it."""
-        self._free_slots.append(slot)
-
     def take_released(self) -> list[int]:
         """Slots whose rows are gone since this was last asked."""
         released, self._released = self._released, {}
@@ -230,6 +226,18 @@ class RowStore:
         if rows.setdefault(key[1], row) is row:
             row.parent, row.key = parent, key
             parent.longest = max(parent.longest, row.end - parent.end)
+
+    def withdraw(self, row: Row) -> None:
+        """A row is not closed after all: its step does not come, and no worker has heard of it.
+
+        Only a request that runs is preempted before its step, and vLLM has none start before that is
+        settled, so nobody has found the row.
+        """
+        assert row.users == 1 and not row.children, "a row that is not closed is used"
+        if self.is_found(row):
+            self._unlink(row)
+        del self._rows[row.slot]
+        self._free_slots.append(row.slot)
 
     def use(self, rows: Iterable[Row]) -> None:
         """A request starts with some rows in its chain."""
