@@ -26,10 +26,6 @@ MIN_ROWS = tl.constexpr(MIN_DOT)
 
 TILE_VECTORS = 32
 
-WARPS = 4
-
-STAGES = 1
-
 PROGRAMS = 8
 """For each multiprocessor: each makes the matrix once, and multiplies all of its vectors by it."""
 
@@ -200,6 +196,6 @@ def rotate(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> None:
         x, signs, out, *strides, size**-0.5, rows * heads,
         H=heads, D=head_dim, DP=padded, BLOCK=size,
         INVERSE=inverse, DOT=dtype if x.is_cuda else tl.float32,
-        PRECISION="ieee", B=TILE_VECTORS, K=at_once, num_warps=WARPS, num_stages=STAGES,
+        PRECISION="ieee", B=TILE_VECTORS, K=at_once, num_warps=4, num_stages=1,
         **overlap(x.device),
     )  # fmt: skip
