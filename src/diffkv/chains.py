@@ -183,7 +183,8 @@ class Chains:
         request = self._requests[chunk.slot]
         start = request.starts[-1]
         row_end = request.ends.after(start) or chunk.prompt_len
-        stored = [target] if target is not None and stop < chunk.end else []
+        # What begins with its chunk is seen by way of `Sight.after`
+        stored = [target] if first and target is not None and stop < chunk.end else []
         return Part(
             slot=chunk.slot,
             chain=request.chain,

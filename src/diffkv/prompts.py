@@ -311,7 +311,7 @@ class PromptPath:
             each = queries.split([min(part.length, most) for part in parts])
             sums = [self._sums_by_head(*of, seen, vectors) for of in zip(parts, each, strict=True)]
             return torch.cat(sums, 1)
-        if parts == wave.parts and wave.sees_all:
+        if wave.sees_all and len(parts) == len(wave.parts):
             keys, _ = seen[parts[0].slot].together
         elif completion.rows is not None and not parts[0].first:
             keys = vectors[1][completion.rows]

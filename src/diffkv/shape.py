@@ -126,9 +126,9 @@ class PoolShape:
         Raises:
             ConfigError: the budget does not hold one request of `max_model_len` tokens.
         """
-        heads, lengths = num_layers * num_kv_heads, (max_model_len, 0)
+        heads = num_layers * num_kv_heads
         slots = cls.slots_within(budget_bytes, layout, heads, max_num_seqs, segment)
-        least = cls(layout, num_layers, num_kv_heads, slots, *lengths, segment=segment)
+        least = cls(layout, num_layers, num_kv_heads, slots, max_model_len, 0, segment=segment)
         for spare in (least.spare_within(budget_bytes), 0):
             empty = replace(least, num_slots=slots + spare, leaf_entries=0)
             num_pages = empty._pages_within(budget_bytes - empty.table_bytes)

@@ -41,7 +41,8 @@ class Part:
         is_last: whether the prompt is complete with it.
         thresholds: those that decide the row; None if all of its tokens are high.
         rows: where its tokens are among those of `PromptPlan`.
-        stored: the row that is complete with it as it is read back, if tokens of the chunk follow.
+        stored: the row that is complete with it as it is read back, if tokens of the chunk follow and
+            the prompt did not begin with it.
     """
 
     slot: int
